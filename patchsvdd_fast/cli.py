@@ -1,0 +1,405 @@
+"""The `patchsvdd` command: train, score, evaluate, info, demo."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from . import __version__, demo, runtime
+from .detector import PatchSVDD, load_encoder
+from .encoder import HierarchicalEncoder
+from .evaluation import METRICS, CategoryResult, evaluate_category, mean_result, write_json
+from .images import Category, find_categories, find_images, read_image
+from .report import heat_map_overlay, write_scores_csv
+from .training import TrainingStep
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Patch SVDD anomaly detection with exact nearest-neighbour search.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
+ResizeOption = Annotated[
+    str, typer.Option(help='Resize images: pixels of a square, "HEIGHTxWIDTH", or "none".')
+]
+CombinationOption = Annotated[
+    str, typer.Option(help='How the levels join into one map: "mult", "sum", "K64" or "K32".')
+]
+EncoderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Use this encoder instead of training one: a model, a training checkpoint, or an "
+        "official .pkl."
+    ),
+]
+
+
+def main() -> None:
+    """Entry point: errors in one line, exit status 1; 2 for wrong usage, 130 for Ctrl-C."""
+    warnings.showwarning = _show_warning
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        errors.print("[bold red]interrupted[/]")
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+        _fail(str(error) or type(error).__name__, status=1)
+    except Exception as error:
+        # Typer raises Click's usage errors and exits; everything else is a bug and shows itself.
+        status = getattr(error, "exit_code", None)
+        if status is None:
+            raise
+        if hasattr(error, "format_message"):
+            _fail(error.format_message(), status)
+        sys.exit(status)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of good images, or an MVTec category.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path(
+        "model.safetensors"
+    ),
+    epochs: Annotated[int, typer.Option(help="Passes over 100 x the number of images.")] = 300,
+    steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs of each kind per step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
+    svdd_weight: Annotated[
+        float, typer.Option("--lambda", help="Weight of SVDD' against the position loss.")
+    ] = 1e-3,
+    initialization: Annotated[
+        str, typer.Option(help='"default": the paper\'s; "kaiming": learns at once.')
+    ] = "default",
+    train_last_layer: Annotated[
+        bool, typer.Option(help="Train the classifier's last layer (the paper's is fixed).")
+    ] = False,
+    redraw_clipped: Annotated[
+        bool, typer.Option(help="Draw pairs that leave the image again instead of clipping.")
+    ] = False,
+    resize: ResizeOption = "256",
+    combination: CombinationOption = "mult",
+    contamination: Annotated[
+        float, typer.Option(help="Share of good images that may be called anomalous.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of weights and pairs.")] = 0,
+    device: DeviceOption = "auto",
+    encoder: EncoderOption = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between training checkpoints.")
+    ] = 5.0,
+) -> None:
+    """Train on good images and write a model file.
+
+    While training, the encoder is kept in OUTPUT.checkpoint; after Ctrl-C,
+    `patchsvdd train --encoder OUTPUT.checkpoint` makes a model of it.
+    """
+    _require_writable(output)
+    detector = PatchSVDD(
+        image_size=_parse_resize(resize),
+        combination=combination,
+        contamination=contamination,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        svdd_weight=svdd_weight,
+        initialization=initialization,
+        train_last_layer=train_last_layer,
+        redraw_clipped=redraw_clipped,
+        seed=seed,
+        device=device,
+    )
+    ready = None if encoder is None else load_encoder(encoder)
+    checkpoint = output.with_name(output.name + ".checkpoint")
+    started = time.perf_counter()
+    try:
+        fit_with_progress(
+            detector,
+            data,
+            encoder=ready,
+            checkpoint=checkpoint,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+    except KeyboardInterrupt:
+        if ready is None and checkpoint.exists():
+            errors.print(f"the encoder so far is in {checkpoint}", soft_wrap=True)
+        raise
+    detector.save(output)
+    if ready is None:
+        checkpoint.unlink(missing_ok=True)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"wrote {output}: {detector.record_.steps:,} training steps, banks of "
+        f"{' and '.join(f'{len(bank):,}' for bank in detector.banks_.values())} patches, "
+        f"{seconds:.0f} s",
+        soft_wrap=True,
+    )
+    if detector.calibration_ is not None:
+        console.print(f"threshold on the image score: {detector.threshold_:.6g}")
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="Model file written by `patchsvdd train`.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for scores.csv and heat maps.")
+    ] = Path("scores"),
+    heat_maps: Annotated[bool, typer.Option(help="Write a heat-map overlay per image.")] = True,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score images: writes scores.csv and, per image, a PNG with the anomaly map over it."""
+    detector = PatchSVDD.load(model, device=device)
+    paths = [
+        path for given in images for path in (find_images(given) if given.is_dir() else [given])
+    ]
+    started = time.perf_counter()
+    result = detector.score(paths)
+    seconds = time.perf_counter() - started
+    scores = [float(value) for value in result.image_scores]
+    threshold = None if detector.calibration_ is None else detector.threshold_
+    output.mkdir(parents=True, exist_ok=True)
+    write_scores_csv(output / "scores.csv", [str(path) for path in paths], scores, threshold)
+    if heat_maps:
+        for name, path, anomaly_map in zip(
+            _distinct_names(paths), paths, result.anomaly_map.numpy(), strict=True
+        ):
+            overlay = heat_map_overlay(read_image(path), anomaly_map, detector.calibration_)
+            overlay.save(output / f"{name}.png")
+    flagged = "" if threshold is None else f", {sum(s > threshold for s in scores)} anomalous"
+    console.print(
+        f"scored {len(paths)} images in {seconds:.2f} s{flagged}; see {output}", soft_wrap=True
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="A category in MVTec layout, or a folder of them.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Model file, or folder of <category>.safetensors.")
+    ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Encoder file, or folder of <category>*; banks are built from train/good."
+        ),
+    ] = None,
+    untrained: Annotated[bool, typer.Option(help="Use a fresh encoder, as a baseline.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
+    resize: ResizeOption = "256",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the results as JSON to this file.")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure detection and segmentation AUROC and AUPRO; several categories give a table."""
+    if sum((model is not None, encoder is not None, untrained)) != 1:
+        raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
+    categories = find_categories(data)
+    results = []
+    for category in categories:
+        with console.status(f"evaluating {category.name}"):
+            if model is not None:
+                detector = PatchSVDD.load(_file_for(model, category), device=device)
+            else:
+                detector = PatchSVDD(image_size=_parse_resize(resize), seed=seed, device=device)
+                ready = (
+                    detector.untrained_encoder()
+                    if encoder is None
+                    else load_encoder(_file_for(encoder, category))
+                )
+                detector.fit(category.root, encoder=ready)
+            results.append(evaluate_category(detector, category))
+    console.print(results_table(results))
+    if json_path is not None:
+        write_json(results, json_path, version=__version__)
+        console.print(f"wrote {json_path}", soft_wrap=True)
+
+
+@app.command()
+def info() -> None:
+    """Versions, backends, instruction sets and GPU."""
+    table = Table(show_header=False, box=None)
+    for name, value in runtime.describe().items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
+        "demo-output"
+    ),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = demo.STEPS,
+    seed: Annotated[int, typer.Option(help="Seed of images, weights and pairs.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
+    console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
+    category = demo.make_category(output, seed)
+    detector = demo.make_detector(steps, seed, device)
+    untrained = demo.untrained(detector, category)
+    fit_with_progress(detector, category.root)
+    detector.save(output / "model.safetensors")
+    trained = evaluate_category(detector, category)
+    console.print(
+        results_table(
+            [
+                _renamed(evaluate_category(untrained, category), "untrained"),
+                _renamed(trained, f"trained, {steps} steps"),
+            ],
+            with_mean=False,
+        )
+    )
+    overlays = demo.write_heat_maps(detector, category, output / "heat-maps")
+    console.print(f"wrote {output / 'model.safetensors'} and {overlays} heat maps", soft_wrap=True)
+
+
+def fit_with_progress(
+    detector: PatchSVDD,
+    data: Path,
+    encoder: HierarchicalEncoder | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_minutes: float = 5.0,
+) -> None:
+    """Fit the detector under a progress bar with the figures that tell how training goes."""
+    with _training_progress() as on_step:
+        detector.fit(
+            data,
+            encoder=encoder,
+            on_step=on_step,
+            checkpoint=checkpoint,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+
+
+@contextmanager
+def _training_progress() -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    means: dict[str, float] = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None, figures="")
+
+        def smooth(name: str, value: float) -> float:
+            means[name] = value if name not in means else 0.95 * means[name] + 0.05 * value
+            return means[name]
+
+        def on_step(step: TrainingStep) -> None:
+            figures = [f"loss {smooth('loss', step.loss):.3f}"]
+            for size, level in sorted(step.levels.items(), reverse=True):
+                accuracy = smooth(f"accuracy {size}", level.position_accuracy)
+                figures.append(f"K{size} accuracy {accuracy:.0%} spread {level.spread:.1e}")
+            progress.update(
+                task,
+                completed=step.step,
+                total=step.total_steps,
+                figures="  ".join(figures),
+            )
+            if step.step == step.total_steps:
+                progress.update(task, description="building the banks")
+
+        yield on_step
+        progress.update(task, description="trained")
+
+
+def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
+    """One row per category, one column per combination: detection / segmentation / AUPRO."""
+    combinations = list(results[0].percent)
+    table = Table(caption="detection AUROC / segmentation AUROC / AUPRO at 30 % FPR, in percent")
+    table.add_column("category")
+    table.add_column("good+bad", justify="right")
+    for combination in combinations:
+        table.add_column(combination, justify="right")
+    rows = list(results)
+    if with_mean and len(rows) > 1:
+        rows.append(mean_result(results))
+    for result in rows:
+        cells = []
+        for combination in combinations:
+            values = [result.percent[combination][metric] for metric in METRICS]
+            cells.append(" / ".join("-" if value is None else f"{value:.1f}" for value in values))
+        table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", *cells)
+    return table
+
+
+def _renamed(result: CategoryResult, name: str) -> CategoryResult:
+    return CategoryResult(name, result.num_good, result.num_anomalous, result.percent)
+
+
+def _parse_resize(text: str) -> int | tuple[int, int] | None:
+    if text.lower() == "none":
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f'--resize takes pixels, "HEIGHTxWIDTH" or "none", got {text!r}')
+    sizes = [int(part) for part in parts]
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _file_for(path: Path, category: Category) -> Path:
+    """The file itself, or in a folder the one file whose name starts with the category's."""
+    if not path.is_dir():
+        return path
+    exact = path / f"{category.name}.safetensors"
+    if exact.is_file():
+        return exact
+    found = sorted(file for file in path.glob(f"{category.name}*") if file.is_file())
+    if len(found) != 1:
+        raise ValueError(f"{path} needs one file for {category.name}, found {len(found)}")
+    return found[0]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """File names for the images' overlays: their own, with folders in front where these clash."""
+    names = [path.stem for path in paths]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        if len(set(names)) == len(names):
+            return names
+        names = ["_".join([*path.parent.parts[-depth:], path.stem]) for path in paths]
+    return [f"{index:05}_{path.stem}" for index, path in enumerate(paths)]
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse before hours of training what could only fail after them."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; --output names a file")
+    if not output.parent.is_dir():
+        raise ValueError(f"the folder of --output does not exist: {output.parent}")
+
+
+def _fail(message: str, status: int) -> None:
+    errors.print("[bold red]error:[/] ", end="")
+    errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    errors.print(f"[bold yellow]warning:[/] {message}", soft_wrap=True)

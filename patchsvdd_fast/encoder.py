@@ -1,0 +1,237 @@
+"""The hierarchical patch encoder of Patch SVDD, patch by patch and densely over whole images.
+
+A patch of 32 pixels goes through eight unpadded convolutions; a patch of 64 is cut into four
+quadrants that share that small encoder and are joined by a 2x2 convolution; 128 and 256 recurse.
+Since no layer pads or normalises, one pass over a whole image yields the embedding of every patch
+on a grid of stride 2 or a multiple of it: the same numbers at a fraction of the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .levels import DEFAULT_LEVELS, PatchLevel
+
+SMALL_PATCH = 32
+"""Side of the patch the small encoder embeds, in pixels."""
+
+TRUNK_STRIDE = 2
+"""Pixels between neighbouring embeddings of the small encoder's dense map."""
+
+LEAKY_SLOPE = 0.1
+_SMALL_CHANNELS = (3, 32, 64, 128, 128, 64, 32, 32)
+_HEAD_CHANNELS = 128
+_PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
+
+INITIALIZATIONS = ("default", "kaiming")
+
+
+class SmallEncoder(nn.Sequential):
+    """Eight 3x3 convolutions, the first of stride 2, that take 32x32 pixels to one embedding.
+
+    Maps [B, 3, 32, 32] to [B, D, 1, 1], and a larger image to its dense map at stride 2. The
+    receptive field is 31 pixels: the last row and column of a patch do not enter.
+    """
+
+    def __init__(self, embedding_dim: int) -> None:
+        channels = (*_SMALL_CHANNELS, embedding_dim)
+        layers: list[nn.Module] = []
+        for index, (c_in, c_out) in enumerate(pairwise(channels)):
+            if index:
+                layers.append(nn.LeakyReLU(LEAKY_SLOPE))
+            layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, stride=2 if index == 0 else 1))
+        layers.append(nn.Tanh())
+        super().__init__(*layers)
+
+    def convolutions(self) -> list[nn.Conv2d]:
+        """The eight convolutions in order, for initialisation and for loading foreign weights."""
+        return [layer for layer in self if isinstance(layer, nn.Conv2d)]
+
+
+class QuadrantHead(nn.Module):
+    """Joins the embeddings of a patch's four quadrants, [B, D, 2, 2], into one, [B, D, 1, 1]."""
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__()
+        self.join = nn.Conv2d(embedding_dim, _HEAD_CHANNELS, kernel_size=2)
+        self.activation = nn.LeakyReLU(LEAKY_SLOPE)
+        self.project = nn.Conv2d(_HEAD_CHANNELS, embedding_dim, kernel_size=1)
+
+    def forward(self, quadrants: Tensor) -> Tensor:
+        """[B, D, 2, 2] -> [B, D, 1, 1]."""
+        return torch.tanh(self.project(self.activation(self.join(quadrants))))
+
+
+class HierarchicalEncoder(nn.Module):
+    """Embeds patches of 32, 64, ... 32 * 2^(num_levels-1) pixels into `embedding_dim` dimensions.
+
+    Input pixels are float32, normalised as `(pixel - mean) / 255`. Embeddings lie in (-1, 1)^D.
+
+    `initialization`: "default" is PyTorch's own, as in the paper's implementation; "kaiming" keeps
+    the variance from layer to layer (slope 0.1), so that training starts to learn at once.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 64,
+        num_levels: int = 2,
+        initialization: str = "default",
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
+        if num_levels < 1:
+            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
+        if initialization not in INITIALIZATIONS:
+            raise ValueError(
+                f"initialization must be one of {INITIALIZATIONS}, got {initialization!r}"
+            )
+        self.embedding_dim = embedding_dim
+        self.small = SmallEncoder(embedding_dim)
+        self.heads = nn.ModuleList(QuadrantHead(embedding_dim) for _ in range(num_levels - 1))
+        if initialization == "kaiming":
+            self._initialize_variance_preserving()
+
+    @property
+    def patch_sizes(self) -> tuple[int, ...]:
+        """The patch sizes this encoder embeds, in pixels, smallest first."""
+        return tuple(SMALL_PATCH << depth for depth in range(len(self.heads) + 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed patches [B, 3, K, K] (float32, normalised) as [B, D]; K picks the level."""
+        if patches.ndim != 4 or patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
+            raise ValueError(f"patches must have shape [B, 3, K, K], got {list(patches.shape)}")
+        return self._embed(patches, self._depth(patches.shape[-1])).flatten(1)
+
+    @torch.no_grad()
+    def embed(self, patches: Tensor) -> Tensor:
+        """As `forward`, without gradients and in passes of bounded memory."""
+        if patches.shape[0] == 0:
+            self._depth(patches.shape[-1])
+            return patches.new_empty(0, self.embedding_dim)
+        return torch.cat([self(chunk) for chunk in patches.split(_PATCHES_PER_PASS)])
+
+    def dense(self, images: Tensor, levels: Sequence[PatchLevel] = DEFAULT_LEVELS) -> list[Tensor]:
+        """Embed every patch of each level's grid in one pass over the images.
+
+        images: [N, 3, H, W] float32, normalised. Returns one [N, I, J, D] per level, equal to
+        encoding each patch by itself. Strides must be even, sizes among `patch_sizes`.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape [N, 3, H, W], got {list(images.shape)}")
+        height, width = images.shape[-2:]
+        for level in levels:
+            self._depth(level.size)
+            level.grid_shape(height, width)
+            if level.stride % TRUNK_STRIDE:
+                raise ValueError(f"dense encoding needs an even stride, got {level}")
+        maps: dict[PatchLevel, Tensor] = {PatchLevel(SMALL_PATCH, TRUNK_STRIDE): self.small(images)}
+        dense = []
+        for level in levels:
+            rows, columns = level.grid_shape(height, width)
+            embeddings = self._dense_map(level, maps)[:, :, :rows, :columns]
+            dense.append(embeddings.permute(0, 2, 3, 1).contiguous())  # [N, I, J, D]
+        return dense
+
+    def _dense_map(self, level: PatchLevel, maps: dict[PatchLevel, Tensor]) -> Tensor:
+        """The level's embeddings [N, D, >=I, >=J], built on the maps of the levels below it."""
+        if level not in maps:
+            if level.size == SMALL_PATCH:
+                step = level.stride // TRUNK_STRIDE
+                trunk = maps[PatchLevel(SMALL_PATCH, TRUNK_STRIDE)]
+                maps[level] = trunk[:, :, ::step, ::step]
+            else:
+                # The quadrants stand half a patch apart, the patches a stride: the coarsest grid
+                # of quadrants that holds both has their greatest common divisor as its stride.
+                half = level.size // 2
+                below = PatchLevel(half, math.gcd(half, level.stride))
+                quadrants = _quadrants_of_patches(
+                    self._dense_map(below, maps),
+                    step=level.stride // below.stride,
+                    distance=half // below.stride,
+                )  # [N, I, J, D, 2, 2]
+                # Joined as a batch of patches, so that the convolution library sums in the same
+                # order as for single patches: trained embeddings may differ by as little as 1e-6.
+                joined = self._head(level.size)(quadrants.flatten(0, 2))
+                maps[level] = joined.view(quadrants.shape[:4]).permute(0, 3, 1, 2)
+        return maps[level]
+
+    def _embed(self, patches: Tensor, depth: int) -> Tensor:
+        """[B, 3, K, K] -> [B, D, 1, 1]."""
+        if depth == 0:
+            return self.small(patches)
+        batch, channels, size, _ = patches.shape
+        half = size // 2
+        quadrants = patches.reshape(batch, channels, 2, half, 2, half)
+        quadrants = quadrants.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, half, half)
+        embedded = self._embed(quadrants, depth - 1)  # [4B, D, 1, 1], quadrants row by row
+        embedded = embedded.reshape(batch, 2, 2, self.embedding_dim).permute(0, 3, 1, 2)
+        return self._head(size)(embedded.contiguous())  # as `_dense_map` passes them
+
+    def _head(self, size: int) -> nn.Module:
+        return self.heads[self._depth(size) - 1]
+
+    def _depth(self, size: int) -> int:
+        if size not in self.patch_sizes:
+            raise ValueError(f"patch size must be one of {self.patch_sizes}, got {size}")
+        return self.patch_sizes.index(size)
+
+    def _initialize_variance_preserving(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE, nonlinearity="leaky_relu")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+
+def _quadrants_of_patches(below: Tensor, step: int, distance: int) -> Tensor:
+    """Gather the 2x2 quadrants of each patch from the dense map of the level below.
+
+    below: [N, D, H, W]; patches stand `step` cells apart, their quadrants `distance` cells.
+    Returns [N, I, J, D, 2, 2].
+    """
+    windows = below.unfold(2, distance + 1, step).unfold(3, distance + 1, step)
+    corners = windows[..., ::distance, ::distance]  # [N, D, I, J, 2, 2]
+    return corners.permute(0, 2, 3, 1, 4, 5).contiguous()
+
+
+def load_official_checkpoint(path: str | Path) -> HierarchicalEncoder:
+    """Load an encoder published with the paper's implementation (a PyTorch state dict).
+
+    Only tensors are read from the file (`weights_only=True`): nothing in it is executed. Raises
+    ValueError if the file is not such a state dict.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        raise ValueError(f"{path} is not a PyTorch checkpoint of tensors alone") from error
+    if not isinstance(state, Mapping) or "enc.conv8.weight" not in state:
+        raise ValueError(f"{path} holds no Patch SVDD encoder in the official layout")
+    encoder = HierarchicalEncoder(embedding_dim=state["enc.conv8.weight"].shape[0])
+    encoder.load_state_dict(from_official_names(state, encoder))
+    return encoder.eval()
+
+
+def from_official_names(
+    state: Mapping[str, Tensor], encoder: HierarchicalEncoder
+) -> dict[str, Tensor]:
+    """Rename a state dict of the official 64-pixel encoder to the names `encoder` uses."""
+    head = encoder.heads[0]
+    layers = {f"enc.conv{i}": conv for i, conv in enumerate(encoder.small.convolutions(), start=1)}
+    layers |= {"conv1": head.join, "conv2": head.project}  # type: ignore[dict-item]
+    ours = {module: name for name, module in encoder.named_modules()}
+    renamed = {}
+    for official, layer in layers.items():
+        for kind in ("weight", "bias"):
+            if f"{official}.{kind}" not in state:
+                raise ValueError(f"the checkpoint lacks {official}.{kind}")
+            renamed[f"{ours[layer]}.{kind}"] = state[f"{official}.{kind}"]
+    return renamed

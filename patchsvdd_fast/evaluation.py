@@ -1,0 +1,96 @@
+"""Evaluating a detector on a category in MVTec layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import metrics
+from .detector import PatchSVDD
+from .images import Category, read_mask
+from .score import combinations_of
+
+METRICS = ("detection", "segmentation", "aupro")
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """What a detector reaches on one category's test images."""
+
+    category: str
+    num_good: int
+    num_anomalous: int
+    percent: dict[str, dict[str, float | None]]
+    """By combination ("K64", "K32", "sum", "mult"), then metric: detection AUROC, segmentation
+    AUROC, AUPRO up to 0.3 false positives, in percent. None where labels or masks are missing."""
+
+
+def evaluate_category(detector: PatchSVDD, category: Category) -> CategoryResult:
+    """Score every test image of the category and compare with its labels and masks.
+
+    Raises ValueError if there are no test images, or they are all good or all anomalous.
+    """
+    tests = category.test_images()
+    labels = np.array([image.is_anomalous for image in tests])
+    if labels.all() or not labels.any():
+        raise ValueError(
+            f"{category.root / 'test'} needs good and anomalous images, got only one kind"
+        )
+    result = detector.score([image.path for image in tests])
+    masks = None
+    if all(image.mask is not None for image in tests if image.is_anomalous):
+        height, width = result.anomaly_map.shape[1:]
+        masks = np.stack(
+            [
+                np.zeros((height, width), dtype=bool)
+                if image.mask is None or not image.is_anomalous
+                else read_mask(image.mask, (height, width))
+                for image in tests
+            ]
+        )
+    percent: dict[str, dict[str, float | None]] = {}
+    for combination in combinations_of(detector.levels):
+        maps = result.map(combination).numpy()
+        percent[combination] = {
+            "detection": 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), labels),
+            "segmentation": None
+            if masks is None
+            else 100 * metrics.segmentation_auroc(maps, masks),
+            "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
+        }
+    return CategoryResult(category.name, int((~labels).sum()), int(labels.sum()), percent)
+
+
+def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
+    """The mean over categories, per combination and metric; None where a category has none."""
+    percent: dict[str, dict[str, float | None]] = {}
+    for combination in results[0].percent:
+        percent[combination] = {}
+        for metric in METRICS:
+            values = [result.percent[combination][metric] for result in results]
+            known = [value for value in values if value is not None]
+            percent[combination][metric] = (
+                sum(known) / len(known) if len(known) == len(values) else None
+            )
+    return CategoryResult(
+        "mean",
+        sum(result.num_good for result in results),
+        sum(result.num_anomalous for result in results),
+        percent,
+    )
+
+
+def write_json(results: Sequence[CategoryResult], path: Path, **extra: object) -> None:
+    """Write the results, and what else is given, as JSON; the file appears when complete."""
+    text = json.dumps({**extra, "results": [asdict(result) for result in results]}, indent=2)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

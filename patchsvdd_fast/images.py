@@ -1,0 +1,225 @@
+"""Reading images: folders of good ones, categories in MVTec layout, arrays; any mode, any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+MASK_THRESHOLD = 128
+
+ImageSize = tuple[int, int] | None
+"""(height, width) to resize to, in pixels, or None to keep each image's own."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A test image of a category."""
+
+    path: Path
+    defect: str
+    """Name of its folder; "good" for a normal image."""
+    mask: Path | None
+    """Image whose pixels above 128 are anomalous, if the category has one."""
+
+    @property
+    def is_anomalous(self) -> bool:
+        """Whether the image lies in any folder but "good"."""
+        return self.defect != "good"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A data set in MVTec layout: train/good, test/good, test/<defect>, ground_truth/<defect>."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.resolve().name
+
+    def train_paths(self) -> list[Path]:
+        """Good training images. Raises ValueError if there are none."""
+        return find_images(self.root / "train" / "good")
+
+    def test_images(self) -> list[LabelledImage]:
+        """Test images in the order of their paths. Raises ValueError if there are none."""
+        paths = find_images(self.root / "test")
+        return [
+            LabelledImage(path, path.relative_to(self.root / "test").parts[0], self._mask(path))
+            for path in paths
+        ]
+
+    def _mask(self, path: Path) -> Path | None:
+        inside = path.relative_to(self.root / "test").with_suffix("")
+        for ending in ("_mask.png", ".png", "_mask.bmp", ".bmp", "_mask.tif", ".tif"):
+            mask = self.root / "ground_truth" / f"{inside}{ending}"
+            if mask.is_file():
+                return mask
+        return None
+
+
+def is_category(folder: Path) -> bool:
+    """Whether the folder has MVTec's train/good."""
+    return (folder / "train" / "good").is_dir()
+
+
+def find_categories(folder: Path) -> list[Category]:
+    """The folder itself if it is a category, else the categories directly inside it."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    candidates = [folder] if is_category(folder) else sorted(folder.iterdir())
+    categories = [Category(path) for path in candidates if is_category(path)]
+    if not categories:
+        raise ValueError(f"{folder} holds no category in MVTec layout (train/good inside)")
+    return categories
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All images below a folder, in the order of their paths.
+
+    Raises ValueError if the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return paths
+
+
+def training_paths(folder: Path) -> list[Path]:
+    """The good images of a category, or all images below any other folder."""
+    return Category(folder).train_paths() if is_category(folder) else find_images(folder)
+
+
+def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
+    """Bring an `image_size` argument to (height, width) or None. One number means a square."""
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size must be positive, got {height}x{width}")
+    return height, width
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
+    samples are scaled to 8 bits, and the camera's rotation (EXIF) is applied. Raises ValueError
+    naming the file if it is no image, is damaged, or has samples of another kind.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask as a boolean array of (height, width); pixels above 128 are anomalous."""
+    gray = read_image(path).convert("L").resize((size[1], size[0]))
+    return np.asarray(gray) > MASK_THRESHOLD
+
+
+def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
+    """Load images as uint8 [N, 3, H, W].
+
+    source: a folder (a category's good training images, or every image below it), one image file,
+    a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
+    as a NumPy array, [N, 3, H, W] as a tensor. size: resize with Pillow's default filter
+    (bicubic), or None to keep. smallest: refuse images below this many pixels on a side.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        source = training_paths(path) if path.is_dir() else [path]
+    if isinstance(source, Tensor):
+        source = _batch_of_tensor(source)
+    if len(source) == 0:
+        raise ValueError("no images given")
+    names = [
+        str(item) if isinstance(item, str | Path) else f"image {i}" for i, item in enumerate(source)
+    ]
+    batch: Tensor | None = None
+    for index, (name, item) in enumerate(zip(names, source, strict=True)):
+        image = _as_image(item, name)
+        if min(image.size) < smallest:
+            raise ValueError(
+                f"{name} has {image.width}x{image.height} pixels, less than one patch of "
+                f"{smallest}x{smallest}"
+            )
+        if size is not None:
+            image = image.resize((size[1], size[0]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
+        if batch is None:
+            batch = torch.empty(len(names), *pixels.shape, dtype=torch.uint8)
+        if pixels.shape != batch.shape[1:]:
+            raise ValueError(
+                f"images must all have one size unless they are resized: {names[0]} has "
+                f"{batch.shape[3]}x{batch.shape[2]} pixels, {name} has {image.width}x{image.height}"
+            )
+        batch[index] = pixels
+    assert batch is not None
+    return batch
+
+
+def mean_image(images: Tensor) -> Tensor:
+    """The per-pixel mean of uint8 images [N, C, H, W], as [C, H, W] float32."""
+    total = torch.zeros(images.shape[1:], dtype=torch.int64)
+    for image in images:
+        total += image
+    return (total.double() / len(images)).float()
+
+
+def normalize(images: Tensor, mean: Tensor) -> Tensor:
+    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W]."""
+    return (images - mean) / 255
+
+
+def _as_image(item: Any, name: str) -> Image.Image:
+    if isinstance(item, str | Path):
+        return read_image(item)
+    if isinstance(item, Image.Image):
+        return _to_rgb(item)
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
+        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (1, 3, 4)):
+            return _to_rgb(Image.fromarray(item.squeeze(2) if item.shape[2:] == (1,) else item))
+        raise ValueError(f"{name} must have shape [H, W] or [H, W, 3], got {list(item.shape)}")
+    kind = f"{item.dtype} array" if isinstance(item, np.ndarray) else type(item).__name__
+    raise TypeError(f"{name} must be a path, a PIL image or a uint8 array, got {kind}")
+
+
+def _batch_of_tensor(batch: Tensor) -> Sequence[np.ndarray]:
+    if batch.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {str(batch.dtype).removeprefix('torch.')}")
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ValueError(f"images must have shape [N, 3, H, W], got {list(batch.shape)}")
+    return list(batch.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        samples = np.asarray(image).astype(np.int64)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise ValueError("32-bit integer samples are not supported, only 8 and 16 bits")
+        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point samples are not supported, only 8 and 16 bits")
+    return image.convert("RGB")

@@ -1,0 +1,310 @@
+"""The native operations as torch ops: schemas, fakes for tracing, autograd, choice of backend.
+
+Every op validates, allocates its results with torch, and hands raw pointers to the extension. The
+backend follows the device of the input: CPU kernels on `torch.get_num_threads()` threads, CUDA
+kernels on the current stream. The public functions are at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .levels import PatchLevel
+from .validation import (
+    check_dtype,
+    check_finite_rows,
+    check_same_device,
+    check_search_operands,
+    check_shape,
+)
+
+_PIXEL_TYPES = {
+    torch.uint8: _native.PixelType.UINT8,
+    torch.float16: _native.PixelType.FLOAT16,
+    torch.float32: _native.PixelType.FLOAT32,
+}
+_COPY_DTYPES = (*_PIXEL_TYPES, torch.bfloat16, torch.float64)
+_GPU_THREADS_PER_SEARCH = 1 << 18  # fills a large card when queries are few
+
+_library = torch.library.Library("patchsvdd_fast", "DEF")
+_library.define("extract_patches(Tensor images, int size, int stride, Tensor? mean=None) -> Tensor")
+_library.define(
+    "extract_patches_backward(Tensor patch_gradients, int stride, int height, int width) -> Tensor"
+)
+_library.define(
+    "score_map(Tensor distances, int size, int stride, int height, int width) -> Tensor"
+)
+_library.define("nearest(Tensor queries, Tensor bank) -> (Tensor, Tensor)")
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _backend(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
+    """The kernels for the tensor's device, and the context (threads or stream) they run in."""
+    if tensor.device.type == "cpu":
+        yield _native.cpu, torch.get_num_threads()
+        return
+    if _native.cuda is None:
+        raise RuntimeError(
+            "got a CUDA tensor, but this build of patchsvdd_fast has no CUDA kernels: install the "
+            "CUDA toolkit and reinstall with PATCHSVDD_CUDA=ON"
+        )
+    with torch.cuda.device(tensor.device):
+        yield _native.cuda, torch.cuda.current_stream().cuda_stream
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets the CPU search can use on this machine, best first."""
+    return _native.cpu.instruction_sets()
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Within the context, search with the named instruction set (for tests and benchmarks)."""
+    before = _native.cpu.instruction_set()
+    _native.cpu.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        _native.cpu.set_instruction_set(before)
+
+
+# --- extract_patches ------------------------------------------------------------------------------
+
+
+def _grid(images: Tensor, size: int, stride: int) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return PatchLevel(size, stride).grid_shape(height, width)
+
+
+def _native_grid(
+    images: int, channels: int, pixels: tuple[int, int], cells: tuple[int, int], *patch: int
+) -> _native.PatchGrid:
+    return _native.PatchGrid(images, channels, *pixels, *cells, *patch)
+
+
+def _check_extract_patches(images: Tensor, mean: Tensor | None) -> None:
+    check_shape("images", images, "N, C, H, W")
+    if mean is None:
+        check_dtype("images", images, *_COPY_DTYPES)
+        return
+    check_dtype("images", images, *_PIXEL_TYPES)
+    check_dtype("mean", mean, torch.float32)
+    check_same_device("mean", mean, "images", images)
+    if mean.shape != images.shape[1:]:
+        raise ValueError(
+            f"mean must have shape {list(images.shape[1:])} to match the images, "
+            f"got {list(mean.shape)}"
+        )
+
+
+def _extract_patches_fake(
+    images: Tensor, size: int, stride: int, mean: Tensor | None = None
+) -> Tensor:
+    _check_extract_patches(images, mean)
+    rows, columns = _grid(images, size, stride)
+    shape = (images.shape[0], rows, columns, images.shape[1], size, size)
+    return images.new_empty(shape, dtype=images.dtype if mean is None else torch.float32)
+
+
+def _extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
+    patches = _extract_patches_fake(images, size, stride, mean)
+    images = images.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    count, channels, height, width = images.shape
+    cells = _grid(images, size, stride)
+    with _backend(images) as (backend, context):
+        backend.extract_patches(
+            grid=_native_grid(count, channels, (height, width), cells, size, stride),
+            images=images.data_ptr(),
+            mean=0 if mean is None else mean.data_ptr(),
+            patches=patches.data_ptr(),
+            element_size=images.element_size(),
+            pixel_type=_PIXEL_TYPES.get(images.dtype, _native.PixelType.FLOAT32),
+            context=context,
+        )
+    return patches
+
+
+def _extract_patches_backward_fake(
+    patch_gradients: Tensor, stride: int, height: int, width: int
+) -> Tensor:
+    check_shape("patch_gradients", patch_gradients, "N, I, J, C, K, K")
+    check_dtype("patch_gradients", patch_gradients, torch.float32, torch.float64)
+    count, channels = patch_gradients.shape[0], patch_gradients.shape[3]
+    return patch_gradients.new_empty(count, channels, height, width)
+
+
+def _extract_patches_backward(
+    patch_gradients: Tensor, stride: int, height: int, width: int
+) -> Tensor:
+    image_gradients = _extract_patches_backward_fake(patch_gradients, stride, height, width)
+    patch_gradients = patch_gradients.contiguous()
+    count, rows, columns, channels, size, _ = patch_gradients.shape
+    with _backend(patch_gradients) as (backend, context):
+        backend.extract_patches_backward(
+            grid=_native_grid(count, channels, (height, width), (rows, columns), size, stride),
+            patch_gradients=patch_gradients.data_ptr(),
+            image_gradients=image_gradients.data_ptr(),
+            is_double=patch_gradients.dtype == torch.float64,
+            context=context,
+        )
+    return image_gradients
+
+
+def _extract_patches_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, _, stride, mean = inputs
+    ctx.stride = stride
+    ctx.pixels = images.shape[-2:]
+    ctx.dtype = images.dtype
+    ctx.normalized = mean is not None
+
+
+def _extract_patches_autograd(ctx: Any, patch_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    if patch_gradients.dtype not in (torch.float32, torch.float64):
+        patch_gradients = patch_gradients.float()  # halves are summed in float32
+    gradients = torch.ops.patchsvdd_fast.extract_patches_backward(
+        patch_gradients, ctx.stride, *ctx.pixels
+    )
+    mean_gradients = None
+    if ctx.normalized:
+        gradients = gradients / 255
+        mean_gradients = -gradients.sum(dim=0)
+    image_gradients = gradients.to(ctx.dtype) if ctx.dtype.is_floating_point else None
+    return image_gradients, None, None, mean_gradients
+
+
+# --- score_map ------------------------------------------------------------------------------------
+
+
+def _score_map_fake(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    check_shape("distances", distances, "N, I, J")
+    check_dtype("distances", distances, torch.float32)
+    expected = PatchLevel(size, stride).grid_shape(height, width)
+    if tuple(distances.shape[1:]) != expected:
+        raise ValueError(
+            f"distances must have shape [N, {expected[0]}, {expected[1]}] for patches of {size} "
+            f"pixels at stride {stride} over {height}x{width} pixels, got {list(distances.shape)}"
+        )
+    return distances.new_empty(distances.shape[0], height, width)
+
+
+def _score_map(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    maps = _score_map_fake(distances, size, stride, height, width)
+    distances = distances.contiguous()
+    count, rows, columns = distances.shape
+    row_sums = distances.new_empty(count, rows, width, dtype=torch.float64)
+    with _backend(distances) as (backend, context):
+        backend.score_map(
+            grid=_native_grid(count, 1, (height, width), (rows, columns), size, stride),
+            distances=distances.data_ptr(),
+            row_sums=row_sums.data_ptr(),
+            maps=maps.data_ptr(),
+            context=context,
+        )
+    return maps
+
+
+# --- nearest --------------------------------------------------------------------------------------
+
+
+def _nearest_fake(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    check_search_operands(queries, bank)
+    count = queries.shape[0]
+    return queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
+
+
+def _nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    distances, indices = _nearest_fake(queries, bank)
+    check_finite_rows("queries", queries)
+    check_finite_rows("bank", bank)
+    count, rows = queries.shape[0], bank.shape[0]
+    on_gpu = queries.device.type != "cpu"
+    query_data = queries.t().contiguous() if on_gpu else queries.contiguous()
+    bank_data = bank.contiguous()
+    splits = max(1, min(rows, _GPU_THREADS_PER_SEARCH // max(count, 1))) if on_gpu else 0
+    split_distances = queries.new_empty(splits, count)
+    split_indices = queries.new_empty(splits, count, dtype=torch.int64)
+    with _backend(queries) as (backend, context):
+        backend.nearest(
+            queries=count,
+            bank_rows=rows,
+            dim=bank.shape[1],
+            query_data=query_data.data_ptr(),
+            bank_data=bank_data.data_ptr(),
+            distances=distances.data_ptr(),
+            indices=indices.data_ptr(),
+            bank_splits=splits,
+            split_distances=split_distances.data_ptr(),
+            split_indices=split_indices.data_ptr(),
+            context=context,
+        )
+    return distances, indices
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+for _name, _kernel, _fake in (
+    ("extract_patches", _extract_patches, _extract_patches_fake),
+    ("extract_patches_backward", _extract_patches_backward, _extract_patches_backward_fake),
+    ("score_map", _score_map, _score_map_fake),
+    ("nearest", _nearest, _nearest_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"patchsvdd_fast::{_name}", _fake, lib=_library)
+
+torch.library.register_autograd(
+    "patchsvdd_fast::extract_patches",
+    _extract_patches_autograd,
+    setup_context=_extract_patches_setup,
+    lib=_library,
+)
+
+
+# --- public functions -----------------------------------------------------------------------------
+
+
+def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
+    """Cut every `size` x `size` patch of a regular grid out of each image.
+
+    images: [N, C, H, W], uint8, float16 or float32 (bfloat16, float64 too without `mean`).
+    size, stride: pixels, `1 <= stride <= size`.
+    mean: [C, H, W] float32; if given, the patches hold `(pixel - mean) / 255` in float32.
+
+    Returns [N, I, J, C, K, K] with I = (H - K) // stride + 1, J alike. Differentiable with respect
+    to images and mean. Raises ValueError for a wrong shape, TypeError for a wrong dtype.
+    """
+    patches: Tensor = torch.ops.patchsvdd_fast.extract_patches(images, size, stride, mean)
+    return patches
+
+
+def score_map(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    """Spread patch distances over the pixels: each is the mean over the patches that cover it.
+
+    distances: [N, I, J] float32, one per patch of a grid of `size` and `stride` (pixels) over
+    images of `height` x `width`. Returns [N, H, W] float32; sums are float64 inside. Pixels of a
+    margin that no patch reaches repeat the nearest covered pixel. Yi & Yoon (2020), section 3.4.
+    """
+    maps: Tensor = torch.ops.patchsvdd_fast.score_map(distances, size, stride, height, width)
+    return maps
+
+
+def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact L2 distance from each query to its nearest bank row, and that row's index.
+
+    queries: [Q, D] float32, bank: [M, D] float32, M >= 1, same device. Returns distances [Q]
+    float32 and indices [Q] int64, the lowest index on ties. The result is that of the canonical
+    distance (see `reference.canonical_squared_distances`), bit for bit, on every backend. Not
+    differentiable. Raises ValueError naming the first row that holds NaN or infinity.
+    """
+    distances, indices = torch.ops.patchsvdd_fast.nearest(queries, bank)
+    return distances, indices

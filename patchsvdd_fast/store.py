@@ -1,0 +1,88 @@
+"""Model files: one safetensors file of tensors with a JSON header, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+_HEADER_KEY = "patchsvdd_fast"
+
+
+def save(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    """Write tensors and a JSON-serialisable header; `kind` is "detector" or "checkpoint".
+
+    The file appears under its name only when it is complete and on disk; a failure leaves what was
+    there before. Raises OSError if it cannot be written.
+    """
+    path = Path(path)
+    text = json.dumps(
+        {
+            **header,
+            "kind": kind,
+            "schema_version": SCHEMA_VERSION,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+    )
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            save_file(stored, partial, metadata={_HEADER_KEY: text})
+        except SafetensorError as error:  # wraps the system's error in its text
+            raise OSError(f"cannot write {path}: {error}") from error
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the header of a model file.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged, of another program, or of a
+    newer schema.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a model file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _HEADER_KEY not in metadata:
+                raise ValueError(f"{path} is a safetensors file, but not one of patchsvdd_fast")
+            header = json.loads(metadata[_HEADER_KEY])
+            if header["schema_version"] > SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path} was written by a newer patchsvdd_fast (file schema "
+                    f"{header['schema_version']}, this version reads up to {SCHEMA_VERSION})"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a model file, or is damaged: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

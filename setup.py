@@ -1,0 +1,38 @@
+"""Builds the extension by calling CMake; everything about the build is in CMakeLists.txt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs the CMake target where setuptools wants the extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        options = [
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_INSTALL_PREFIX={destination}",
+        ]
+        for name in ("PATCHSVDD_CUDA", "PATCHSVDD_CUDA_ARCHITECTURES"):
+            if os.environ.get(name):
+                options.append(f"-D{name}={os.environ[name]}")
+        cmake = ["cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options]
+        subprocess.run(cmake, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        subprocess.run(["cmake", "--install", str(build_dir)], check=True)
+
+
+setup(
+    ext_modules=[Extension("patchsvdd_fast._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
