@@ -87,12 +87,13 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
 PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
   module.doc() = "Kernels of patchsvdd_fast, on raw pointers. Use patchsvdd_fast.ops instead.";
 
-  py::enum_<psvdd::PixelType>(module, "PixelType")
+  // Local types, so that the test module built from this file can be loaded beside this one.
+  py::enum_<psvdd::PixelType>(module, "PixelType", py::module_local())
       .value("UINT8", psvdd::PixelType::kUint8)
       .value("FLOAT16", psvdd::PixelType::kFloat16)
       .value("FLOAT32", psvdd::PixelType::kFloat32);
 
-  py::class_<psvdd::PatchGrid>(module, "PatchGrid")
+  py::class_<psvdd::PatchGrid>(module, "PatchGrid", py::module_local())
       .def(py::init([](int64_t images, int64_t channels, int64_t height, int64_t width,
                        int64_t rows, int64_t columns, int64_t size, int64_t stride) {
              return psvdd::PatchGrid{images, channels, height, width, rows, columns, size, stride};

@@ -227,13 +227,13 @@ def _nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     check_finite_rows("queries", queries)
     check_finite_rows("bank", bank)
     count, rows = queries.shape[0], bank.shape[0]
-    on_gpu = queries.device.type != "cpu"
-    query_data = queries.t().contiguous() if on_gpu else queries.contiguous()
     bank_data = bank.contiguous()
-    splits = max(1, min(rows, _GPU_THREADS_PER_SEARCH // max(count, 1))) if on_gpu else 0
-    split_distances = queries.new_empty(splits, count)
-    split_indices = queries.new_empty(splits, count, dtype=torch.int64)
     with _backend(queries) as (backend, context):
+        on_gpu = backend is not _native.cpu
+        query_data = queries.t().contiguous() if on_gpu else queries.contiguous()
+        splits = max(1, min(rows, _GPU_THREADS_PER_SEARCH // max(count, 1))) if on_gpu else 0
+        split_distances = queries.new_empty(splits, count)
+        split_indices = queries.new_empty(splits, count, dtype=torch.int64)
         backend.nearest(
             queries=count,
             bank_rows=rows,

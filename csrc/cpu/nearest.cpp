@@ -197,6 +197,7 @@ void search_range(const NearestParams& params, DistanceKernel distances, int64_t
 
 void nearest(const NearestParams& params, int num_threads) {
   if (params.queries == 0) return;
+  const IeeeArithmetic ieee;  // for the square roots below; the threads have their own
   const DistanceKernel distances = active().load()->distances;
   const int64_t blocks = (params.queries + kQueryBlock - 1) / kQueryBlock;
 

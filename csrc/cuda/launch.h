@@ -36,17 +36,22 @@ __device__ inline int64_t element_step() { return static_cast<int64_t>(gridDim.x
 
 // Launches kernel(params, count) with one thread per element, `count` of them, and checks it.
 template <typename Params>
-void launch_elements(const char* name, void (*kernel)(Params, int64_t), const Params& params,
+void launch_elements(const char* name, void (*kernel)(Params, int64_t), Params params,
                      int64_t count, std::uintptr_t stream) {
   if (count == 0) return;
   const int64_t needed = (count + kThreadsPerBlock - 1) / kThreadsPerBlock;
-  const auto blocks = static_cast<unsigned>(std::min(needed, kMaxBlocks));
+  const dim3 grid(static_cast<unsigned>(std::min(needed, kMaxBlocks)));
+  const dim3 block(kThreadsPerBlock);
 #if defined(PSVDD_CUDA_ON_HOST)
-  run_on_host(dim3(blocks), dim3(kThreadsPerBlock), [&] { kernel(params, count); });
+  static_cast<void>(stream);
+  run_on_host(grid, block, [&] { kernel(params, count); });
+  check(cudaSuccess, name);
 #else
-  kernel<<<blocks, kThreadsPerBlock, 0, reinterpret_cast<cudaStream_t>(stream)> > >(params, count);
+  void* arguments[] = {&params, &count};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0,
+                         reinterpret_cast<cudaStream_t>(stream)),
+        name);
 #endif
-  check(cudaGetLastError(), name);
 }
 
 }  // namespace psvdd::cuda

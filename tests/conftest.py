@@ -1,0 +1,117 @@
+"""Shared fixtures: the slow-run flag, reference data where present, the CUDA-on-host module."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("PATCHSVDD_TEST_DATA", ROOT.parent / "shared"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long property and training tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="needs --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference_dir():
+    """What the paper's implementation computes; not part of the project."""
+    folder = DATA / "reference"
+    if not folder.is_dir():
+        pytest.skip("no reference data here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def categories_dir():
+    """Real and synthetic image categories; not part of the project."""
+    folder = DATA / "data"
+    if not folder.is_dir():
+        pytest.skip("no image categories here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_summary(reference_dir):
+    return json.loads((reference_dir / "summary.json").read_text())
+
+
+def texture(rng: np.random.Generator, side: int = 96) -> np.ndarray:
+    """A small striped texture [side, side, 3] uint8 with noise."""
+    y, x = np.mgrid[:side, :side]
+    stripes = 128 + 60 * np.sin(x / 3 + rng.uniform(0, 6)) * np.cos(y / 5)
+    noisy = stripes[..., None] * [1.0, 0.9, 0.8] + rng.normal(0, 5, (side, side, 3))
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def good_folder(tmp_path):
+    """Four good 96x96 images in a folder."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(texture(rng)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def category_folder(tmp_path):
+    """A tiny category in MVTec layout: 4 + 3 good and 3 defective images of 96x96, with masks."""
+    rng = np.random.default_rng(1)
+    root = tmp_path / "stripes"
+    for part in ("train/good", "test/good", "test/spot", "ground_truth/spot"):
+        (root / part).mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(texture(rng)).save(root / f"train/good/{i}.png")
+    for i in range(3):
+        Image.fromarray(texture(rng)).save(root / f"test/good/{i}.png")
+        image, mask = texture(rng), np.zeros((96, 96), np.uint8)
+        image[30:60, 20:50], mask[30:60, 20:50] = (250, 20, 20), 255
+        Image.fromarray(image).save(root / f"test/spot/{i}.png")
+        Image.fromarray(mask).save(root / f"ground_truth/spot/{i}_mask.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host():
+    """The CUDA kernels compiled for the host, as a module like patchsvdd_fast._native."""
+    import pybind11
+
+    build = ROOT / "build" / "cuda_on_host"
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        *("-DPATCHSVDD_CUDA=OFF", "-DPATCHSVDD_CUDA_ON_HOST=ON"),
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_on_host"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = build.glob("_cuda_on_host*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
