@@ -13,7 +13,7 @@ from scipy import ndimage
 from .images import Category
 
 SIDE = 256
-_THREAD = 16.0  # pixels between threads
+_THREAD = 8.0  # pixels between threads
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -1,0 +1,187 @@
+"""The command line as a user types it, in a process of its own."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FAST = [
+    *("--resize", "96", "--steps", "2", "--batch-size", "4"),
+    *("--initialization", "kaiming", "--learning-rate", "3e-4"),
+]
+COMMAND = [sys.executable, "-m", "patchsvdd_fast"]
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+def one_line_error(done):
+    """The message of a failed command, which must be one line and no traceback."""
+    assert done.returncode not in (0, None)
+    lines = [line for line in done.stderr.strip().splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def model(category_folder, tmp_path):
+    done = run("train", category_folder, "-o", tmp_path / "model.safetensors", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert "2 training steps" in done.stdout
+    return tmp_path / "model.safetensors"
+
+
+def test_train_score_evaluate(model, category_folder, tmp_path):
+    assert not model.with_name("model.safetensors.checkpoint").exists()
+
+    out = tmp_path / "scores"
+    done = run("score", model, category_folder / "test", "-o", out)
+    assert done.returncode == 0, done.stderr
+    with (out / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {row["verdict"] for row in rows if "/spot/" in row["image"]} == {"anomalous"}
+    pictures = sorted(out.glob("*.png"))
+    assert [p.name for p in pictures] == [
+        f"{d}_{i}.png" for d in ("good", "spot") for i in range(3)
+    ]
+    overlay = np.asarray(Image.open(pictures[-1]))
+    assert overlay.shape == (96, 192, 3)
+    plain, heat = overlay[:, :96], overlay[:, 96:]
+    assert np.array_equal(plain, np.asarray(Image.open(category_folder / "test/spot/2.png")))
+    assert np.abs(heat.astype(int) - plain).mean() > 5
+
+    results = tmp_path / "results.json"
+    done = run("evaluate", category_folder, "--model", model, "--json", results)
+    assert done.returncode == 0, done.stderr
+    assert "stripes" in done.stdout
+    (result,) = json.loads(results.read_text())["results"]
+    assert result["num_good"] == result["num_anomalous"] == 3
+    for metrics in result["percent"].values():
+        assert all(0 <= value <= 100 for value in metrics.values())
+    assert result["percent"]["K32"]["detection"] == 100
+
+
+def test_evaluate_several_categories(category_folder, tmp_path):
+    second = category_folder.parent / "unmasked"
+    second.mkdir()
+    for part in ("train", "test"):
+        (second / part).symlink_to(category_folder / part)
+    results = tmp_path / "results.json"
+    done = run(
+        *("evaluate", category_folder.parent, "--untrained", "--resize", "96", "--json", results)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mean" in done.stdout
+    stripes, unmasked = json.loads(results.read_text())["results"]
+    assert (stripes["category"], unmasked["category"]) == ("stripes", "unmasked")
+    assert unmasked["percent"]["mult"]["detection"] == stripes["percent"]["mult"]["detection"]
+    assert unmasked["percent"]["mult"]["segmentation"] is None
+    assert stripes["percent"]["mult"]["segmentation"] is not None
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0
+    for topic in ("patchsvdd_fast", "PyTorch", "CPU search", "CUDA kernels", "GPU"):
+        assert topic in done.stdout
+
+
+def test_interrupted_training_leaves_a_checkpoint(category_folder, tmp_path):
+    output = tmp_path / "model.safetensors"
+    process = subprocess.Popen(
+        [
+            *(*COMMAND, "train", category_folder, "-o", output, "--resize", "96"),
+            *("--batch-size", "4", "--checkpoint-minutes", "0"),
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    checkpoint = tmp_path / "model.safetensors.checkpoint"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert str(checkpoint) in stderr
+    assert not output.exists()
+    done = run("train", category_folder, "-o", output, "--resize", "96", "--encoder", checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.exists()
+    assert "0 training steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "holds no images"),
+        (lambda folder: (folder / "a.png").write_text("hello"), "a.png is not an image"),
+        (lambda folder: _truncated(folder / "a.png"), "cannot read image"),
+        (lambda folder: _plain(folder / "a.png", 20), "20x20 pixels, less than one patch"),
+    ],
+)
+def test_bad_images_end_in_one_line(tmp_path, prepare, message):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    prepare(folder)
+    output = tmp_path / "model.safetensors"
+    assert message in one_line_error(run("train", folder, "-o", output, *FAST))
+    assert not output.exists()
+
+
+def test_mixed_sizes_end_in_one_line_unless_resized(good_folder, tmp_path):
+    _plain(good_folder / "wide.png", 120)
+    output = tmp_path / "model.safetensors"
+    done = run("train", good_folder, "-o", output, *FAST[2:], "--resize", "none")
+    assert "images must all have one size" in one_line_error(done)
+    assert run("train", good_folder, "-o", output, *FAST).returncode == 0
+
+
+def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_text("not a model")
+    cases = [
+        (("score", other, category_folder / "test"), "not a model file"),
+        (("score", tmp_path / "missing.safetensors", category_folder), "missing.safetensors"),
+        (("score", model, tmp_path / "missing.png"), "missing.png"),
+        (("evaluate", category_folder / "test", "--model", model), "no category"),
+        (("evaluate", category_folder), "exactly one of"),
+        (("train", tmp_path / "missing"), "missing"),
+        (("train", category_folder, "-o", tmp_path / "no" / "m"), "does not exist"),
+        (("train", category_folder, "--resize", "big"), "--resize takes"),
+        (("train", category_folder, "--lambda", "-1"), "svdd_weight"),
+        (("nonsense",), "nonsense"),
+    ]
+    for arguments, message in cases:
+        assert message in one_line_error(run(*arguments, cwd=tmp_path))
+
+
+def _plain(path, side):
+    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(path)
+
+
+def _truncated(path):
+    pixels = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
