@@ -1,6 +1,7 @@
 """Builds the extension by calling CMake; everything about the build is in CMakeLists.txt."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
         ]
+        ninja = shutil.which("ninja")
+        if ninja:  # an isolated build's ninja is gone at the next one: do not trust the cache
+            options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         for name in ("PATCHSVDD_CUDA", "PATCHSVDD_CUDA_ARCHITECTURES"):
             if os.environ.get(name):
                 options.append(f"-D{name}={os.environ[name]}")

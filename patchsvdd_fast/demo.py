@@ -9,7 +9,7 @@ from .images import Category, read_image
 from .report import heat_map_overlay
 from .samples import write_sample_category
 
-STEPS = 120
+STEPS = 60
 
 
 def make_category(output: Path, seed: int) -> Category:
@@ -23,6 +23,7 @@ def make_detector(steps: int, seed: int, device: str) -> PatchSVDD:
         steps=steps,
         batch_size=32,
         learning_rate=3e-4,
+        svdd_weight=1.0,  # textures like a large one
         initialization="kaiming",
         train_last_layer=True,
         seed=seed,

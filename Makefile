@@ -1,0 +1,46 @@
+# demo and test need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h)
+NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+# pip's isolated builds take their tools at the pinned versions, too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: demo test test-slow lint format clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/installed  ## train and score on a built-in sample
+	$(BIN)/patchsvdd demo
+
+test: $(VENV)/installed-dev  ## the whole test suite
+	$(BIN)/pytest
+
+test-slow: $(VENV)/installed-dev  ## with the long property runs
+	$(BIN)/pytest --slow
+
+lint: $(VENV)/installed-dev  ## style, types, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/installed-dev  ## bring the sources into shape
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# Installed editable either way, so that the two share one environment.
+$(VENV)/installed: $(NATIVE_SOURCES) | $(BIN)/python
+	$(BIN)/pip install -e .
+	touch $@
+
+$(VENV)/installed-dev: $(NATIVE_SOURCES) | $(BIN)/python
+	$(BIN)/pip install -e '.[dev]'
+	touch $@ $(VENV)/installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*.so
