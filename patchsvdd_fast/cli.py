@@ -330,22 +330,23 @@ def _training_progress() -> Iterator[Any]:
 
 
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
-    """One row per category, one column per combination: detection / segmentation / AUPRO."""
+    """One row per category and one column per combination, as in the paper; a line per metric."""
     combinations = list(results[0].percent)
-    table = Table(caption="detection AUROC / segmentation AUROC / AUPRO at 30 % FPR, in percent")
-    table.add_column("category")
-    table.add_column("good+bad", justify="right")
+    table = Table(caption="percent; AUPRO up to 30 % false positives", show_lines=True)
+    for name in ("category", "good+bad", "metric"):
+        table.add_column(name)
     for combination in combinations:
         table.add_column(combination, justify="right")
     rows = list(results)
     if with_mean and len(rows) > 1:
         rows.append(mean_result(results))
+    labels = "\n".join(METRICS.values())
     for result in rows:
         cells = []
         for combination in combinations:
             values = [result.percent[combination][metric] for metric in METRICS]
-            cells.append(" / ".join("-" if value is None else f"{value:.1f}" for value in values))
-        table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", *cells)
+            cells.append("\n".join("-" if value is None else f"{value:.1f}" for value in values))
+        table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", labels, *cells)
     return table
 
 

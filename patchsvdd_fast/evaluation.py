@@ -15,7 +15,12 @@ from .detector import PatchSVDD
 from .images import Category, read_mask
 from .score import combinations_of
 
-METRICS = ("detection", "segmentation", "aupro")
+METRICS = {
+    "detection": "detection AUROC",
+    "segmentation": "segmentation AUROC",
+    "aupro": "AUPRO",
+}
+"""Metrics by the key they have in results, with the name to show."""
 
 
 @dataclass(frozen=True)
