@@ -111,7 +111,7 @@ def train(
 ) -> None:
     """Train on good images and write a model file.
 
-    While training, the encoder is kept in OUTPUT.checkpoint; after Ctrl-C,
+    While training, the encoder is kept in OUTPUT.checkpoint; after Ctrl-C or a full disk,
     `patchsvdd train --encoder OUTPUT.checkpoint` makes a model of it.
     """
     _require_writable(output)
@@ -141,11 +141,11 @@ def train(
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
         )
-    except KeyboardInterrupt:
+        detector.save(output)
+    except (KeyboardInterrupt, OSError, ArithmeticError):
         if ready is None and checkpoint.exists():
-            errors.print(f"the encoder so far is in {checkpoint}", soft_wrap=True)
+            errors.print(f"the last checkpoint of the encoder is {checkpoint}", soft_wrap=True)
         raise
-    detector.save(output)
     if ready is None:
         checkpoint.unlink(missing_ok=True)
     seconds = time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -105,9 +106,11 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """Train an encoder on good images and fill the banks with their embeddings.
 
         encoder: use this one as it is instead of training. on_step: called after each step.
-        checkpoint: a file to which the encoder is written every `checkpoint_minutes`, and when
-        training is interrupted by Ctrl-C. Raises ValueError for unusable images or parameters;
-        warns (CollapseWarning) if all embeddings are alike.
+        checkpoint: a file to which the encoder is written every `checkpoint_minutes` and when
+            training ends, by Ctrl-C or an error too.
+
+        Raises ValueError for unusable images or parameters; warns (CollapseWarning) if all
+        embeddings are alike.
         """
         self._check_parameters()
         settings = self._training_settings()
@@ -128,9 +131,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
 
             try:
                 record = trainer.run(after_step)
-            except KeyboardInterrupt:
+            finally:  # at the end, and whatever ends it early
                 keeper.write()
-                raise
         self._fill_banks(encoder.to(device).eval(), images, mean)
         self.record_ = record
         return self
@@ -291,11 +293,15 @@ class _CheckpointKeeper:
             self.write()
 
     def write(self) -> None:
-        if self.path is None:
+        """Write the checkpoint; a disk that is full by now must not end the training."""
+        if self.path is None or self.steps == 0:
             return
         tensors = _encoder_tensors(self.encoder) | {"mean": self.mean}
         header = self.detector._header() | {"steps": self.steps}
-        store.save(self.path, "checkpoint", tensors, header)
+        try:
+            store.save(self.path, "checkpoint", tensors, header)
+        except OSError as error:
+            warnings.warn(f"no checkpoint was written: {error}", RuntimeWarning, stacklevel=3)
         self.written = time.monotonic()
 
 

@@ -40,12 +40,15 @@ def save(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask has it; safetensors makes it private
         try:
             save_file(stored, partial, metadata={_HEADER_KEY: text})
         except SafetensorError as error:  # wraps the system's error in its text
             raise OSError(f"cannot write {path}: {error}") from error
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)
         partial.replace(path)
         _sync_folder(path.parent)
     finally:

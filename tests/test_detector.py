@@ -154,6 +154,9 @@ def test_save_and_load(fitted, tmp_path, category_folder):
     path = tmp_path / "model.safetensors"
     fitted.save(path)
     assert [file.name for file in tmp_path.iterdir() if "model" in file.name] == [path.name]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
     loaded = PatchSVDD.load(path)
     before, after = (detector.score(category_folder / "test") for detector in (fitted, loaded))
     assert torch.equal(before.anomaly_map, after.anomaly_map)
@@ -235,6 +238,15 @@ def test_checkpoints_are_written_in_between(good_folder, tmp_path):
         checkpoint_minutes=0,
     )
     assert seen == [1, 2]
+    assert store.load(checkpoint)[1]["steps"] == 2
+
+
+def test_a_full_disk_does_not_end_training(good_folder, tmp_path):
+    with pytest.warns(RuntimeWarning, match="no checkpoint was written"):
+        detector = PatchSVDD(**FAST).fit(
+            good_folder, checkpoint=tmp_path / "missing" / "c", checkpoint_minutes=0
+        )
+    assert detector.record_.steps == 2
 
 
 def test_not_fitted():
