@@ -36,12 +36,14 @@ __device__ float canonical_squared_distance(const float* query, int64_t query_st
       sums[i] = fmaf(difference, difference, sums[i]);
     }
   }
+  // Constant bounds, so that every sum stays in a register.
 #pragma unroll
-  for (int half = kPartialSums / 2; half >= 1; half /= 2) {
+  for (int i = 0; i < 8; ++i) sums[i] += sums[i + 8];
 #pragma unroll
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
+  for (int i = 0; i < 4; ++i) sums[i] += sums[i + 4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) sums[i] += sums[i + 2];
+  return sums[0] + sums[1];
 }
 
 // Element = split * Q + query.
