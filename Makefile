@@ -8,7 +8,7 @@ NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.
 # pip's isolated builds take their tools at the pinned versions, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
@@ -41,6 +41,9 @@ $(VENV)/installed-dev: $(NATIVE_SOURCES) | $(BIN)/python
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+bench: $(VENV)/installed-dev  ## search against its peers; results as JSON
+	$(BIN)/python benchmarks/search.py --output benchmarks/results
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*.so
