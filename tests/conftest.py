@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _find_data() -> Path:
-    """Where reference results and image categories lie, if anywhere: named, or beside the project."""
+    """Where reference results and images lie, if anywhere: named, or beside the project."""
     if "PATCHSVDD_TEST_DATA" in os.environ:
         return Path(os.environ["PATCHSVDD_TEST_DATA"])
     beside = sorted(ROOT.parent.glob("*/reference/summary.json"))
