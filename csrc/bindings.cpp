@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "cpu/watch.h"
 #include "params.h"
 #if defined(PSVDD_WITH_CUDA)
 #include "cuda/kernels.h"
@@ -35,6 +36,10 @@ struct Backend {
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
 };
+
+psvdd::Groups groups_of(Pointer query_groups, Pointer bank_groups, int64_t rows_per_group) {
+  return {at<const int64_t>(query_groups), at<const int64_t>(bank_groups), rows_per_group};
+}
 
 template <typename Context>
 void define_backend(py::module_ module, const Backend<Context>& backend) {
@@ -70,16 +75,108 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
   module.def(
       "nearest",
       [backend](int64_t queries, int64_t bank_rows, int64_t dim, Pointer query_data,
-                Pointer bank_data, Pointer distances, Pointer indices, int64_t bank_splits,
+                Pointer bank_data, bool bank_is_half, Pointer query_groups, Pointer bank_groups,
+                int64_t rows_per_group, Pointer distances, Pointer indices, int64_t bank_splits,
                 Pointer split_distances, Pointer split_indices, Context context) {
-        backend.nearest({queries, bank_rows, dim, at<const float>(query_data),
-                         at<const float>(bank_data), at<float>(distances), at<int64_t>(indices),
-                         bank_splits, at<float>(split_distances), at<int64_t>(split_indices)},
-                        context);
+        backend.nearest(
+            {queries, bank_rows, dim, at<const float>(query_data), at<const void>(bank_data),
+             bank_is_half, groups_of(query_groups, bank_groups, rows_per_group),
+             at<float>(distances), at<int64_t>(indices), bank_splits, at<float>(split_distances),
+             at<int64_t>(split_indices)},
+            context);
       },
       py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
-      py::arg("bank_data"), py::arg("distances"), py::arg("indices"), py::arg("bank_splits"),
-      py::arg("split_distances"), py::arg("split_indices"), py::arg("context"), release);
+      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("query_groups"),
+      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
+      py::arg("bank_splits"), py::arg("split_distances"), py::arg("split_indices"),
+      py::arg("context"), release);
+}
+
+// The CPU's clustered bank: the structs as they are, pointers as integers.
+void define_clusters(py::module_ cpu) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<psvdd::Projection>(cpu, "Projection", py::module_local())
+      .def(py::init([](int64_t dim, int64_t axes, Pointer mean, Pointer basis, double stretch) {
+             return psvdd::Projection{dim, axes, at<const float>(mean), at<const float>(basis),
+                                      stretch};
+           }),
+           py::arg("dim"), py::arg("axes"), py::arg("mean"), py::arg("basis"), py::arg("stretch"));
+  py::class_<psvdd::ClusteredBank>(cpu, "ClusteredBank", py::module_local())
+      .def(py::init([](const psvdd::Projection& projection, int64_t rows, int64_t clusters,
+                       int64_t groups, Pointer data, bool is_half, Pointer ids, Pointer starts,
+                       Pointer blocks, Pointer codes, Pointer bias, Pointer block_radius,
+                       Pointer centroids, Pointer scales, Pointer slack, Pointer code_slack,
+                       Pointer reach, Pointer centroid_tiles, Pointer gaps) {
+             return psvdd::ClusteredBank{projection,
+                                         rows,
+                                         clusters,
+                                         groups,
+                                         at<const void>(data),
+                                         is_half,
+                                         at<const int64_t>(ids),
+                                         at<const int64_t>(starts),
+                                         at<const int64_t>(blocks),
+                                         at<int8_t>(codes),
+                                         at<int32_t>(bias),
+                                         at<float>(block_radius),
+                                         at<const float>(centroids),
+                                         at<float>(scales),
+                                         at<float>(slack),
+                                         at<float>(code_slack),
+                                         at<float>(reach),
+                                         at<float>(centroid_tiles),
+                                         at<float>(gaps)};
+           }),
+           py::arg("projection"), py::arg("rows"), py::arg("clusters"), py::arg("groups"),
+           py::arg("data"), py::arg("is_half"), py::arg("ids"), py::arg("starts"),
+           py::arg("blocks"), py::arg("codes"), py::arg("bias"), py::arg("block_radius"),
+           py::arg("centroids"), py::arg("scales"), py::arg("slack"), py::arg("code_slack"),
+           py::arg("reach"), py::arg("centroid_tiles"), py::arg("gaps"));
+  cpu.def(
+      "project",
+      [](const psvdd::Projection& projection, int64_t rows, Pointer data, bool is_half,
+         Pointer projected, Pointer errors, int context) {
+        psvdd::cpu::project({projection, rows, at<const void>(data), is_half, at<float>(projected),
+                             at<float>(errors)},
+                            context);
+      },
+      py::arg("projection"), py::arg("rows"), py::arg("data"), py::arg("is_half"),
+      py::arg("projected"), py::arg("errors"), py::arg("context"), release);
+  cpu.def(
+      "pack_clusters",
+      [](const psvdd::ClusteredBank& bank, Pointer projected, Pointer errors, Pointer radii,
+         int context) {
+        psvdd::cpu::pack_clusters(
+            {bank, at<const float>(projected), at<const float>(errors), at<const float>(radii)},
+            context);
+      },
+      py::arg("bank"), py::arg("projected"), py::arg("errors"), py::arg("radii"),
+      py::arg("context"), release);
+  cpu.def("link_clusters", psvdd::cpu::link_clusters, py::arg("bank"), py::arg("context"), release);
+  cpu.def(
+      "nearest_in_clusters",
+      [](const psvdd::ClusteredBank& bank, int64_t queries, Pointer query_data,
+         Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, Pointer distances,
+         Pointer indices, int context) {
+        int64_t scanned = 0;
+        psvdd::cpu::nearest_in_clusters(
+            {bank, groups_of(query_groups, bank_groups, rows_per_group), queries,
+             at<const float>(query_data), at<float>(distances), at<int64_t>(indices), &scanned},
+            context);
+        return scanned;
+      },
+      py::arg("bank"), py::arg("queries"), py::arg("query_data"), py::arg("query_groups"),
+      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
+      py::arg("context"), release);
+}
+
+// The progress callback of the searches that this thread starts; a borrowed reference or null.
+thread_local PyObject* progress_callback = nullptr;
+
+void watch_search(double share_done) {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  if (progress_callback != nullptr) py::handle{progress_callback}(share_done);
 }
 
 }  // namespace
@@ -106,6 +203,26 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
                             psvdd::cpu::score_map, psvdd::cpu::nearest});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
+  define_clusters(cpu);
+  cpu.def(
+      "first_bad_row",
+      [](Pointer data, int64_t rows, int64_t dim, bool is_half, int context) {
+        return psvdd::cpu::first_bad_row(at<const void>(data), rows, dim, is_half, context);
+      },
+      py::arg("data"), py::arg("rows"), py::arg("dim"), py::arg("is_half"), py::arg("context"),
+      py::call_guard<py::gil_scoped_release>());
+  psvdd::cpu::watch_hook = watch_search;
+  // Returns the callback that was set before; the caller keeps both alive.
+  cpu.def(
+      "set_progress",
+      [](const py::object& callback) {
+        const py::object before = progress_callback == nullptr
+                                      ? py::none()
+                                      : py::reinterpret_borrow<py::object>(progress_callback);
+        progress_callback = callback.is_none() ? nullptr : callback.ptr();
+        return before;
+      },
+      py::arg("callback").none(true));
   cpu.def("set_instruction_set", psvdd::cpu::set_instruction_set, py::arg("name"));
 
 #if defined(PSVDD_WITH_CUDA)

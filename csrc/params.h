@@ -45,17 +45,88 @@ struct ScoreMapParams {
   float* maps;             // [N, H, W]
 };
 
+// Which rows a query may not be matched with: those of its own group.
+struct Groups {
+  const int64_t* query_groups;  // [Q], or null: no row is excluded
+  const int64_t*
+      bank_groups;         // [ceil(M / rows_per_group)]: the group of row r is r / rows_per_group
+  int64_t rows_per_group;  // >= 1
+};
+
 struct NearestParams {
   int64_t queries;          // Q
   int64_t bank_rows;        // M >= 1
   int64_t dim;              // D >= 1
   const float* query_data;  // [Q, D] on the CPU; transposed, [D, Q], on the GPU (coalesced loads)
-  const float* bank_data;   // [M, D]
-  float* distances;         // [Q], L2 distance to the nearest bank row
-  int64_t* indices;         // [Q], row of the bank, the lowest on ties
-  int64_t bank_splits;      // S: the bank is searched in S ranges (GPU only, fills the card)
-  float* split_distances;   // [S, Q], scratch: squared distances (GPU only)
-  int64_t* split_indices;   // [S, Q], scratch (GPU only)
+  const void* bank_data;    // [M, D], float32, or float16 (CPU only)
+  bool bank_is_half;
+  Groups groups;
+  float* distances;        // [Q], L2 distance to the nearest bank row; infinity if all are excluded
+  int64_t* indices;        // [Q], row of the bank, the lowest on ties; -1 if all are excluded
+  int64_t bank_splits;     // S: the bank is searched in S ranges (GPU only, fills the card)
+  float* split_distances;  // [S, Q], scratch: squared distances (GPU only)
+  int64_t* split_indices;  // [S, Q], scratch (GPU only)
+};
+
+// A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
+struct Projection {
+  int64_t dim;         // D
+  int64_t axes;        // coordinates of y, a multiple of 16 (missing ones are zero)
+  const float* mean;   // [D]
+  const float* basis;  // [D, axes], or null: y = x - mean, padded with zeros
+  double stretch;      // bound on the factor by which the map lengthens a vector
+};
+
+struct ProjectParams {
+  Projection projection;
+  int64_t rows;      // M
+  const void* data;  // [M, D]
+  bool is_half;      // float16 instead of float32
+  float* projected;  // [M, axes]
+  float* errors;     // [M], bounds on the distance to the exact projection
+};
+
+// The bank's rows in the order of their clusters; within one, by distance to its centroid. Codes
+// are those of the projected rows about their centroid; each cluster's are padded to whole blocks
+// of 16 rows.
+struct ClusteredBank {
+  Projection projection;
+  int64_t rows;            // M
+  int64_t clusters;        // C
+  int64_t groups;          // of four codes per row
+  const void* data;        // [M, D]
+  bool is_half;            // float16 instead of float32
+  const int64_t* ids;      // [M], the user's row numbers
+  const int64_t* starts;   // [C + 1], first row of each cluster
+  const int64_t* blocks;   // [C + 1], first block of each cluster
+  int8_t* codes;           // [B, groups, 16, 4]
+  int32_t* bias;           // [B * 16]
+  float* block_radius;     // [B], largest distance to the centroid in the block
+  const float* centroids;  // [C, axes]
+  float* scales;           // [C], of the codes
+  float* slack;            // [C], bound on the error of the projection in the cluster
+  float* code_slack;       // [C], the same for what the codes stand for
+  float* reach;            // [C], radius plus slack
+  float* centroid_tiles;   // [ceil(C / 16), axes, 16]
+  float* gaps;             // [C, C rounded up to 16], distances between centroids, rounded up
+};
+
+// Filling in what follows from the rows and the centroids, before a bank can be searched.
+struct PackClustersParams {
+  ClusteredBank bank;
+  const float* projected;  // [M, axes], rows in the user's order
+  const float* errors;     // [M]
+  const float* radii;      // [M], canonical distance to the centroid
+};
+
+struct ClusteredNearestParams {
+  ClusteredBank bank;
+  Groups groups;
+  int64_t queries;
+  const float* query_data;  // [Q, D]
+  float* distances;         // [Q]
+  int64_t* indices;         // [Q]
+  int64_t* scanned;         // [1]: adds up the rows that were looked at, as codes or better
 };
 
 }  // namespace psvdd

@@ -1,5 +1,6 @@
 """Kernels on raw pointers; `patchsvdd_fast.ops` validates, allocates and calls them."""
 
+from collections.abc import Callable
 from enum import Enum
 
 cuda_architectures: str
@@ -54,6 +55,10 @@ class Backend:
         dim: int,
         query_data: int,
         bank_data: int,
+        bank_is_half: bool,
+        query_groups: int,
+        bank_groups: int,
+        rows_per_group: int,
         distances: int,
         indices: int,
         bank_splits: int,
@@ -63,6 +68,67 @@ class Backend:
     ) -> None: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
+    class Projection:
+        def __init__(self, dim: int, axes: int, mean: int, basis: int, stretch: float) -> None: ...
+
+    class ClusteredBank:
+        def __init__(
+            self,
+            projection: cpu.Projection,
+            rows: int,
+            clusters: int,
+            groups: int,
+            data: int,
+            is_half: bool,
+            ids: int,
+            starts: int,
+            blocks: int,
+            codes: int,
+            bias: int,
+            block_radius: int,
+            centroids: int,
+            scales: int,
+            slack: int,
+            code_slack: int,
+            reach: int,
+            centroid_tiles: int,
+            gaps: int,
+        ) -> None: ...
+
+    @staticmethod
+    def project(
+        projection: cpu.Projection,
+        rows: int,
+        data: int,
+        is_half: bool,
+        projected: int,
+        errors: int,
+        context: int,
+    ) -> None: ...
+    @staticmethod
+    def pack_clusters(
+        bank: cpu.ClusteredBank, projected: int, errors: int, radii: int, context: int
+    ) -> None: ...
+    @staticmethod
+    def link_clusters(bank: cpu.ClusteredBank, context: int) -> None: ...
+    @staticmethod
+    def nearest_in_clusters(
+        bank: cpu.ClusteredBank,
+        queries: int,
+        query_data: int,
+        query_groups: int,
+        bank_groups: int,
+        rows_per_group: int,
+        distances: int,
+        indices: int,
+        context: int,
+    ) -> int: ...
+    @staticmethod
+    def first_bad_row(data: int, rows: int, dim: int, is_half: bool, context: int) -> int: ...
+    @staticmethod
+    def set_progress(
+        callback: Callable[[float], None] | None,
+    ) -> Callable[[float], None] | None: ...
     @staticmethod
     def instruction_sets() -> list[str]: ...
     @staticmethod

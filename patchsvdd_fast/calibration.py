@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .bank import NormalBank
 from .levels import PatchLevel
-from .ops import nearest, score_map
+from .ops import score_map
 from .score import combine
 
 _MOST_IMAGES = 16  # spread evenly over the training set; bounds the time spent searching
@@ -28,43 +28,29 @@ class Calibration:
 
 def calibrate(
     banks: Mapping[PatchLevel, NormalBank],
+    embeddings: Mapping[PatchLevel, Tensor],
     image_shape: tuple[int, int],
     combination: str,
     contamination: float,
 ) -> Calibration | None:
     """Score up to 16 training images, each against the bank without its own patches.
 
-    banks: image-major, all of the same images; image_shape: (height, width) in pixels. The
-    threshold is the (1 - contamination) quantile of the image scores. None if there is only one
-    image.
+    embeddings: those the banks were made of, [N, I, J, D] per level; image_shape: (height, width)
+    in pixels. The threshold is the (1 - contamination) quantile of the image scores. None if there
+    is only one image.
     """
-    height, width = image_shape
-    per_image = {level: _product(level.grid_shape(height, width)) for level in banks}
-    counts = {level: len(bank) // per_image[level] for level, bank in banks.items()}
-    num_images = next(iter(counts.values()))
+    num_images = len(next(iter(embeddings.values())))
     if num_images < 2:
         return None
-    chosen = torch.linspace(0, num_images - 1, min(num_images, _MOST_IMAGES)).long().tolist()
+    chosen = torch.linspace(0, num_images - 1, min(num_images, _MOST_IMAGES)).long()
     maps = {}
     for level, bank in banks.items():
-        size = per_image[level]
-        distances = torch.stack([_distances_to_others(bank, i * size, size) for i in chosen])
-        grid = distances.view(len(chosen), *level.grid_shape(height, width))
-        maps[str(level)] = score_map(grid, level.size, level.stride, height, width)
+        queries = embeddings[level][chosen]  # [n, I, J, D]
+        own = bank.groups[chosen.to(bank.device)][:, None, None].expand(queries.shape[:-1])
+        distances, _ = bank.nearest(queries, exclude_same_group=own)
+        maps[str(level)] = score_map(distances, level.size, level.stride, *image_shape)
     combined = combine(maps, combination)
     scores = combined.amax(dim=(1, 2)).double()
     return Calibration(
         threshold=float(scores.quantile(1 - contamination)), typical=float(combined.median())
     )
-
-
-def _distances_to_others(bank: NormalBank, start: int, size: int) -> Tensor:
-    """Distances [size] of bank rows [start, start + size) to the nearest row outside them."""
-    embeddings = bank.embeddings
-    own = embeddings[start : start + size]
-    others = [part for part in (embeddings[:start], embeddings[start + size :]) if len(part)]
-    return torch.stack([nearest(own, part)[0] for part in others]).amin(dim=0)
-
-
-def _product(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1]

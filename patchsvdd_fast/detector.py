@@ -145,18 +145,18 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             return HierarchicalEncoder(self.embedding_dim, depth, self.initialization).eval()
 
     def _fill_banks(self, encoder: HierarchicalEncoder, images: Tensor, mean: Tensor) -> None:
-        embeddings = encode_images(encoder, images, mean, self.levels)
-        for level, values in zip(self.levels, embeddings, strict=True):
+        encoded = encode_images(encoder, images, mean, self.levels)
+        embeddings = dict(zip(self.levels, encoded, strict=True))
+        for level, values in embeddings.items():
             if is_collapsed(values):
                 warn_of_collapse(f"at {level}")
         self.encoder_ = encoder
         self.mean_ = mean
         self.banks_ = {
-            level: NormalBank(values.flatten(0, 2))
-            for level, values in zip(self.levels, embeddings, strict=True)
+            level: NormalBank(values, seed=self.seed) for level, values in embeddings.items()
         }
         self.calibration_ = calibrate(
-            self.banks_, self._image_shape(), self.combination, self.contamination
+            self.banks_, embeddings, self._image_shape(), self.combination, self.contamination
         )
 
     def _check_parameters(self) -> None:
@@ -231,7 +231,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self._require_fitted()
         tensors = _encoder_tensors(self.encoder_) | {"mean": self.mean_}
         for level, bank in self.banks_.items():
-            tensors[f"bank.{level}"] = bank.embeddings
+            tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
         header = self._header() | {
             "calibration": None if self.calibration_ is None else asdict(self.calibration_),
             "record": asdict(self.record_),
@@ -256,7 +256,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         detector.encoder_ = _encoder_of(tensors, header).to(target)
         detector.mean_ = tensors["mean"]
         detector.banks_ = {
-            level: NormalBank(tensors[f"bank.{level}"].to(target)) for level in detector.levels
+            level: NormalBank.from_state_dict(_below(tensors, f"bank.{level}.")).to(target)
+            for level in detector.levels
         }
         calibration = header["calibration"]
         detector.calibration_ = None if calibration is None else Calibration(**calibration)
@@ -338,10 +339,13 @@ def _encoder_tensors(encoder: HierarchicalEncoder) -> dict[str, Tensor]:
 
 
 def _encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
-    prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     sizes = [size for size, _ in header["parameters"]["levels"]]
     depth = (max(sizes) // SMALL_PATCH).bit_length()
     encoder = HierarchicalEncoder(header["parameters"]["embedding_dim"], depth)
-    encoder.load_state_dict(state)
+    encoder.load_state_dict(_below(tensors, "encoder."))
     return encoder.eval()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, under the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -8,20 +8,26 @@ kernels on the current stream. The public functions are at the end.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
+from .cluster_arrays import ClusterArrays
 from .levels import PatchLevel
 from .validation import (
+    FloatArray,
+    IntArray,
+    as_tensor,
     check_dtype,
     check_finite_rows,
+    check_groups,
     check_same_device,
     check_search_operands,
     check_shape,
+    like_input,
 )
 
 _PIXEL_TYPES = {
@@ -40,7 +46,12 @@ _library.define(
 _library.define(
     "score_map(Tensor distances, int size, int stride, int height, int width) -> Tensor"
 )
-_library.define("nearest(Tensor queries, Tensor bank) -> (Tensor, Tensor)")
+_GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
+_library.define(f"nearest(Tensor queries, Tensor bank, {_GROUPS}) -> (Tensor, Tensor)")
+_library.define(
+    f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS})"
+    " -> (Tensor, Tensor)"
+)
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -216,20 +227,34 @@ def _score_map(distances: Tensor, size: int, stride: int, height: int, width: in
 # --- nearest --------------------------------------------------------------------------------------
 
 
-def _nearest_fake(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_fake(
+    queries: Tensor,
+    bank: Tensor,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
     check_search_operands(queries, bank)
+    check_groups(queries, bank.shape[0], query_groups, bank_groups, rows_per_group)
     count = queries.shape[0]
     return queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
 
 
-def _nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
-    distances, indices = _nearest_fake(queries, bank)
+def _nearest(
+    queries: Tensor,
+    bank: Tensor,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    distances, indices = _nearest_fake(queries, bank, query_groups, bank_groups, rows_per_group)
     check_finite_rows("queries", queries)
     check_finite_rows("bank", bank)
     count, rows = queries.shape[0], bank.shape[0]
-    bank_data = bank.contiguous()
+    query_groups, bank_groups = _contiguous(query_groups), _contiguous(bank_groups)
     with _backend(queries) as (backend, context):
         on_gpu = backend is not _native.cpu
+        bank_data = (bank.float() if on_gpu else bank).contiguous()
         query_data = queries.t().contiguous() if on_gpu else queries.contiguous()
         splits = max(1, min(rows, _GPU_THREADS_PER_SEARCH // max(count, 1))) if on_gpu else 0
         split_distances = queries.new_empty(splits, count)
@@ -240,6 +265,10 @@ def _nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
             dim=bank.shape[1],
             query_data=query_data.data_ptr(),
             bank_data=bank_data.data_ptr(),
+            bank_is_half=bank_data.dtype == torch.float16,
+            query_groups=_pointer(query_groups),
+            bank_groups=_pointer(bank_groups),
+            rows_per_group=rows_per_group,
             distances=distances.data_ptr(),
             indices=indices.data_ptr(),
             bank_splits=splits,
@@ -250,15 +279,69 @@ def _nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return distances, indices
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- nearest_in_clusters --------------------------------------------------------------------------
+
+
+def _nearest_in_clusters_fake(
+    queries: Tensor,
+    bank: list[Tensor],
+    stretch: float,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    return _nearest_fake(
+        queries, ClusterArrays(*bank).data, query_groups, bank_groups, rows_per_group
+    )
+
+
+def _nearest_in_clusters(
+    queries: Tensor,
+    bank: list[Tensor],
+    stretch: float,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    distances, indices = _nearest_in_clusters_fake(
+        queries, bank, stretch, query_groups, bank_groups, rows_per_group
+    )
+    check_finite_rows("queries", queries)
+    queries = queries.contiguous()
+    query_groups, bank_groups = _contiguous(query_groups), _contiguous(bank_groups)
+    _native.cpu.nearest_in_clusters(
+        bank=ClusterArrays(*bank).native(stretch),
+        queries=queries.shape[0],
+        query_data=queries.data_ptr(),
+        query_groups=_pointer(query_groups),
+        bank_groups=_pointer(bank_groups),
+        rows_per_group=rows_per_group,
+        distances=distances.data_ptr(),
+        indices=indices.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+    return distances, indices
+
+
 # --- registration ---------------------------------------------------------------------------------
 
-for _name, _kernel, _fake in (
-    ("extract_patches", _extract_patches, _extract_patches_fake),
-    ("extract_patches_backward", _extract_patches_backward, _extract_patches_backward_fake),
-    ("score_map", _score_map, _score_map_fake),
-    ("nearest", _nearest, _nearest_fake),
+_BOTH = ("CPU", "CUDA")
+for _name, _kernel, _fake, _devices in (
+    ("extract_patches", _extract_patches, _extract_patches_fake, _BOTH),
+    ("extract_patches_backward", _extract_patches_backward, _extract_patches_backward_fake, _BOTH),
+    ("score_map", _score_map, _score_map_fake, _BOTH),
+    ("nearest", _nearest, _nearest_fake, _BOTH),
+    ("nearest_in_clusters", _nearest_in_clusters, _nearest_in_clusters_fake, ("CPU",)),
 ):
-    for _device in ("CPU", "CUDA"):
+    for _device in _devices:
         _library.impl(_name, _kernel, _device)
     torch.library.register_fake(f"patchsvdd_fast::{_name}", _fake, lib=_library)
 
@@ -298,13 +381,71 @@ def score_map(distances: Tensor, size: int, stride: int, height: int, width: int
     return maps
 
 
-def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor | FloatArray,
+    bank: Tensor | FloatArray,
+    *,
+    exclude_same_group: tuple[Tensor | IntArray, Tensor | IntArray] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Exact L2 distance from each query to its nearest bank row, and that row's index.
 
-    queries: [Q, D] float32, bank: [M, D] float32, M >= 1, same device. Returns distances [Q]
-    float32 and indices [Q] int64, the lowest index on ties. The result is that of the canonical
+    queries: [Q, D] float32, bank: [M, D] float32 or float16, M >= 1, same device; tensors or NumPy
+    arrays. exclude_same_group: int64 groups of the queries [Q] and of the bank rows [M]; rows of a
+    query's own group are passed over. progress: called now and then with the share done.
+
+    Returns distances [Q] float32 and indices [Q] int64, the lowest on ties; infinity and -1 where
+    every row is excluded; NumPy arrays if `queries` is one. The result is that of the canonical
     distance (see `reference.canonical_squared_distances`), bit for bit, on every backend. Not
-    differentiable. Raises ValueError naming the first row that holds NaN or infinity.
+    differentiable. Raises ValueError naming the first row that holds NaN or infinity;
+    KeyboardInterrupt within a fraction of a second of Ctrl-C (on the CPU).
     """
-    distances, indices = torch.ops.patchsvdd_fast.nearest(queries, bank)
+    query_tensor, bank_tensor = as_tensor("queries", queries), as_tensor("bank", bank)
+    query_groups, bank_groups = (
+        (None, None)
+        if exclude_same_group is None
+        else map(as_tensor, ("query_groups", "bank_groups"), exclude_same_group)
+    )
+    with _reporting(progress):
+        found = torch.ops.patchsvdd_fast.nearest(
+            query_tensor, bank_tensor, query_groups, bank_groups
+        )
+    return like_input(queries, *found)
+
+
+def nearest_in_bank(
+    queries: Tensor,
+    bank: Tensor | ClusterArrays,
+    stretch: float = 1.0,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `nearest`, in a plain bank or one prepared by `clusters.build_clusters` (CPU only).
+
+    queries: [Q, D] float32. query_groups: [Q] int64; bank_groups: int64, the group of row r is
+    entry r // rows_per_group.
+    """
+    op = torch.ops.patchsvdd_fast
+    groups = (query_groups, bank_groups, rows_per_group)
+    with _reporting(progress):
+        distances, indices = (
+            op.nearest(queries, bank, *groups)
+            if isinstance(bank, Tensor)
+            else op.nearest_in_clusters(queries, list(bank), stretch, *groups)
+        )
     return distances, indices
+
+
+@contextlib.contextmanager
+def _calling_back(progress: Callable[[float], None]) -> Iterator[None]:
+    before = _native.cpu.set_progress(progress)
+    try:
+        yield
+    finally:
+        _native.cpu.set_progress(before)
+
+
+def _reporting(progress: Callable[[float], None] | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if progress is None else _calling_back(progress)

@@ -44,6 +44,9 @@ class ScoreResult:
     """Per level: L2 distance of each patch to its nearest normal patch, [N, I, J] float32."""
     bank_rows: dict[str, Tensor] = field(repr=False)
     """Per level: row of that normal patch in the bank, [N, I, J] int64."""
+    matches: dict[str, Tensor] = field(repr=False)
+    """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
+    and column in its grid of patches (times the level's stride: top and left in pixels)."""
 
     def map(self, combination: str | None = None) -> Tensor:
         """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
@@ -115,10 +118,11 @@ def score_images(
             f"combination must be one of {combinations_of(levels)}, got {combination!r}"
         )
     height, width = images.shape[-2:]
-    maps, distances, rows = {}, {}, {}
+    maps, distances, rows, matches = {}, {}, {}, {}
     for level, embeddings in zip(levels, encode_images(encoder, images, mean, levels), strict=True):
         found, row = banks[level].nearest(embeddings)  # [N, I, J]
         name = str(level)
         maps[name] = score_map(found, level.size, level.stride, height, width).cpu()
         distances[name], rows[name] = found.cpu(), row.cpu()
-    return ScoreResult(combination, maps, distances, rows)
+        matches[name] = banks[level].source(row).cpu()
+    return ScoreResult(combination, maps, distances, rows, matches)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEADER_KEY = "patchsvdd_fast"
 
 
@@ -71,6 +71,11 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if _HEADER_KEY not in metadata:
                 raise ValueError(f"{path} is a safetensors file, but not one of patchsvdd_fast")
             header = json.loads(metadata[_HEADER_KEY])
+            if header["schema_version"] < SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path} has file schema {header['schema_version']} of a development version, "
+                    f"this version reads {SCHEMA_VERSION}: train it anew"
+                )
             if header["schema_version"] > SCHEMA_VERSION:
                 raise ValueError(
                     f"{path} was written by a newer patchsvdd_fast (file schema "

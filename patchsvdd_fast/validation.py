@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from . import _native
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int64]
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -16,6 +22,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
     raise TypeError(f"{name} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+
+
+def like_input(given: Any, *tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors as NumPy arrays if `given` is one, else as they are."""
+    return tuple(t.numpy() for t in tensors) if isinstance(given, np.ndarray) else tensors
 
 
 def check_shape(name: str, tensor: Tensor, axes: str) -> None:
@@ -41,15 +52,25 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_finite_rows(name: str, tensor: Tensor) -> None:
-    """Require finite values in a [rows, D] tensor; the error names the first bad row."""
-    finite = torch.isfinite(tensor).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row."""
+    if tensor.device.type == "cpu":
+        values = tensor.contiguous()
+        row = _native.cpu.first_bad_row(
+            data=values.data_ptr(),
+            rows=values.shape[0],
+            dim=values.shape[1],
+            is_half=values.dtype == torch.float16,
+            context=torch.get_num_threads(),
+        )
+    else:
+        finite = torch.isfinite(tensor).all(dim=1)
+        row = -1 if finite.all() else int((~finite).nonzero()[0])
+    if row >= 0:
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
 
 
 def check_search_operands(queries: Tensor, bank: Tensor) -> None:
-    """Require float32 queries [Q, D] and a non-empty bank [M, D] on the same device."""
+    """Require queries [Q, D] and a bank [M, D], M >= 1, on one device; a bank may be float16."""
     check_shape("queries", queries, "Q, D")
     check_shape("bank", bank, "M, D")
     if bank.shape[0] == 0 or bank.shape[1] == 0:
@@ -60,5 +81,27 @@ def check_search_operands(queries: Tensor, bank: Tensor) -> None:
             f"got {list(queries.shape)}"
         )
     check_dtype("queries", queries, torch.float32)
-    check_dtype("bank", bank, torch.float32)
+    check_dtype("bank", bank, torch.float32, torch.float16)
     check_same_device("queries", queries, "bank", bank)
+
+
+def check_groups(
+    queries: Tensor,
+    bank_rows: int,
+    query_groups: Tensor | None,
+    bank_groups: Tensor | None,
+    rows_per_group: int,
+) -> None:
+    """Require both or neither of int64 query_groups [Q] and bank_groups [M / rows_per_group]."""
+    if query_groups is None and bank_groups is None:
+        return
+    if query_groups is None or bank_groups is None:
+        raise ValueError("excluding a group needs the groups of the queries and of the bank")
+    for name, groups, count in (
+        ("query_groups", query_groups, queries.shape[0]),
+        ("bank_groups", bank_groups, -(-bank_rows // rows_per_group)),
+    ):
+        check_dtype(name, groups, torch.int64)
+        check_same_device(name, groups, "queries", queries)
+        if tuple(groups.shape) != (count,):
+            raise ValueError(f"{name} must have shape [{count}], got {list(groups.shape)}")

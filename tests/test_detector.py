@@ -13,7 +13,6 @@ from sklearn.exceptions import NotFittedError
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, store
 from patchsvdd_fast.bank import NormalBank
-from patchsvdd_fast.calibration import calibrate
 from patchsvdd_fast.detector import load_encoder, resolve_device
 from patchsvdd_fast.evaluation import evaluate_category
 from patchsvdd_fast.images import Category
@@ -144,7 +143,7 @@ def test_calibration_leaves_each_image_out(fitted, good_folder):
 
 def test_one_training_image_has_no_threshold(category_folder):
     detector = PatchSVDD(**FAST).fit(category_folder / "train/good/0.png")
-    assert calibrate(detector.banks_, (96, 96), "mult", 0.01) is None
+    assert detector.calibration_ is None
     assert detector.score(category_folder / "test").image_scores.shape == (6,)
     with pytest.raises(ValueError, match="at least two training images"):
         detector.predict(category_folder / "test")

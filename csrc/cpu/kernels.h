@@ -13,7 +13,16 @@ void extract_patches_backward(const ExtractPatchesBackwardParams& params, int nu
 void score_map(const ScoreMapParams& params, int num_threads);
 void nearest(const NearestParams& params, int num_threads);
 
-// Instruction sets that `nearest` can use on this processor, best first; "portable" is always one.
+// The clustered bank: projecting rows, filling in what a search needs, and searching.
+void project(const ProjectParams& params, int num_threads);
+void pack_clusters(const PackClustersParams& params, int num_threads);
+void link_clusters(const ClusteredBank& bank, int num_threads);
+void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads);
+
+// The first row that holds NaN or infinity, or -1.
+int64_t first_bad_row(const void* data, int64_t rows, int64_t dim, bool is_half, int num_threads);
+
+// Instruction sets that the search can use on this processor, best first; "portable" is always one.
 std::vector<std::string> instruction_sets();
 std::string instruction_set();                      // the one in use
 void set_instruction_set(const std::string& name);  // throws std::invalid_argument

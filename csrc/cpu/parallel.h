@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "watch.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <xmmintrin.h>
 #endif
@@ -45,9 +47,10 @@ inline void parallel_for(int64_t items, int num_threads, const std::function<voi
     const IeeeArithmetic ieee;
     try {
       for (int64_t item = next++; item < items; item = next++) work(item);
+    } catch (const Stopped&) {  // another thread has failed and says why
     } catch (...) {
       const std::lock_guard<std::mutex> guard(failure_lock);
-      failure = std::current_exception();
+      if (!failure) failure = std::current_exception();
       next = items;
     }
   };

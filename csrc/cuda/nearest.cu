@@ -50,16 +50,22 @@ __device__ float canonical_squared_distance(const float* query, int64_t query_st
 __global__ void search_splits(NearestParams params, int64_t count) {
   const int64_t rows_per_split = (params.bank_rows + params.bank_splits - 1) / params.bank_splits;
   for (int64_t e = first_element(); e < count; e += element_step()) {
+    const auto* bank = static_cast<const float*>(params.bank_data);
     const float* query = params.query_data + e % params.queries;
     const int64_t begin = e / params.queries * rows_per_split;
     const int64_t limit = begin + rows_per_split;
     const int64_t end = limit < params.bank_rows ? limit : params.bank_rows;
     float best = INFINITY;
-    int64_t index = begin;
+    int64_t index = -1;
+    const Groups& groups = params.groups;
     for (int64_t row = begin; row < end; ++row) {
-      const float squared = canonical_squared_distance(
-          query, params.queries, params.bank_data + row * params.dim, params.dim);
-      if (squared < best) {
+      if (groups.query_groups != nullptr && groups.query_groups[e % params.queries] ==
+                                                groups.bank_groups[row / groups.rows_per_group]) {
+        continue;
+      }
+      const float squared =
+          canonical_squared_distance(query, params.queries, bank + row * params.dim, params.dim);
+      if (squared < best || index < 0) {  // the first one even if it overflowed
         best = squared;
         index = row;
       }
@@ -75,7 +81,7 @@ __global__ void reduce_splits(NearestParams params, int64_t count) {
     int64_t index = params.split_indices[q];
     for (int64_t split = 1; split < params.bank_splits; ++split) {
       const int64_t e = split * params.queries + q;
-      if (params.split_distances[e] < best) {
+      if (params.split_indices[e] >= 0 && (params.split_distances[e] < best || index < 0)) {
         best = params.split_distances[e];
         index = params.split_indices[e];
       }

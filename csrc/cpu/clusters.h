@@ -1,0 +1,41 @@
+// What building and searching a clustered bank have in common.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../params.h"
+#include "search_kernels.h"
+
+namespace psvdd::cpu {
+
+// Projects one row, [dim] -> [axes]; returns a bound on the distance between the result and the
+// exact projection. sums: scratch [axes]. Sums are float64, whose error of at most
+// 4096 * 2^-53 of the terms' size is far below the final rounding to float32.
+double project_row(const Projection& projection, const float* row, double* sums, float* projected);
+
+// Relative error allowed for in squared distances between projected points, however summed; with
+// room for the few operations of the bounds computed from them.
+inline double bound_rounding(int64_t axes) { return static_cast<double>(axes + 16) * 0x1p-22; }
+
+// Blocks [begin, end) of a cluster.
+struct BlockRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// The blocks that may hold rows within `reach` of a point: by the triangle inequality their
+// distance to the centroid differs from the point's by no more. Rows lie in ascending order of
+// that distance; `radii` are the blocks' largest. squared: from the point to the centroid.
+inline BlockRange blocks_within(const SearchKernels& kernels, const float* radii, int64_t blocks,
+                                float squared, double reach, double rounding) {
+  const double to_centroid = std::sqrt(static_cast<double>(squared));
+  const auto nearest = static_cast<float>((to_centroid * (1 - rounding) - reach) * (1 - rounding));
+  const auto farthest = static_cast<float>((to_centroid * (1 + rounding) + reach) * (1 + rounding));
+  const int64_t begin = nearest > 0 ? kernels.count_below(radii, blocks, nearest) : 0;
+  // The first block whose largest distance is beyond `farthest` may still hold rows that are not.
+  const float beyond = std::nextafter(farthest, INFINITY);
+  return {begin, std::min(blocks, kernels.count_below(radii, blocks, beyond) + 1)};
+}
+
+}  // namespace psvdd::cpu

@@ -1,0 +1,176 @@
+// What every search on the CPU shares: the best row so far, the bounds that follow from it, and the
+// canonical rescoring of rows that might be better.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../params.h"
+#include "../portable.h"
+#include "search_kernels.h"
+
+namespace psvdd::cpu {
+
+// The nearest row so far; ids are rows as the user knows them.
+struct Best {
+  float squared = std::numeric_limits<float>::infinity();
+  int64_t id = std::numeric_limits<int64_t>::max();
+
+  bool offer(float other_squared, int64_t other_id) {
+    if (other_squared > squared || (other_squared == squared && other_id >= id)) return false;
+    squared = other_squared;
+    id = other_id;
+    return true;
+  }
+
+  void write(int64_t query, float* distances, int64_t* indices) const {
+    const bool found = id != std::numeric_limits<int64_t>::max();
+    distances[query] = std::sqrt(squared);
+    indices[query] = found ? id : -1;
+  }
+};
+
+// A bank as a search sees it: stored rows, their ids, and who may not be matched with whom.
+struct Searched {
+  Rows rows;
+  const int64_t* ids;  // [M], or null if a row's id is its number
+  Groups groups;
+
+  int64_t id(int64_t row) const { return ids == nullptr ? row : ids[row]; }
+  bool excluded(int64_t query, int64_t id) const {
+    return groups.query_groups != nullptr &&
+           groups.query_groups[query] == groups.bank_groups[id / groups.rows_per_group];
+  }
+};
+
+// Relative error of a canonical squared distance: a rounding per difference (twice, squared), per
+// term of a partial sum, and four for adding up. Doubled, to be safe in every formula below.
+inline double canonical_rounding(int64_t dim) {
+  return 2.0 * static_cast<double>(dim / kLanes + 9) * 0x1p-24;
+}
+
+// A distance beyond which the canonical squared distance certainly exceeds `squared`. The second
+// term allows for sums of subnormal numbers.
+inline double winning_distance(float squared, int64_t dim) {
+  return std::sqrt(squared * (1 + 2 * canonical_rounding(dim)) +
+                   static_cast<double>(dim + 16) * 0x1p-148);
+}
+
+// Bound on the distance between a vector and what its code stands for.
+inline double residual_bound(const Encoding& encoding, int64_t dims) {
+  return std::sqrt(static_cast<double>(encoding.residual)) * (1 + canonical_rounding(dims)) +
+         0x1p-22 * std::sqrt(static_cast<double>(encoding.squared));
+}
+
+// The screen's threshold for a query: rows below it are farther than `limit` from the query.
+// limit: a distance; error: bounds on both residuals; scale: that of the codes.
+//
+// Codes q, b stand for points s * q, s * b. If the vectors are within `limit`, the points are
+// within limit + error, so |q - b|^2 <= ((limit + error) / s)^2 =: most, an inequality of integers;
+// |q - b|^2 = |q|^2 + |b|^2 - 2 q b turns it into q b - |b|^2 / 2 >= (|q|^2 - most) / 2. A query in
+// steps of k, q = k p, divides all by k: p b - |b|^2 / (2 k) >= (k^2 |p|^2 - most) / (2 k).
+inline int32_t screen_threshold(int32_t code_squares, double limit, double error, float scale,
+                                int query_step) {
+  const double reach = (limit + error) / scale;
+  const double squares = static_cast<double>(code_squares) * query_step * query_step;
+  const double least = std::floor((squares - reach * reach * (1 + 1e-12)) / (2 * query_step));
+  if (!(least > kEverything)) return kEverything;
+  return static_cast<int32_t>(std::min(least, double{kNothing} / 4));
+}
+
+// Canonical distances of up to 16 rows; whether one of them is the new best.
+inline bool rescore(const SearchKernels& kernels, const Searched& bank, const float* query_vector,
+                    int64_t query, const int64_t* rows, int count, Best* best) {
+  int64_t allowed[kLanes];
+  float squared[kLanes];
+  if (bank.groups.query_groups != nullptr) {
+    int kept = 0;
+    for (int r = 0; r < count; ++r) {
+      allowed[kept] = rows[r];
+      kept += !bank.excluded(query, bank.id(rows[r]));
+    }
+    rows = allowed;
+    count = kept;
+  }
+  if (count == 0) return false;
+  kernels.squared_distances(bank.rows, query_vector, rows, count, squared);
+  bool improved = false;
+  for (int r = 0; r < count; ++r) {
+    if (squared[r] <= best->squared) improved |= best->offer(squared[r], bank.id(rows[r]));
+  }
+  return improved;
+}
+
+// Rescores consecutive rows [begin, end).
+inline bool rescore_range(const SearchKernels& kernels, const Searched& bank,
+                          const float* query_vector, int64_t query, int64_t begin, int64_t end,
+                          Best* best) {
+  bool improved = false;
+  int64_t rows[kLanes];
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - first));
+    for (int r = 0; r < count; ++r) rows[r] = first + r;
+    improved |= rescore(kernels, bank, query_vector, query, rows, count, best);
+  }
+  return improved;
+}
+
+// Rescores the rows whose bits are set: bit i stands for row `first` + i.
+inline bool rescore_mask(const SearchKernels& kernels, const Searched& bank,
+                         const float* query_vector, int64_t query, int64_t first, uint64_t mask,
+                         Best* best) {
+  bool improved = false;
+  while (mask != 0) {
+    int64_t rows[kLanes];
+    int count = 0;
+    for (; mask != 0 && count < kLanes; mask &= mask - 1) {
+      rows[count++] = first + __builtin_ctzll(mask);
+    }
+    improved |= rescore(kernels, bank, query_vector, query, rows, count, best);
+  }
+  return improved;
+}
+
+// The code of a query; see SearchKernels::query_step.
+inline Encoding encode_query(const SearchKernels& kernels, const float* vector, const float* centre,
+                             int64_t dims, float scale, uint8_t* code) {
+  const int step = kernels.query_step;
+  return kernels.encode(vector, centre, dims, scale * static_cast<float>(step), kCodeLimit / step,
+                        kQueryOffset / step, code);
+}
+
+// The code of a row, for `write_code`.
+inline Encoding encode_row(const SearchKernels& kernels, const float* vector, const float* centre,
+                           int64_t dims, float scale, uint8_t* code) {
+  return kernels.encode(vector, centre, dims, scale, kCodeLimit, 0, code);
+}
+
+// Puts the code of one row among those of its block, and its bias beside: the integer that turns
+// sum((q + offset) * b) into q b - |b|^2 / 2, rounded so that the threshold stays on the safe side.
+inline void write_code(const uint8_t* code, const Encoding& encoding, int64_t groups, int64_t row,
+                       int8_t* codes, int32_t* bias) {
+  int8_t* block = codes + row / kLanes * groups * 4 * kLanes;
+  int32_t sum = 0;
+  for (int64_t j = 0; j < groups * 4; ++j) {
+    const auto value = static_cast<int8_t>(code[j]);
+    block[(j / 4 * kLanes + row % kLanes) * 4 + j % 4] = value;
+    sum += value;
+  }
+  bias[row] = encoding.code_squares / 2 + kQueryOffset * sum;
+}
+
+// One stored row, widened to float32.
+inline void read_row(const Rows& bank, int64_t row, float* values) {
+  const int64_t start = row * bank.dim;
+  for (int64_t j = 0; j < bank.dim; ++j) {
+    values[j] = bank.half ? to_float(static_cast<const Half*>(bank.data)[start + j])
+                          : static_cast<const float*>(bank.data)[start + j];
+  }
+}
+
+// `count` rounded up to a multiple of `step`.
+inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+}  // namespace psvdd::cpu

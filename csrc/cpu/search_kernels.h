@@ -1,0 +1,104 @@
+// The inner loops of the nearest-neighbour search, one set per instruction set.
+//
+// Only `squared_distances` decides a result, and it computes the canonical distance to the bit. All
+// others serve to prove that rows need not be looked at: their callers allow for rounding, so they
+// may differ between instruction sets in the last bits.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace psvdd::cpu {
+
+constexpr int kLanes = 16;  // rows of a block of codes, and partial sums of the canonical distance
+constexpr int kTileBlocks = 4;                        // blocks that `screen_tile` takes at once
+constexpr int kTileRows = kTileBlocks * kLanes;       // 64: a bit each in a mask
+constexpr int kTileQueries = 6;                       // most queries of `screen_tile`
+constexpr int64_t kMostDims = 4096;                   // beyond, sums of codes might not be exact
+constexpr int kCodeLimit = 127;                       // codes of rows lie in [-127, 127]
+constexpr int kQueryOffset = 128;                     // what makes a query's codes unsigned
+constexpr int32_t kEverything = -(int32_t{1} << 29);  // a threshold every row passes, ...
+constexpr int32_t kNothing = INT32_MAX;               // ... but for padding, which has this bias
+
+// Stored vectors, row-major: float32, or float16 that is widened when read.
+struct Rows {
+  const void* data;  // [M, dim]
+  int64_t dim;
+  bool half;
+};
+
+// What `encode` finds out about one vector t = vector - centre and its code c, t ~ scale * c.
+struct Encoding {
+  int32_t code_squares;  // sum of c^2
+  float residual;        // sum of (t - scale * c)^2
+  float squared;         // sum of t^2
+};
+
+// What is left to look at of all clusters, for one query. See `keep_clusters`.
+struct ClusterBounds {
+  const float* reach;  // [C] radius of the cluster and allowance for its projection's rounding
+  const float* slack;  // [C] that allowance
+  const float* gaps;   // [C] distance from the query's own centroid to each other, rounded up
+  float own;           // squared distance to the query's own centroid
+  float limit;         // distance beyond which nothing can win
+  float rounding;      // relative error allowed for in squared distances
+};
+
+struct SearchKernels {
+  const char* name;
+
+  // A query's codes are in units of `query_step` times the rows' scale: 1, or 2 where the products
+  // of 8-bit numbers would overflow. They lie within kCodeLimit / query_step and are stored plus
+  // kQueryOffset / query_step.
+  int query_step;
+
+  // Canonical squared distances from a query [dim] to `count` <= 16 rows, named by `rows`.
+  void (*squared_distances)(const Rows& bank, const float* query, const int64_t* rows, int count,
+                            float* squared);
+
+  // Codes of `vector` about `centre`, both padded with zeros to a multiple of 16 `dims`: integers
+  // within `limit`, each stored plus `offset`.
+  Encoding (*encode)(const float* vector, const float* centre, int64_t dims, float scale, int limit,
+                     int offset, uint8_t* code);
+
+  // Which of 64 rows of codes may be close enough to each of 1..6 queries: a bit per row. A row of
+  // codes b passes for stored codes q if sum(q * b) - floor(bias / query_step) >= threshold.
+  // codes: 4 blocks [groups, 16, 4]; bias: [64]; queries: a pointer to [groups * 4] codes each.
+  void (*screen_tile)(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
+                      const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks);
+
+  // The same for one query and `blocks` blocks: 16 bits per block. Whether any row passed.
+  bool (*screen_blocks)(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                        const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks);
+
+  // Of each lane of the blocks, the block in which the sum is largest: [16] rows that are likely
+  // to be close. Padding rows are never named unless a lane has nothing else.
+  void (*closest_codes)(const uint8_t* query, const int8_t* codes, const int32_t* bias,
+                        int64_t groups, int64_t blocks, int32_t* block_of_lane);
+
+  // Squared distances from a point to all centroids, which come in tiles [C / 16, dims, 16].
+  // Returns the index of a smallest one.
+  int64_t (*tile_distances)(const float* point, const float* tiles, int64_t dims, int64_t num_tiles,
+                            float* squared);
+
+  // Indices of the clusters that may hold a row closer than `limit`; returns how many. `squared`:
+  // distances to the centroids; arrays are padded to a multiple of 16.
+  int64_t (*keep_clusters)(const ClusterBounds& bounds, const float* squared, int64_t clusters,
+                           int32_t* kept);
+
+  // How many of the ascending values are below `value`.
+  int64_t (*count_below)(const float* ascending, int64_t count, float value);
+};
+
+// Kernel sets compiled in; the caller checks that the processor has the instructions.
+const SearchKernels& portable_kernels();
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#define PSVDD_X86 1
+const SearchKernels& avx2_kernels();
+const SearchKernels& avx512_kernels();
+#endif
+
+const SearchKernels& active_kernels();
+
+}  // namespace psvdd::cpu

@@ -1,0 +1,194 @@
+// The search kernels for AVX2 with FMA and F16C: eight lanes, so two registers per block.
+
+#include <cmath>
+
+#include "../portable.h"
+#include "search_kernels.h"
+
+#if PSVDD_X86
+#include <immintrin.h>
+
+// After the includes, so that nothing of the standard library is compiled for this target.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "search_kernels_generic.h"
+
+namespace psvdd::cpu {
+namespace {
+
+struct Lanes {
+  __m256 low;
+  __m256 high;
+};
+
+template <bool kHalf>
+inline Lanes load_sixteen(const void* data, int64_t element) {
+  if constexpr (kHalf) {
+    const auto* halves = static_cast<const Half*>(data) + element;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + 8)))};
+  } else {
+    const auto* floats = static_cast<const float*>(data) + element;
+    return {_mm256_loadu_ps(floats), _mm256_loadu_ps(floats + 8)};
+  }
+}
+
+inline float canonical_sum(Lanes sums) {
+  const __m256 eight = _mm256_add_ps(sums.low, sums.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+inline void add_square(Lanes* sums, const Lanes& query, const Lanes& row) {
+  const __m256 low = _mm256_sub_ps(query.low, row.low);
+  const __m256 high = _mm256_sub_ps(query.high, row.high);
+  sums->low = _mm256_fmadd_ps(low, low, sums->low);
+  sums->high = _mm256_fmadd_ps(high, high, sums->high);
+}
+
+template <int kRows, bool kHalf>
+inline void distances_to(const Rows& bank, const float* query, const int64_t* rows,
+                         float* squared) {
+  Lanes sums[kRows];
+  for (Lanes& sum : sums) sum = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t j = 0;
+  for (; j + kLanes <= bank.dim; j += kLanes) {
+    const Lanes values = load_sixteen<false>(query, j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      add_square(&sums[r], values, load_sixteen<kHalf>(bank.data, rows[r] * bank.dim + j));
+    }
+  }
+  if (j < bank.dim) {
+    float tail[kLanes] = {}, lanes[kLanes];
+    for (int64_t i = j; i < bank.dim; ++i) tail[i - j] = query[i];
+    const Lanes values = load_sixteen<false>(tail, 0);
+    for (int r = 0; r < kRows; ++r) {
+      load_lanes(bank, rows[r], j, lanes);
+      add_square(&sums[r], values, load_sixteen<false>(lanes, 0));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) squared[r] = canonical_sum(sums[r]);
+}
+
+template <bool kHalf>
+inline void distances_of(const Rows& bank, const float* query, const int64_t* rows, int count,
+                         float* squared) {
+  int r = 0;
+  for (; r + 4 <= count; r += 4) distances_to<4, kHalf>(bank, query, rows + r, squared + r);
+  for (; r < count; ++r) distances_to<1, kHalf>(bank, query, rows + r, squared + r);
+}
+
+void avx2_squared_distances(const Rows& bank, const float* query, const int64_t* rows, int count,
+                            float* squared) {
+  (bank.half ? distances_of<true> : distances_of<false>)(bank, query, rows, count, squared);
+}
+
+// A row's codes are at most 127 in size and a query's, stored unsigned, must be too: then a sum of
+// two products fits into 16 bits. Hence the larger step.
+constexpr int kQueryStep = 2;
+
+inline __m256i add_products(__m256i sum, __m256i query, __m256i codes) {
+  const __m256i pairs = _mm256_maddubs_epi16(query, codes);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+inline int broadcast_group(const uint8_t* query, int64_t g) {
+  int group;
+  __builtin_memcpy(&group, query + g * 4, sizeof group);
+  return group;
+}
+
+// Rows of one block that pass, for `kQueries` queries: 16 bits each.
+template <int kQueries>
+inline void screen_block(const uint8_t* const* queries, const int32_t* thresholds,
+                         const int8_t* codes, const int32_t* bias, int64_t groups,
+                         unsigned* masks) {
+  __m256i sums[kQueries][2];
+  for (int half = 0; half < 2; ++half) {
+    const __m256i halved = _mm256_srai_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bias + half * 8)), kQueryStep / 2);
+    const __m256i start = _mm256_sub_epi32(_mm256_setzero_si256(), halved);
+    for (int q = 0; q < kQueries; ++q) sums[q][half] = start;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto* values = reinterpret_cast<const __m256i*>(codes + g * 64);
+    const __m256i low = _mm256_loadu_si256(values);
+    const __m256i high = _mm256_loadu_si256(values + 1);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const __m256i query = _mm256_set1_epi32(broadcast_group(queries[q], g));
+      sums[q][0] = add_products(sums[q][0], query, low);
+      sums[q][1] = add_products(sums[q][1], query, high);
+    }
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    const __m256i threshold = _mm256_set1_epi32(thresholds[q]);
+    unsigned below = 0;
+    for (int half = 0; half < 2; ++half) {
+      const __m256i less = _mm256_cmpgt_epi32(threshold, sums[q][half]);
+      below |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less))) << (8 * half);
+    }
+    masks[q] = ~below & 0xffffu;
+  }
+}
+
+void avx2_screen_tile(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
+                      const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks) {
+  for (int q = 0; q < num_queries; ++q) masks[q] = 0;
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const int8_t* block = codes + b * groups * 64;
+    unsigned found[kTileQueries];
+    int q = 0;
+    for (; q + 3 <= num_queries; q += 3) {
+      screen_block<3>(queries + q, thresholds + q, block, bias + b * kLanes, groups, found + q);
+    }
+    for (; q < num_queries; ++q) {
+      screen_block<1>(queries + q, thresholds + q, block, bias + b * kLanes, groups, found + q);
+    }
+    for (q = 0; q < num_queries; ++q) masks[q] |= uint64_t{found[q]} << (kLanes * b);
+  }
+}
+
+bool avx2_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                        const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks) {
+  unsigned any = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    unsigned mask;
+    screen_block<1>(&query, &threshold, codes + b * groups * 64, bias + b * kLanes, groups, &mask);
+    masks[b] = static_cast<uint16_t>(mask);
+    any |= mask;
+  }
+  return any != 0;
+}
+
+}  // namespace
+
+const SearchKernels& avx2_kernels() {
+  static const SearchKernels kernels = {"avx2",
+                                        kQueryStep,
+                                        avx2_squared_distances,
+                                        generic_encode,
+                                        avx2_screen_tile,
+                                        avx2_screen_blocks,
+                                        generic_closest_codes,
+                                        generic_tile_distances,
+                                        generic_keep_clusters,
+                                        generic_count_below};
+  return kernels;
+}
+
+}  // namespace psvdd::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // PSVDD_X86

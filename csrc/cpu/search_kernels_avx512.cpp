@@ -1,0 +1,416 @@
+// The search kernels for AVX-512 (F, BW, DQ, VL) with VNNI: a register is a block of 16 rows.
+
+#include <cmath>
+
+#include "../portable.h"
+#include "search_kernels.h"
+
+#if PSVDD_X86
+#include <immintrin.h>
+
+// After the includes, so that nothing of the standard library is compiled for this target.
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+namespace psvdd::cpu {
+namespace {
+
+template <bool kHalf>
+inline __m512 load_sixteen(const void* data, int64_t element) {
+  if constexpr (kHalf) {
+    const auto* halves = static_cast<const Half*>(data) + element;
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+  } else {
+    return _mm512_loadu_ps(static_cast<const float*>(data) + element);
+  }
+}
+
+// The first lanes of `mask` only, zero beyond.
+template <bool kHalf>
+inline __m512 load_some(__mmask16 mask, const void* data, int64_t element) {
+  if constexpr (kHalf) {
+    return _mm512_cvtph_ps(
+        _mm256_maskz_loadu_epi16(mask, static_cast<const Half*>(data) + element));
+  } else {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + element);
+  }
+}
+
+inline float canonical_sum(__m512 sums) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// The canonical sums of sixteen rows at once: a transposing tree, row r in lane r.
+inline __m512 canonical_sums(const __m512* sums) {
+  // In the end lane 4 * l + e holds the e-th input of the l-th quarter, so rows are taken in the
+  // order in which they shall come out.
+  __m512 eights[8], fours[4], twos[2];
+  constexpr int kOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // halves of two rows side by side: acc[i] + acc[i + 8]
+    const __m512 a = sums[kOrder[2 * i]], b = sums[kOrder[2 * i + 1]];
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // quarters of four rows: + 4
+    const __m512 a = eights[2 * i], b = eights[2 * i + 1];
+    fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // + 2
+    const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+    twos[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88),
+                       _mm512_shuffle_ps(twos[0], twos[1], 0xdd));  // + 1
+}
+
+template <int kRows, bool kHalf>
+inline void distances_to(const Rows& bank, const float* query, const int64_t* rows,
+                         float* squared) {
+  __m512 sums[kRows];
+  int64_t starts[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    sums[r] = _mm512_setzero_ps();
+    starts[r] = rows[r] * bank.dim;
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= bank.dim; j += kLanes) {
+    const __m512 values = _mm512_loadu_ps(query + j);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 difference =
+          _mm512_sub_ps(values, load_sixteen<kHalf>(bank.data, starts[r] + j));
+      sums[r] = _mm512_fmadd_ps(difference, difference, sums[r]);
+    }
+  }
+  if (j < bank.dim) {
+    const auto mask = static_cast<__mmask16>((1u << (bank.dim - j)) - 1);
+    const __m512 values = _mm512_maskz_loadu_ps(mask, query + j);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 difference =
+          _mm512_sub_ps(values, load_some<kHalf>(mask, bank.data, starts[r] + j));
+      sums[r] = _mm512_fmadd_ps(difference, difference, sums[r]);
+    }
+  }
+  if constexpr (kRows == kLanes) {
+    _mm512_storeu_ps(squared, canonical_sums(sums));
+  } else {
+    for (int r = 0; r < kRows; ++r) squared[r] = canonical_sum(sums[r]);
+  }
+}
+
+template <bool kHalf>
+inline void distances_of(const Rows& bank, const float* query, const int64_t* rows, int count,
+                         float* squared) {
+  if (count == kLanes) {
+    distances_to<kLanes, kHalf>(bank, query, rows, squared);
+    return;
+  }
+  int r = 0;
+  for (; r + 4 <= count; r += 4) distances_to<4, kHalf>(bank, query, rows + r, squared + r);
+  for (; r < count; ++r) distances_to<1, kHalf>(bank, query, rows + r, squared + r);
+}
+
+void avx512_squared_distances(const Rows& bank, const float* query, const int64_t* rows, int count,
+                              float* squared) {
+  (bank.half ? distances_of<true> : distances_of<false>)(bank, query, rows, count, squared);
+}
+
+Encoding avx512_encode(const float* vector, const float* centre, int64_t dims, float scale,
+                       int limit, int offset, uint8_t* code) {
+  const __m512 inverse = _mm512_set1_ps(1.0f / scale), step = _mm512_set1_ps(scale);
+  const __m512 largest = _mm512_set1_ps(static_cast<float>(limit));
+  const __m512 smallest = _mm512_set1_ps(static_cast<float>(-limit));
+  const __m512i shift = _mm512_set1_epi32(offset);
+  __m512i code_squares = _mm512_setzero_si512();
+  __m512 residual = _mm512_setzero_ps(), squared = residual;
+  for (int64_t j = 0; j < dims; j += kLanes) {
+    const __m512 t = _mm512_sub_ps(_mm512_loadu_ps(vector + j), _mm512_loadu_ps(centre + j));
+    const __m512 clamped =
+        _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(t, inverse), largest), smallest);
+    const __m512i rounded = _mm512_cvtps_epi32(clamped);
+    const __m512 value = _mm512_cvtepi32_ps(rounded);
+    const __m512 rest = _mm512_fnmadd_ps(step, value, t);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(code + j),
+                     _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, shift)));
+    code_squares = _mm512_add_epi32(code_squares, _mm512_mullo_epi32(rounded, rounded));
+    residual = _mm512_fmadd_ps(rest, rest, residual);
+    squared = _mm512_fmadd_ps(t, t, squared);
+  }
+  return {_mm512_reduce_add_epi32(code_squares), _mm512_reduce_add_ps(residual),
+          _mm512_reduce_add_ps(squared)};
+}
+
+inline __m512i broadcast_group(const uint8_t* query, int64_t g) {
+  int group;
+  __builtin_memcpy(&group, query + g * 4, sizeof group);
+  return _mm512_set1_epi32(group);
+}
+
+template <int kQueries>
+inline void screen_queries(const uint8_t* const* queries, const int32_t* thresholds,
+                           const int8_t* codes, const int32_t* bias, int64_t groups,
+                           uint64_t* masks) {
+  __m512i sums[kQueries][kTileBlocks];
+#pragma GCC unroll 4
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const __m512i start =
+        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; ++q) sums[q][b] = start;
+  }
+  const int64_t block_bytes = groups * 64;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i values[kTileBlocks];
+#pragma GCC unroll 4
+    for (int b = 0; b < kTileBlocks; ++b) {
+      values[b] = _mm512_loadu_si512(codes + b * block_bytes + g * 64);
+    }
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; ++q) {
+      const __m512i query = broadcast_group(queries[q], g);
+#pragma GCC unroll 4
+      for (int b = 0; b < kTileBlocks; ++b) {
+        sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], query, values[b]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; ++q) {
+    const __m512i threshold = _mm512_set1_epi32(thresholds[q]);
+    uint64_t mask = 0;
+#pragma GCC unroll 4
+    for (int b = 0; b < kTileBlocks; ++b) {
+      mask |= uint64_t{_mm512_cmpge_epi32_mask(sums[q][b], threshold)} << (kLanes * b);
+    }
+    masks[q] = mask;
+  }
+}
+
+void avx512_screen_tile(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
+                        const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks) {
+  static_assert(kTileQueries == 6, "one case per number of queries");
+  switch (num_queries) {
+    case 1:
+      return screen_queries<1>(queries, thresholds, codes, bias, groups, masks);
+    case 2:
+      return screen_queries<2>(queries, thresholds, codes, bias, groups, masks);
+    case 3:
+      return screen_queries<3>(queries, thresholds, codes, bias, groups, masks);
+    case 4:
+      return screen_queries<4>(queries, thresholds, codes, bias, groups, masks);
+    case 5:
+      return screen_queries<5>(queries, thresholds, codes, bias, groups, masks);
+    default:
+      return screen_queries<6>(queries, thresholds, codes, bias, groups, masks);
+  }
+}
+
+// Few groups: the query stays in registers and the codes are read once.
+template <int kGroups>
+inline bool screen_short(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                         const int32_t* bias, int64_t blocks, uint16_t* masks) {
+  __m512i values[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) values[g] = broadcast_group(query, g);
+  const __m512i least = _mm512_set1_epi32(threshold);
+  unsigned any = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // Two chains, so that the products do not wait for each other.
+    __m512i even = _mm512_setzero_si512(), odd = even;
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      __m512i& sum = g % 2 ? odd : even;
+      sum = _mm512_dpbusd_epi32(sum, values[g], _mm512_loadu_si512(codes + (b * kGroups + g) * 64));
+    }
+    const __m512i sum =
+        _mm512_sub_epi32(_mm512_add_epi32(even, odd), _mm512_loadu_si512(bias + b * kLanes));
+    const __mmask16 mask = _mm512_cmpge_epi32_mask(sum, least);
+    masks[b] = mask;
+    any |= mask;
+  }
+  return any != 0;
+}
+
+bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                          const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks) {
+  switch (groups) {
+    case 2:
+      return screen_short<2>(query, threshold, codes, bias, blocks, masks);
+    case 3:
+      return screen_short<3>(query, threshold, codes, bias, blocks, masks);
+    case 4:
+      return screen_short<4>(query, threshold, codes, bias, blocks, masks);
+    case 6:
+      return screen_short<6>(query, threshold, codes, bias, blocks, masks);
+    case 8:
+      return screen_short<8>(query, threshold, codes, bias, blocks, masks);
+    default:
+      break;
+  }
+  uint64_t any = 0;
+  int64_t b = 0;
+  for (; b + kTileBlocks <= blocks; b += kTileBlocks) {
+    uint64_t mask;
+    screen_queries<1>(&query, &threshold, codes + b * groups * 64, bias + b * kLanes, groups,
+                      &mask);
+    __builtin_memcpy(masks + b, &mask, sizeof mask);
+    any |= mask;
+  }
+  for (; b < blocks; ++b) {
+    __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
+    for (int64_t g = 0; g < groups; ++g) {
+      sum = _mm512_dpbusd_epi32(sum, broadcast_group(query, g),
+                                _mm512_loadu_si512(codes + (b * groups + g) * 64));
+    }
+    masks[b] = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
+    any |= masks[b];
+  }
+  return any != 0;
+}
+
+void avx512_closest_codes(const uint8_t* query, const int8_t* codes, const int32_t* bias,
+                          int64_t groups, int64_t blocks, int32_t* block_of_lane) {
+  __m512i largest = _mm512_set1_epi32(INT32_MIN), block = _mm512_setzero_si512();
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
+    for (int64_t g = 0; g < groups; ++g) {
+      sum = _mm512_dpbusd_epi32(sum, broadcast_group(query, g),
+                                _mm512_loadu_si512(codes + (b * groups + g) * 64));
+    }
+    const __mmask16 more = _mm512_cmpgt_epi32_mask(sum, largest);
+    largest = _mm512_mask_mov_epi32(largest, more, sum);
+    block = _mm512_mask_mov_epi32(block, more, _mm512_set1_epi32(static_cast<int>(b)));
+  }
+  _mm512_storeu_si512(block_of_lane, block);
+}
+
+int64_t avx512_tile_distances(const float* point, const float* tiles, int64_t dims,
+                              int64_t num_tiles, float* squared) {
+  __m512 least = _mm512_set1_ps(INFINITY);
+  __m512i tile_of_least = _mm512_setzero_si512();
+  int64_t tile = 0;
+  const int64_t tile_floats = dims * kLanes;
+  for (; tile + 4 <= num_tiles; tile += 4) {
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                      _mm512_setzero_ps()};
+    for (int64_t j = 0; j < dims; ++j) {
+      const __m512 value = _mm512_set1_ps(point[j]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512 difference =
+            _mm512_sub_ps(value, _mm512_loadu_ps(tiles + (tile + i) * tile_floats + j * kLanes));
+        sums[i] = _mm512_fmadd_ps(difference, difference, sums[i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm512_storeu_ps(squared + (tile + i) * kLanes, sums[i]);
+      const __mmask16 less = _mm512_cmp_ps_mask(sums[i], least, _CMP_LT_OQ);
+      least = _mm512_mask_mov_ps(least, less, sums[i]);
+      tile_of_least =
+          _mm512_mask_mov_epi32(tile_of_least, less, _mm512_set1_epi32(static_cast<int>(tile) + i));
+    }
+  }
+  for (; tile < num_tiles; ++tile) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < dims; ++j) {
+      const __m512 difference = _mm512_sub_ps(
+          _mm512_set1_ps(point[j]), _mm512_loadu_ps(tiles + tile * tile_floats + j * kLanes));
+      sum = _mm512_fmadd_ps(difference, difference, sum);
+    }
+    _mm512_storeu_ps(squared + tile * kLanes, sum);
+    const __mmask16 less = _mm512_cmp_ps_mask(sum, least, _CMP_LT_OQ);
+    least = _mm512_mask_mov_ps(least, less, sum);
+    tile_of_least =
+        _mm512_mask_mov_epi32(tile_of_least, less, _mm512_set1_epi32(static_cast<int>(tile)));
+  }
+  float values[kLanes];
+  int32_t tiles_of[kLanes];
+  _mm512_storeu_ps(values, least);
+  _mm512_storeu_si512(tiles_of, tile_of_least);
+  int lane = 0;
+  for (int r = 1; r < kLanes; ++r) lane = values[r] < values[lane] ? r : lane;
+  return int64_t{tiles_of[lane]} * kLanes + lane;
+}
+
+int64_t avx512_keep_clusters(const ClusterBounds& bounds, const float* squared, int64_t clusters,
+                             int32_t* kept) {
+  const __m512 low = _mm512_set1_ps(1.0f - bounds.rounding);
+  const __m512 high = _mm512_set1_ps(1.0f + bounds.rounding);
+  const __m512 limit = _mm512_set1_ps(bounds.limit);
+  const __m512 own = _mm512_set1_ps(bounds.own * (1.0f + bounds.rounding));
+  const __m512 twice_rounding = _mm512_set1_ps(2 * bounds.rounding);
+  const __m512 two = _mm512_set1_ps(2.0f);
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t c = 0; c < clusters; c += kLanes) {
+    const auto valid =
+        static_cast<__mmask16>(clusters - c < kLanes ? (1u << (clusters - c)) - 1 : 0xffff);
+    const __m512 reach = _mm512_maskz_loadu_ps(valid, bounds.reach + c);
+    const __m512 slack = _mm512_maskz_loadu_ps(valid, bounds.slack + c);
+    const __m512 radius = _mm512_add_ps(limit, reach);
+    const __m512 at_least = _mm512_mul_ps(_mm512_loadu_ps(squared + c), low);
+    const __mmask16 beyond_radius =
+        _mm512_cmp_ps_mask(at_least, _mm512_mul_ps(radius, radius), _CMP_GT_OQ);
+    const __m512 at_most =
+        _mm512_add_ps(own, _mm512_mul_ps(_mm512_mul_ps(twice_rounding, reach), reach));
+    const __m512 width = _mm512_mul_ps(_mm512_mul_ps(two, _mm512_add_ps(limit, slack)),
+                                       _mm512_loadu_ps(bounds.gaps + c));
+    const __mmask16 beyond_half_plane = _mm512_cmp_ps_mask(_mm512_sub_ps(at_least, at_most),
+                                                           _mm512_mul_ps(width, high), _CMP_GT_OQ);
+    const auto keep = static_cast<__mmask16>(valid & ~(beyond_radius | beyond_half_plane));
+    // Compressed in a register: storing compressed lanes directly is slow on some processors.
+    _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(keep, index));
+    count += __builtin_popcount(keep);
+    index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
+  }
+  return count;
+}
+
+int64_t avx512_count_below(const float* ascending, int64_t count, float value) {
+  const __m512 limit = _mm512_set1_ps(value);
+  int64_t below = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto mask = static_cast<__mmask16>(count - i < kLanes ? (1u << (count - i)) - 1 : 0xffff);
+    below += __builtin_popcount(_mm512_mask_cmp_ps_mask(
+        mask, _mm512_maskz_loadu_ps(mask, ascending + i), limit, _CMP_LT_OQ));
+  }
+  return below;
+}
+
+}  // namespace
+
+const SearchKernels& avx512_kernels() {
+  static const SearchKernels kernels = {"avx512",
+                                        1,
+                                        avx512_squared_distances,
+                                        avx512_encode,
+                                        avx512_screen_tile,
+                                        avx512_screen_blocks,
+                                        avx512_closest_codes,
+                                        avx512_tile_distances,
+                                        avx512_keep_clusters,
+                                        avx512_count_below};
+  return kernels;
+}
+
+}  // namespace psvdd::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // PSVDD_X86

@@ -1,0 +1,25 @@
+// The search kernels for any processor.
+
+#include <cmath>
+
+#include "../portable.h"
+#include "search_kernels.h"
+#include "search_kernels_generic.h"
+
+namespace psvdd::cpu {
+
+const SearchKernels& portable_kernels() {
+  static const SearchKernels kernels = {"portable",
+                                        1,
+                                        generic_squared_distances,
+                                        generic_encode,
+                                        generic_screen_tile,
+                                        generic_screen_blocks,
+                                        generic_closest_codes,
+                                        generic_tile_distances,
+                                        generic_keep_clusters,
+                                        generic_count_below};
+  return kernels;
+}
+
+}  // namespace psvdd::cpu

@@ -1,0 +1,348 @@
+// Tests of the CPU search that need its insides or a sanitizer: each bound against true distances,
+// and whole searches against a plain loop. Prints what failed and exits with 1.
+//
+//   search_test [rounds]
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/clusters.h"
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/rescore.h"
+
+namespace {
+
+using namespace psvdd;
+using namespace psvdd::cpu;
+
+std::mt19937_64 random_bits(1);
+int failures = 0;
+int64_t checked = 0;
+
+#define EXPECT(condition, ...)                              \
+  do {                                                      \
+    ++checked;                                              \
+    if (!(condition) && ++failures <= 20) {                 \
+      std::printf("line %d: %s\n  ", __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                             \
+      std::printf("\n");                                    \
+    }                                                       \
+  } while (false)
+
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+
+// Values that make rounding matter: a spread of any scale about an offset of any other, some of
+// them a unit in the last place apart, some equal.
+std::vector<float> hard_values(int64_t rows, int64_t dim, int64_t padded) {
+  std::vector<float> values(rows * padded, 0.0f);
+  const double spread = std::exp2(uniform(-30, 10));
+  const double offset = uniform(0, 1) < 0.3 ? 0.0 : std::exp2(uniform(-10, 14));
+  std::normal_distribution<double> normal;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t like = r > 0 && uniform(0, 1) < 0.3 ? integer(0, r - 1) : -1;
+    for (int64_t j = 0; j < dim; ++j) {
+      float& value = values[r * padded + j];
+      if (like >= 0) {
+        value = values[like * padded + j];
+        if (uniform(0, 1) < 0.2) value = std::nextafter(value, 1e30f);
+      } else {
+        value = static_cast<float>(offset + spread * normal(random_bits));
+      }
+    }
+  }
+  return values;
+}
+
+long double true_distance(const float* a, const float* b, int64_t dim) {
+  long double sum = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const long double difference = static_cast<long double>(a[j]) - b[j];
+    sum += difference * difference;
+  }
+  return std::sqrt(sum);
+}
+
+// Slightly more than a distance: a limit under which the pair must not be ruled out.
+double just_above(long double distance) {
+  return std::nextafter(static_cast<double>(distance * (1 + 1e-15L)), 1e300);
+}
+
+// A row whose canonical squared distance does not exceed `squared` is within winning_distance.
+void test_winning_distance() {
+  const int64_t dim = integer(1, 300);
+  const std::vector<float> values = hard_values(40, dim, dim);
+  for (int64_t b = 1; b < 40; ++b) {
+    float squared;
+    active_kernels().squared_distances({values.data(), dim, false}, values.data(), &b, 1, &squared);
+    const long double distance = true_distance(values.data(), values.data() + b * dim, dim);
+    EXPECT(distance <= winning_distance(squared, dim), "dim %ld, distance %Lg", long(dim),
+           distance);
+  }
+}
+
+// The screen passes every pair under a limit that is just its distance.
+void test_screen() {
+  const SearchKernels& kernels = active_kernels();
+  const int64_t dim = integer(0, 3) ? integer(1, 100) : integer(1, kMostDims);
+  const int64_t padded = round_up(dim, kLanes), groups = (dim + 3) / 4;
+  const int64_t queries = integer(1, kTileQueries);
+  const std::vector<float> values = hard_values(kTileRows + queries + 1, dim, padded);
+  const float* centre = values.data() + (kTileRows + queries) * padded;
+  float largest = 0;
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    for (int64_t j = 0; j < dim; ++j) {
+      largest = std::max(largest, std::fabs(values[r * padded + j] - centre[j]));
+    }
+  }
+  // Also with scales that clip the rows or waste the codes.
+  const auto scale = static_cast<float>(
+      std::max(static_cast<double>(largest) / kCodeLimit * std::exp2(uniform(-2, 2)), 1e-30));
+  std::vector<int8_t> codes(kTileRows * groups * 4);
+  std::vector<int32_t> bias(kTileRows, kNothing);
+  std::vector<double> row_error(kTileRows);
+  std::vector<uint8_t> code(padded);
+  const int64_t rows = integer(1, kTileRows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Encoding encoding =
+        encode_row(kernels, values.data() + r * padded, centre, padded, scale, code.data());
+    row_error[r] = residual_bound(encoding, padded);
+    write_code(code.data(), encoding, groups, r, codes.data(), bias.data());
+  }
+  std::vector<std::vector<uint8_t>> query_codes(queries, std::vector<uint8_t>(padded));
+  std::vector<const uint8_t*> pointers;
+  std::vector<Encoding> encodings;
+  for (int64_t q = 0; q < queries; ++q) {
+    encodings.push_back(encode_query(kernels, values.data() + (kTileRows + q) * padded, centre,
+                                     padded, scale, query_codes[q].data()));
+    pointers.push_back(query_codes[q].data());
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<int32_t> thresholds;
+    for (int64_t q = 0; q < queries; ++q) {
+      const long double distance =
+          true_distance(values.data() + r * padded, values.data() + (kTileRows + q) * padded, dim);
+      thresholds.push_back(screen_threshold(encodings[q].code_squares, just_above(distance),
+                                            row_error[r] + residual_bound(encodings[q], padded),
+                                            scale, kernels.query_step));
+    }
+    uint64_t masks[kTileQueries];
+    kernels.screen_tile(pointers.data(), thresholds.data(), static_cast<int>(queries), codes.data(),
+                        bias.data(), groups, masks);
+    for (int64_t q = 0; q < queries; ++q) {
+      EXPECT(masks[q] >> r & 1, "%s, dim %ld, row %ld", kernels.name, long(dim), long(r));
+      EXPECT(rows == kTileRows || masks[q] >> rows == 0, "padding passed");
+      uint16_t blocks[kTileBlocks];
+      kernels.screen_blocks(pointers[q], thresholds[q], codes.data(), bias.data(), groups,
+                            kTileBlocks, blocks);
+      EXPECT(std::memcmp(blocks, &masks[q], sizeof blocks) == 0, "%s: tile and blocks differ",
+             kernels.name);
+    }
+  }
+}
+
+// A clustered bank made here, with all its arrays.
+struct TestBank {
+  int64_t dim, rows, clusters, axes, groups;
+  std::vector<float> values, mean, basis, centroids, projected, errors, radii, data;
+  std::vector<int64_t> ids, starts, blocks;
+  std::vector<int8_t> codes;
+  std::vector<int32_t> bias;
+  std::vector<float> block_radius, scales, slack, code_slack, reach, tiles, gaps;
+  ClusteredBank bank;
+
+  TestBank(int64_t dim_, int64_t rows_, int64_t clusters_, int threads)
+      : dim(dim_), rows(rows_), clusters(std::min(clusters_, rows_)) {
+    values = hard_values(rows, dim, dim);
+    mean.assign(values.begin(), values.begin() + dim);
+    const bool project_them = dim > 20 && integer(0, 1);
+    axes = project_them ? 16 : round_up(dim, kLanes);
+    groups = project_them ? 4 : (dim + 3) / 4;
+    double stretch = 1;
+    if (project_them) {  // 16 coordinates of 20 or more, slightly lengthened
+      basis.assign(dim * axes, 0.0f);
+      for (int64_t i = 0; i < axes; ++i) basis[(i + dim - axes) * axes + i] = 1.0000001f;
+      stretch = 1.000001;
+    }
+    const Projection projection{dim, axes, mean.data(), project_them ? basis.data() : nullptr,
+                                stretch};
+    projected.resize(rows * axes);
+    errors.resize(rows);
+    project({projection, rows, values.data(), false, projected.data(), errors.data()}, threads);
+    for (int64_t c = 0; c < clusters; ++c) {
+      const int64_t r = integer(0, rows - 1);
+      centroids.insert(centroids.end(), projected.begin() + r * axes,
+                       projected.begin() + (r + 1) * axes);
+    }
+    radii.resize(rows);
+    std::vector<int64_t> nearest_centroid(rows);
+    NearestParams params{};
+    params.queries = rows;
+    params.bank_rows = clusters;
+    params.dim = axes;
+    params.query_data = projected.data();
+    params.bank_data = centroids.data();
+    params.distances = radii.data();
+    params.indices = nearest_centroid.data();
+    nearest(params, threads);
+    // Clusters in order, empty ones dropped, rows by radius.
+    std::vector<float> used;
+    starts = {0};
+    blocks = {0};
+    for (int64_t c = 0; c < clusters; ++c) {
+      std::vector<int64_t> members;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (nearest_centroid[r] == c) members.push_back(r);
+      }
+      if (members.empty()) continue;
+      std::sort(members.begin(), members.end(),
+                [&](int64_t a, int64_t b) { return radii[a] < radii[b]; });
+      ids.insert(ids.end(), members.begin(), members.end());
+      starts.push_back(static_cast<int64_t>(ids.size()));
+      blocks.push_back(blocks.back() + (static_cast<int64_t>(members.size()) + 15) / 16);
+      used.insert(used.end(), centroids.begin() + c * axes, centroids.begin() + (c + 1) * axes);
+    }
+    centroids = used;
+    clusters = static_cast<int64_t>(starts.size()) - 1;
+    for (int64_t id : ids) {
+      data.insert(data.end(), values.begin() + id * dim, values.begin() + (id + 1) * dim);
+    }
+    const int64_t padded = round_up(clusters, kLanes);
+    codes.resize(blocks.back() * groups * 64);
+    bias.resize(blocks.back() * kLanes);
+    block_radius.resize(blocks.back());
+    for (auto* array : {&scales, &slack, &code_slack, &reach}) array->resize(clusters);
+    tiles.resize(padded * axes);
+    gaps.resize(clusters * padded);
+    bank = {projection,       rows,          clusters,     groups,
+            data.data(),      false,         ids.data(),   starts.data(),
+            blocks.data(),    codes.data(),  bias.data(),  block_radius.data(),
+            centroids.data(), scales.data(), slack.data(), code_slack.data(),
+            reach.data(),     tiles.data(),  gaps.data()};
+    link_clusters(bank, threads);
+    pack_clusters({bank, projected.data(), errors.data(), radii.data()}, threads);
+  }
+};
+
+// A cluster is kept, and a row's block not skipped, under a limit that is just the row's distance.
+void test_cluster_bounds() {
+  const TestBank made(integer(1, 40), integer(1, 200), integer(1, 40), 1);
+  const ClusteredBank& bank = made.bank;
+  const SearchKernels& kernels = active_kernels();
+  const int64_t padded = round_up(bank.clusters, kLanes);
+  std::vector<float> point(made.axes), squared(padded);
+  std::vector<double> sums(made.axes);
+  std::vector<int32_t> kept(padded + kLanes);
+  for (int query = 0; query < 20; ++query) {
+    std::vector<float> vector(made.values.begin() + integer(0, made.rows - 1) * made.dim,
+                              made.values.end());
+    vector.resize(made.dim);
+    const double nudge = std::exp2(uniform(-20, 1)) * bank.reach[integer(0, bank.clusters - 1)];
+    for (float& value : vector) value += static_cast<float>(nudge * uniform(-1, 1));
+    const double error = project_row(bank.projection, vector.data(), sums.data(), point.data());
+    const int64_t own = kernels.tile_distances(point.data(), bank.centroid_tiles, made.axes,
+                                               padded / kLanes, squared.data());
+    for (int64_t c = 0; c < bank.clusters; ++c) {
+      EXPECT(own < bank.clusters && squared[own] <= squared[c], "not the nearest centroid");
+      for (int64_t r = bank.starts[c]; r < bank.starts[c + 1]; ++r) {
+        const long double distance =
+            true_distance(vector.data(), made.data.data() + r * made.dim, made.dim);
+        const auto limit = static_cast<float>(
+            (just_above(distance) * bank.projection.stretch + error) * (1 + 1e-6));
+        const ClusterBounds bounds = {
+            bank.reach,   bank.slack, bank.gaps + own * padded,
+            squared[own], limit,      static_cast<float>(bound_rounding(made.axes))};
+        const int64_t count =
+            kernels.keep_clusters(bounds, squared.data(), bank.clusters, kept.data());
+        EXPECT(std::find(kept.begin(), kept.begin() + count, c) != kept.begin() + count,
+               "%s: cluster %ld of %ld ruled out", kernels.name, long(c), long(bank.clusters));
+        const int64_t first = bank.blocks[c];
+        const BlockRange range = blocks_within(
+            kernels, bank.block_radius + first, bank.blocks[c + 1] - first, squared[c],
+            static_cast<double>(limit) + bank.slack[c], bound_rounding(made.axes));
+        const int64_t block = (r - bank.starts[c]) / kLanes;
+        EXPECT(range.begin <= block && block < range.end, "block %ld not in [%ld, %ld)",
+               long(block), long(range.begin), long(range.end));
+      }
+    }
+  }
+}
+
+// Whole searches, plain and clustered, with and without groups, against a loop over all rows.
+void test_searches(int threads) {
+  const TestBank made(integer(1, 40), integer(1, 400), integer(1, 40), threads);
+  const int64_t queries = integer(1, 100);
+  std::vector<float> vectors;
+  for (int64_t q = 0; q < queries; ++q) {
+    const int64_t r = integer(0, made.rows - 1);
+    for (int64_t j = 0; j < made.dim; ++j) {
+      const float value = made.values[r * made.dim + j];
+      vectors.push_back(q % 3 ? value * static_cast<float>(uniform(0.999, 1.001)) : value);
+    }
+  }
+  std::vector<int64_t> bank_groups(made.rows), query_groups(queries);
+  for (int64_t& group : bank_groups) group = integer(0, 2);
+  for (int64_t& group : query_groups) group = integer(0, 3);
+  for (const bool grouped : {false, true}) {
+    Groups groups{nullptr, nullptr, 1};
+    if (grouped) groups = {query_groups.data(), bank_groups.data(), 1};
+    std::vector<float> distances(queries), clustered_distances(queries);
+    std::vector<int64_t> indices(queries), clustered_indices(queries);
+    NearestParams params{};
+    params.queries = queries;
+    params.bank_rows = made.rows;
+    params.dim = made.dim;
+    params.query_data = vectors.data();
+    params.bank_data = made.values.data();
+    params.groups = groups;
+    params.distances = distances.data();
+    params.indices = indices.data();
+    nearest(params, threads);
+    int64_t scanned = 0;
+    nearest_in_clusters({made.bank, groups, queries, vectors.data(), clustered_distances.data(),
+                         clustered_indices.data(), &scanned},
+                        threads);
+    for (int64_t q = 0; q < queries; ++q) {
+      Best best;
+      for (int64_t r = 0; r < made.rows; ++r) {
+        if (grouped && query_groups[q] == bank_groups[r]) continue;
+        float squared;
+        portable_kernels().squared_distances({made.values.data(), made.dim, false},
+                                             vectors.data() + q * made.dim, &r, 1, &squared);
+        best.offer(squared, r);
+      }
+      float distance;
+      int64_t index;
+      best.write(0, &distance, &index);
+      EXPECT(distances[q] == distance && indices[q] == index, "plain: %ld for %ld",
+             long(indices[q]), long(index));
+      EXPECT(clustered_distances[q] == distance && clustered_indices[q] == index,
+             "clustered: %ld for %ld", long(clustered_indices[q]), long(index));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
+  for (const std::string& name : instruction_sets()) {
+    set_instruction_set(name);
+    for (int round = 0; round < rounds; ++round) {
+      test_winning_distance();
+      test_screen();
+      test_cluster_bounds();
+      test_searches(1 + round % 4);
+    }
+  }
+  std::printf("%ld checks, %d failures\n", static_cast<long>(checked), failures);
+  return failures == 0 ? 0 : 1;
+}
