@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h)
+CPP_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 # pip's isolated builds take their tools at the pinned versions, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format sanitize bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
@@ -42,7 +42,11 @@ $(VENV)/installed-dev: $(NATIVE_SOURCES) | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-bench: $(VENV)/installed-dev  ## search against its peers; results as JSON
+sanitize: $(VENV)/installed-dev  ## the C++ tests under address, undefined-behaviour, thread sanitizers
+	$(BIN)/pytest tests/test_native.py
+
+bench: $(VENV)/installed-dev  ## search against its peers; results as JSON, table and plot
+	$(BIN)/pip install -e '.[bench]'
 	$(BIN)/python benchmarks/search.py --output benchmarks/results
 
 clean:

@@ -75,18 +75,19 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
   module.def(
       "nearest",
       [backend](int64_t queries, int64_t bank_rows, int64_t dim, Pointer query_data,
-                Pointer bank_data, bool bank_is_half, Pointer query_groups, Pointer bank_groups,
-                int64_t rows_per_group, Pointer distances, Pointer indices, int64_t bank_splits,
-                Pointer split_distances, Pointer split_indices, Context context) {
+                Pointer bank_data, bool bank_is_half, bool plain, Pointer query_groups,
+                Pointer bank_groups, int64_t rows_per_group, Pointer distances, Pointer indices,
+                int64_t bank_splits, Pointer split_distances, Pointer split_indices,
+                Context context) {
         backend.nearest(
             {queries, bank_rows, dim, at<const float>(query_data), at<const void>(bank_data),
-             bank_is_half, groups_of(query_groups, bank_groups, rows_per_group),
+             bank_is_half, plain, groups_of(query_groups, bank_groups, rows_per_group),
              at<float>(distances), at<int64_t>(indices), bank_splits, at<float>(split_distances),
              at<int64_t>(split_indices)},
             context);
       },
       py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
-      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("query_groups"),
+      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("plain"), py::arg("query_groups"),
       py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
       py::arg("bank_splits"), py::arg("split_distances"), py::arg("split_indices"),
       py::arg("context"), release);
@@ -153,6 +154,7 @@ void define_clusters(py::module_ cpu) {
       py::arg("bank"), py::arg("projected"), py::arg("errors"), py::arg("radii"),
       py::arg("context"), release);
   cpu.def("link_clusters", psvdd::cpu::link_clusters, py::arg("bank"), py::arg("context"), release);
+  cpu.def("release_memory", psvdd::cpu::release_memory, release);
   cpu.def(
       "nearest_in_clusters",
       [](const psvdd::ClusteredBank& bank, int64_t queries, Pointer query_data,

@@ -60,6 +60,7 @@ struct NearestParams {
   const float* query_data;  // [Q, D] on the CPU; transposed, [D, Q], on the GPU (coalesced loads)
   const void* bank_data;    // [M, D], float32, or float16 (CPU only)
   bool bank_is_half;
+  bool plain;  // every distance canonically, without a screen: to compare with (CPU only)
   Groups groups;
   float* distances;        // [Q], L2 distance to the nearest bank row; infinity if all are excluded
   int64_t* indices;        // [Q], row of the bank, the lowest on ties; -1 if all are excluded

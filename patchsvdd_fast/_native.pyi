@@ -56,6 +56,7 @@ class Backend:
         query_data: int,
         bank_data: int,
         bank_is_half: bool,
+        plain: bool,
         query_groups: int,
         bank_groups: int,
         rows_per_group: int,
@@ -111,6 +112,8 @@ class cpu(Backend):  # noqa: N801 (a submodule)
     ) -> None: ...
     @staticmethod
     def link_clusters(bank: cpu.ClusteredBank, context: int) -> None: ...
+    @staticmethod
+    def release_memory() -> None: ...
     @staticmethod
     def nearest_in_clusters(
         bank: cpu.ClusteredBank,

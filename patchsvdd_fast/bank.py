@@ -246,14 +246,15 @@ class NormalBank:
             bank._data = state["data"]
             bank._clusters, bank._stretch, bank._clustered_rows = None, 1.0, 0
             if "ids" in state:
-                fields = {name: state[name] for name in ClusterArrays._fields if name in state}
                 empty = {name: torch.empty(0) for name in _DERIVED}
-                arrays = ClusterArrays(**(fields | empty))
+                arrays = ClusterArrays(
+                    **{n: empty[n] if n in empty else state[n] for n in ClusterArrays._fields}
+                )
                 arrays.check()
                 bank._clusters = link(arrays)
                 bank._stretch = float(state["stretch"])
                 bank._clustered_rows = int(state["clustered_rows"])
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"these tensors are not a bank: {error} is missing") from error
         bank._storage = bank._data.dtype
         if len(bank._groups) * bank._rows_per_group != len(bank):

@@ -27,6 +27,7 @@ _COVARIANCE_SAMPLES = 32_768
 _VARIANCE_LEFT_OUT = 0.015
 _LARGEST = 1e15  # coordinates beyond might overflow when squared
 _MOST_DIMS = 4096
+_ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
 _TRIAL_QUERIES = 256
 _WORTHWHILE = 0.25  # share of the bank a search may look at
 
@@ -49,13 +50,18 @@ def build_clusters(
     """
     rows, dim = embeddings.shape
     wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
-    if wanted < 1 or dim > _MOST_DIMS or float(embeddings.abs().max()) > _LARGEST:
+    if wanted < 1 or dim > _MOST_DIMS:
+        return None
+    low, high = embeddings.aminmax()
+    if max(-float(low), float(high)) > _LARGEST:
         return None
     generator = torch.Generator().manual_seed(seed)
     mean, basis, stretch = _principal_axes(embeddings, generator)
     projected, errors = _project(embeddings, mean, basis, stretch)
     centroids = _cluster(projected, wanted, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
+    del projected, errors
+    _native.cpu.release_memory()
     if num_clusters is None and _share_looked_at(arrays, stretch, generator) > _WORTHWHILE:
         return None
     return arrays, stretch
@@ -156,7 +162,8 @@ def _pack(
 ) -> ClusterArrays:
     """Assign every row to its nearest centroid and lay the rows out cluster by cluster."""
     dim = embeddings.shape[1]
-    radii, nearest = ops.nearest(projected, centroids)
+    found = [ops.nearest(part, centroids) for part in projected.split(_ROWS_AT_ONCE)]
+    radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
     by_radius = torch.argsort(radii, stable=True)
     order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
     counts = torch.bincount(nearest, minlength=len(centroids))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def use_instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         _native.cpu.set_instruction_set(before)
+
+
+_plain_search = ContextVar("plain_search", default=False)
+
+
+@contextlib.contextmanager
+def plain_search() -> Iterator[None]:
+    """Within the context, `nearest` on the CPU computes every distance (for benchmarks)."""
+    token = _plain_search.set(True)
+    try:
+        yield
+    finally:
+        _plain_search.reset(token)
 
 
 # --- extract_patches ------------------------------------------------------------------------------
@@ -266,6 +280,7 @@ def _nearest(
             query_data=query_data.data_ptr(),
             bank_data=bank_data.data_ptr(),
             bank_is_half=bank_data.dtype == torch.float16,
+            plain=_plain_search.get(),
             query_groups=_pointer(query_groups),
             bank_groups=_pointer(bank_groups),
             rows_per_group=rows_per_group,

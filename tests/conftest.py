@@ -105,21 +105,27 @@ def category_folder(tmp_path):
     return root
 
 
+def build_native(folder, target, *options):
+    """Build a target of CMakeLists.txt without CUDA; returns the build folder."""
+    import pybind11
+
+    build = ROOT / "build" / folder
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DPATCHSVDD_CUDA=OFF"),
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *options,
+    ]
+    for command in (configure, ["cmake", "--build", str(build), "--target", target]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build
+
+
 @pytest.fixture(scope="session")
 def cuda_on_host():
     """The CUDA kernels compiled for the host, as a module like patchsvdd_fast._native."""
-    import pybind11
-
-    build = ROOT / "build" / "cuda_on_host"
-    configure = [
-        *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-        *("-DPATCHSVDD_CUDA=OFF", "-DPATCHSVDD_CUDA_ON_HOST=ON"),
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
-    for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_on_host"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    build = build_native("cuda_on_host", "_cuda_on_host", "-DPATCHSVDD_CUDA_ON_HOST=ON")
     (path,) = build.glob("_cuda_on_host*.so")
     spec = importlib.util.spec_from_file_location("_cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)

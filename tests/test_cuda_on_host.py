@@ -72,6 +72,21 @@ def test_nearest_is_the_canonical_answer_to_the_bit(on_cuda_kernels, dim, count)
     assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_nearest_excludes_groups(on_cuda_kernels, count):
+    queries, bank = torch.randn(count, 20), torch.randn(90, 20)
+    groups = torch.randint(3, (count,)), torch.randint(3, (90,))
+    expected = ops.nearest(queries, bank, exclude_same_group=groups)
+    nothing = torch.zeros(count, dtype=torch.int64), torch.zeros(90, dtype=torch.int64)
+    with on_cuda_kernels():
+        found = ops.nearest(queries, bank, exclude_same_group=groups)
+        none = ops.nearest(queries, bank, exclude_same_group=nothing)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.isinf(none[0]).all()
+    assert (none[1] == -1).all()
+
+
 def test_nearest_of_no_queries(on_cuda_kernels):
     with on_cuda_kernels():
         distances, indices = ops.nearest(torch.empty(0, 4), torch.rand(3, 4))

@@ -5,6 +5,10 @@
 #include <cmath>
 #include <vector>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "clusters.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -119,6 +123,12 @@ void link_clusters(const ClusteredBank& bank, int num_threads) {
                            gaps);
     for (int64_t i = 0; i < padded; ++i) gaps[i] = std::sqrt(gaps[i]) * (1 + rounding);
   });
+}
+
+void release_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 int64_t first_bad_row(const void* data, int64_t rows, int64_t dim, bool is_half, int num_threads) {

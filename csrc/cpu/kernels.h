@@ -19,6 +19,9 @@ void pack_clusters(const PackClustersParams& params, int num_threads);
 void link_clusters(const ClusteredBank& bank, int num_threads);
 void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads);
 
+// Gives freed memory back to the system, which the allocator may keep; for after a large build.
+void release_memory();
+
 // The first row that holds NaN or infinity, or -1.
 int64_t first_bad_row(const void* data, int64_t rows, int64_t dim, bool is_half, int num_threads);
 

@@ -25,8 +25,9 @@ namespace {
 constexpr int64_t kCodeBytes = 512 * 1024;  // of a block: half of a second-level cache
 constexpr int64_t kMostBlockRows = 4096;
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
-constexpr int64_t kFewQueries = 8;          // do not repay encoding the bank
-constexpr float kLargest = 1e15f;           // squares of larger differences might overflow
+constexpr int64_t kRowsForCentre = 64;
+constexpr int64_t kFewQueries = 8;  // do not repay encoding the bank
+constexpr float kLargest = 1e15f;   // squares of larger differences might overflow
 
 struct BlockCodes {
   std::vector<float> centre;  // [padded dim]
@@ -37,31 +38,28 @@ struct BlockCodes {
   bool usable = false;
 };
 
-// Encodes rows [begin, end) about their mean.
+// Encodes rows [begin, end) about their centre.
 void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin, int64_t end,
                   BlockCodes* block) {
   const int64_t dims = round_up(bank.dim, kLanes);
   const int64_t groups = (bank.dim + 3) / 4;
   const int64_t padded_rows = round_up(end - begin, kTileRows);
   std::vector<float> row(dims, 0.0f);
-  std::vector<double> sums(bank.dim, 0.0);
-  for (int64_t r = begin; r < end; ++r) {
-    read_row(bank, r, row.data());
-    for (int64_t j = 0; j < bank.dim; ++j) sums[j] += row[j];
-  }
+  // Any centre will do; the mean of some rows is close to that of all.
+  const int64_t step = std::max<int64_t>(1, (end - begin) / kRowsForCentre);
   block->centre.assign(dims, 0.0f);
-  for (int64_t j = 0; j < bank.dim; ++j) {
-    block->centre[j] = static_cast<float>(sums[j] / static_cast<double>(end - begin));
+  for (int64_t r = begin; r < end; r += step) {
+    read_row(bank, r, row.data());
+    const auto weight = static_cast<float>(step) / static_cast<float>(end - begin);
+    for (int64_t j = 0; j < bank.dim; ++j) block->centre[j] += weight * row[j];
   }
   float largest = 0;
   for (int64_t r = begin; r < end; ++r) {
     read_row(bank, r, row.data());
-    for (int64_t j = 0; j < bank.dim; ++j) {
-      const float size = std::fabs(row[j] - block->centre[j]);
-      largest = largest < size ? size : largest;
-    }
+    largest = std::max(largest, kernels.largest_difference(row.data(), block->centre.data(), dims));
   }
-  block->usable = largest < kLargest && bank.dim <= kMostDims;
+  block->usable = largest < kLargest &&  // false for NaN, from centres that overflow
+                  bank.dim <= kMostDims;
   if (!block->usable) return;
   block->scale = std::max(largest / kCodeLimit, 1e-30f);
   block->codes.assign(padded_rows * groups * 4, 0);
@@ -85,7 +83,7 @@ class Search {
         bank_{{params.bank_data, params.dim, params.bank_is_half}, nullptr, params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         groups_((params.dim + 3) / 4),
-        screened_(params.queries >= kFewQueries),
+        screened_(params.queries >= kFewQueries && !params.plain),
         watch_(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows)) {
     const int64_t fitting = kCodeBytes / (groups_ * 4) / kTileRows * kTileRows;
     const int64_t fair = round_up(params.bank_rows / (4 * std::max(num_threads, 1)), kTileRows);

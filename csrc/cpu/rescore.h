@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "../params.h"
@@ -153,10 +154,9 @@ inline void write_code(const uint8_t* code, const Encoding& encoding, int64_t gr
                        int8_t* codes, int32_t* bias) {
   int8_t* block = codes + row / kLanes * groups * 4 * kLanes;
   int32_t sum = 0;
-  for (int64_t j = 0; j < groups * 4; ++j) {
-    const auto value = static_cast<int8_t>(code[j]);
-    block[(j / 4 * kLanes + row % kLanes) * 4 + j % 4] = value;
-    sum += value;
+  for (int64_t j = 0; j < groups * 4; ++j) sum += static_cast<int8_t>(code[j]);
+  for (int64_t g = 0; g < groups; ++g) {
+    std::memcpy(block + (g * kLanes + row % kLanes) * 4, code + g * 4, 4);
   }
   bias[row] = encoding.code_squares / 2 + kQueryOffset * sum;
 }
@@ -164,10 +164,12 @@ inline void write_code(const uint8_t* code, const Encoding& encoding, int64_t gr
 // One stored row, widened to float32.
 inline void read_row(const Rows& bank, int64_t row, float* values) {
   const int64_t start = row * bank.dim;
-  for (int64_t j = 0; j < bank.dim; ++j) {
-    values[j] = bank.half ? to_float(static_cast<const Half*>(bank.data)[start + j])
-                          : static_cast<const float*>(bank.data)[start + j];
+  if (!bank.half) {
+    std::memcpy(values, static_cast<const float*>(bank.data) + start, bank.dim * sizeof(float));
+    return;
   }
+  const auto* halves = static_cast<const Half*>(bank.data) + start;
+  for (int64_t j = 0; j < bank.dim; ++j) values[j] = to_float(halves[j]);
 }
 
 // `count` rounded up to a multiple of `step`.

@@ -62,6 +62,9 @@ struct SearchKernels {
   Encoding (*encode)(const float* vector, const float* centre, int64_t dims, float scale, int limit,
                      int offset, uint8_t* code);
 
+  // The largest difference of a coordinate, over padded vectors.
+  float (*largest_difference)(const float* vector, const float* centre, int64_t dims);
+
   // Which of 64 rows of codes may be close enough to each of 1..6 queries: a bit per row. A row of
   // codes b passes for stored codes q if sum(q * b) - floor(bias / query_step) >= threshold.
   // codes: 4 blocks [groups, 16, 4]; bias: [64]; queries: a pointer to [groups * 4] codes each.

@@ -175,6 +175,7 @@ const SearchKernels& avx2_kernels() {
                                         kQueryStep,
                                         avx2_squared_distances,
                                         generic_encode,
+                                        generic_largest_difference,
                                         avx2_screen_tile,
                                         avx2_screen_blocks,
                                         generic_closest_codes,

@@ -73,25 +73,39 @@ inline __m512 canonical_sums(const __m512* sums) {
                        _mm512_shuffle_ps(twos[0], twos[1], 0xdd));  // + 1
 }
 
+// Adds the squares of kSteps * 16 differences of each row, from coordinate `j` on. The query stays
+// in registers, so that per row there is one address to find and nothing else to load.
+template <int kRows, int kSteps, bool kHalf>
+inline void add_squares(const Rows& bank, const float* query, const int64_t* rows, int64_t j,
+                        __m512* sums) {
+  __m512 values[kSteps];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSteps; ++i) values[i] = _mm512_loadu_ps(query + j + i * kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t start = rows[r] * bank.dim + j;
+#pragma GCC unroll 4
+    for (int i = 0; i < kSteps; ++i) {
+      const __m512 difference =
+          _mm512_sub_ps(values[i], load_sixteen<kHalf>(bank.data, start + i * kLanes));
+      sums[r] = _mm512_fmadd_ps(difference, difference, sums[r]);
+    }
+  }
+}
+
 template <int kRows, bool kHalf>
 inline void distances_to(const Rows& bank, const float* query, const int64_t* rows,
                          float* squared) {
+  constexpr int kSteps = 4;
   __m512 sums[kRows];
-  int64_t starts[kRows];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = _mm512_setzero_ps();
-    starts[r] = rows[r] * bank.dim;
-  }
+  for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
   int64_t j = 0;
+  for (; j + kSteps * kLanes <= bank.dim; j += kSteps * kLanes) {
+    add_squares<kRows, kSteps, kHalf>(bank, query, rows, j, sums);
+  }
   for (; j + kLanes <= bank.dim; j += kLanes) {
-    const __m512 values = _mm512_loadu_ps(query + j);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 difference =
-          _mm512_sub_ps(values, load_sixteen<kHalf>(bank.data, starts[r] + j));
-      sums[r] = _mm512_fmadd_ps(difference, difference, sums[r]);
-    }
+    add_squares<kRows, 1, kHalf>(bank, query, rows, j, sums);
   }
   if (j < bank.dim) {
     const auto mask = static_cast<__mmask16>((1u << (bank.dim - j)) - 1);
@@ -99,7 +113,7 @@ inline void distances_to(const Rows& bank, const float* query, const int64_t* ro
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512 difference =
-          _mm512_sub_ps(values, load_some<kHalf>(mask, bank.data, starts[r] + j));
+          _mm512_sub_ps(values, load_some<kHalf>(mask, bank.data, rows[r] * bank.dim + j));
       sums[r] = _mm512_fmadd_ps(difference, difference, sums[r]);
     }
   }
@@ -152,6 +166,22 @@ Encoding avx512_encode(const float* vector, const float* centre, int64_t dims, f
           _mm512_reduce_add_ps(squared)};
 }
 
+float avx512_largest_difference(const float* vector, const float* centre, int64_t dims) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t j = 0; j < dims; j += kLanes) {
+    const __m512 difference =
+        _mm512_sub_ps(_mm512_loadu_ps(vector + j), _mm512_loadu_ps(centre + j));
+    largest = _mm512_max_ps(_mm512_abs_ps(difference), largest);
+  }
+  return _mm512_reduce_max_ps(largest);
+}
+
+// sum += the four products of unsigned and signed bytes in each 32-bit lane. In assembly, since GCC
+// 12 keeps the intrinsic's sum in the lower sixteen registers and moves it there and back.
+inline void add_products(__m512i* sum, __m512i query, __m512i codes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(query), "v"(codes));
+}
+
 inline __m512i broadcast_group(const uint8_t* query, int64_t g) {
   int group;
   __builtin_memcpy(&group, query + g * 4, sizeof group);
@@ -182,7 +212,7 @@ inline void screen_queries(const uint8_t* const* queries, const int32_t* thresho
       const __m512i query = broadcast_group(queries[q], g);
 #pragma GCC unroll 4
       for (int b = 0; b < kTileBlocks; ++b) {
-        sums[q][b] = _mm512_dpbusd_epi32(sums[q][b], query, values[b]);
+        add_products(&sums[q][b], query, values[b]);
       }
     }
   }
@@ -231,8 +261,8 @@ inline bool screen_short(const uint8_t* query, int32_t threshold, const int8_t* 
     __m512i even = _mm512_setzero_si512(), odd = even;
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
-      __m512i& sum = g % 2 ? odd : even;
-      sum = _mm512_dpbusd_epi32(sum, values[g], _mm512_loadu_si512(codes + (b * kGroups + g) * 64));
+      add_products(g % 2 ? &odd : &even, values[g],
+                   _mm512_loadu_si512(codes + (b * kGroups + g) * 64));
     }
     const __m512i sum =
         _mm512_sub_epi32(_mm512_add_epi32(even, odd), _mm512_loadu_si512(bias + b * kLanes));
@@ -271,8 +301,8 @@ bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t*
   for (; b < blocks; ++b) {
     __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
     for (int64_t g = 0; g < groups; ++g) {
-      sum = _mm512_dpbusd_epi32(sum, broadcast_group(query, g),
-                                _mm512_loadu_si512(codes + (b * groups + g) * 64));
+      add_products(&sum, broadcast_group(query, g),
+                   _mm512_loadu_si512(codes + (b * groups + g) * 64));
     }
     masks[b] = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
     any |= masks[b];
@@ -286,8 +316,8 @@ void avx512_closest_codes(const uint8_t* query, const int8_t* codes, const int32
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
     for (int64_t g = 0; g < groups; ++g) {
-      sum = _mm512_dpbusd_epi32(sum, broadcast_group(query, g),
-                                _mm512_loadu_si512(codes + (b * groups + g) * 64));
+      add_products(&sum, broadcast_group(query, g),
+                   _mm512_loadu_si512(codes + (b * groups + g) * 64));
     }
     const __mmask16 more = _mm512_cmpgt_epi32_mask(sum, largest);
     largest = _mm512_mask_mov_epi32(largest, more, sum);
@@ -397,6 +427,7 @@ const SearchKernels& avx512_kernels() {
                                         1,
                                         avx512_squared_distances,
                                         avx512_encode,
+                                        avx512_largest_difference,
                                         avx512_screen_tile,
                                         avx512_screen_blocks,
                                         avx512_closest_codes,

@@ -67,6 +67,18 @@ inline Encoding generic_encode(const float* vector, const float* centre, int64_t
   return sums;
 }
 
+inline float generic_largest_difference(const float* vector, const float* centre, int64_t dims) {
+  float largest[kLanes] = {};
+  for (int64_t j = 0; j < dims; j += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      const float size = std::fabs(vector[j + i] - centre[j + i]);
+      largest[i] = largest[i] > size ? largest[i] : size;
+    }
+  }
+  for (int i = 1; i < kLanes; ++i) largest[0] = largest[0] > largest[i] ? largest[0] : largest[i];
+  return largest[0];
+}
+
 // Sums over one block for one query: [16].
 inline void generic_block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
                                int64_t groups, int32_t* sums) {

@@ -13,6 +13,7 @@ const SearchKernels& portable_kernels() {
                                         1,
                                         generic_squared_distances,
                                         generic_encode,
+                                        generic_largest_difference,
                                         generic_screen_tile,
                                         generic_screen_blocks,
                                         generic_closest_codes,

@@ -1,0 +1,411 @@
+"""Banks, clustered and plain: exact whatever they hold, through their whole life."""
+
+import mmap
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchsvdd_fast import NormalBank, nearest, ops, reference
+from patchsvdd_fast.clusters import build_clusters, default_clusters
+
+KINDS = [
+    *("normal", "equal", "duplicates", "one ulp", "far ball", "subnormal", "mixed scales"),
+    *("two blobs", "outlier", "simplex", "lattice"),
+]
+
+
+def awkward(kind, rows, dim, generator):
+    """Embeddings [rows, dim] of a kind that rounding, ties or pruning may stumble on."""
+    normal = torch.randn(rows, dim, generator=generator)
+    copies = torch.randint(max(1, rows // 4), (rows,), generator=generator)
+    higher = torch.nextafter(normal[copies], torch.full((), torch.inf))
+    some = torch.rand(rows, dim, generator=generator) < 0.1
+    number = torch.arange(rows)
+    return {
+        "normal": normal,
+        "equal": normal[:1].expand(rows, dim).contiguous(),
+        "duplicates": normal[copies],
+        "one ulp": torch.where(some, higher, normal[copies]),
+        "far ball": 1.0 + 1e-6 * normal,  # norm over spread: a million
+        "subnormal": normal * 1e-41,
+        "mixed scales": normal * 10.0 ** torch.randint(-8, 8, (rows, 1), generator=generator),
+        "two blobs": normal + 1e4 * (number[:, None] % 2),
+        "outlier": torch.where(number[:, None] == rows // 2, torch.tensor(1e6), normal),
+        "simplex": torch.eye(dim)[number % dim],  # all at one distance, as far as D allows
+        "lattice": torch.randint(-2, 3, (rows, dim), generator=generator).float(),
+    }[kind]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    dim=st.sampled_from([1, 2, 7, 16, 33, 64, 100]),
+    rows=st.integers(1, 300),
+    count=st.integers(0, 24),
+    clusters=st.integers(1, 40),
+    half=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, half, seed):
+    check_bank(kind, dim, rows, count, clusters, half, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    dim=st.integers(1, 300),
+    rows=st.integers(1, 3000),
+    count=st.integers(0, 40),
+    clusters=st.integers(1, 300),
+    half=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_larger_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, half, seed):
+    check_bank(kind, dim, rows, count, clusters, half, seed)
+
+
+def check_bank(kind, dim, rows, count, clusters, half, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = awkward(kind, rows + count, dim, generator)
+    bank, queries = values[count:].contiguous(), values[:count].contiguous()
+    storage = torch.float16 if half and kind not in ("outlier", "mixed scales") else torch.float32
+    stored = bank.to(storage)
+    expected = reference.nearest(queries, stored.float())
+    banks = [NormalBank(bank, clusters=c, storage=storage) for c in (0, clusters)]
+    for instruction_set in ops.instruction_sets():
+        with ops.use_instruction_set(instruction_set):
+            for searched in (stored, *banks):
+                find = searched.nearest if isinstance(searched, NormalBank) else None
+                found = nearest(queries, searched) if find is None else find(queries)
+                assert torch.equal(found[0], expected[0]), (instruction_set, searched)
+                assert torch.equal(found[1], expected[1]), (instruction_set, searched)
+
+
+@pytest.fixture(scope="module")
+def patches():
+    """Embeddings like those of patches: smooth over the grid, little spread, far from zero."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.randn(6, 40, generator=generator)
+    field = torch.randn(12, 6, 9, 9, generator=generator)
+    smooth = torch.nn.functional.interpolate(field, size=(25, 25), mode="bilinear")
+    noise = 0.05 * torch.randn(12, 25, 25, 40, generator=generator)
+    return 0.4 + 0.01 * (torch.einsum("nkij,kd->nijd", smooth, basis) + noise)
+
+
+@pytest.fixture(scope="module")
+def queries(patches):
+    generator = torch.Generator().manual_seed(4)
+    return patches[:2] + 0.0005 * torch.randn(2, 25, 25, 40, generator=generator)
+
+
+def test_default_clusters_grow_with_the_bank():
+    assert default_clusters(100) == 0
+    assert default_clusters(10_000) == 400
+    assert default_clusters(1_000_000) == default_clusters(10**9) - 96 == 4000
+
+
+def test_patches_are_clustered_and_noise_is_not(patches):
+    assert NormalBank(patches).num_clusters > 100
+    assert NormalBank(torch.rand(8000, 64)).num_clusters == 0
+    assert "clusters" in repr(NormalBank(patches))
+
+
+def test_answers_do_not_depend_on_clusters_threads_batches_or_order(patches, queries):
+    flat = queries.flatten(0, 2)
+    expected = nearest(flat, patches.flatten(0, 2))
+    threads = torch.get_num_threads()
+    order = torch.randperm(len(flat))
+    try:
+        for clusters in (None, 0, 1, 3, 500):
+            bank = NormalBank(patches, clusters=clusters, seed=clusters or 0)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                for batch in (1000, 2000):
+                    found = [bank.nearest(part) for part in flat[order].split(batch)]
+                    distances, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+                    assert torch.equal(distances, expected[0][order])
+                    assert torch.equal(rows, expected[1][order])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_clustering_is_reproducible(patches):
+    rows = patches.flatten(0, 2)
+    (first, _), (again, _) = build_clusters(rows, 64, seed=5), build_clusters(rows, 64, seed=5)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+    other, _ = build_clusters(rows, 64, seed=6)
+    assert not torch.equal(first.ids, other.ids)
+
+
+def test_ties_go_to_the_lowest_row_across_clusters():
+    """A query half way between two blobs is as near to a row of each."""
+    bank = torch.zeros(600, 3)
+    bank[:, 0] = torch.arange(600) % 2 * 2.0 - 1
+    bank[:, 1] = torch.arange(600) // 2 % 5
+    queries = torch.zeros(5, 3)
+    queries[:, 1] = torch.arange(5)
+    found = NormalBank(bank, clusters=200)  # so that each distinct row is one
+    assert found.num_clusters == 10
+    distances, rows = found.nearest(queries)
+    assert torch.equal(rows, torch.arange(5) * 2)
+    assert torch.equal(distances, torch.ones(5))
+
+
+@pytest.mark.parametrize("clusters", [0, 50])
+def test_grouped_exclusion(patches, clusters):
+    """Each image against all others, as if its own rows were not there."""
+    bank = NormalBank(patches, clusters=clusters)
+    own = torch.arange(12)[:, None, None].expand(12, 25, 25)
+    distances, rows = bank.nearest(patches, exclude_same_group=own)
+    for image in range(12):
+        others = torch.cat([patches[:image], patches[image + 1 :]]).flatten(0, 2)
+        expected, at = nearest(patches[image].flatten(0, 1), others)
+        assert torch.equal(distances[image].flatten(), expected)
+        at = at + (at >= image * 625) * 625
+        assert torch.equal(rows[image].flatten(), at)
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+def test_exclusion_by_rows(instruction_set):
+    queries, bank = torch.randn(40, 9), torch.randn(200, 9)
+    query_groups, bank_groups = torch.randint(3, (40,)), torch.randint(3, (200,))
+    squared = reference.canonical_squared_distances(queries, bank)
+    squared[query_groups[:, None] == bank_groups] = torch.inf
+    with ops.use_instruction_set(instruction_set):
+        found = nearest(queries, bank, exclude_same_group=(query_groups, bank_groups))
+        banked = NormalBank(bank, groups=bank_groups, clusters=7).nearest(
+            queries, exclude_same_group=query_groups
+        )
+    for distances, rows in (found, banked):
+        assert torch.equal(rows, squared.argmin(dim=1))
+        assert torch.equal(distances, squared.amin(dim=1).double().sqrt().float())
+    nothing = nearest(queries, bank, exclude_same_group=(query_groups * 0, bank_groups * 0))
+    assert torch.isinf(nothing[0]).all()
+    assert (nothing[1] == -1).all()
+
+
+def test_source_names_image_and_position(patches, queries):
+    bank = NormalBank(patches, clusters=20)
+    _, rows = bank.nearest(queries)
+    where = bank.source(rows)
+    assert where.shape == (2, 25, 25, 3)
+    image, i, j = where.unbind(-1)
+    assert torch.equal(patches[image, i, j], bank.embeddings[rows])
+    assert bank.source(torch.tensor([625 * 3 + 25 * 4 + 5])).tolist() == [[3, 4, 5]]
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 7500\)"):
+        bank.source(torch.tensor([7500]))
+
+
+@pytest.mark.parametrize("clusters", [0, 30])
+def test_add_remove_merge(patches, queries, clusters):
+    bank = NormalBank(patches[:4], clusters=clusters)
+    bank.add(patches[4:8])
+    bank.add(patches[8:10], groups=torch.tensor([70, 71]))
+    bank.remove(torch.tensor([1, 70]))
+    other = NormalBank(patches[10:], groups=torch.tensor([80, 81]))
+    bank.merge(other)
+    kept = [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
+    fresh = NormalBank(patches[kept])
+    assert torch.equal(bank.embeddings, fresh.embeddings)
+    assert bank.groups.tolist() == [0, 2, 3, 4, 5, 6, 7, 71, 80, 81]
+    for ours, theirs in zip(bank.nearest(queries), fresh.nearest(queries), strict=True):
+        assert torch.equal(ours, theirs)
+    _, rows = bank.nearest(queries, exclude_same_group=torch.full((2, 25, 25), 80))
+    assert not (bank.source(rows)[..., 0] == 8).any()
+    with pytest.raises(ValueError, match="group 70 is not in the bank"):
+        bank.remove(torch.tensor([70]))
+    with pytest.raises(ValueError, match="leave the bank empty"):
+        bank.remove(bank.groups)
+    with pytest.raises(ValueError, match=r"grid \[25, 25\] and D = 40.*grid \[1, 1\]"):
+        bank.add(torch.rand(3, 40))
+    assert len(bank) == 6250
+
+
+def test_a_bank_that_grew_is_clustered_anew(patches):
+    bank = NormalBank(patches[:4], clusters=10)
+    before = bank._clusters.centroids
+    bank.add(patches[4:6])
+    assert torch.equal(bank._clusters.centroids, before)
+    bank.add(patches[6:])
+    assert not torch.equal(bank._clusters.centroids, before)
+
+
+@pytest.mark.parametrize("clusters", [0, 30])
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+def test_state_is_opened_from_a_mapped_file(patches, queries, tmp_path, clusters, storage):
+    bank = NormalBank(patches, clusters=clusters, storage=storage)
+    path = tmp_path / "bank.safetensors"
+    safetensors.torch.save_file(bank.state_dict(), path)
+    state = safetensors.torch.load_file(path)
+    opened = NormalBank.from_state_dict(state)
+    assert opened._data.data_ptr() == state["data"].data_ptr()  # the file's memory, not a copy
+    assert opened.num_clusters == bank.num_clusters
+    for ours, theirs in zip(opened.nearest(queries), bank.nearest(queries), strict=True):
+        assert torch.equal(ours, theirs)
+    opened.add(patches[:1])
+    assert len(opened) == len(bank) + 625
+
+
+def test_states_that_do_not_fit_are_refused(patches):
+    state = NormalBank(patches, clusters=30).state_dict()
+    for name, value, message in [
+        ("ids", state["ids"] + 1, "do not cover"),
+        ("starts", state["starts"] + 1, "do not cover"),
+        ("blocks", state["blocks"].flip(0), "do not cover"),
+        ("codes", state["codes"][:-1], "codes must have shape"),
+        ("scales", state["scales"].double(), "scales must be contiguous"),
+        ("groups", state["groups"][:-1], "11 groups"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NormalBank.from_state_dict(state | {name: value})
+    with pytest.raises(ValueError, match="not a bank: 'centroids'"):
+        NormalBank.from_state_dict({k: v for k, v in state.items() if k != "centroids"})
+
+
+def test_half_storage_rounds_once(patches, queries):
+    bank = NormalBank(patches, storage=torch.float16)
+    assert bank.num_clusters > 0
+    assert bank.embeddings.dtype == torch.float16
+    expected = nearest(queries.flatten(0, 2), patches.flatten(0, 2).half().float())
+    found = bank.nearest(queries.flatten(0, 2))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    with pytest.raises(ValueError, match="too large for float16"):
+        NormalBank(torch.full((3, 2), 1e6), storage=torch.float16)
+
+
+def test_numpy_in_numpy_out(patches, queries):
+    bank = NormalBank(patches.numpy(), clusters=20)
+    expected = bank.nearest(queries)
+    for found in (
+        bank.nearest(queries.numpy()),
+        nearest(queries.flatten(0, 2).numpy(), patches.flatten(0, 2).numpy()),
+    ):
+        assert all(isinstance(values, np.ndarray) for values in found)
+        assert np.array_equal(found[0].ravel(), expected[0].numpy().ravel())
+        assert np.array_equal(found[1].ravel(), expected[1].numpy().ravel())
+
+
+def test_compiles_to_a_full_graph_and_passes_opcheck(patches, queries):
+    bank = NormalBank(patches, clusters=20)
+    compiled = torch.compile(bank.nearest, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(queries), bank.nearest(queries), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.library.opcheck(
+        torch.ops.patchsvdd_fast.nearest_in_clusters,
+        (queries.flatten(0, 2)[:20], list(bank._clusters), bank._stretch),
+    )
+
+
+def test_strided_queries_and_banks(patches, queries):
+    bank = NormalBank(patches.permute(0, 2, 1, 3), clusters=20)
+    found = bank.nearest(queries.permute(1, 0, 2, 3))
+    expected = NormalBank(patches.permute(0, 2, 1, 3).contiguous()).nearest(
+        queries.permute(1, 0, 2, 3).contiguous()
+    )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert bank.nearest(torch.empty(0, 7, 40))[0].shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: NormalBank(p[0]), ValueError, r"\[M, D\] or \[N, I, J, D\]"),
+        (lambda p: NormalBank(p.double()), TypeError, "float64"),
+        (lambda p: NormalBank([[1.0]]), TypeError, "list"),
+        (lambda p: NormalBank(p, groups=torch.arange(3)), ValueError, r"groups must have shape"),
+        (lambda p: NormalBank(p, clusters=-1), ValueError, "clusters"),
+        (lambda p: NormalBank(p, storage=torch.int8), ValueError, "storage"),
+        (
+            lambda p: NormalBank(torch.tensor([[0.0], [torch.nan]]).expand(2, 50)),
+            ValueError,
+            "embeddings must be finite, got NaN or infinity in row 1",
+        ),
+        (
+            lambda p: NormalBank(p, clusters=9).nearest(torch.full((3, 40), torch.inf)),
+            ValueError,
+            "queries must be finite, got NaN or infinity in row 0",
+        ),
+        (lambda p: NormalBank(p, clusters=9).nearest(p.half()), TypeError, "float16"),
+        (
+            lambda p: NormalBank(p).nearest(p[:, 0, 0], exclude_same_group=torch.arange(3)),
+            ValueError,
+            r"shape \[12\] to match the queries, got \[3\]",
+        ),
+        (
+            lambda p: nearest(p[0, 0], p[0, 1], exclude_same_group=(torch.arange(25), [1])),
+            TypeError,
+            "bank_groups must be a torch tensor",
+        ),
+        (
+            lambda p: nearest(p[0, 0], p[0, 1], exclude_same_group=(torch.ones(25), p[0, 0])),
+            TypeError,
+            "query_groups must be int64",
+        ),
+    ],
+)
+def test_bad_input_is_named(patches, call, error, message):
+    with pytest.raises(error, match=message):
+        call(patches)
+
+
+@pytest.mark.parametrize("clusters", [0, 40])
+def test_progress_is_reported(clusters):
+    rows = torch.rand(20_000, 64)
+    bank = NormalBank(rows, clusters=clusters)
+    shares = []
+    bank.nearest(torch.rand(30_000, 64), progress=shares.append)
+    assert shares
+    assert shares == sorted(shares)
+    assert 0 < shares[0] <= shares[-1] <= 1
+
+    def give_up(share):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        bank.nearest(torch.rand(30_000, 64), progress=give_up)
+
+
+@pytest.mark.parametrize("clusters", [0, 40])
+def test_interrupted_by_ctrl_c(clusters):
+    bank = NormalBank(torch.rand(60_000, 64), clusters=clusters)
+    queries = torch.rand(300_000, 64)
+    sent = []
+
+    def interrupt():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.3, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        bank.nearest(queries)
+    # The whole search would take most of a minute; what is promised is a second.
+    assert time.monotonic() - sent[0] < 5
+
+
+def test_more_than_two_to_the_31_elements():
+    """Rows of zeros that take up no memory, and one far down that is not zero."""
+    rows, dim = (2**31 + 2**16) // 256, 256
+    size = rows * dim * 4
+    zeros = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    bank = torch.frombuffer(zeros, dtype=torch.float32).view(rows, dim)
+    bank[rows - 3] = 1.0
+    query = torch.full((1, dim), 0.9)
+    distances, indices = nearest(query, bank)
+    assert indices.tolist() == [rows - 3]
+    torch.testing.assert_close(distances, torch.tensor([1.6]))
+    bank[rows - 1, 5] = torch.nan
+    with pytest.raises(ValueError, match=f"row {rows - 1}"):
+        nearest(query, bank)
