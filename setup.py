@@ -27,9 +27,9 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja:  # an isolated build's ninja is gone at the next one: do not trust the cache
             options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        for name in ("PATCHSVDD_CUDA", "PATCHSVDD_CUDA_ARCHITECTURES"):
-            if os.environ.get(name):
-                options.append(f"-D{name}={os.environ[name]}")
+        # Always named, since the folder may remember what an earlier build asked for.
+        for name, default in (("PATCHSVDD_CUDA", "AUTO"), ("PATCHSVDD_CUDA_ARCHITECTURES", "")):
+            options.append(f"-D{name}={os.environ.get(name) or default}")
         cmake = ["cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options]
         subprocess.run(cmake, check=True)
         subprocess.run(["cmake", "--build", str(build_dir)], check=True)

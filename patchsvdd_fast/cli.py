@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from . import __version__, demo, runtime
 from .detector import PatchSVDD, load_encoder
 from .evaluation import CategoryResult, evaluate_category, write_json
 from .images import Category, find_categories, find_images, read_image
-from .report import heat_map_overlay, write_scores_csv
+from .report import write_heat_map, write_scores_csv
 from .terminal import console, errors, fit_with_progress, results_table
 
 app = typer.Typer(
@@ -128,7 +129,7 @@ def train(
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
         )
-        detector.save(output)
+        _save_or_rescue(detector, output, checkpoint)
     except (KeyboardInterrupt, OSError, ArithmeticError):
         if ready is None and checkpoint.exists():
             errors.print(f"the last checkpoint of the encoder is {checkpoint}", soft_wrap=True)
@@ -157,6 +158,8 @@ def score(
     device: DeviceOption = "auto",
 ) -> None:
     """Score images: writes scores.csv and, per image, a PNG with the anomaly map over it."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; --output names a folder")
     detector = PatchSVDD.load(model, device=device)
     paths = [
         path for given in images for path in (find_images(given) if given.is_dir() else [given])
@@ -172,8 +175,9 @@ def score(
         for name, path, anomaly_map in zip(
             _distinct_names(paths), paths, result.anomaly_map.numpy(), strict=True
         ):
-            overlay = heat_map_overlay(read_image(path), anomaly_map, detector.calibration_)
-            overlay.save(output / f"{name}.png")
+            write_heat_map(
+                output / f"{name}.png", read_image(path), anomaly_map, detector.calibration_
+            )
     flagged = "" if threshold is None else f", {sum(s > threshold for s in scores)} anomalous"
     console.print(
         f"scored {len(paths)} images in {seconds:.2f} s{flagged}; see {output}", soft_wrap=True
@@ -203,6 +207,8 @@ def evaluate(
     """Measure detection and segmentation AUROC and AUPRO; several categories give a table."""
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
+    if json_path is not None:
+        _require_writable(json_path, "--json")
     categories = find_categories(data)
     results = []
     for category in categories:
@@ -249,7 +255,8 @@ def demo_command(
     untrained = demo.untrained(detector, category)
     fit_with_progress(detector, category.root)
     detector.save(output / "model.safetensors")
-    trained = evaluate_category(detector, category)
+    result = detector.score([image.path for image in category.test_images()])
+    trained = evaluate_category(detector, category, result)
     console.print(
         results_table(
             [
@@ -259,7 +266,7 @@ def demo_command(
             with_mean=False,
         )
     )
-    overlays = demo.write_heat_maps(detector, category, output / "heat-maps")
+    overlays = demo.write_heat_maps(detector, category, result, output / "heat-maps")
     console.print(f"wrote {output / 'model.safetensors'} and {overlays} heat maps", soft_wrap=True)
 
 
@@ -292,20 +299,32 @@ def _file_for(path: Path, category: Category) -> Path:
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
     """File names for the images' overlays: their own, with folders in front where these clash."""
-    names = [path.stem for path in paths]
-    for depth in range(1, max(len(path.parts) for path in paths)):
-        if len(set(names)) == len(names):
+    for depth in range(max(len(path.parts) for path in paths)):
+        folders = [path.parent.parts[len(path.parent.parts) - depth :] for path in paths]
+        names = ["_".join([*front, path.stem]) for front, path in zip(folders, paths, strict=True)]
+        if len(set(names)) == len(names) and not any("/" in name for name in names):
             return names
-        names = ["_".join([*path.parent.parts[-depth:], path.stem]) for path in paths]
     return [f"{index:05}_{path.stem}" for index, path in enumerate(paths)]
 
 
-def _require_writable(output: Path) -> None:
+def _require_writable(output: Path, option: str = "--output") -> None:
     """Refuse before hours of training what could only fail after them."""
     if output.is_dir():
-        raise ValueError(f"{output} is a folder; --output names a file")
+        raise ValueError(f"{output} is a folder; {option} names a file")
     if not output.parent.is_dir():
-        raise ValueError(f"the folder of --output does not exist: {output.parent}")
+        raise ValueError(f"the folder of {option} does not exist: {output.parent}")
+
+
+def _save_or_rescue(detector: PatchSVDD, output: Path, checkpoint: Path) -> None:
+    """Save the model; if that fails and no checkpoint holds the training, save it elsewhere."""
+    try:
+        detector.save(output)
+    except OSError:
+        if detector.record_.steps and not checkpoint.exists():
+            rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / output.name
+            detector.save(rescued)
+            errors.print(f"the model is kept in {rescued}", soft_wrap=True)
+        raise
 
 
 def _fail(message: str, status: int) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .detector import PatchSVDD
 from .images import Category, read_image
-from .report import heat_map_overlay
+from .report import write_heat_map
 from .samples import write_sample_category
+from .score import ScoreResult
 
 STEPS = 60
 
@@ -37,12 +38,13 @@ def untrained(detector: PatchSVDD, category: Category) -> PatchSVDD:
     return twin.fit(category.root, encoder=twin.untrained_encoder())
 
 
-def write_heat_maps(detector: PatchSVDD, category: Category, folder: Path) -> int:
-    """Write an overlay for each test image; returns how many."""
+def write_heat_maps(
+    detector: PatchSVDD, category: Category, result: ScoreResult, folder: Path
+) -> int:
+    """Write an overlay for each test image, scored in `result`; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     tests = category.test_images()
-    result = detector.score([image.path for image in tests])
     for image, anomaly_map in zip(tests, result.anomaly_map.numpy(), strict=True):
-        overlay = heat_map_overlay(read_image(image.path), anomaly_map, detector.calibration_)
-        overlay.save(folder / f"{image.defect}_{image.path.stem}.png")
+        path = folder / f"{image.defect}_{image.path.stem}.png"
+        write_heat_map(path, read_image(image.path), anomaly_map, detector.calibration_)
     return len(tests)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 
 from . import metrics
 from .detector import PatchSVDD
+from .files import written_whole
 from .images import Category, read_mask
-from .score import combinations_of
+from .score import ScoreResult, combinations_of
 
 METRICS = {
-    "detection": "detection AUROC",
-    "segmentation": "segmentation AUROC",
+    "detection": "det. AUROC",
+    "segmentation": "seg. AUROC",
     "aupro": "AUPRO",
 }
 """Metrics by the key they have in results, with the name to show."""
@@ -35,9 +35,12 @@ class CategoryResult:
     AUROC, AUPRO up to 0.3 false positives, in percent. None where labels or masks are missing."""
 
 
-def evaluate_category(detector: PatchSVDD, category: Category) -> CategoryResult:
+def evaluate_category(
+    detector: PatchSVDD, category: Category, result: ScoreResult | None = None
+) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
+    result: the scores of `category.test_images()`, if they are known already.
     Raises ValueError if there are no test images, or they are all good or all anomalous.
     """
     tests = category.test_images()
@@ -46,7 +49,8 @@ def evaluate_category(detector: PatchSVDD, category: Category) -> CategoryResult
         raise ValueError(
             f"{category.root / 'test'} needs good and anomalous images, got only one kind"
         )
-    result = detector.score([image.path for image in tests])
+    if result is None:
+        result = detector.score([image.path for image in tests])
     masks = None
     if all(image.mask is not None for image in tests if image.is_anomalous):
         height, width = result.anomaly_map.shape[1:]
@@ -93,9 +97,5 @@ def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
 def write_json(results: Sequence[CategoryResult], path: Path, **extra: object) -> None:
     """Write the results, and what else is given, as JSON; the file appears when complete."""
     text = json.dumps({**extra, "results": [asdict(result) for result in results]}, indent=2)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(text + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -152,6 +152,11 @@ def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
         source = training_paths(path) if path.is_dir() else [path]
     if isinstance(source, Tensor):
         source = _batch_of_tensor(source)
+    if not isinstance(source, Sequence | np.ndarray):
+        raise TypeError(
+            "images must be a folder, a file, a sequence of files, PIL images or arrays, or a "
+            f"batch, got {type(source).__name__}"
+        )
     if len(source) == 0:
         raise ValueError("no images given")
     names = [

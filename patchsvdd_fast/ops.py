@@ -385,15 +385,20 @@ def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None 
     return patches
 
 
-def score_map(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+def score_map(
+    distances: Tensor | FloatArray, size: int, stride: int, height: int, width: int
+) -> Tensor:
     """Spread patch distances over the pixels: each is the mean over the patches that cover it.
 
     distances: [N, I, J] float32, one per patch of a grid of `size` and `stride` (pixels) over
-    images of `height` x `width`. Returns [N, H, W] float32; sums are float64 inside. Pixels of a
-    margin that no patch reaches repeat the nearest covered pixel. Yi & Yoon (2020), section 3.4.
+    images of `height` x `width`; a tensor or a NumPy array. Returns [N, H, W] float32 of the same
+    kind; sums are float64 inside. Pixels of a margin that no patch reaches repeat the nearest
+    covered pixel. Yi & Yoon (2020), section 3.4.
     """
-    maps: Tensor = torch.ops.patchsvdd_fast.score_map(distances, size, stride, height, width)
-    return maps
+    maps: Tensor = torch.ops.patchsvdd_fast.score_map(
+        as_tensor("distances", distances), size, stride, height, width
+    )
+    return like_input(distances, maps)[0]
 
 
 def nearest(

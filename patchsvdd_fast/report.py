@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .calibration import Calibration
+from .files import written_whole
 
 # Anchors of a perceptually ordered colour scale, dark blue over violet and orange to yellow.
 _ANCHORS = np.array(
@@ -56,11 +57,22 @@ def heat_map_overlay(
     return pair
 
 
+def write_heat_map(
+    path: Path,
+    image: Image.Image,
+    anomaly_map: npt.NDArray[np.float32],
+    calibration: Calibration | None,
+) -> None:
+    """Write `heat_map_overlay` as a PNG. Raises OSError."""
+    with written_whole(path) as partial:
+        heat_map_overlay(image, anomaly_map, calibration).save(partial, format="PNG")
+
+
 def write_scores_csv(
     path: Path, names: Sequence[str], scores: Sequence[float], threshold: float | None
 ) -> None:
     """One row per image: its name, its score, and the verdict where there is a threshold."""
-    with path.open("w", newline="") as file:
+    with written_whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "threshold", "verdict"])
         for name, score in zip(names, scores, strict=True):

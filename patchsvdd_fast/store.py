@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import written_whole
 
 SCHEMA_VERSION = 2
 _HEADER_KEY = "patchsvdd_fast"
@@ -38,22 +38,13 @@ def save(
         }
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
+    with written_whole(path) as partial:
         mode = partial.stat().st_mode  # as the user's umask has it; safetensors makes it private
         try:
             save_file(stored, partial, metadata={_HEADER_KEY: text})
         except SafetensorError as error:  # wraps the system's error in its text
-            raise OSError(f"cannot write {path}: {error}") from error
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            raise OSError(str(error)) from error
         partial.chmod(mode)
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,13 +75,3 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a model file, or is damaged: {error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

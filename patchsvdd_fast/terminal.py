@@ -81,11 +81,15 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
     """One row per category and one column per combination, as in the paper; a line per metric."""
     combinations = list(results[0].percent)
-    table = Table(caption="percent; AUPRO up to 30 % false positives", show_lines=True)
-    for name in ("category", "good+bad", "metric"):
-        table.add_column(name)
+    table = Table(
+        caption="detection and segmentation AUROC, AUPRO up to 30 % false positives; percent",
+        show_lines=True,
+    )
+    table.add_column("category")
+    table.add_column("good+bad")
+    table.add_column("metric", no_wrap=True)  # its lines stand beside the figures'
     for combination in combinations:
-        table.add_column(combination, justify="right")
+        table.add_column(combination, justify="right", no_wrap=True)
     rows = list(results)
     if with_mean and len(rows) > 1:
         rows.append(mean_result(results))

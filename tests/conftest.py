@@ -1,4 +1,4 @@
-"""Shared fixtures: the slow-run flag, reference data where present, the CUDA-on-host module."""
+"""The slow-run flag; fixtures: reference data where present, the CUDA-on-host module."""
 
 from __future__ import annotations
 
