@@ -19,10 +19,10 @@ LANES = 16
 """Rows per block and multiple of the projected coordinates, as in the native kernels."""
 
 _SMALLEST = 4096  # rows; fewer are searched as fast without clusters
-_CLUSTERS_PER_ROOT = 4.0  # clusters per square root of rows
+_CLUSTERS_PER_ROOT = 0.8  # clusters per square root of rows; measured, the optimum is flat
 _MOST_CLUSTERS = 4096  # bounds the matrix of distances between centroids to 64 MiB
 _ITERATIONS = 6
-_SAMPLES_PER_CLUSTER = 64
+_SAMPLES_PER_CLUSTER = 128
 _COVARIANCE_SAMPLES = 32_768
 _VARIANCE_LEFT_OUT = 0.015
 _LARGEST = 1e15  # coordinates beyond might overflow when squared

@@ -21,10 +21,30 @@
 namespace psvdd::cpu {
 namespace {
 
-constexpr int64_t kQueriesPerItem = 64;
+constexpr int64_t kQueriesPerGroup = 256;
 constexpr int64_t kBlocksAtOnce = 64;  // blocks screened before the limit is taken anew
-constexpr int64_t kNearFirst = 8;      // clusters searched in the order of their distance
+constexpr int64_t kNearFirst = 8;      // clusters searched at once, nearest first
 constexpr double kLargest = 1e15;      // squares of larger coordinates might overflow
+
+// A query of the group, and what is known of its answer.
+struct Query {
+  int64_t number;
+  const float* vector;
+  const float* projected;  // [axes]
+  double error;            // of the projection
+  Best best;
+  int64_t best_row = -1;  // where the best row is stored
+  // Distance between projections beyond which nothing can win, but for the bank's own rounding.
+  float limit = INFINITY;
+};
+
+// A cluster that a query of the group still has to look into.
+struct Visit {
+  int32_t cluster;
+  int32_t query;     // within the group
+  float squared;     // from the query to the centroid
+  float half_plane;  // distance to the half-plane that holds the cluster, a lower bound
+};
 
 class Searcher {
  public:
@@ -36,99 +56,127 @@ class Searcher {
         axes_(bank_.projection.axes),
         padded_clusters_(round_up(bank_.clusters, kLanes)),
         rounding_(bound_rounding(axes_)),
-        projected_(axes_),
+        projected_(kQueriesPerGroup * axes_),
         sums_(axes_),
         squared_(padded_clusters_),
         kept_(padded_clusters_ + kLanes),
-        code_(axes_) {}
+        code_(axes_),
+        visit_starts_(bank_.clusters + 1) {}
 
   int64_t scanned() const { return scanned_; }
 
-  // Searches for query number `q`; `hint` is a row that may be close, or -1. Returns the row found.
-  int64_t search(int64_t q, int64_t hint) {
-    query_ = q;
-    vector_ = params_.query_data + q * bank_.projection.dim;
-    best_ = Best();
-    best_row_ = -1;
-    limit_ = INFINITY;
-    error_ = project_row(bank_.projection, vector_, sums_.data(), projected_.data());
-    if (!(error_ < kLargest * 0x1p-23)) {
-      rescore_range(kernels_, searched_, vector_, q, 0, bank_.rows, &best_);
-      best_.write(q, params_.distances, params_.indices);
-      return -1;
+  // Searches for queries [begin, end), at most kQueriesPerGroup of them.
+  void search_group(int64_t begin, int64_t end) {
+    visits_.clear();
+    queries_.clear();
+    int64_t hint = -1;  // the row found for the patch beside
+    for (int64_t q = begin; q < end; ++q) {
+      queries_.push_back({q,
+                          params_.query_data + q * bank_.projection.dim,
+                          projected_.data() + (q - begin) * axes_,
+                          0,
+                          {}});
+      search_near(queries_.back(), hint);
+      hint = queries_.back().best_row;
     }
-    const int64_t own = kernels_.tile_distances(projected_.data(), bank_.centroid_tiles, axes_,
+    search_visits();
+    for (const Query& query : queries_) {
+      query.best.write(query.number, params_.distances, params_.indices);
+    }
+  }
+
+ private:
+  // The nearest clusters; others that may hold the answer are left as visits.
+  void search_near(Query& query, int64_t hint) {
+    float* projected = projected_.data() + (queries_.size() - 1) * axes_;
+    query.error = project_row(bank_.projection, query.vector, sums_.data(), projected);
+    if (!(query.error < kLargest * 0x1p-23)) {
+      rescore_range(kernels_, searched_, query.vector, query.number, 0, bank_.rows, &query.best);
+      return;
+    }
+    const int64_t own = kernels_.tile_distances(projected, bank_.centroid_tiles, axes_,
                                                 padded_clusters_ / kLanes, squared_.data());
-    if (hint >= 0) rescore_rows(&hint, 1);
-    search_cluster(own, true);
-    const float* gaps = bank_.gaps + own * padded_clusters_;
-    const ClusterBounds bounds = {bank_.reach,   bank_.slack, gaps,
-                                  squared_[own], limit_,      static_cast<float>(rounding_)};
+    if (hint >= 0) rescore_rows(query, &hint, 1);
+    search_cluster(query, own, squared_[own], true);
+    const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
+                                  squared_[own], query.limit, static_cast<float>(rounding_)};
     const int64_t kept =
         kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
     const int64_t near = std::min(kNearFirst, kept);
     std::partial_sort(kept_.begin(), kept_.begin() + near, kept_.begin() + kept,
                       [this](int32_t a, int32_t b) { return squared_[a] < squared_[b]; });
     for (int64_t i = 0; i < kept; ++i) {
-      const int64_t c = kept_[i];
-      if (c != own && may_win(c, bounds)) search_cluster(c, false);
+      const int32_t c = kept_[i];
+      if (c == own) continue;
+      const Visit visit = {c, static_cast<int32_t>(queries_.size() - 1), squared_[c],
+                           half_plane_distance(c, bounds)};
+      if (!may_win(query, visit)) continue;
+      if (i < near) {
+        search_cluster(query, c, visit.squared, false);
+      } else {
+        visits_.push_back(visit);
+      }
     }
-    best_.write(q, params_.distances, params_.indices);
-    return best_row_;
   }
 
- private:
-  // Distance between projections beyond which nothing can win, but for the bank's own rounding.
-  void update_limit() {
-    limit_ = static_cast<float>(
-        (winning_distance(best_.squared, bank_.projection.dim) * bank_.projection.stretch +
-         error_) *
-        (1 + 1e-6));
+  // The visits of all queries, cluster by cluster.
+  void search_visits() {
+    std::fill(visit_starts_.begin(), visit_starts_.end(), 0);
+    for (const Visit& visit : visits_) ++visit_starts_[visit.cluster + 1];
+    for (int64_t c = 0; c < bank_.clusters; ++c) visit_starts_[c + 1] += visit_starts_[c];
+    sorted_visits_.resize(visits_.size());
+    for (const Visit& visit : visits_) sorted_visits_[visit_starts_[visit.cluster]++] = visit;
+    for (const Visit& visit : sorted_visits_) {
+      Query& query = queries_[visit.query];
+      if (may_win(query, visit)) search_cluster(query, visit.cluster, visit.squared, false);
+    }
+  }
+
+  // The half-plane bound of `keep_clusters` as a distance, rounded down.
+  float half_plane_distance(int64_t c, const ClusterBounds& bounds) const {
+    const float low = 1.0f - bounds.rounding, high = 1.0f + bounds.rounding;
+    const float reach = bounds.reach[c];
+    const float at_most = bounds.own * high + 2 * bounds.rounding * reach * reach;
+    const float difference = squared_[c] * low - at_most;
+    return difference > 0 ? difference / (2 * bounds.gaps[c] * high) * low : 0.0f;
   }
 
   // As `keep_clusters`, under the limit of now.
-  bool may_win(int64_t c, ClusterBounds bounds) const {
-    bounds.limit = limit_;
-    bounds.reach += c;
-    bounds.slack += c;
-    bounds.gaps += c;
-    const float low = 1.0f - bounds.rounding, high = 1.0f + bounds.rounding;
-    const float reach = *bounds.reach, radius = bounds.limit + reach;
-    const float at_least = squared_[c] * low;
-    const float at_most = bounds.own * high + 2 * bounds.rounding * reach * reach;
-    return !(at_least > radius * radius ||
-             at_least - at_most > 2 * (bounds.limit + *bounds.slack) * *bounds.gaps * high);
+  bool may_win(const Query& query, const Visit& visit) const {
+    const float radius = query.limit + bank_.reach[visit.cluster];
+    return !(visit.squared * (1.0f - static_cast<float>(rounding_)) > radius * radius ||
+             visit.half_plane > query.limit + bank_.slack[visit.cluster]);
   }
 
-  void search_cluster(int64_t c, bool is_first) {
+  // squared: from the query to the centroid. is_first: nothing is known of the answer yet.
+  void search_cluster(Query& query, int64_t c, float squared, bool is_first) {
     const int64_t first_block = bank_.blocks[c];
     const BlockRange range =
         blocks_within(kernels_, bank_.block_radius + first_block, bank_.blocks[c + 1] - first_block,
-                      squared_[c], static_cast<double>(limit_) + bank_.slack[c], rounding_);
+                      squared, static_cast<double>(query.limit) + bank_.slack[c], rounding_);
     if (range.begin >= range.end) return;
     const float* centroid = bank_.centroids + c * axes_;
     const float scale = bank_.scales[c];
     const Encoding encoding =
-        encode_query(kernels_, projected_.data(), centroid, axes_, scale, code_.data());
+        encode_query(kernels_, query.projected, centroid, axes_, scale, code_.data());
     const double error = residual_bound(encoding, axes_) + bank_.code_slack[c];
-    if (is_first) rescore_closest(c);
+    if (is_first) rescore_closest(query, c);
     for (int64_t block = range.begin; block < range.end; block += kBlocksAtOnce) {
       const int64_t count = std::min(range.end - block, kBlocksAtOnce);
       const int64_t b = first_block + block;
       const int32_t threshold =
-          screen_threshold(encoding.code_squares, limit_, error, scale, kernels_.query_step);
+          screen_threshold(encoding.code_squares, query.limit, error, scale, kernels_.query_step);
       uint16_t masks[kBlocksAtOnce];
       scanned_ += count * kLanes;
-      if (!kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.groups * 64,
-                                  bank_.bias + b * kLanes, bank_.groups, count, masks)) {
-        continue;
+      if (kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.groups * 64,
+                                 bank_.bias + b * kLanes, bank_.groups, count, masks)) {
+        rescore_passed(query, bank_.starts[c] + block * kLanes, count, masks);
       }
-      rescore_passed(bank_.starts[c] + block * kLanes, count, masks);
     }
   }
 
   // Rescores the sixteen rows that look closest by their codes, for a limit to start from.
-  void rescore_closest(int64_t c) {
+  void rescore_closest(Query& query, int64_t c) {
     int32_t block_of_lane[kLanes];
     const int64_t b = bank_.blocks[c];
     kernels_.closest_codes(code_.data(), bank_.codes + b * bank_.groups * 64,
@@ -140,31 +188,33 @@ class Searcher {
       rows[count] = bank_.starts[c] + block_of_lane[r] * kLanes + r;
       count += rows[count] < bank_.starts[c + 1];
     }
-    rescore_rows(rows, count);
+    rescore_rows(query, rows, count);
   }
 
   // Rescores rows from all blocks together, sixteen at a time.
-  void rescore_passed(int64_t first_row, int64_t blocks, const uint16_t* masks) {
+  void rescore_passed(Query& query, int64_t first_row, int64_t blocks, const uint16_t* masks) {
     int64_t rows[kLanes];
     int count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       for (unsigned mask = masks[b]; mask != 0; mask &= mask - 1) {
         rows[count++] = first_row + b * kLanes + __builtin_ctz(mask);
         if (count == kLanes) {
-          rescore_rows(rows, count);
+          rescore_rows(query, rows, count);
           count = 0;
         }
       }
     }
-    rescore_rows(rows, count);
+    rescore_rows(query, rows, count);
   }
 
-  void rescore_rows(const int64_t* rows, int count) {
-    if (!rescore(kernels_, searched_, vector_, query_, rows, count, &best_)) return;
-    update_limit();
+  void rescore_rows(Query& query, const int64_t* rows, int count) {
+    if (!rescore(kernels_, searched_, query.vector, query.number, rows, count, &query.best)) return;
     for (int r = 0; r < count; ++r) {
-      if (bank_.ids[rows[r]] == best_.id) best_row_ = rows[r];
+      if (bank_.ids[rows[r]] == query.best.id) query.best_row = rows[r];
     }
+    const double distance = winning_distance(query.best.squared, bank_.projection.dim);
+    query.limit =
+        static_cast<float>((distance * bank_.projection.stretch + query.error) * (1 + 1e-6));
   }
 
   const ClusteredNearestParams& params_;
@@ -174,38 +224,31 @@ class Searcher {
   const int64_t axes_;
   const int64_t padded_clusters_;
   const double rounding_;
-  std::vector<float> projected_;
+  std::vector<float> projected_;  // [kQueriesPerGroup, axes]
   std::vector<double> sums_;
-  std::vector<float> squared_;  // distances to the centroids
+  std::vector<float> squared_;  // from the query at hand to the centroids
   std::vector<int32_t> kept_;
   std::vector<uint8_t> code_;
+  std::vector<Query> queries_;
+  std::vector<Visit> visits_, sorted_visits_;
+  std::vector<int64_t> visit_starts_;
   int64_t scanned_ = 0;
-
-  // Of the query being searched for.
-  int64_t query_ = 0;
-  const float* vector_ = nullptr;
-  double error_ = 0;  // of its projection
-  float limit_ = 0;
-  Best best_;
-  int64_t best_row_ = -1;
 };
 
 }  // namespace
 
 void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) {
-  const int64_t items = (params.queries + kQueriesPerItem - 1) / kQueriesPerItem;
-  const int64_t workers = std::min<int64_t>(items, std::max(num_threads, 1));
+  const int64_t groups = (params.queries + kQueriesPerGroup - 1) / kQueriesPerGroup;
+  const int64_t workers = std::min<int64_t>(groups, std::max(num_threads, 1));
   std::atomic<int64_t> next{0}, scanned{0};
   Watch watch(static_cast<double>(params.queries));
   parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
     Searcher searcher(params);
-    for (int64_t item = next++; item < items; item = next++) {
-      const int64_t end = std::min(params.queries, (item + 1) * kQueriesPerItem);
-      int64_t hint = -1;
-      for (int64_t q = item * kQueriesPerItem; q < end; ++q) {
-        hint = searcher.search(q, hint);
-        watch.advance(1);
-      }
+    for (int64_t group = next++; group < groups; group = next++) {
+      const int64_t begin = group * kQueriesPerGroup;
+      const int64_t end = std::min(params.queries, begin + kQueriesPerGroup);
+      searcher.search_group(begin, end);
+      watch.advance(static_cast<double>(end - begin));
     }
     scanned += searcher.scanned();
   });
