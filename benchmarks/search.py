@@ -390,7 +390,8 @@ before = resident()
 bank = NormalBank(low)
 bank.nearest(low[:5000])
 after = resident()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = open("/proc/self/status").read()
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(bank.num_clusters, (after - before) / low.nbytes, (peak - before) / low.nbytes)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

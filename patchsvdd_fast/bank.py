@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .cluster_arrays import ClusterArrays
-from .clusters import build_clusters, extend_clusters, link
+from .clusters import build_clusters, can_be_clustered, extend_clusters, link
 from .validation import (
     FloatArray,
     IntArray,
@@ -29,7 +29,7 @@ class NormalBank:
     """Holds the embeddings of normal patches and finds the nearest to a query, exactly.
 
     embeddings: [M, D], or [N, I, J, D] with one grid of patches per image; float32, finite, M >= 1;
-        a tensor or a NumPy array. Row numbers count in this order.
+        a tensor or a NumPy array, whose memory the bank may share. Row numbers count in this order.
     groups: [M] or [N] int64, which group (image, say) each entry of the first axis belongs to; by
         default its number.
     storage: dtype in which to keep them; float16 halves the memory and rounds once, here. Answers
@@ -143,15 +143,15 @@ class NormalBank:
         """Where bank rows [...] int64 came from: [..., 3] int64.
 
         The number of the entry on the first axis (the image), then row and column in its grid of
-        patches (0 and 0 for a bank of plain [M, D] embeddings).
+        patches (0 and 0 for a bank of plain [M, D] embeddings). Row -1, no match, gives -1 thrice.
         """
         numbers = as_tensor("rows", rows)
-        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
-            raise ValueError(f"rows must be in [0, {len(self)}), got {rows}")
+        if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < len(self):
+            raise ValueError(f"rows must be in [-1, {len(self)}), got {rows}")
         image, patch = numbers // self._rows_per_group, numbers % self._rows_per_group
         columns = self._grid[1]
         where: Tensor = torch.stack([image, patch // columns, patch % columns], dim=-1)
-        return where
+        return where.where(numbers[..., None] >= 0, -1)
 
     # --- changing ---------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class NormalBank:
         self._recluster(rows.flatten(0, 1), self._groups[kept])
 
     def merge(self, other: NormalBank) -> None:
-        """Append all rows of another bank, with their groups."""
+        """Append all rows of another bank, with their groups as they are numbered there."""
         embeddings = other.embeddings
         if other._grid != (1, 1):
             embeddings = embeddings.view(-1, *other._grid, other.dim)
@@ -196,7 +196,8 @@ class NormalBank:
 
     def to(self, device: torch.device | str) -> NormalBank:
         """This bank on a device: itself if it is there already. Only a CPU's is clustered."""
-        if torch.device(device).type == self.device.type:
+        target = torch.device(device)
+        if target.type == self.device.type and target.index in (None, self.device.index):
             return self
         embeddings = self.embeddings.to(device).float()
         return NormalBank(
@@ -246,13 +247,15 @@ class NormalBank:
             bank._data = state["data"]
             bank._clusters, bank._stretch, bank._clustered_rows = None, 1.0, 0
             if "ids" in state:
-                empty = {name: torch.empty(0) for name in _DERIVED}
+                empty = {name: bank._data.new_empty(0, dtype=torch.float32) for name in _DERIVED}
                 arrays = ClusterArrays(
                     **{n: empty[n] if n in empty else state[n] for n in ClusterArrays._fields}
                 )
                 arrays.check()
                 bank._clusters = link(arrays)
                 bank._stretch = float(state["stretch"])
+                if not 1 <= bank._stretch < 2:
+                    raise ValueError(f"a bank's stretch must be about 1, got {bank._stretch}")
                 bank._clustered_rows = int(state["clustered_rows"])
         except KeyError as error:
             raise ValueError(f"these tensors are not a bank: {error} is missing") from error
@@ -269,23 +272,23 @@ class NormalBank:
 
     def _cluster(self, values: Tensor) -> None:
         """Take over rows in the order of their numbers, clustered if that pays."""
-        self._data, self._clusters, self._stretch = values, None, 1.0
+        built = None
+        if values.device.type == "cpu" and self._wanted_clusters != 0:
+            built = build_clusters(values, self._wanted_clusters, self._seed)
+        self._clusters: ClusterArrays | None
+        self._clusters, self._stretch = (None, 1.0) if built is None else built
+        self._data = values if self._clusters is None else self._clusters.data
         self._clustered_rows = len(values)
-        if values.device.type != "cpu" or self._wanted_clusters == 0:
-            return
-        built = build_clusters(values, self._wanted_clusters, self._seed)
-        if built is not None:
-            self._clusters, self._stretch = built
-            self._data = self._clusters.data
 
     def _recluster(self, values: Tensor, groups: Tensor) -> None:
         """Take over changed rows: about the same centroids, unless the bank has grown much."""
-        self._groups = groups
-        if self._clusters is None or len(values) > _GROWTH * self._clustered_rows:
+        grown = len(values) > _GROWTH * self._clustered_rows
+        if self._clusters is None or grown or not can_be_clustered(values):
             self._cluster(values)
-            return
-        self._clusters, self._stretch = extend_clusters(values, self._clusters, self._stretch)
-        self._data = self._clusters.data
+        else:
+            self._clusters, self._stretch = extend_clusters(values, self._clusters, self._stretch)
+            self._data = self._clusters.data
+        self._groups = groups  # last: nothing is changed if clustering is interrupted
 
 
 def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:

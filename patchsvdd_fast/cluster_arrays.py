@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, float16, float32, int8, int32, int64
+from torch import Tensor, bincount, float16, float32, int8, int32, int64
 
 from . import _native
 
+_LARGEST = 1e16  # coordinates of centroids: beyond, squares might overflow
 _DTYPES = {
     "data": (float32, float16),
     "ids": (int64,),
@@ -60,14 +61,23 @@ class ClusterArrays(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError unless the arrays fit together, so that a search stays within them."""
+        for name, tensor in self._asdict().items():
+            expected = _DTYPES.get(name, (float32,))
+            if tensor.dtype not in expected or not tensor.is_contiguous():
+                raise ValueError(f"a bank's {name} must be contiguous {expected[0]}")
+            if tensor.device.type != "cpu":
+                raise ValueError(f"a clustered bank's {name} must be on the CPU")
+        if self.data.ndim != 2 or self.centroids.ndim != 2 or self.codes.ndim != 4:
+            raise ValueError("a bank's data, centroids and codes must have 2, 2 and 4 dimensions")
         rows, dim = self.data.shape
         count, axes = self.centroids.shape
+        groups = self.codes.shape[1]
         num_blocks = len(self.block_radius)
         shapes = {
             "ids": (rows,),
             "starts": (count + 1,),
             "blocks": (count + 1,),
-            "codes": (num_blocks, self.codes.shape[1], 16, 4),
+            "codes": (num_blocks, groups, 16, 4),
             "bias": (num_blocks * 16,),
             "mean": (dim,),
             "basis": (dim if len(self.basis) else 0, axes),
@@ -85,21 +95,21 @@ class ClusterArrays(NamedTuple):
         sizes, blocks = self.starts.diff(), self.blocks.diff()
         whole = (
             count >= 1
+            and axes >= 16
             and axes % 16 == 0
-            and 4 * self.codes.shape[1] <= axes
-            and (len(self.basis) > 0 or dim <= axes)
+            and (
+                4 * groups == axes if len(self.basis) else 4 * groups == (dim + 3) // 4 * 4 <= axes
+            )
+            and float(self.centroids.abs().max()) < _LARGEST  # false for NaN
             and bool((sizes >= 1).all())
             and bool((blocks == (sizes + 15) // 16).all())
             and [int(self.starts[0]), int(self.starts[-1])] == [0, rows]
             and [int(self.blocks[0]), int(self.blocks[-1])] == [0, num_blocks]
             and 0 <= int(self.ids.min()) <= int(self.ids.max()) < rows
+            and bool((bincount(self.ids, minlength=rows) == 1).all())
         )
         if not whole:
             raise ValueError("a bank's clusters do not cover its rows")
-        for name, tensor in self._asdict().items():
-            expected = _DTYPES.get(name, (float32,))
-            if tensor.dtype not in expected or not tensor.is_contiguous():
-                raise ValueError(f"a bank's {name} must be contiguous {expected[0]}")
 
     def native(self, stretch: float) -> _native.cpu.ClusteredBank:
         """The struct of pointers; valid as long as this object lives."""

@@ -39,6 +39,12 @@ def default_clusters(rows: int) -> int:
     return min(_MOST_CLUSTERS, round(_CLUSTERS_PER_ROOT * math.sqrt(rows) / LANES) * LANES)
 
 
+def can_be_clustered(embeddings: Tensor) -> bool:
+    """Whether embeddings [M, D] are of a size and a range that the bounds are made for."""
+    low, high = embeddings.aminmax()
+    return embeddings.shape[1] <= _MOST_DIMS and max(-float(low), float(high)) <= _LARGEST
+
+
 def build_clusters(
     embeddings: Tensor, num_clusters: int | None = None, seed: int = 0
 ) -> tuple[ClusterArrays, float] | None:
@@ -48,14 +54,11 @@ def build_clusters(
     clusters: chosen from the size, and None is returned if clusters would not pay: for small
     banks, and where a trial finds that searches look at much of the bank nevertheless.
     """
-    rows, dim = embeddings.shape
+    rows = embeddings.shape[0]
     wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
-    if wanted < 1 or dim > _MOST_DIMS:
+    if wanted < 1 or not can_be_clustered(embeddings):
         return None
-    low, high = embeddings.aminmax()
-    if max(-float(low), float(high)) > _LARGEST:
-        return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     mean, basis, stretch = _principal_axes(embeddings, generator)
     projected, errors = _project(embeddings, mean, basis, stretch)
     centroids = _cluster(projected, wanted, generator)
@@ -83,7 +86,7 @@ def link(arrays: ClusterArrays) -> ClusterArrays:
     count, axes = arrays.centroids.shape
     tiles = -(-count // LANES)
     linked = arrays._replace(
-        centroid_tiles=torch.empty(tiles, axes, LANES), gaps=torch.empty(count, tiles * LANES)
+        centroid_tiles=_floats(tiles, axes, LANES), gaps=_floats(count, tiles * LANES)
     )
     _native.cpu.link_clusters(bank=linked.native(1.0), context=torch.get_num_threads())
     return linked
@@ -92,7 +95,9 @@ def link(arrays: ClusterArrays) -> ClusterArrays:
 def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """Mean [D], axes [D, A] (or [0, A] where projecting does not pay), and their stretch."""
     rows, dim = embeddings.shape
-    picked = torch.randint(rows, (min(rows, _COVARIANCE_SAMPLES),), generator=generator)
+    picked = torch.randint(
+        rows, (min(rows, _COVARIANCE_SAMPLES),), generator=generator, device="cpu"
+    )
     sample = embeddings[picked].double()
     mean = sample.mean(dim=0).float()
     sample -= mean
@@ -102,11 +107,11 @@ def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Ten
     enough = int((left_out > _VARIANCE_LEFT_OUT * share[-1]).sum()) + 1
     axes = _padded(enough)
     if axes > 3 * dim // 4:
-        return mean, torch.empty(0, _padded(dim)), 1.0
+        return mean, _floats(0, _padded(dim)), 1.0
     basis = vectors.flip(1)[:, :axes].float().contiguous()
     # |basis^T x|^2 <= |basis^T basis|_2 |x|^2, and a matrix norm is at most the Frobenius norm.
     gram = basis.double().T @ basis.double()
-    excess = float((gram - torch.eye(axes, dtype=torch.float64)).norm())
+    excess = float((gram - torch.eye(axes, dtype=torch.float64, device="cpu")).norm())
     return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
 
 
@@ -115,8 +120,8 @@ def _project(
 ) -> tuple[Tensor, Tensor]:
     """Projected rows [M, A] float32 and bounds on their error [M] float32."""
     rows = embeddings.shape[0]
-    projected = torch.empty(rows, basis.shape[1])
-    errors = torch.empty(rows)
+    projected = _floats(rows, basis.shape[1])
+    errors = _floats(rows)
     projection = _native.cpu.Projection(
         dim=mean.shape[0],
         axes=basis.shape[1],
@@ -139,13 +144,15 @@ def _project(
 def _cluster(projected: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
     """Lloyd's k-means on a sample: centroids [C, A], C <= wanted. Empty clusters are dropped."""
     rows, axes = projected.shape
-    picked = torch.randperm(rows, generator=generator)[: _SAMPLES_PER_CLUSTER * wanted]
+    picked = torch.randperm(rows, generator=generator, device="cpu")[
+        : _SAMPLES_PER_CLUSTER * wanted
+    ]
     sample = projected[picked]
     centroids = sample[:wanted]
     for _ in range(_ITERATIONS):
         _, nearest = ops.nearest(sample, centroids)
         counts = torch.bincount(nearest, minlength=len(centroids))
-        sums = torch.zeros(len(centroids), axes, dtype=torch.float64)
+        sums = torch.zeros(len(centroids), axes, dtype=torch.float64, device="cpu")
         sums.index_add_(0, nearest, sample.double())
         centroids = (sums / counts[:, None])[counts > 0].float()
     return centroids
@@ -179,18 +186,18 @@ def _pack(
             ids=order,
             starts=_offsets(counts),
             blocks=_offsets(blocks),
-            codes=torch.empty(num_blocks, groups, LANES, 4, dtype=torch.int8),
-            bias=torch.empty(num_blocks * LANES, dtype=torch.int32),
-            block_radius=torch.empty(num_blocks),
+            codes=torch.empty(num_blocks, groups, LANES, 4, dtype=torch.int8, device="cpu"),
+            bias=torch.empty(num_blocks * LANES, dtype=torch.int32, device="cpu"),
+            block_radius=_floats(num_blocks),
             mean=mean,
             basis=basis,
             centroids=centroids,
-            scales=torch.empty(count),
-            slack=torch.empty(count),
-            code_slack=torch.empty(count),
-            reach=torch.empty(count),
-            centroid_tiles=torch.empty(0),
-            gaps=torch.empty(0),
+            scales=_floats(count),
+            slack=_floats(count),
+            code_slack=_floats(count),
+            reach=_floats(count),
+            centroid_tiles=_floats(0),
+            gaps=_floats(0),
         )
     )
     _native.cpu.pack_clusters(
@@ -206,9 +213,13 @@ def _pack(
 def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Generator) -> float:
     """Share of the bank that a search for one of its own rows, itself excluded, looks at."""
     rows = arrays.data.shape[0]
-    picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator)
-    queries, own, all_rows = arrays.data[picked].float(), arrays.ids[picked], torch.arange(rows)
-    distances, indices = torch.empty(_TRIAL_QUERIES), torch.empty(_TRIAL_QUERIES, dtype=torch.int64)
+    picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator, device="cpu")
+    queries, own, all_rows = (
+        arrays.data[picked].float(),
+        arrays.ids[picked],
+        torch.arange(rows, device="cpu"),
+    )
+    distances, indices = _floats(_TRIAL_QUERIES), torch.empty_like(own)
     looked_at = _native.cpu.nearest_in_clusters(
         bank=arrays.native(stretch),
         queries=_TRIAL_QUERIES,
@@ -225,6 +236,11 @@ def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Gen
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _floats(*shape: int) -> Tensor:
+    """For the native code, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _padded(count: int) -> int:

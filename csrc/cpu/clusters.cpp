@@ -100,6 +100,8 @@ void pack_clusters(const PackClustersParams& params, int num_threads) {
     }
     // Rounded up where they become floats.
     bank.scales[c] = scale;
+    slack += underflow_allowance(axes);
+    code_slack += underflow_allowance(axes);
     bank.slack[c] = static_cast<float>(slack * 1.001);
     bank.code_slack[c] = static_cast<float>(code_slack * 1.001);
     bank.reach[c] = static_cast<float>((radius * (1 + canonical_rounding(axes)) + slack) * 1.001);
@@ -117,11 +119,12 @@ void link_clusters(const ClusteredBank& bank, int num_threads) {
   }
   const SearchKernels& kernels = active_kernels();
   const auto rounding = static_cast<float>(bound_rounding(axes));
+  const auto least = static_cast<float>(underflow_allowance(axes));
   parallel_for(bank.clusters, num_threads, [&](int64_t c) {
     float* gaps = bank.gaps + c * padded;
     kernels.tile_distances(bank.centroids + c * axes, bank.centroid_tiles, axes, padded / kLanes,
                            gaps);
-    for (int64_t i = 0; i < padded; ++i) gaps[i] = std::sqrt(gaps[i]) * (1 + rounding);
+    for (int64_t i = 0; i < padded; ++i) gaps[i] = (std::sqrt(gaps[i]) + least) * (1 + rounding);
   });
 }
 

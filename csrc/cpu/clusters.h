@@ -18,6 +18,11 @@ double project_row(const Projection& projection, const float* row, double* sums,
 // room for the few operations of the bounds computed from them.
 inline double bound_rounding(int64_t axes) { return static_cast<double>(axes + 16) * 0x1p-22; }
 
+// Added to every distance that a bound is computed from: squares may have underflowed.
+inline double underflow_allowance(int64_t axes) {
+  return std::sqrt(static_cast<double>(axes + 16)) * 0x1p-70;
+}
+
 // Blocks [begin, end) of a cluster.
 struct BlockRange {
   int64_t begin;

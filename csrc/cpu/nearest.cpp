@@ -26,6 +26,7 @@ constexpr int64_t kCodeBytes = 512 * 1024;  // of a block: half of a second-leve
 constexpr int64_t kMostBlockRows = 4096;
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kRowsForCentre = 64;
+constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
 constexpr int64_t kFewQueries = 8;  // do not repay encoding the bank
 constexpr float kLargest = 1e15f;   // squares of larger differences might overflow
 
@@ -77,14 +78,14 @@ void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin,
 
 class Search {
  public:
-  Search(const NearestParams& params, int num_threads)
+  Search(const NearestParams& params, int num_threads, Watch* watch)
       : params_(params),
         kernels_(active_kernels()),
         bank_{{params.bank_data, params.dim, params.bank_is_half}, nullptr, params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         groups_((params.dim + 3) / 4),
         screened_(params.queries >= kFewQueries && !params.plain),
-        watch_(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows)) {
+        watch_(watch) {
     const int64_t fitting = kCodeBytes / (groups_ * 4) / kTileRows * kTileRows;
     const int64_t fair = round_up(params.bank_rows / (4 * std::max(num_threads, 1)), kTileRows);
     block_rows_ = std::max<int64_t>(kTileRows, std::min({fitting, fair, int64_t{kMostBlockRows}}));
@@ -132,7 +133,7 @@ class Search {
           }
         }
       }
-      watch_.advance(static_cast<double>(last - first) * static_cast<double>(end - begin));
+      watch_->advance(static_cast<double>(last - first) * static_cast<double>(end - begin));
     }
   }
 
@@ -195,7 +196,7 @@ class Search {
   int64_t blocks_;
   int64_t workers_;
   std::atomic<int64_t> next_block_{0};
-  Watch watch_;
+  Watch* const watch_;
 };
 
 }  // namespace
@@ -203,7 +204,17 @@ class Search {
 void nearest(const NearestParams& params, int num_threads) {
   if (params.queries == 0) return;
   const IeeeArithmetic ieee;  // for the square roots; the threads have their own
-  Search(params, num_threads).run();
+  Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
+  // A part of the queries at a time, so that no thread is long at a block after the others.
+  for (int64_t first = 0; first < params.queries; first += kQueriesAtOnce) {
+    NearestParams part = params;
+    part.queries = std::min(kQueriesAtOnce, params.queries - first);
+    part.query_data += first * params.dim;
+    part.distances += first;
+    part.indices += first;
+    if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
+    Search(part, num_threads, &watch).run();
+  }
 }
 
 }  // namespace psvdd::cpu

@@ -137,15 +137,18 @@ class Searcher {
     const float low = 1.0f - bounds.rounding, high = 1.0f + bounds.rounding;
     const float reach = bounds.reach[c];
     const float at_most = bounds.own * high + 2 * bounds.rounding * reach * reach;
-    const float difference = squared_[c] * low - at_most;
-    return difference > 0 ? difference / (2 * bounds.gaps[c] * high) * low : 0.0f;
+    const float at_least = squared_[c] * low;
+    const float difference = at_least - at_most;
+    if (!(difference > 0 && at_least > kLeastSquared)) return 0.0f;
+    return difference / (2 * bounds.gaps[c] * high) * low;
   }
 
   // As `keep_clusters`, under the limit of now.
   bool may_win(const Query& query, const Visit& visit) const {
     const float radius = query.limit + bank_.reach[visit.cluster];
-    return !(visit.squared * (1.0f - static_cast<float>(rounding_)) > radius * radius ||
-             visit.half_plane > query.limit + bank_.slack[visit.cluster]);
+    const float at_least = visit.squared * (1.0f - static_cast<float>(rounding_));
+    const bool beyond_radius = at_least > kLeastSquared && at_least > radius * radius;
+    return !(beyond_radius || visit.half_plane > query.limit + bank_.slack[visit.cluster]);
   }
 
   // squared: from the query to the centroid. is_first: nothing is known of the answer yet.
@@ -170,7 +173,7 @@ class Searcher {
       scanned_ += count * kLanes;
       if (kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.groups * 64,
                                  bank_.bias + b * kLanes, bank_.groups, count, masks)) {
-        rescore_passed(query, bank_.starts[c] + block * kLanes, count, masks);
+        rescore_passed(query, bank_.starts[c] + block * kLanes, bank_.starts[c + 1], count, masks);
       }
     }
   }
@@ -192,12 +195,14 @@ class Searcher {
   }
 
   // Rescores rows from all blocks together, sixteen at a time.
-  void rescore_passed(Query& query, int64_t first_row, int64_t blocks, const uint16_t* masks) {
+  void rescore_passed(Query& query, int64_t first_row, int64_t end_row, int64_t blocks,
+                      const uint16_t* masks) {
     int64_t rows[kLanes];
     int count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       for (unsigned mask = masks[b]; mask != 0; mask &= mask - 1) {
-        rows[count++] = first_row + b * kLanes + __builtin_ctz(mask);
+        rows[count] = first_row + b * kLanes + __builtin_ctz(mask);
+        count += rows[count] < end_row;
         if (count == kLanes) {
           rescore_rows(query, rows, count);
           count = 0;

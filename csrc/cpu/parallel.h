@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -55,7 +56,11 @@ inline void parallel_for(int64_t items, int num_threads, const std::function<voi
     }
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(run);
+  helpers.reserve(threads);
+  try {
+    for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(run);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
   run();
   for (std::thread& helper : helpers) helper.join();
   if (failure) std::rethrow_exception(failure);

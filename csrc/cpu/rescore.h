@@ -59,10 +59,12 @@ inline double winning_distance(float squared, int64_t dim) {
                    static_cast<double>(dim + 16) * 0x1p-148);
 }
 
-// Bound on the distance between a vector and what its code stands for.
+// Bound on the distance between a vector and what its code stands for. The last term allows for
+// squares that underflow.
 inline double residual_bound(const Encoding& encoding, int64_t dims) {
   return std::sqrt(static_cast<double>(encoding.residual)) * (1 + canonical_rounding(dims)) +
-         0x1p-22 * std::sqrt(static_cast<double>(encoding.squared));
+         0x1p-22 * std::sqrt(static_cast<double>(encoding.squared)) +
+         std::sqrt(static_cast<double>(dims + 16)) * 0x1p-74;
 }
 
 // The screen's threshold for a query: rows below it are farther than `limit` from the query.

@@ -28,6 +28,10 @@ struct Rows {
   bool half;
 };
 
+// Squared distances to centroids below this rule nothing out: with those above, what is lost to
+// underflow is far below the relative error allowed for.
+constexpr float kLeastSquared = 0x1p-100f;
+
 // What `encode` finds out about one vector t = vector - centre and its code c, t ~ scale * c.
 struct Encoding {
   int32_t code_squares;  // sum of c^2

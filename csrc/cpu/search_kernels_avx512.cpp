@@ -218,11 +218,16 @@ inline void screen_queries(const uint8_t* const* queries, const int32_t* thresho
   }
 #pragma GCC unroll 6
   for (int q = 0; q < kQueries; ++q) {
+    // Mostly no row passes: one comparison with the largest of the four tells.
     const __m512i threshold = _mm512_set1_epi32(thresholds[q]);
+    const __m512i largest = _mm512_max_epi32(_mm512_max_epi32(sums[q][0], sums[q][1]),
+                                             _mm512_max_epi32(sums[q][2], sums[q][3]));
     uint64_t mask = 0;
+    if (_mm512_cmpge_epi32_mask(largest, threshold) != 0) {
 #pragma GCC unroll 4
-    for (int b = 0; b < kTileBlocks; ++b) {
-      mask |= uint64_t{_mm512_cmpge_epi32_mask(sums[q][b], threshold)} << (kLanes * b);
+      for (int b = 0; b < kTileBlocks; ++b) {
+        mask |= uint64_t{_mm512_cmpge_epi32_mask(sums[q][b], threshold)} << (kLanes * b);
+      }
     }
     masks[q] = mask;
   }
@@ -383,6 +388,7 @@ int64_t avx512_keep_clusters(const ClusterBounds& bounds, const float* squared, 
   const __m512 own = _mm512_set1_ps(bounds.own * (1.0f + bounds.rounding));
   const __m512 twice_rounding = _mm512_set1_ps(2 * bounds.rounding);
   const __m512 two = _mm512_set1_ps(2.0f);
+  const __m512 least = _mm512_set1_ps(kLeastSquared);
   __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t count = 0;
   for (int64_t c = 0; c < clusters; c += kLanes) {
@@ -400,7 +406,9 @@ int64_t avx512_keep_clusters(const ClusterBounds& bounds, const float* squared, 
                                        _mm512_loadu_ps(bounds.gaps + c));
     const __mmask16 beyond_half_plane = _mm512_cmp_ps_mask(_mm512_sub_ps(at_least, at_most),
                                                            _mm512_mul_ps(width, high), _CMP_GT_OQ);
-    const auto keep = static_cast<__mmask16>(valid & ~(beyond_radius | beyond_half_plane));
+    const __mmask16 certain = _mm512_cmp_ps_mask(at_least, least, _CMP_GT_OQ);
+    const auto keep =
+        static_cast<__mmask16>(valid & ~(certain & (beyond_radius | beyond_half_plane)));
     // Compressed in a register: storing compressed lanes directly is slow on some processors.
     _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(keep, index));
     count += __builtin_popcount(keep);

@@ -172,7 +172,7 @@ inline int64_t generic_keep_clusters(const ClusterBounds& bounds, const float* s
     const float width = 2 * (bounds.limit + bounds.slack[c]) * bounds.gaps[c];
     const bool beyond_half_plane = at_least - own > width * high;
     kept[count] = static_cast<int32_t>(c);
-    count += !(beyond_radius || beyond_half_plane);
+    count += !(at_least > kLeastSquared && (beyond_radius || beyond_half_plane));
   }
   return count;
 }
