@@ -1,16 +1,21 @@
 """The command line as a user types it, in a process of its own."""
 
 import csv
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from patchsvdd_fast import PatchSVDD, cli
+from patchsvdd_fast.files import written_whole
 
 FAST = [
     *("--resize", "96", "--steps", "2", "--batch-size", "4"),
@@ -167,6 +172,8 @@ def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
         (("score", model, tmp_path / "missing.png"), "missing.png"),
         (("evaluate", category_folder / "test", "--model", model), "no category"),
         (("evaluate", category_folder), "exactly one of"),
+        (("score", model, category_folder / "test", "-o", other), "is a file"),
+        (("evaluate", category_folder, "--untrained", "--json", "no/x.json"), "does not exist"),
         (("train", tmp_path / "missing"), "missing"),
         (("train", category_folder, "-o", tmp_path / "no" / "m"), "does not exist"),
         (("train", category_folder, "--resize", "big"), "--resize takes"),
@@ -175,6 +182,45 @@ def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
     ]
     for arguments, message in cases:
         assert message in one_line_error(run(*arguments, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["x.png", "y.png"], ["x", "y"]),
+        (["a/x.png", "a/y.png"], ["x", "y"]),
+        (["a/x.png", "b/x.png"], ["a_x", "b_x"]),
+        (["c/a/x.png", "d/a/x.png", "d/b/x.png"], ["c_a_x", "d_a_x", "d_b_x"]),
+        (["x.png", "x.jpg"], ["00000_x", "00001_x"]),
+    ],
+)
+def test_overlays_have_names_of_their_own(paths, names):
+    assert cli._distinct_names([Path(path) for path in paths]) == names
+
+
+def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_path, capsys):
+    detector = PatchSVDD(image_size=96, steps=1, batch_size=2).fit(category_folder)
+    missing = tmp_path / "gone" / "model.safetensors"
+    with pytest.raises(OSError, match="cannot write"):
+        cli._save_or_rescue(detector, missing, tmp_path / "no-checkpoint")
+    kept = Path("".join(capsys.readouterr().err.split()).removeprefix("themodeliskeptin"))
+    assert PatchSVDD.load(kept).threshold_ == detector.threshold_
+
+
+def test_a_file_is_replaced_only_when_whole(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("before")
+    with (
+        pytest.raises(OSError, match=r"cannot write .*scores.csv: No space left"),
+        written_whole(path) as partial,
+    ):
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with written_whole(path) as partial:
+        partial.write_text("after")
+    assert path.read_text() == "after"
 
 
 def _plain(path, side):
