@@ -113,24 +113,27 @@ class ClusterArrays(NamedTuple):
 
     def native(self, stretch: float) -> _native.cpu.ClusteredBank:
         """The struct of pointers; valid as long as this object lives."""
-        dim, axes = self.mean.shape[0], self.centroids.shape[1]
-        projection = _native.cpu.Projection(
-            dim=dim,
-            axes=axes,
-            mean=self.mean.data_ptr(),
-            basis=self.basis.data_ptr() if len(self.basis) else 0,
-            stretch=stretch,
-        )
         pointers = {
             name: tensor.data_ptr()
             for name, tensor in self._asdict().items()
             if name not in ("mean", "basis")
         }
         return _native.cpu.ClusteredBank(
-            projection=projection,
+            projection=native_projection(self.mean, self.basis, stretch),
             rows=self.data.shape[0],
             clusters=self.centroids.shape[0],
             groups=self.codes.shape[1],
             is_half=self.data.dtype == float16,
             **pointers,
         )
+
+
+def native_projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Projection:
+    """The struct of pointers to a mean [D] and a basis ([D, A], or [0, A]: none)."""
+    return _native.cpu.Projection(
+        dim=mean.shape[0],
+        axes=basis.shape[1],
+        mean=mean.data_ptr(),
+        basis=basis.data_ptr() if len(basis) else 0,
+        stretch=stretch,
+    )

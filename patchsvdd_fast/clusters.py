@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
-from .cluster_arrays import ClusterArrays
+from .cluster_arrays import ClusterArrays, native_projection
 
 LANES = 16
 """Rows per block and multiple of the projected coordinates, as in the native kernels."""
@@ -122,15 +122,8 @@ def _project(
     rows = embeddings.shape[0]
     projected = _floats(rows, basis.shape[1])
     errors = _floats(rows)
-    projection = _native.cpu.Projection(
-        dim=mean.shape[0],
-        axes=basis.shape[1],
-        mean=mean.data_ptr(),
-        basis=basis.data_ptr() if len(basis) else 0,
-        stretch=stretch,
-    )
     _native.cpu.project(
-        projection=projection,
+        projection=native_projection(mean, basis, stretch),
         rows=rows,
         data=embeddings.data_ptr(),
         is_half=embeddings.dtype == torch.float16,

@@ -188,6 +188,16 @@ inline __m512i broadcast_group(const uint8_t* query, int64_t g) {
   return _mm512_set1_epi32(group);
 }
 
+// Sums over one block for one query.
+inline __m512i block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
+                          int64_t groups) {
+  __m512i sums = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias));
+  for (int64_t g = 0; g < groups; ++g) {
+    add_products(&sums, broadcast_group(query, g), _mm512_loadu_si512(codes + g * 64));
+  }
+  return sums;
+}
+
 template <int kQueries>
 inline void screen_queries(const uint8_t* const* queries, const int32_t* thresholds,
                            const int8_t* codes, const int32_t* bias, int64_t groups,
@@ -304,11 +314,7 @@ bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t*
     any |= mask;
   }
   for (; b < blocks; ++b) {
-    __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
-    for (int64_t g = 0; g < groups; ++g) {
-      add_products(&sum, broadcast_group(query, g),
-                   _mm512_loadu_si512(codes + (b * groups + g) * 64));
-    }
+    const __m512i sum = block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups);
     masks[b] = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
     any |= masks[b];
   }
@@ -319,11 +325,7 @@ void avx512_closest_codes(const uint8_t* query, const int8_t* codes, const int32
                           int64_t groups, int64_t blocks, int32_t* block_of_lane) {
   __m512i largest = _mm512_set1_epi32(INT32_MIN), block = _mm512_setzero_si512();
   for (int64_t b = 0; b < blocks; ++b) {
-    __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias + b * kLanes));
-    for (int64_t g = 0; g < groups; ++g) {
-      add_products(&sum, broadcast_group(query, g),
-                   _mm512_loadu_si512(codes + (b * groups + g) * 64));
-    }
+    const __m512i sum = block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups);
     const __mmask16 more = _mm512_cmpgt_epi32_mask(sum, largest);
     largest = _mm512_mask_mov_epi32(largest, more, sum);
     block = _mm512_mask_mov_epi32(block, more, _mm512_set1_epi32(static_cast<int>(b)));
