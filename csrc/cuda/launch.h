@@ -34,24 +34,44 @@ __device__ inline int64_t first_element() {
 }
 __device__ inline int64_t element_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-// Launches kernel(params, count) with one thread per element, `count` of them, and checks it.
+// The shape of a launch.
+struct Launch {
+  dim3 grid;
+  unsigned threads;         // per block, of one dimension
+  size_t shared_bytes = 0;  // dynamic shared memory per block
+};
+
+// Launches kernel(args...) on the stream and checks the launch.
+template <typename... Args>
+void launch(const char* name, void (*kernel)(Args...), const Launch& shape, std::uintptr_t stream,
+            Args... args) {
+#if defined(PSVDD_CUDA_ON_HOST)
+  static_cast<void>(name);
+  static_cast<void>(stream);
+  cuda_on_host::launch(shape.grid, dim3(shape.threads), shape.shared_bytes,
+                       [&] { kernel(args...); });
+#else
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          name);
+  }
+  void* arguments[] = {&args...};
+  check(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes,
+                         reinterpret_cast<cudaStream_t>(stream)),
+        name);
+#endif
+}
+
+// Launches kernel(params, count) with one thread per element, `count` of them.
 template <typename Params>
 void launch_elements(const char* name, void (*kernel)(Params, int64_t), Params params,
                      int64_t count, std::uintptr_t stream) {
   if (count == 0) return;
   const int64_t needed = (count + kThreadsPerBlock - 1) / kThreadsPerBlock;
   const dim3 grid(static_cast<unsigned>(std::min(needed, kMaxBlocks)));
-  const dim3 block(kThreadsPerBlock);
-#if defined(PSVDD_CUDA_ON_HOST)
-  static_cast<void>(stream);
-  run_on_host(grid, block, [&] { kernel(params, count); });
-  check(cudaSuccess, name);
-#else
-  void* arguments[] = {&params, &count};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0,
-                         reinterpret_cast<cudaStream_t>(stream)),
-        name);
-#endif
+  launch(name, kernel, {grid, kThreadsPerBlock}, stream, params, count);
 }
 
 }  // namespace psvdd::cuda

@@ -1,0 +1,320 @@
+// The runtime behind cuda_on_host.h. Compiled without ThreadSanitizer's instrumentation, so that
+// its own bookkeeping does not count as the kernel's; PSVDD_TSAN says that the rest has it.
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_on_host.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(PSVDD_TSAN)
+extern "C" {
+void* __tsan_create_fiber(unsigned flags);
+void* __tsan_get_current_fiber(void);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+
+namespace cuda_on_host {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kExchangeBytes = 32;
+
+void acquire([[maybe_unused]] void* object) {
+#if defined(PSVDD_TSAN)
+  __tsan_acquire(object);
+#endif
+}
+void release([[maybe_unused]] void* object) {
+#if defined(PSVDD_TSAN)
+  __tsan_release(object);
+#endif
+}
+
+// Threads that have to meet. A fiber waits until the generation it came in is over.
+struct Meeting {
+  int expected = 0;
+  int arrived = 0;
+  int64_t generation = 0;
+};
+
+// Two sets of values: nobody can come to the next but one before all have read the last.
+struct Warp {
+  Meeting meeting;
+  unsigned char values[2][kWarp][kExchangeBytes];
+};
+
+struct Fiber {
+  ucontext_t context;
+  void* stack = nullptr;
+  void* tsan = nullptr;
+  void* asan_stack = nullptr;
+  unsigned thread = 0;
+  bool done = true;
+  const Meeting* waits_for = nullptr;
+  int64_t generation = 0;                // of what it waits for
+  std::deque<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open;
+};
+
+struct Block {
+  Meeting meeting;
+  int counts[2] = {0, 0};  // of count_in_block, by generation
+  std::vector<Warp> warps;
+  unsigned char* shared = nullptr;
+};
+
+struct Scheduler {
+  ucontext_t context;
+  void* tsan = nullptr;
+  void* asan_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Fiber* running = nullptr;
+  const std::function<void()>* work = nullptr;
+  Block block;
+  unsigned seed = 0;
+  std::mt19937 random;
+};
+
+thread_local Scheduler scheduler;
+
+// From the scheduler into a fiber, until it waits or is done.
+void resume(Fiber* fiber) {
+  scheduler.running = fiber;
+  threadIdx.x = fiber->thread;
+#if defined(PSVDD_TSAN)
+  __tsan_switch_to_fiber(fiber->tsan, 1);  // 1: without making the one happen before the other
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler.asan_stack, fiber->stack, kStackBytes);
+#endif
+  swapcontext(&scheduler.context, &fiber->context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler.asan_stack, nullptr, nullptr);
+#endif
+}
+
+// From the running fiber back to the scheduler.
+void pause() {
+  Fiber* fiber = scheduler.running;
+#if defined(PSVDD_TSAN)
+  __tsan_switch_to_fiber(scheduler.tsan, 1);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&fiber->asan_stack, scheduler.stack_bottom, scheduler.stack_size);
+#endif
+  swapcontext(&fiber->context, &scheduler.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber->asan_stack, nullptr, nullptr);
+#endif
+}
+
+// Fibers are kept: each runs one thread after another.
+void run_threads() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack_bottom, &scheduler.stack_size);
+#endif
+  while (true) {
+    acquire(&scheduler);
+    (*scheduler.work)();
+    release(&scheduler.running);
+    scheduler.running->done = true;
+    pause();
+  }
+}
+
+void create_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->thread = static_cast<unsigned>(scheduler.fibers.size());
+  fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (fiber->stack == MAP_FAILED) throw std::runtime_error("no memory for the stack of a fiber");
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack;
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, run_threads, 0);
+#if defined(PSVDD_TSAN)
+  fiber->tsan = __tsan_create_fiber(0);
+#endif
+  scheduler.fibers.push_back(std::move(fiber));
+}
+
+// Comes to a meeting and waits for the others. Returns the generation that came together.
+int64_t meet(Meeting* meeting) {
+  const int64_t generation = meeting->generation;
+  if (++meeting->arrived == meeting->expected) {
+    meeting->arrived = 0;
+    ++meeting->generation;
+    return generation;
+  }
+  Fiber* fiber = scheduler.running;
+  fiber->waits_for = meeting;
+  fiber->generation = generation;
+  pause();
+  return generation;
+}
+
+// Runs the threads of one block to their ends.
+void run_block(unsigned threads) {
+  std::vector<Fiber*> order;
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber* fiber = scheduler.fibers[t].get();
+    fiber->done = false;
+    fiber->waits_for = nullptr;
+    fiber->groups.clear();
+    fiber->open.clear();
+    order.push_back(fiber);
+  }
+  if (scheduler.seed != 1) std::reverse(order.begin(), order.end());
+  for (size_t left = threads; left > 0;) {
+    if (scheduler.seed > 1) std::shuffle(order.begin(), order.end(), scheduler.random);
+    bool any_ran = false;
+    for (Fiber* fiber : order) {
+      if (fiber->done) continue;
+      if (fiber->waits_for != nullptr && fiber->waits_for->generation == fiber->generation) {
+        continue;
+      }
+      fiber->waits_for = nullptr;
+      resume(fiber);
+      any_ran = true;
+      left -= fiber->done ? 1 : 0;
+    }
+    if (!any_ran) {
+      const size_t waiting = left;
+      scheduler.fibers.clear();  // those that wait can never be used again; their stacks leak
+      throw std::runtime_error("cuda_on_host: " + std::to_string(waiting) + " of " +
+                               std::to_string(threads) +
+                               " threads wait for others that never come");
+    }
+  }
+}
+
+Warp& warp_of_running() { return scheduler.block.warps[scheduler.running->thread / kWarp]; }
+
+}  // namespace
+
+void set_schedule(unsigned seed) {
+  scheduler.seed = seed;
+  scheduler.random.seed(seed);
+}
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1) {
+    throw std::runtime_error("cuda_on_host: blocks must have 1 to 1024 threads in one dimension");
+  }
+  if (grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
+    throw std::runtime_error("cuda_on_host: a grid that a card would refuse");
+  }
+  while (scheduler.fibers.size() < block.x) create_fiber();
+#if defined(PSVDD_TSAN)
+  scheduler.tsan = __tsan_get_current_fiber();
+#endif
+  scheduler.work = &thread;
+  gridDim = grid;
+  blockDim = block;
+  // Kept to the end of the launch: a buffer used again would make the blocks look ordered.
+  std::vector<std::unique_ptr<unsigned char[]>> shared;
+  release(&scheduler);
+  for (unsigned index = grid.x * grid.y * grid.z; index-- > 0;) {
+    const unsigned b = scheduler.seed == 1 ? grid.x * grid.y * grid.z - 1 - index : index;
+    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
+    Block state;
+    state.meeting.expected = static_cast<int>(block.x);
+    state.warps.resize((block.x + kWarp - 1) / kWarp);
+    for (size_t w = 0; w < state.warps.size(); ++w) {
+      state.warps[w].meeting.expected =
+          std::min<int>(kWarp, static_cast<int>(block.x) - static_cast<int>(w) * kWarp);
+    }
+    if (shared_bytes > 0) {
+      shared.push_back(std::make_unique<unsigned char[]>(shared_bytes));
+      state.shared = shared.back().get();
+      std::fill(state.shared, state.shared + shared_bytes, static_cast<unsigned char>(0xff));
+      release(&scheduler);
+    }
+    scheduler.block = std::move(state);
+    run_block(block.x);
+#if !defined(PSVDD_TSAN)
+    shared.clear();
+#endif
+  }
+  acquire(&scheduler.running);
+}
+
+unsigned char* shared_memory() { return scheduler.block.shared; }
+
+void sync_block() {
+  Meeting* meeting = &scheduler.block.meeting;
+  release(meeting);
+  meet(meeting);
+  acquire(meeting);
+}
+
+int count_in_block(bool value) {
+  Block& block = scheduler.block;
+  int& count = block.counts[block.meeting.generation % 2];
+  if (block.meeting.arrived == 0) count = 0;
+  count += value ? 1 : 0;
+  sync_block();
+  return count;
+}
+
+void sync_warp() {
+  Meeting* meeting = &warp_of_running().meeting;
+  release(meeting);
+  meet(meeting);
+  acquire(meeting);
+}
+
+void exchange(const void* mine, void* all, size_t bytes) {
+  if (bytes > kExchangeBytes) std::abort();
+  Warp& warp = warp_of_running();
+  const unsigned lane = scheduler.running->thread % kWarp;
+  auto& values = warp.values[warp.meeting.generation % 2];
+  // Byte by byte: memcpy would be seen by the sanitizers.
+  const auto* from = static_cast<const volatile unsigned char*>(mine);
+  for (size_t i = 0; i < bytes; ++i) values[lane][i] = from[i];
+  meet(&warp.meeting);
+  auto* to = static_cast<volatile unsigned char*>(all);
+  for (int l = 0; l < kWarp; ++l) {
+    for (size_t i = 0; i < bytes; ++i) to[l * bytes + i] = values[l][i];
+  }
+}
+
+bool copies_are_late() { return scheduler.seed % 2 == 0; }
+void defer_copy(Copy copy) { scheduler.running->open.push_back(copy); }
+void commit_copies() {
+  scheduler.running->groups.push_back(std::move(scheduler.running->open));
+  scheduler.running->open.clear();
+}
+
+bool take_copy(int pending_groups, Copy* copy) {
+  auto& groups = scheduler.running->groups;
+  while (groups.size() > static_cast<size_t>(pending_groups)) {
+    if (!groups.front().empty()) {
+      *copy = groups.front().back();
+      groups.front().pop_back();
+      return true;
+    }
+    groups.pop_front();
+  }
+  return false;
+}
+
+}  // namespace cuda_on_host
