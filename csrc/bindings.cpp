@@ -12,6 +12,9 @@
 #include "params.h"
 #if defined(PSVDD_WITH_CUDA)
 #include "cuda/kernels.h"
+#if defined(PSVDD_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#endif
 #endif
 
 #if !defined(PSVDD_MODULE_NAME)
@@ -35,6 +38,7 @@ struct Backend {
   void (*extract_patches_backward)(const psvdd::ExtractPatchesBackwardParams&, Context);
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
+  int64_t (*nearest_workspace)(int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t);
 };
 
 psvdd::Groups groups_of(Pointer query_groups, Pointer bank_groups, int64_t rows_per_group) {
@@ -75,22 +79,22 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
   module.def(
       "nearest",
       [backend](int64_t queries, int64_t bank_rows, int64_t dim, Pointer query_data,
-                Pointer bank_data, bool bank_is_half, bool plain, Pointer query_groups,
-                Pointer bank_groups, int64_t rows_per_group, Pointer distances, Pointer indices,
-                int64_t bank_splits, Pointer split_distances, Pointer split_indices,
+                Pointer bank_data, bool bank_is_half, psvdd::SearchMethod method,
+                Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
+                Pointer distances, Pointer indices, Pointer workspace, int64_t workspace_limit,
                 Context context) {
         backend.nearest(
             {queries, bank_rows, dim, at<const float>(query_data), at<const void>(bank_data),
-             bank_is_half, plain, groups_of(query_groups, bank_groups, rows_per_group),
-             at<float>(distances), at<int64_t>(indices), bank_splits, at<float>(split_distances),
-             at<int64_t>(split_indices)},
+             bank_is_half, method, groups_of(query_groups, bank_groups, rows_per_group),
+             at<float>(distances), at<int64_t>(indices), at<void>(workspace), workspace_limit},
             context);
       },
       py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
-      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("plain"), py::arg("query_groups"),
+      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("method"), py::arg("query_groups"),
       py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
-      py::arg("bank_splits"), py::arg("split_distances"), py::arg("split_indices"),
-      py::arg("context"), release);
+      py::arg("workspace"), py::arg("workspace_limit"), py::arg("context"), release);
+  module.def("nearest_workspace", backend.nearest_workspace, py::arg("queries"), py::arg("rows"),
+             py::arg("dim"), py::arg("method"), py::arg("has_groups"), py::arg("limit"));
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -192,6 +196,11 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
       .value("FLOAT16", psvdd::PixelType::kFloat16)
       .value("FLOAT32", psvdd::PixelType::kFloat32);
 
+  py::enum_<psvdd::SearchMethod>(module, "SearchMethod", py::module_local())
+      .value("AUTO", psvdd::SearchMethod::kAuto)
+      .value("PLAIN", psvdd::SearchMethod::kPlain)
+      .value("SCREENED", psvdd::SearchMethod::kScreened);
+
   py::class_<psvdd::PatchGrid>(module, "PatchGrid", py::module_local())
       .def(py::init([](int64_t images, int64_t channels, int64_t height, int64_t width,
                        int64_t rows, int64_t columns, int64_t size, int64_t stride) {
@@ -202,7 +211,10 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 
   auto cpu = module.def_submodule("cpu");
   define_backend<int>(cpu, {psvdd::cpu::extract_patches, psvdd::cpu::extract_patches_backward,
-                            psvdd::cpu::score_map, psvdd::cpu::nearest});
+                            psvdd::cpu::score_map, psvdd::cpu::nearest,
+                            [](int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t) {
+                              return int64_t{0};
+                            }});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
   define_clusters(cpu);
@@ -228,10 +240,13 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
   cpu.def("set_instruction_set", psvdd::cpu::set_instruction_set, py::arg("name"));
 
 #if defined(PSVDD_WITH_CUDA)
+  auto cuda = module.def_submodule("cuda");
   define_backend<std::uintptr_t>(
-      module.def_submodule("cuda"),
-      {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward, psvdd::cuda::score_map,
-       psvdd::cuda::nearest});
+      cuda, {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward,
+             psvdd::cuda::score_map, psvdd::cuda::nearest, psvdd::cuda::nearest_workspace});
+#if defined(PSVDD_CUDA_ON_HOST)
+  cuda.def("set_schedule", cuda_on_host::set_schedule, py::arg("seed"));
+#endif
   module.attr("cuda_architectures") = PSVDD_CUDA_ARCHITECTURES;
 #else
   module.attr("cuda") = py::none();

@@ -53,20 +53,26 @@ struct Groups {
   int64_t rows_per_group;  // >= 1
 };
 
+// How `nearest` goes about it; the answer is the same.
+enum class SearchMethod : int {
+  kAuto = 0,      // what is likely to be fastest for the size
+  kPlain = 1,     // every distance canonically: to compare with
+  kScreened = 2,  // through the low-precision screen, however small: for tests
+};
+
 struct NearestParams {
   int64_t queries;          // Q
   int64_t bank_rows;        // M >= 1
   int64_t dim;              // D >= 1
-  const float* query_data;  // [Q, D] on the CPU; transposed, [D, Q], on the GPU (coalesced loads)
-  const void* bank_data;    // [M, D], float32, or float16 (CPU only)
+  const float* query_data;  // [Q, D]
+  const void* bank_data;    // [M, D], float32 or float16
   bool bank_is_half;
-  bool plain;  // every distance canonically, without a screen: to compare with (CPU only)
+  SearchMethod method;
   Groups groups;
-  float* distances;        // [Q], L2 distance to the nearest bank row; infinity if all are excluded
-  int64_t* indices;        // [Q], row of the bank, the lowest on ties; -1 if all are excluded
-  int64_t bank_splits;     // S: the bank is searched in S ranges (GPU only, fills the card)
-  float* split_distances;  // [S, Q], scratch: squared distances (GPU only)
-  int64_t* split_indices;  // [S, Q], scratch (GPU only)
+  float* distances;  // [Q], L2 distance to the nearest bank row; infinity if all are excluded
+  int64_t* indices;  // [Q], row of the bank, the lowest on ties; -1 if all are excluded
+  void* workspace;   // scratch of cuda::nearest_workspace bytes, aligned to 16 (GPU only)
+  int64_t workspace_limit;  // what was asked of it
 };
 
 // A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.

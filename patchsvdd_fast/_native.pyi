@@ -10,6 +10,11 @@ class PixelType(Enum):
     FLOAT16 = 1
     FLOAT32 = 2
 
+class SearchMethod(Enum):
+    AUTO = 0
+    PLAIN = 1
+    SCREENED = 2
+
 class PatchGrid:
     def __init__(
         self,
@@ -56,17 +61,20 @@ class Backend:
         query_data: int,
         bank_data: int,
         bank_is_half: bool,
-        plain: bool,
+        method: SearchMethod,
         query_groups: int,
         bank_groups: int,
         rows_per_group: int,
         distances: int,
         indices: int,
-        bank_splits: int,
-        split_distances: int,
-        split_indices: int,
+        workspace: int,
+        workspace_limit: int,
         context: int,
     ) -> None: ...
+    @staticmethod
+    def nearest_workspace(
+        queries: int, rows: int, dim: int, method: SearchMethod, has_groups: bool, limit: int
+    ) -> int: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
     class Projection:

@@ -37,7 +37,6 @@ _PIXEL_TYPES = {
     torch.float32: _native.PixelType.FLOAT32,
 }
 _COPY_DTYPES = (*_PIXEL_TYPES, torch.bfloat16, torch.float64)
-_GPU_THREADS_PER_SEARCH = 1 << 18  # fills a large card when queries are few
 
 _library = torch.library.Library("patchsvdd_fast", "DEF")
 _library.define("extract_patches(Tensor images, int size, int stride, Tensor? mean=None) -> Tensor")
@@ -89,17 +88,53 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _native.cpu.set_instruction_set(before)
 
 
-_plain_search = ContextVar("plain_search", default=False)
+_METHODS = ("auto", "plain", "screened")
+_method = ContextVar("method", default="auto")
 
 
 @contextlib.contextmanager
-def plain_search() -> Iterator[None]:
-    """Within the context, `nearest` on the CPU computes every distance (for benchmarks)."""
-    token = _plain_search.set(True)
+def use_method(name: str) -> Iterator[None]:
+    """Within the context, search brute force in the named way (for tests and benchmarks).
+
+    "plain" computes every distance canonically, "screened" none that low precision rules out,
+    "auto" chooses by size. The answer is the same.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {name}")
+    token = _method.set(name)
     try:
         yield
     finally:
-        _plain_search.reset(token)
+        _method.reset(token)
+
+
+_workspace_limit = ContextVar("workspace_limit", default=1 << 30)
+
+
+@contextlib.contextmanager
+def use_workspace_limit(num_bytes: int) -> Iterator[None]:
+    """Within the context, a search on a GPU keeps its scratch memory near `num_bytes`.
+
+    The default is 1 GiB; less means more and smaller chunks, and the same answer. A search needs
+    at least one chunk, 1 MiB or so.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
+    token = _workspace_limit.set(num_bytes)
+    try:
+        yield
+    finally:
+        _workspace_limit.reset(token)
+
+
+def _new_workspace(like: Tensor, num_bytes: int) -> Tensor:
+    try:
+        return like.new_empty(num_bytes, dtype=torch.uint8)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(
+            f"the search asked for {num_bytes / 2**20:,.0f} MiB of scratch memory, more than is "
+            f"free on {like.device}: lower it with ops.use_workspace_limit(bytes)"
+        ) from error
 
 
 # --- extract_patches ------------------------------------------------------------------------------
@@ -266,29 +301,33 @@ def _nearest(
     check_finite_rows("bank", bank)
     count, rows = queries.shape[0], bank.shape[0]
     query_groups, bank_groups = _contiguous(query_groups), _contiguous(bank_groups)
+    queries, bank = queries.contiguous(), bank.contiguous()
     with _backend(queries) as (backend, context):
-        on_gpu = backend is not _native.cpu
-        bank_data = (bank.float() if on_gpu else bank).contiguous()
-        query_data = queries.t().contiguous() if on_gpu else queries.contiguous()
-        splits = max(1, min(rows, _GPU_THREADS_PER_SEARCH // max(count, 1))) if on_gpu else 0
-        split_distances = queries.new_empty(splits, count)
-        split_indices = queries.new_empty(splits, count, dtype=torch.int64)
+        method = getattr(_native.SearchMethod, _method.get().upper())
+        size = backend.nearest_workspace(
+            queries=count,
+            rows=rows,
+            dim=bank.shape[1],
+            method=method,
+            has_groups=query_groups is not None,
+            limit=_workspace_limit.get(),
+        )
+        workspace = _new_workspace(queries, size)
         backend.nearest(
             queries=count,
             bank_rows=rows,
             dim=bank.shape[1],
-            query_data=query_data.data_ptr(),
-            bank_data=bank_data.data_ptr(),
-            bank_is_half=bank_data.dtype == torch.float16,
-            plain=_plain_search.get(),
+            query_data=queries.data_ptr(),
+            bank_data=bank.data_ptr(),
+            bank_is_half=bank.dtype == torch.float16,
+            method=method,
             query_groups=_pointer(query_groups),
             bank_groups=_pointer(bank_groups),
             rows_per_group=rows_per_group,
             distances=distances.data_ptr(),
             indices=indices.data_ptr(),
-            bank_splits=splits,
-            split_distances=split_distances.data_ptr(),
-            split_indices=split_indices.data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_limit=_workspace_limit.get(),
             context=context,
         )
     return distances, indices

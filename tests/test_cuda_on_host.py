@@ -60,25 +60,119 @@ def test_score_map_is_that_of_the_cpu_to_the_bit(on_cuda_kernels, size, stride, 
     assert torch.equal(on_cuda, ops.score_map(distances, size, stride, height, width))
 
 
-@pytest.mark.parametrize("dim", [1, 5, 16, 17, 64, 100])
-@pytest.mark.parametrize("count", [1, 3, 300])
-def test_nearest_is_the_canonical_answer_to_the_bit(on_cuda_kernels, dim, count):
-    queries, bank = torch.randn(count, dim), torch.randn(77, dim)
-    bank[40] = bank[70] = queries[0]  # a tie across two ranges of the bank
-    with on_cuda_kernels():
+METHODS = ["plain", "screened"]
+
+
+@pytest.mark.parametrize("dim", [20, 70])
+def test_nearest_in_many_chunks(on_cuda_kernels, dim):
+    queries, bank = torch.randn(530, dim), torch.randn(800, dim)
+    bank[100] = bank[500] = queries[300]
+    with on_cuda_kernels(), ops.use_method("screened"), ops.use_workspace_limit(1):
+        distances, indices = ops.nearest(queries, bank)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [1, 5, 16, 33, 64, 65, 100, 130])
+@pytest.mark.parametrize("count", [1, 300])
+def test_nearest_is_the_canonical_answer_to_the_bit(
+    on_cuda_kernels, cuda_on_host, count, dim, method, schedule
+):
+    queries, bank = torch.randn(count, dim), torch.randn(600, dim)
+    bank[40] = bank[70] = bank[590] = queries[0]  # a tie within a segment and across two
+    cuda_on_host.cuda.set_schedule(schedule)
+    with on_cuda_kernels(), ops.use_method(method):
+        distances, indices = ops.nearest(queries, bank)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [3, 24])
+def test_nearest_is_that_of_the_reference(on_cuda_kernels, dim, method):
+    queries, bank = torch.randn(9, dim), torch.randn(80, dim)
+    with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = reference.nearest(queries, bank)
     assert torch.equal(distances, expected[0])
     assert torch.equal(indices, expected[1])
 
 
+def _tiny_ball(queries, bank):
+    """Like trained embeddings: differences of 1e-5 about a point of norm 3."""
+    return 0.4 + 1e-5 * queries, 0.4 + 1e-5 * bank
+
+
+def _outlier(queries, bank):
+    bank[5] = 1e6
+    queries[3] = -1e8
+    return queries, bank
+
+
+def _too_large_to_screen(queries, bank):
+    bank[7] = 3e38
+    queries[0] = -3e38
+    return queries, bank
+
+
+def _all_equal(queries, bank):
+    return queries * 0 + 1, bank * 0 + 1
+
+
+def _subnormal(queries, bank):
+    return queries * 1e-40, bank * 1e-40
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "change", [_tiny_ball, _outlier, _too_large_to_screen, _all_equal, _subnormal]
+)
+def test_nearest_of_difficult_values(on_cuda_kernels, change, method):
+    queries, bank = change(torch.randn(40, 20), torch.randn(300, 20))
+    with on_cuda_kernels(), ops.use_method(method):
+        distances, indices = ops.nearest(queries, bank)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dim", [6, 16])
+def test_nearest_in_a_float16_bank(on_cuda_kernels, dim, method):
+    queries, bank = torch.randn(30, dim), torch.randn(500, dim).half()
+    with on_cuda_kernels(), ops.use_method(method):
+        distances, indices = ops.nearest(queries, bank)
+    expected = ops.nearest(queries, bank.float())
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nearest_from_misaligned_memory(on_cuda_kernels, method):
+    """Rows of a view that starts at an odd element are not aligned to 16 bytes."""
+    queries = torch.randn(30 * 16 + 1)[1:].view(30, 16)
+    bank = torch.randn(300 * 16 + 3)[3:].view(300, 16)
+    with on_cuda_kernels(), ops.use_method(method):
+        distances, indices = ops.nearest(queries, bank)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [1, 40])
-def test_nearest_excludes_groups(on_cuda_kernels, count):
-    queries, bank = torch.randn(count, 20), torch.randn(90, 20)
-    groups = torch.randint(3, (count,)), torch.randint(3, (90,))
+@pytest.mark.parametrize("in_order", [True, False])
+def test_nearest_excludes_groups(on_cuda_kernels, count, method, in_order):
+    queries, bank = torch.randn(count, 20), torch.randn(700, 20)
+    rows = torch.randint(3, (700,))
+    groups = torch.randint(3, (count,)), rows.sort().values if in_order else rows
     expected = ops.nearest(queries, bank, exclude_same_group=groups)
-    nothing = torch.zeros(count, dtype=torch.int64), torch.zeros(90, dtype=torch.int64)
-    with on_cuda_kernels():
+    nothing = torch.zeros(count, dtype=torch.int64), torch.zeros(700, dtype=torch.int64)
+    with on_cuda_kernels(), ops.use_method(method):
         found = ops.nearest(queries, bank, exclude_same_group=groups)
         none = ops.nearest(queries, bank, exclude_same_group=nothing)
     assert torch.equal(found[0], expected[0])

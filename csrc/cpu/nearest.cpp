@@ -84,7 +84,8 @@ class Search {
         bank_{{params.bank_data, params.dim, params.bank_is_half}, nullptr, params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         groups_((params.dim + 3) / 4),
-        screened_(params.queries >= kFewQueries && !params.plain),
+        screened_(params.method == SearchMethod::kScreened ||
+                  (params.method == SearchMethod::kAuto && params.queries >= kFewQueries)),
         watch_(watch) {
     const int64_t fitting = kCodeBytes / (groups_ * 4) / kTileRows * kTileRows;
     const int64_t fair = round_up(params.bank_rows / (4 * std::max(num_threads, 1)), kTileRows);

@@ -13,5 +13,9 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream);
 void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
+// Bytes of scratch that `nearest` wants for a search of this size, near `limit` where it is cut
+// into chunks.
+int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
+                          bool has_groups, int64_t limit);
 
 }  // namespace psvdd::cuda

@@ -1,6 +1,7 @@
 // The runtime behind cuda_on_host.h. Compiled without ThreadSanitizer's instrumentation, so that
 // its own bookkeeping does not count as the kernel's; PSVDD_TSAN says that the rest has it.
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -45,6 +46,25 @@ void release([[maybe_unused]] void* object) {
 #endif
 }
 
+// Where to go on. `swapcontext` asks the kernel for the signal mask each time; without sanitizers,
+// which know it but not jumps between stacks, it only starts fibers and jumps do the rest.
+struct Context {
+  ucontext_t start;
+  jmp_buf jump;
+  bool jumps = false;
+};
+
+void switch_context(Context* from, Context* to) {
+#if defined(__SANITIZE_ADDRESS__) || defined(PSVDD_TSAN)
+  swapcontext(&from->start, &to->start);
+#else
+  from->jumps = true;
+  if (_setjmp(from->jump) != 0) return;
+  if (to->jumps) _longjmp(to->jump, 1);
+  swapcontext(&from->start, &to->start);
+#endif
+}
+
 // Threads that have to meet. A fiber waits until the generation it came in is over.
 struct Meeting {
   int expected = 0;
@@ -55,11 +75,11 @@ struct Meeting {
 // Two sets of values: nobody can come to the next but one before all have read the last.
 struct Warp {
   Meeting meeting;
-  unsigned char values[2][kWarp][kExchangeBytes];
+  alignas(8) unsigned char values[2][kWarp][kExchangeBytes];
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   void* tsan = nullptr;
   void* asan_stack = nullptr;
@@ -79,7 +99,7 @@ struct Block {
 };
 
 struct Scheduler {
-  ucontext_t context;
+  Context context;
   void* tsan = nullptr;
   void* asan_stack = nullptr;
   const void* stack_bottom = nullptr;
@@ -104,7 +124,7 @@ void resume(Fiber* fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler.asan_stack, fiber->stack, kStackBytes);
 #endif
-  swapcontext(&scheduler.context, &fiber->context);
+  switch_context(&scheduler.context, &fiber->context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler.asan_stack, nullptr, nullptr);
 #endif
@@ -119,7 +139,7 @@ void pause() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fiber->asan_stack, scheduler.stack_bottom, scheduler.stack_size);
 #endif
-  swapcontext(&fiber->context, &scheduler.context);
+  switch_context(&fiber->context, &scheduler.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber->asan_stack, nullptr, nullptr);
 #endif
@@ -145,11 +165,12 @@ void create_fiber() {
   fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (fiber->stack == MAP_FAILED) throw std::runtime_error("no memory for the stack of a fiber");
-  getcontext(&fiber->context);
-  fiber->context.uc_stack.ss_sp = fiber->stack;
-  fiber->context.uc_stack.ss_size = kStackBytes;
-  fiber->context.uc_link = nullptr;
-  makecontext(&fiber->context, run_threads, 0);
+  ucontext_t& start = fiber->context.start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber->stack;
+  start.uc_stack.ss_size = kStackBytes;
+  start.uc_link = nullptr;
+  makecontext(&start, run_threads, 0);
 #if defined(PSVDD_TSAN)
   fiber->tsan = __tsan_create_fiber(0);
 #endif
@@ -203,6 +224,13 @@ void run_block(unsigned threads) {
                                std::to_string(threads) +
                                " threads wait for others that never come");
     }
+  }
+}
+
+// Word by word: sanitizers would see a memcpy. All sizes are multiples of four.
+void copy_unseen(const void* from, void* to, size_t bytes) {
+  for (size_t i = 0; i < bytes / 4; ++i) {
+    static_cast<volatile uint32_t*>(to)[i] = static_cast<const volatile uint32_t*>(from)[i];
   }
 }
 
@@ -283,17 +311,14 @@ void sync_warp() {
 }
 
 void exchange(const void* mine, void* all, size_t bytes) {
-  if (bytes > kExchangeBytes) std::abort();
+  if (bytes > kExchangeBytes || bytes % 4 != 0) std::abort();
   Warp& warp = warp_of_running();
   const unsigned lane = scheduler.running->thread % kWarp;
   auto& values = warp.values[warp.meeting.generation % 2];
-  // Byte by byte: memcpy would be seen by the sanitizers.
-  const auto* from = static_cast<const volatile unsigned char*>(mine);
-  for (size_t i = 0; i < bytes; ++i) values[lane][i] = from[i];
+  copy_unseen(mine, values[lane], bytes);
   meet(&warp.meeting);
-  auto* to = static_cast<volatile unsigned char*>(all);
   for (int l = 0; l < kWarp; ++l) {
-    for (size_t i = 0; i < bytes; ++i) to[l * bytes + i] = values[l][i];
+    copy_unseen(values[l], static_cast<unsigned char*>(all) + l * bytes, bytes);
   }
 }
 

@@ -5,14 +5,19 @@
 //   cuda_test broken NAME  runs a kernel that is wrong on purpose (broken_kernels.cu); exits with 1
 //                          if its result depends on the schedule
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/screen.h"
+#include "../../csrc/portable.h"
 #include "../cuda_on_host/cuda_on_host.h"
 #include "broken_kernels.h"
 #include "checks.h"
@@ -22,6 +27,7 @@ namespace {
 using namespace psvdd;
 
 constexpr unsigned kSchedules = 4;
+constexpr int kSlower = 5;  // one round in so many for what takes long; no multiple of kSchedules
 
 int run_broken(const std::string& name) {
   constexpr unsigned kThreads = 64;
@@ -50,6 +56,33 @@ PatchGrid random_grid() {
   grid.columns = (grid.width - grid.size) / grid.stride + 1;
   return grid;
 }
+
+// Some rows of the bank, changed a little or much.
+std::vector<float> hard_values_near(const std::vector<float>& bank, int64_t count, int64_t dim) {
+  std::vector<float> values(count * dim);
+  const double change = std::exp2(uniform(-30, 2));
+  for (int64_t q = 0; q < count; ++q) {
+    const int64_t row = integer(0, static_cast<int64_t>(bank.size()) / dim - 1);
+    for (int64_t j = 0; j < dim; ++j) {
+      const double value = bank[row * dim + j];
+      values[q * dim + j] = static_cast<float>(value * (1 + change * uniform(-1, 1)));
+    }
+  }
+  return values;
+}
+
+struct CodesOnHost {
+  int64_t padded_dim;
+  std::vector<uint16_t> halves;
+  std::vector<float> squares, errors;
+
+  CodesOnHost(int64_t rows, int64_t padded_dim)
+      : padded_dim(padded_dim), halves(rows * padded_dim), squares(rows), errors(rows) {}
+  cuda::Codes codes() { return {padded_dim, halves.data(), squares.data(), errors.data()}; }
+  long double value(int64_t row, int64_t j) const {
+    return to_float(Half{halves[row * padded_dim + j]});
+  }
+};
 
 void test_extract_patches() {
   const PatchGrid grid = random_grid();
@@ -96,6 +129,111 @@ void test_score_map() {
          "score_map: size %ld, stride %ld", long(grid.size), long(grid.stride));
 }
 
+// The screen against exact arithmetic: errors of codes and rounding of the products are within what
+// is claimed for them, for every query and segment.
+void test_screen() {
+  const int64_t dim = integer(1, 90), rows = integer(1, 300), count = integer(1, 20);
+  const std::vector<float> bank = hard_values(rows, dim, dim);
+  const std::vector<float> queries = hard_values_near(bank, count, dim);
+  const int64_t padded = cuda::padded_dim(dim);
+  const int64_t segments = (rows + cuda::kSegmentRows - 1) / cuda::kSegmentRows;
+  std::vector<float> centre(dim), largest(1);
+  const cuda::Frame frame{centre.data(), largest.data()};
+  CodesOnHost bank_codes(segments * cuda::kSegmentRows, padded);
+  CodesOnHost query_codes(cuda::kQueryTile, padded);
+  std::vector<float> norms(segments), errors(segments), maxima(segments * cuda::kQueryTile, NAN);
+  const cuda::Vectors bank_vectors{bank.data(), false, rows, dim};
+  cuda::find_frame(bank_vectors, frame, 0);
+  cuda::encode(bank_vectors, frame, bank_codes.codes(), {norms.data(), errors.data()}, 0);
+  cuda::encode({queries.data(), false, count, dim}, frame, query_codes.codes(), {nullptr, nullptr},
+               0);
+  cuda::screen(query_codes.codes(), 1, bank_codes.codes(), segments, {nullptr, nullptr},
+               maxima.data(), 0);
+  const double scale = cuda::frame_scale(largest[0]);
+  const auto check_codes = [&](const CodesOnHost& codes, const std::vector<float>& vectors,
+                               int64_t number) {
+    for (int64_t r = 0; r < number; ++r) {
+      long double error = 0, square = 0;
+      for (int64_t j = 0; j < dim; ++j) {
+        const long double code = codes.value(r, j);
+        const long double rest =
+            (static_cast<long double>(vectors[r * dim + j]) - centre[j]) * scale - code;
+        error += rest * rest;
+        square += code * code;
+      }
+      EXPECT(std::sqrt(error) <= codes.errors[r], "error %g of row %ld, claimed %g",
+             double(std::sqrt(error)), long(r), codes.errors[r]);
+      EXPECT(std::fabs(square - codes.squares[r]) <= 1e-5L * square, "square of row %ld", long(r));
+    }
+  };
+  if (scale == 0) return;
+  check_codes(bank_codes, bank, rows);
+  check_codes(query_codes, queries, count);
+  for (int64_t q = 0; q < count; ++q) {
+    for (int64_t s = 0; s < segments; ++s) {
+      long double best = -INFINITY;
+      for (int64_t r = s * cuda::kSegmentRows; r < std::min(rows, (s + 1) * cuda::kSegmentRows);
+           ++r) {
+        long double sum = 0;
+        for (int64_t j = 0; j < dim; ++j) {
+          const long double b = bank_codes.value(r, j);
+          sum += b * (query_codes.value(q, j) - b / 2);
+        }
+        best = std::max(best, sum);
+      }
+      const double sizes = std::sqrt(query_codes.squares[q]) + norms[s];
+      const double allowed = cuda::screen_rounding(padded) * sizes * sizes;
+      const float found = maxima[s * cuda::kQueryTile + q];
+      EXPECT(std::fabs(found - best) <= allowed, "dim %ld: %g for %g, allowed %g", long(dim), found,
+             double(best), allowed);
+    }
+  }
+}
+
+void test_nearest() {
+  const int64_t dim = integer(1, 80), rows = integer(1, 600), count = integer(1, 40);
+  const std::vector<float> bank = hard_values(rows, dim, dim);
+  const std::vector<float> queries = hard_values_near(bank, count, dim);
+  const bool has_groups = integer(0, 1) == 1;
+  const int64_t per_group = integer(1, 200);
+  std::vector<int64_t> query_groups(count), bank_groups((rows + per_group - 1) / per_group);
+  for (int64_t& group : query_groups) group = integer(0, 3);
+  for (int64_t& group : bank_groups) group = integer(0, 3);
+  NearestParams params{};
+  params.queries = count;
+  params.bank_rows = rows;
+  params.dim = dim;
+  params.query_data = queries.data();
+  params.bank_data = bank.data();
+  params.groups.rows_per_group = per_group;
+  params.workspace_limit = integer(0, 1) == 1 ? 1 : 1 << 30;  // the smallest chunks, or only one
+  if (has_groups) {
+    params.groups.query_groups = query_groups.data();
+    params.groups.bank_groups = bank_groups.data();
+  }
+  const auto search = [&](void (*nearest)(const NearestParams&)) {
+    std::pair<std::vector<float>, std::vector<int64_t>> found(count, count);
+    params.distances = found.first.data();
+    params.indices = found.second.data();
+    nearest(params);
+    return found;
+  };
+  const auto expected = search([](const NearestParams& p) { cpu::nearest(p, 1); });
+  for (const SearchMethod method : {SearchMethod::kPlain, SearchMethod::kScreened}) {
+    params.method = method;
+    std::vector<unsigned char> workspace(
+        cuda::nearest_workspace(count, rows, dim, method, has_groups, params.workspace_limit) +
+        256);
+    void* start = workspace.data();
+    size_t space = workspace.size();
+    params.workspace = std::align(256, space - 256, start, space);
+    const auto found = search([](const NearestParams& p) { cuda::nearest(p, 0); });
+    EXPECT(found.first == expected.first && found.second == expected.second,
+           "nearest: %ld queries, %ld rows, dim %ld, method %d", long(count), long(rows), long(dim),
+           static_cast<int>(method));
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -105,6 +243,10 @@ int main(int argc, char** argv) {
     cuda_on_host::set_schedule(round % kSchedules);
     test_extract_patches();
     test_score_map();
+    if (round % kSlower == 0) {
+      test_screen();
+      test_nearest();
+    }
   }
   return report();
 }

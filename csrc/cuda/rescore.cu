@@ -1,0 +1,168 @@
+// Canonical distances (csrc/cpu/nearest.cpp) of listed queries to whole segments of bank rows.
+//
+// A block takes a segment and 32 of its queries at a time, one per lane; its four warps share the
+// 256 rows. A lane keeps the sixteen partial sums of eight rows in registers: of sixteen
+// coordinates the query's come from shared memory once, the rows' as broadcasts, so that eight
+// loads of 16 bytes go with 64 additions and fmas. Where every query is listed for every segment
+// this is the plain search in fp32, bound by the ordinary units: two operations per coordinate.
+
+#include "rescore.h"
+
+#include "../portable.h"
+#include "kernels.h"
+#include "ptx.h"
+
+namespace psvdd::cuda {
+namespace {
+
+constexpr int kPartialSums = 16;  // fixed by the canonical distance
+constexpr int kLanes = 32;
+constexpr int kWarps = 4;
+constexpr int kThreads = kLanes * kWarps;
+constexpr int kRowsAtOnce = 8;
+constexpr int kRowsPerWarp = kSegmentRows / kWarps;
+constexpr int kMostStagedDims = 384;  // 48 KiB for the queries of a block; beyond, from memory
+constexpr unsigned kMostBlocksPerSegment = 8;
+
+static_assert(kRowsPerWarp % kRowsAtOnce == 0, "a warp's rows come in whole groups");
+
+// Four coordinates from j on, zero beyond the end (which adds nothing to a sum). kWhole: dim is a
+// multiple of four and every row aligned to four coordinates.
+template <bool kWhole>
+__device__ float4 four(const float* row, int64_t j, int64_t dim) {
+  if (kWhole && j < dim) return *reinterpret_cast<const float4*>(row + j);
+  return {j < dim ? row[j] : 0.0f, j + 1 < dim ? row[j + 1] : 0.0f, j + 2 < dim ? row[j + 2] : 0.0f,
+          j + 3 < dim ? row[j + 3] : 0.0f};
+}
+template <bool kWhole>
+__device__ float4 four(const Half* row, int64_t j, int64_t dim) {
+  if (kWhole && j < dim) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(row + j);
+    return {to_float(Half{static_cast<uint16_t>(bits.x)}),
+            to_float(Half{static_cast<uint16_t>(bits.x >> 16)}),
+            to_float(Half{static_cast<uint16_t>(bits.y)}),
+            to_float(Half{static_cast<uint16_t>(bits.y >> 16)})};
+  }
+  return {j < dim ? to_float(row[j]) : 0.0f, j + 1 < dim ? to_float(row[j + 1]) : 0.0f,
+          j + 2 < dim ? to_float(row[j + 2]) : 0.0f, j + 3 < dim ? to_float(row[j + 3]) : 0.0f};
+}
+
+__device__ void add_square(float q, float b, float* sum) {
+  const float difference = q - b;
+  *sum = fmaf(difference, difference, *sum);
+}
+
+template <typename Stored, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, bool staged) {
+  const int64_t dim = params.bank.dim;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int64_t segment = blockIdx.x;
+  const bool listed = params.lists != nullptr;
+  const int64_t count = listed ? params.counts[segment] : params.queries.rows;
+  const int32_t* list = listed ? params.lists + segment * params.list_pitch : nullptr;
+  const auto* all_queries = static_cast<const float*>(params.queries.data);
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  const int pitch = (static_cast<int>(dim) + 3) / 4 * 4 + 4;  // only where staged
+
+  for (int64_t first = blockIdx.y * int64_t{kLanes}; first < count;
+       first += gridDim.y * int64_t{kLanes}) {
+    const bool has_query = first + lane < count;
+    const int64_t entry = has_query ? first + lane : first;
+    const int64_t query = listed ? list[entry] : entry;
+    const float* vector = all_queries + query * dim;
+    if (staged) {
+      // Each warp fetches a quarter of the queries, lanes along the coordinates.
+      __syncthreads();
+      for (int q = warp; q < kLanes; q += kWarps) {
+        const int64_t other = __shfl_sync(0xffffffffu, query, q);
+        for (int j = lane; j < pitch; j += kLanes) {
+          shared[q * pitch + j] = j < dim ? all_queries[other * dim + j] : 0.0f;
+        }
+      }
+      __syncthreads();
+      vector = shared + lane * pitch;
+    }
+    Key best = kNothingYet;
+    for (int r = 0; r < kRowsPerWarp; r += kRowsAtOnce) {
+      const int64_t row = segment * kSegmentRows + warp * kRowsPerWarp + r;
+      if (row >= params.bank.rows) break;
+      const Stored* rows[kRowsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int64_t last = params.bank.rows - 1;
+        rows[i] = static_cast<const Stored*>(params.bank.data) +
+                  (row + i < last ? row + i : last) * dim;  // the last again: it ties with itself
+      }
+      float sums[kRowsAtOnce][kPartialSums];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma unroll
+        for (int s = 0; s < kPartialSums; ++s) sums[i][s] = 0.0f;
+      }
+      for (int64_t j = 0; j < dim; j += kPartialSums) {
+#pragma unroll
+        for (int s = 0; s < kPartialSums; s += 4) {
+          const float4 q = four<kWhole>(vector, j + s, dim);
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i) {
+            const float4 b = four<kWhole>(rows[i], j + s, dim);
+            add_square(q.x, b.x, &sums[i][s]);
+            add_square(q.y, b.y, &sums[i][s + 1]);
+            add_square(q.z, b.z, &sums[i][s + 2]);
+            add_square(q.w, b.w, &sums[i][s + 3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        // Constant bounds, so that every sum stays in a register.
+#pragma unroll
+        for (int s = 0; s < 8; ++s) sums[i][s] += sums[i][s + 8];
+#pragma unroll
+        for (int s = 0; s < 4; ++s) sums[i][s] += sums[i][s + 4];
+        const float squared = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
+        const int64_t place = row + i < params.bank.rows ? row + i : params.bank.rows - 1;
+        const int64_t id = params.ids != nullptr ? params.ids[place] : params.first_row + place;
+        const Key key = static_cast<Key>(__float_as_uint(squared)) << 32 | static_cast<Key>(id);
+        if (key >= best) continue;
+        const Groups& groups = params.groups;
+        if (groups.query_groups != nullptr &&
+            groups.query_groups[query] == groups.bank_groups[id / groups.rows_per_group]) {
+          continue;
+        }
+        best = key;
+      }
+    }
+    if (has_query && best != kNothingYet) atomicMin(params.keys + query, best);
+  }
+}
+
+template <typename Stored>
+void rescore_stored(const Rescore& params, std::uintptr_t stream) {
+  const auto address = [](const Vectors& vectors) {
+    return reinterpret_cast<std::uintptr_t>(vectors.data);
+  };
+  const bool whole = params.bank.dim % 4 == 0 && address(params.queries) % 16 == 0 &&
+                     address(params.bank) % (4 * sizeof(Stored)) == 0;
+  const bool staged = params.bank.dim <= kMostStagedDims;
+  const size_t pitch = (params.bank.dim + 3) / 4 * 4 + 4;
+  const auto segments = static_cast<unsigned>((params.bank.rows + kSegmentRows - 1) / kSegmentRows);
+  const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
+  const auto across = static_cast<unsigned>(std::min<int64_t>(batches, kMostBlocksPerSegment));
+  launch("nearest", whole ? rescore_segment<Stored, true> : rescore_segment<Stored, false>,
+         {dim3(segments, across), kThreads, staged ? kLanes * pitch * sizeof(float) : 0}, stream,
+         params, staged);
+}
+
+}  // namespace
+
+void rescore(const Rescore& params, std::uintptr_t stream) {
+  if (params.bank.is_half) {
+    rescore_stored<Half>(params, stream);
+  } else {
+    rescore_stored<float>(params, stream);
+  }
+}
+
+}  // namespace psvdd::cuda

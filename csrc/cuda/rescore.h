@@ -1,0 +1,36 @@
+// The canonical end of the nearest-neighbour search on CUDA: distances that decide.
+#pragma once
+
+#include "../params.h"
+#include "screen.h"
+
+namespace psvdd::cuda {
+
+// What a query has found: the bits of the squared distance above the row's number, so that the
+// smaller key is the nearer row, and of equals the lower one. All bits set: nothing yet.
+using Key = unsigned long long;
+constexpr Key kNothingYet = ~Key{0};
+constexpr int64_t kMostRows = 0xffffffff;  // row numbers have 32 bits in a key
+
+__device__ inline float squared_of(Key key) {
+  return key == kNothingYet ? INFINITY : __uint_as_float(static_cast<uint32_t>(key >> 32));
+}
+
+struct Rescore {
+  Vectors queries;  // float32
+  Vectors bank;
+  int64_t first_row;   // the number of the bank's first row
+  const int64_t* ids;  // [bank rows] the rows' numbers, or null: first_row, first_row + 1, ...
+  // Per segment of bank rows, the queries that look at it: the first counts[s] of each row of
+  // lists [segments, list_pitch]. Null: all queries look at all segments.
+  const int32_t* lists;
+  const int32_t* counts;
+  int64_t list_pitch;
+  Groups groups;  // query_groups counts from the first query
+  Key* keys;      // [queries], lowered
+};
+
+// Lowers the keys by the canonical distances of all pairs that are listed.
+void rescore(const Rescore& params, std::uintptr_t stream);
+
+}  // namespace psvdd::cuda

@@ -1,0 +1,380 @@
+// The screen's inner loops: float16 products with float32 sums on tensor cores (`mma` m16n8k16).
+//
+//            bank tile (columns)                    One result per query and segment of 256 bank
+//          +-----------------------+                rows: the largest q b - |b|^2 / 2. The second
+//  queries | acc = -|b|^2 / 2      |  max over      term is where the sums start from, so what is
+//  (rows)  | acc += q b  (mma)     | ==========>    left per pair of vectors is one maximum: value
+//          +-----------------------+  a segment     only, no index, no matrix of distances.
+//
+// Two kernels. `screen_narrow` (dim <= 64): a warp keeps 64 queries in registers for good and only
+// the bank streams by, in tiles of 64 rows that the block's four warps share. Shared memory gives 1
+// KiB per 16 `mma` and warp, a third of what it could; global memory gives a bank tile per 256
+// queries. `screen_wide` (any dim): a block of 8 warps makes 256 queries x 128 rows, 64 x 64 a
+// warp, while chunks of 64 coordinates of both stream by. Both fill a ring of tiles by asynchronous
+// copies some stages ahead; where the tiles come from a list, it is the bank's segments in that
+// order. Bound by the tensor cores: 2 dim operations per pair, against one maximum on the ordinary
+// units.
+
+#include "kernels.h"
+#include "ptx.h"
+#include "screen.h"
+
+namespace psvdd::cuda {
+namespace {
+
+constexpr int kTileRows = 64;  // bank rows that a warp sees at a time
+constexpr int kTilesPerSegment = kSegmentRows / kTileRows;
+constexpr int kWarp = 32;
+constexpr int kCopyBytes = 16;
+
+struct Screen {
+  Codes queries;
+  Codes bank;
+  int64_t segments;
+  Visits visits;
+  float* maxima;           // [segments, padded_queries]
+  int64_t padded_queries;  // a multiple of kQueryTile
+};
+
+// The share of a tile's segments that this block takes, of blocks numbered along y.
+struct Share {
+  int64_t begin, end;
+  const int32_t* list;  // of segments, or null
+
+  __device__ explicit Share(const Screen& params) : list(nullptr) {
+    int64_t count = params.segments;
+    if (params.visits.segments != nullptr) {
+      list = params.visits.segments + blockIdx.x * params.segments;
+      count = params.visits.counts[blockIdx.x];
+    }
+    begin = count * blockIdx.y / gridDim.y;
+    end = count * (blockIdx.y + 1) / gridDim.y;
+  }
+  __device__ int64_t segment(int64_t i) const { return list == nullptr ? i : list[i]; }
+};
+
+// Writes the maxima of 64 queries: `best[m][h]` is of query 16 m + 8 h + lane / 4, over this lane's
+// columns; the four lanes of a group share their queries.
+__device__ void write_maxima(float (&best)[4][2], float* maxima) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float value = best[m][h];
+      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+      if (lane % 4 == m) maxima[m * 16 + h * 8 + lane / 4] = value;
+      best[m][h] = -INFINITY;
+    }
+  }
+}
+
+// The largest of one 16 x 8 result for each of its two rows.
+__device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
+  best[0] = fmaxf(best[0], fmaxf(acc[0], acc[1]));
+  best[1] = fmaxf(best[1], fmaxf(acc[2], acc[3]));
+}
+
+// --- dim <= 64
+// -------------------------------------------------------------------------------------
+
+template <int kSteps>  // padded dim / 16
+struct Narrow {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kStages = 4;
+  static constexpr int kDim = kSteps * kDimStep;
+  static constexpr int kPitch =
+      kDim * 2 + kCopyBytes;  // bytes; an odd multiple of 16: no conflicts
+  static constexpr int kTileBytes = kTileRows * kPitch;
+  static constexpr int kStageBytes = kTileBytes + kTileRows * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kWarps * 64 == kQueryTile, "a warp keeps 64 queries");
+  static_assert(kPitch / kCopyBytes % 2 == 1, "eight rows of a matrix must lie in different banks");
+};
+
+// Starts copying bank tile `index` of the share: codes, and the squared norms beside.
+template <int kSteps>
+__device__ void copy_narrow_tile(const Screen& params, const Share& share, int64_t index,
+                                 unsigned char* stage) {
+  using Shape = Narrow<kSteps>;
+  constexpr int kCopiesPerRow = Shape::kDim * 2 / kCopyBytes;
+  const int64_t segment = share.segment(share.begin + index / kTilesPerSegment);
+  const int64_t row = segment * kSegmentRows + index % kTilesPerSegment * kTileRows;
+  const auto* codes =
+      reinterpret_cast<const unsigned char*>(params.bank.halves + row * Shape::kDim);
+  for (int c = static_cast<int>(threadIdx.x); c < kTileRows * kCopiesPerRow; c += Shape::kThreads) {
+    copy_async_16(stage + c / kCopiesPerRow * Shape::kPitch + c % kCopiesPerRow * kCopyBytes,
+                  codes + c * kCopyBytes);
+  }
+  const auto* squares = reinterpret_cast<const unsigned char*>(params.bank.squares + row);
+  const int s = static_cast<int>(threadIdx.x) * kCopyBytes;
+  if (s < kTileRows * 4) copy_async_16(stage + Shape::kTileBytes + s, squares + s);
+}
+
+template <int kSteps>
+__global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Screen params) {
+  using Shape = Narrow<kSteps>;
+  unsigned char* ring = shared_memory();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int group = lane / 4, pair = lane % 4;
+  const Share share(params);
+  const int64_t tiles = (share.end - share.begin) * kTilesPerSegment;
+  const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + threadIdx.x / kWarp * 64;
+
+  // The queries, in the registers where `mma` wants them.
+  uint32_t queries[kSteps][4][4];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const auto* row = reinterpret_cast<const uint32_t*>(
+        params.queries.halves + (first_query + m * 16 + group) * Shape::kDim);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      queries[k][m][0] = row[k * 8 + pair];
+      queries[k][m][1] = row[8 * Shape::kDim / 2 + k * 8 + pair];
+      queries[k][m][2] = row[k * 8 + 4 + pair];
+      queries[k][m][3] = row[8 * Shape::kDim / 2 + k * 8 + 4 + pair];
+    }
+  }
+
+  // Fill the ring but for one stage.
+  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+    if (stage < tiles) {
+      copy_narrow_tile<kSteps>(params, share, stage, ring + stage * Shape::kStageBytes);
+    }
+    copy_async_commit();
+  }
+
+  float best[4][2];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
+  for (int64_t t = 0; t < tiles; ++t) {
+    // Tile t has arrived for all, and all are done with the tile whose stage is filled next.
+    copy_async_wait<Shape::kStages - 2>();
+    __syncthreads();
+    const int64_t next = t + Shape::kStages - 1;
+    if (next < tiles) {
+      copy_narrow_tile<kSteps>(params, share, next,
+                               ring + next % Shape::kStages * Shape::kStageBytes);
+    }
+    copy_async_commit();
+
+    const unsigned char* tile = ring + t % Shape::kStages * Shape::kStageBytes;
+    const auto* squares = reinterpret_cast<const float*>(tile + Shape::kTileBytes);
+    // Half of the tile at a time: 64 queries x 32 rows of sums fit beside the queries.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float acc[4][4][4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int column = half * 32 + n * 8 + pair * 2;
+        const float even = -0.5f * squares[column], odd = -0.5f * squares[column + 1];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          acc[m][n][0] = acc[m][n][2] = even;
+          acc[m][n][1] = acc[m][n][3] = odd;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int two = 0; two < 2; ++two) {
+          // Matrices: rows 0..7 at k, at k + 8, rows 8..15 at k, at k + 8.
+          const int row = half * 32 + two * 16 + lane / 16 * 8 + lane % 8;
+          uint32_t b[4];
+          load_matrices(b, tile + row * Shape::kPitch + k * 32 + lane / 8 % 2 * kCopyBytes);
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            multiply_add(acc[m][two * 2], queries[k][m], {b[0], b[1]});
+            multiply_add(acc[m][two * 2 + 1], queries[k][m], {b[2], b[3]});
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) keep_largest(acc[m][n], best[m]);
+      }
+    }
+    if (t % kTilesPerSegment == kTilesPerSegment - 1) {
+      const int64_t segment = share.segment(share.begin + t / kTilesPerSegment);
+      write_maxima(best, params.maxima + segment * params.padded_queries + first_query);
+    }
+  }
+  copy_async_wait<0>();
+}
+
+// --- any dim
+// ---------------------------------------------------------------------------------------
+
+struct Wide {
+  static constexpr int kWarps = 8;  // 4 along the queries, 2 along the bank
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kChunk = 64;                             // coordinates per stage
+  static constexpr int kRowBytes = kChunk * 2;                  // 128: all banks
+  static constexpr int kQueryBytes = kQueryTile * kRowBytes;    // 32 KiB
+  static constexpr int kBankBytes = 2 * kTileRows * kRowBytes;  // 16 KiB
+  static constexpr int kStageBytes = kQueryBytes + kBankBytes;
+  static constexpr int kStages = 2;  // 96 KiB, what every card from sm_80 on has
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+};
+
+// Where 16 bytes of a row lie: the eight pieces of a row change places from row to row, so that the
+// same piece of eight rows lies in different banks.
+__device__ int swizzled(int row, int piece) {
+  return row * Wide::kRowBytes + ((piece ^ (row % 8)) * kCopyBytes);
+}
+
+// Two segments go side by side, one for each column of warps: entries i and i + 1 of the share. The
+// last one may be alone; then it is there twice and written once.
+struct SegmentPair {
+  int64_t segment[2];
+  int count;
+
+  __device__ SegmentPair(const Share& share, int64_t number) {
+    const int64_t i = share.begin + number * 2;
+    count = i + 1 < share.end ? 2 : 1;
+    segment[0] = share.segment(i);
+    segment[1] = share.segment(i + count - 1);
+  }
+};
+
+// Starts copying the chunk number `index`: of pair, tile, chunk of coordinates, the last runs
+// first.
+__device__ void copy_wide_chunk(const Screen& params, const Share& share, int64_t index,
+                                int64_t chunks, unsigned char* stage) {
+  const int64_t dim = params.bank.padded_dim;
+  const int64_t column = index % chunks * Wide::kChunk;
+  const int64_t tile = index / chunks;
+  const SegmentPair pair(share, tile / kTilesPerSegment);
+  const int64_t row_in_segment = tile % kTilesPerSegment * kTileRows;
+  const uint16_t* queries = params.queries.halves + blockIdx.x * int64_t{kQueryTile} * dim + column;
+  constexpr int kPieces = Wide::kRowBytes / kCopyBytes;
+  for (int c = static_cast<int>(threadIdx.x); c < kQueryTile * kPieces; c += Wide::kThreads) {
+    const int row = c / kPieces, piece = c % kPieces;
+    copy_async_16(stage + swizzled(row, piece), queries + row * dim + piece * 8);
+  }
+  for (int c = static_cast<int>(threadIdx.x); c < 2 * kTileRows * kPieces; c += Wide::kThreads) {
+    const int row = c / kPieces, piece = c % kPieces;
+    const int64_t bank_row =
+        pair.segment[row / kTileRows] * kSegmentRows + row_in_segment + row % kTileRows;
+    copy_async_16(stage + Wide::kQueryBytes + swizzled(row, piece),
+                  params.bank.halves + bank_row * dim + column + piece * 8);
+  }
+}
+
+__global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) {
+  unsigned char* ring = shared_memory();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int query_warp = warp % 4, bank_warp = warp / 4;
+  const Share share(params);
+  const int64_t chunks = params.bank.padded_dim / Wide::kChunk;
+  const int64_t pairs = (share.end - share.begin + 1) / 2;
+  const int64_t steps = pairs * kTilesPerSegment * chunks;
+  const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + query_warp * 64;
+
+  for (int stage = 0; stage < Wide::kStages - 1; ++stage) {
+    if (stage < steps) {
+      copy_wide_chunk(params, share, stage, chunks, ring + stage * Wide::kStageBytes);
+    }
+    copy_async_commit();
+  }
+
+  float best[4][2];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
+  int64_t step = 0;
+  for (int64_t tile = 0; tile < pairs * kTilesPerSegment; ++tile) {
+    const SegmentPair pair(share, tile / kTilesPerSegment);
+    const int64_t segment = pair.segment[bank_warp];
+    const float* squares =
+        params.bank.squares + segment * kSegmentRows + tile % kTilesPerSegment * kTileRows;
+    float acc[4][8][4];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int column = n * 8 + lane % 4 * 2;
+      const float even = -0.5f * squares[column], odd = -0.5f * squares[column + 1];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        acc[m][n][0] = acc[m][n][2] = even;
+        acc[m][n][1] = acc[m][n][3] = odd;
+      }
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, ++step) {
+      copy_async_wait<Wide::kStages - 2>();
+      __syncthreads();
+      const int64_t next = step + Wide::kStages - 1;
+      if (next < steps) {
+        copy_wide_chunk(params, share, next, chunks,
+                        ring + next % Wide::kStages * Wide::kStageBytes);
+      }
+      copy_async_commit();
+      const unsigned char* queries = ring + step % Wide::kStages * Wide::kStageBytes;
+      const unsigned char* bank = queries + Wide::kQueryBytes;
+#pragma unroll
+      for (int k = 0; k < Wide::kChunk / kDimStep; ++k) {
+        uint32_t a[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          // Matrices: rows 0..7 at k, rows 8..15 at k, then both at k + 8.
+          const int row = query_warp * 64 + m * 16 + lane % 16;
+          load_matrices(a[m], queries + swizzled(row, k * 2 + lane / 16));
+        }
+#pragma unroll
+        for (int two = 0; two < 4; ++two) {
+          const int row = bank_warp * kTileRows + two * 16 + lane / 16 * 8 + lane % 8;
+          uint32_t b[4];
+          load_matrices(b, bank + swizzled(row, k * 2 + lane / 8 % 2));
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            multiply_add(acc[m][two * 2], a[m], {b[0], b[1]});
+            multiply_add(acc[m][two * 2 + 1], a[m], {b[2], b[3]});
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) keep_largest(acc[m][n], best[m]);
+    }
+    if (tile % kTilesPerSegment == kTilesPerSegment - 1) {
+      if (bank_warp < pair.count) {
+        write_maxima(best, params.maxima + segment * params.padded_queries + first_query);
+      }
+    }
+  }
+  copy_async_wait<0>();
+}
+
+}  // namespace
+
+void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_t segments,
+            const Visits& visits, float* maxima, std::uintptr_t stream) {
+  const Screen params{queries, bank, segments, visits, maxima, query_tiles * kQueryTile};
+  const bool is_wide = bank.padded_dim > kNarrowDims;
+  // Enough blocks to fill the card a few times, each with several segments to look at.
+  const int64_t blocks = 6 * int64_t{multiprocessors()};
+  const int64_t splits = std::clamp<int64_t>((blocks + query_tiles - 1) / query_tiles, 1,
+                                             std::min<int64_t>((segments + 3) / 4, 65535));
+  const dim3 grid(static_cast<unsigned>(query_tiles), static_cast<unsigned>(splits));
+  const auto narrow = [&](auto shape, void (*kernel)(Screen)) {
+    using Shape = decltype(shape);
+    launch("nearest", kernel, {grid, Shape::kThreads, Shape::kSharedBytes}, stream, params);
+  };
+  if (is_wide) return narrow(Wide{}, screen_wide);
+  switch (bank.padded_dim / kDimStep) {
+    case 1:
+      return narrow(Narrow<1>{}, screen_narrow<1>);
+    case 2:
+      return narrow(Narrow<2>{}, screen_narrow<2>);
+    case 3:
+      return narrow(Narrow<3>{}, screen_narrow<3>);
+    default:
+      return narrow(Narrow<4>{}, screen_narrow<4>);
+  }
+}
+
+}  // namespace psvdd::cuda

@@ -1,0 +1,94 @@
+// The float16 screen of the nearest-neighbour search: vectors rounded to float16 about a centre,
+// and for each query and each segment of 256 bank rows the largest of q b - |b|^2 / 2 over its
+// rows, from tensor cores. What that proves about true distances is in nearest.cu.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace psvdd::cuda {
+
+constexpr int kSegmentRows = 256;     // bank rows that share one result of the screen
+constexpr int kQueryTile = 256;       // queries are padded to a multiple of this
+constexpr int kDimStep = 16;          // coordinates of one tensor-core instruction
+constexpr int64_t kNarrowDims = 64;   // up to here a warp keeps its queries in registers
+constexpr float kScreenable = 1e15f;  // squares of larger differences might overflow
+
+// Vectors as the search was given them.
+struct Vectors {
+  const void* data;  // [rows, dim], float32 or float16
+  bool is_half;
+  int64_t rows;
+  int64_t dim;
+};
+
+// Where the vectors are rounded: x becomes float16((x - centre) * scale), scale a power of two that
+// follows from `largest`.
+struct Frame {
+  float* centre;   // [dim]
+  float* largest;  // [1], largest coordinate of a bank row about the centre; NaN if any is
+};
+
+// Rounded vectors, padded with zeros to whole tiles of rows and steps of coordinates.
+struct Codes {
+  int64_t padded_dim;
+  uint16_t* halves;  // [padded rows, padded_dim], float16
+  float* squares;    // [padded rows], squared norms of the codes; infinity for padding
+  float* errors;     // [padded rows], bounds on |x - code|, in units of the code
+};
+
+// What the screen needs of a whole segment of bank rows.
+struct Segments {
+  float* norms;   // [segments], largest norm of a code, rounded up
+  float* errors;  // [segments], largest error
+};
+
+// Which segments each tile of queries looks at; null: all.
+struct Visits {
+  const int32_t* segments;  // [query tiles, segments], the first `counts` of each are valid
+  const int32_t* counts;    // [query tiles]
+};
+
+inline int64_t padded_dim(int64_t dim) {
+  const int64_t step = dim <= kNarrowDims ? kDimStep : kNarrowDims;
+  return (dim + step - 1) / step * step;
+}
+
+// Centre and range of a bank.
+void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream);
+
+// Codes of all rows, padded to a multiple of kSegmentRows; `segments` may hold nulls.
+void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
+            const Segments& segments, std::uintptr_t stream);
+
+// maxima [segments, padded queries]: the largest q b - |b|^2 / 2 of each query over each segment.
+// Entries that `visits` leaves out are not written.
+void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_t segments,
+            const Visits& visits, float* maxima, std::uintptr_t stream);
+
+// --- bounds, for whoever reads the maxima
+// ----------------------------------------------------------
+
+constexpr float kRoundUp = 1.0f + 0x1p-20f;  // covers a few roundings of float32
+
+// Error of q b - |b|^2 / 2 relative to (|q| + |b|)^2: every addition of a tensor core may lose a
+// unit in the last place of float32, two to be safe, of the largest sum on the way.
+__host__ __device__ inline float screen_rounding(int64_t padded_dim) {
+  return static_cast<float>(padded_dim + padded_dim / 16 + 64) * 0x1p-22f;
+}
+
+// Relative error of a canonical squared distance, twice what it can be (see csrc/cpu/rescore.h).
+__host__ __device__ inline float canonical_rounding(int64_t dim) {
+  return 2.0f * static_cast<float>(dim / 16 + 9) * 0x1p-24f;
+}
+
+// The power of two that codes are scaled by; 0: the vectors cannot be screened.
+__device__ inline float frame_scale(float largest) {
+  if (!(largest < kScreenable)) return 0.0f;
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);  // biased by 127
+  const int scaled = 127 + 10 - (exponent - 127);
+  return __uint_as_float(static_cast<uint32_t>(scaled > 253 ? 253 : scaled) << 23);
+}
+
+}  // namespace psvdd::cuda
