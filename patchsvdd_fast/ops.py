@@ -430,9 +430,9 @@ def score_map(
     """Spread patch distances over the pixels: each is the mean over the patches that cover it.
 
     distances: [N, I, J] float32, one per patch of a grid of `size` and `stride` (pixels) over
-    images of `height` x `width`; a tensor or a NumPy array. Returns [N, H, W] float32 of the same
-    kind; sums are float64 inside. Pixels of a margin that no patch reaches repeat the nearest
-    covered pixel. Yi & Yoon (2020), section 3.4.
+    images of `height` x `width`; a tensor, a NumPy array, or one with DLPack (CuPy). Returns
+    [N, H, W] float32, a NumPy array for one, else a tensor; sums are float64 inside. Pixels of a
+    margin that no patch reaches repeat the nearest covered pixel. Yi & Yoon (2020), section 3.4.
     """
     maps: Tensor = torch.ops.patchsvdd_fast.score_map(
         as_tensor("distances", distances), size, stride, height, width
@@ -449,15 +449,19 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Exact L2 distance from each query to its nearest bank row, and that row's index.
 
-    queries: [Q, D] float32, bank: [M, D] float32 or float16, M >= 1, same device; tensors or NumPy
-    arrays. exclude_same_group: int64 groups of the queries [Q] and of the bank rows [M]; rows of a
-    query's own group are passed over. progress: called now and then with the share done.
+    queries: [Q, D] float32, bank: [M, D] float32 or float16, M >= 1, same device; tensors, NumPy
+    arrays, or arrays of another library with DLPack (CuPy). exclude_same_group: int64 groups of the
+    queries [Q] and of the bank rows [M]; rows of a query's own group are passed over. progress:
+    called now and then with the share done.
 
     Returns distances [Q] float32 and indices [Q] int64, the lowest on ties; infinity and -1 where
     every row is excluded; NumPy arrays if `queries` is one. The result is that of the canonical
     distance (see `reference.canonical_squared_distances`), bit for bit, on every backend. Not
     differentiable. Raises ValueError naming the first row that holds NaN or infinity;
     KeyboardInterrupt within a fraction of a second of Ctrl-C (on the CPU).
+
+    Can be captured in a CUDA graph. Values cannot be checked then: a query that holds NaN gets the
+    distance NaN instead of an error, and a bank row that holds NaN is nobody's nearest.
     """
     query_tensor, bank_tensor = as_tensor("queries", queries), as_tensor("bank", bank)
     query_groups, bank_groups = (

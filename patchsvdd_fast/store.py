@@ -1,4 +1,7 @@
-"""Model files: one safetensors file of tensors with a JSON header, written atomically."""
+"""Model files: one safetensors file of tensors with a JSON header, written atomically.
+
+safetensors is imported when it is needed: scoring embeddings of one's own does without.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import written_whole
@@ -28,6 +28,9 @@ def save(
     The file appears under its name only when it is complete and on disk; a failure leaves what was
     there before. Raises OSError if it cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     path = Path(path)
     text = json.dumps(
         {
@@ -53,6 +56,9 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises FileNotFoundError, or ValueError if the file is damaged, of another program, or of a
     newer schema.
     """
+    import safetensors
+    from safetensors import SafetensorError
+
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a model file")

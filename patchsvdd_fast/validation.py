@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from . import _native
 
-FloatArray = npt.NDArray[np.floating[Any]]
-IntArray = npt.NDArray[np.int64]
+
+class DLPackArray(Protocol):
+    """An array of any library, CuPy's say, that hands over its memory by DLPack."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+FloatArray = npt.NDArray[np.floating[Any]] | DLPackArray
+IntArray = npt.NDArray[np.int64] | DLPackArray
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor over the same memory as `value`, which may be a tensor or a NumPy array."""
+    """A tensor over the memory of `value`: a tensor, a NumPy array, or any array with DLPack."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
-    raise TypeError(f"{name} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+    if hasattr(value, "__dlpack__"):
+        return from_dlpack(value)
+    raise TypeError(
+        f"{name} must be a torch tensor, a NumPy array or another array with __dlpack__ (CuPy), "
+        f"got {type(value).__name__}"
+    )
 
 
 def like_input(given: Any, *tensors: Tensor) -> tuple[Any, ...]:
@@ -52,7 +66,11 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_finite_rows(name: str, tensor: Tensor) -> None:
-    """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row."""
+    """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row.
+
+    Nothing is checked while a CUDA graph is captured, since reading the answer would wait for the
+    card, which a capture forbids.
+    """
     if tensor.device.type == "cpu":
         values = tensor.contiguous()
         row = _native.cpu.first_bad_row(
@@ -62,6 +80,8 @@ def check_finite_rows(name: str, tensor: Tensor) -> None:
             is_half=values.dtype == torch.float16,
             context=torch.get_num_threads(),
         )
+    elif torch.cuda.is_current_stream_capturing():
+        return
     else:
         finite = torch.isfinite(tensor).all(dim=1)
         row = -1 if finite.all() else int((~finite).nonzero()[0])

@@ -201,7 +201,7 @@ def test_a_failed_save_loses_nothing(fitted, tmp_path, monkeypatch):
         filename.write_bytes(before[:100])
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(store, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left on device"):
         fitted.save(path)
     assert path.read_bytes() == before

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grids import GRIDS
-from patchsvdd_fast import ops, reference
+from patchsvdd_fast import NormalBank, ops, reference
+from patchsvdd_fast.validation import check_finite_rows
 
 
 @pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)
@@ -201,6 +202,53 @@ def test_nearest_edge_cases():
     distances, indices = ops.nearest(huge, -huge)  # every squared distance overflows
     assert torch.isinf(distances).all()
     assert torch.equal(indices, torch.zeros(2, dtype=torch.int64))
+
+
+class ForeignArray:
+    """As CuPy's arrays are to us: no tensor, no NumPy array, but with DLPack."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+def test_arrays_of_other_libraries():
+    queries, bank = torch.rand(2, 3, 5), torch.rand(9, 5)
+    groups = torch.arange(2)[:, None].expand(2, 3).contiguous(), torch.arange(9)
+    given = ForeignArray(queries.numpy()), ForeignArray(bank.numpy())
+    foreign_groups = tuple(ForeignArray(values.numpy()) for values in groups)
+    found = ops.nearest(ForeignArray(queries[0].numpy()), given[1])
+    for ours, expected in zip(found, ops.nearest(queries[0], bank), strict=True):
+        assert torch.equal(ours, expected)
+    found = NormalBank(given[1], groups=foreign_groups[1]).nearest(
+        given[0], exclude_same_group=foreign_groups[0]
+    )
+    expected = NormalBank(bank).nearest(queries, exclude_same_group=groups[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    maps = ops.score_map(given[0], 4, 2, 8, 12)
+    assert torch.equal(maps, ops.score_map(queries, 4, 2, 8, 12))
+
+
+def test_values_are_not_read_back_while_a_graph_is_captured(monkeypatch):
+    """A meta tensor's values cannot be read at all, as a card's cannot during a capture."""
+    rows = torch.empty(3, 4, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        check_finite_rows("queries", rows)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_finite_rows("queries", rows)
+
+
+def test_a_build_without_cuda_says_how_to_rebuild(monkeypatch):
+    monkeypatch.setattr(ops._native, "cuda", None)
+    elsewhere = torch.empty(1, device="meta")
+    with pytest.raises(RuntimeError, match="PATCHSVDD_CUDA=ON"), ops._backend(elsewhere):
+        pass
 
 
 @pytest.mark.parametrize(
