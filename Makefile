@@ -8,7 +8,11 @@ NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.
 # pip's isolated builds take their tools at the pinned versions, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test test-slow lint format sanitize bench clean
+# The commands for a card run under the machine's own Python, whose PyTorch is built for its CUDA.
+GPU_PYTHON ?= python3
+OUT ?= benchmarks/results
+
+.PHONY: demo test test-slow lint format sanitize bench build-gpu test-gpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
@@ -48,6 +52,17 @@ sanitize: $(VENV)/installed-dev  ## the C++ tests under address, undefined-behav
 bench: $(VENV)/installed-dev  ## search against its peers; results as JSON, table and plot
 	$(BIN)/pip install -e '.[bench]'
 	$(BIN)/python benchmarks/search.py --output benchmarks/results
+
+build-gpu:  ## the extension in place, for this card alone unless PATCHSVDD_CUDA_ARCHITECTURES says
+	card=$$($(GPU_PYTHON) tests/gpu/card.py) && PATCHSVDD_CUDA=ON \
+	  PATCHSVDD_CUDA_ARCHITECTURES="$${PATCHSVDD_CUDA_ARCHITECTURES:-$$card}" \
+	  $(GPU_PYTHON) setup.py build_ext --inplace
+
+test-gpu: build-gpu  ## the tests that need a card; installs nothing
+	$(GPU_PYTHON) -m pytest tests/gpu -rs --durations=10
+
+bench-gpu: build-gpu  ## the library on a card against its peers: gpu.json, gpu.md, gpu.png in OUT
+	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) benchmarks/gpu.py --output "$(OUT)"
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*.so

@@ -1,4 +1,4 @@
-"""The slow-run flag; fixtures: reference data where present, the CUDA-on-host module."""
+"""Options of the runs; fixtures: reference data where present, the CUDA-on-host module."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ DATA = _find_data()
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long property and training tests")
+    parser.addoption(
+        "--gpu-device",
+        default="cuda",
+        help="device of tests/gpu; cpu tries the tests themselves where there is no card",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
