@@ -17,34 +17,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, nearest, ops
-from patchsvdd_fast.detector import load_encoder
-from patchsvdd_fast.images import Category, find_images, load_images, mean_image
+from common import (
+    Contender,
+    Prepare,
+    Search,
+    Workload,
+    cdist_min,
+    commit,
+    faiss_flat,
+    faiss_search,
+    measure,
+    plot,
+    real_embeddings,
+)
+from patchsvdd_fast import NormalBank, nearest, ops
 from patchsvdd_fast.runtime import describe
-from patchsvdd_fast.samples import write_sample_category
-from patchsvdd_fast.score import encode_images
 
-Search = Callable[[Tensor], tuple[Tensor, Tensor]]
-Prepare = Callable[[Tensor], Search]
-
-CHUNK = 10_000  # bank rows per distance matrix of torch.cdist
-CHECKED = 1_000  # queries whose answers are compared with float64
 SLOW_QUERIES = 3_249  # queries given to peers that would take minutes
-SIDE, LEVEL = 256, PatchLevel(32, 4)
-TEST_IMAGES = 40
 
 
 # --- searches -------------------------------------------------------------------------------------
@@ -68,19 +67,6 @@ def ours_plain(bank: Tensor) -> Search:
 def ours_bank(bank: Tensor) -> Search:
     """The library's bank, clustered if it thinks fit."""
     return NormalBank(bank).nearest
-
-
-def cdist_min(bank: Tensor) -> Search:
-    """torch.cdist in chunks of the bank, then the minimum over them."""
-
-    def search(queries: Tensor) -> tuple[Tensor, Tensor]:
-        found = [torch.cdist(queries, part).min(dim=1) for part in bank.split(CHUNK)]
-        distances = torch.stack([part.values for part in found])
-        rows = torch.stack([part.indices + i * CHUNK for i, part in enumerate(found)])
-        best = distances.argmin(dim=0, keepdim=True)
-        return distances.gather(0, best)[0], rows.gather(0, best)[0]
-
-    return search
 
 
 def sklearn_argmin(bank: Tensor) -> Search:
@@ -107,15 +93,6 @@ def sklearn_kd_tree(bank: Tensor) -> Search:
     return search
 
 
-def faiss_flat(bank: Tensor) -> Search:
-    """FAISS's exact index."""
-    import faiss
-
-    index = faiss.IndexFlatL2(bank.shape[1])
-    index.add(bank.numpy())
-    return _faiss_search(index)
-
-
 def faiss_ivf(bank: Tensor) -> Search:
     """FAISS's inverted file: 4,096 lists, of which 8 are looked at; approximate."""
     import faiss
@@ -124,15 +101,7 @@ def faiss_ivf(bank: Tensor) -> Search:
     index.train(bank.numpy())
     index.add(bank.numpy())
     index.nprobe = 8
-    return _faiss_search(index)
-
-
-def _faiss_search(index: Any) -> Search:
-    def search(queries: Tensor) -> tuple[Tensor, Tensor]:
-        squared, rows = index.search(queries.numpy(), 1)
-        return torch.from_numpy(squared[:, 0]).clamp(min=0).sqrt(), torch.from_numpy(rows[:, 0])
-
-    return search
+    return faiss_search(index)
 
 
 def ngt_graph(bank: Tensor) -> Search:
@@ -167,65 +136,25 @@ def with_instruction_set(name: str, prepare: Prepare) -> Prepare:
     return prepared
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A search to time. Slow ones are given a part of the queries, once."""
-
-    name: str
-    prepare: Prepare
-    slow: bool = False
-
-
-FLAT = Contender("FAISS IndexFlatL2", faiss_flat, slow=True)
-CDIST = Contender("torch.cdist + min", cdist_min, slow=True)
-ARGMIN = Contender("scikit-learn argmin", sklearn_argmin, slow=True)
-KD_TREE = Contender("scikit-learn KDTree", sklearn_kd_tree, slow=True)
+FLAT = Contender("FAISS IndexFlatL2", faiss_flat, most_queries=SLOW_QUERIES)
+CDIST = Contender("torch.cdist + min", cdist_min, most_queries=SLOW_QUERIES)
+ARGMIN = Contender("scikit-learn argmin", sklearn_argmin, most_queries=SLOW_QUERIES)
+KD_TREE = Contender("scikit-learn KDTree", sklearn_kd_tree, most_queries=SLOW_QUERIES)
 IVF = Contender("FAISS IVF4096, nprobe 8", faiss_ivf)
-NGT = Contender("NGT", ngt_graph, slow=True)
+NGT = Contender("NGT", ngt_graph, most_queries=SLOW_QUERIES)
 
 
 def lesser_instruction_sets(name: str, prepare: Prepare) -> list[Contender]:
     """A search of ours on all instruction sets but the best."""
     return [
-        Contender(f"{name}, {other}", with_instruction_set(other, prepare), slow=True)
+        Contender(
+            f"{name}, {other}", with_instruction_set(other, prepare), most_queries=SLOW_QUERIES
+        )
         for other in ops.instruction_sets()[1:]
     ]
 
 
 # --- workloads ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Queries, a bank, who searches it (ours first) and whom the ratio is taken to."""
-
-    name: str
-    queries: Tensor
-    bank: Tensor
-    contenders: list[Contender]
-
-
-def real_embeddings(data: Path | None, quick: bool) -> tuple[str, Tensor, Tensor]:
-    """Name, queries and bank: every K=32 patch of real images, embedded by a trained encoder."""
-    checkpoint = Path("reference/official_checkpoints/hazelnut_enchier.pkl")
-    with tempfile.TemporaryDirectory() as folder:
-        if data is None:
-            name = "built-in cloth, untrained encoder"
-            encoder = HierarchicalEncoder(initialization="kaiming").eval()
-            category = write_sample_category(Path(folder), train=10 if quick else 200)
-        else:
-            name = "magnetic tile images, hazelnut encoder"
-            encoder = load_encoder(data / checkpoint)
-            category = Category(data / "data/magnetic_tile")
-        train = find_images(category.root / "train")[: 10 if quick else None]
-        tests = find_images(category.root / "test")
-        tests = tests[:: max(1, len(tests) // TEST_IMAGES)][: 4 if quick else TEST_IMAGES]
-        images = load_images(train, (SIDE, SIDE), LEVEL.size)
-        mean = mean_image(images)
-        (bank,) = encode_images(encoder, images, mean, [LEVEL])
-        images = load_images(tests, (SIDE, SIDE), LEVEL.size)
-        (queries,) = encode_images(encoder, images, mean, [LEVEL])
-    return name, queries.flatten(0, 2), bank.flatten(0, 2)
 
 
 def hard_banks(generator: torch.Generator, quick: bool) -> dict[str, Tensor]:
@@ -262,7 +191,7 @@ def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
             KD_TREE,
             NGT,
             *lesser_instruction_sets("NormalBank", ours_bank),
-            Contender("nearest (brute force)", ours, slow=True),
+            Contender("nearest (brute force)", ours, most_queries=SLOW_QUERIES),
         ],
     )
     one = len(queries) // 2 // 3249 * 3249
@@ -312,78 +241,6 @@ def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def exact_distances(queries: Tensor, bank: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Float64 distances to the given rows, or to the nearest: from differences, not products."""
-    queries = queries.double()
-    if rows is not None:
-        return (queries - bank[rows].double()).norm(dim=1)
-    mode = "donot_use_mm_for_euclid_dist"
-    parts = [
-        torch.cdist(queries, part.double(), compute_mode=mode).amin(1) for part in bank.split(CHUNK)
-    ]
-    return torch.stack(parts).amin(dim=0)
-
-
-def prepared(workload: Workload) -> Iterator[tuple[Contender, Search, float]]:
-    """The contenders that can be run, with the seconds that preparing the bank took."""
-    for contender in workload.contenders:
-        try:
-            started = time.perf_counter()
-            search = contender.prepare(workload.bank)
-            yield contender, search, time.perf_counter() - started
-        except ImportError as error:
-            print(f"left out: {contender.name} ({error})", file=sys.stderr)
-
-
-def measure(workload: Workload, repeats: int) -> list[dict[str, Any]]:
-    """One record per contender: times, pairs per second, how right the answers are."""
-    searches = list(prepared(workload))
-    seconds: dict[str, list[float]] = {contender.name: [] for contender, _, _ in searches}
-    answers = {}
-    counts = {
-        contender.name: min(len(workload.queries), SLOW_QUERIES if contender.slow else 10**9)
-        for contender, _, _ in searches
-    }
-    for _ in range(repeats):  # in turn, so that a slow spell of the machine hits all alike
-        for contender, search, _ in searches:
-            name = contender.name
-            if contender.slow and seconds[name] and seconds[name][0] > 20:
-                continue
-            started = time.perf_counter()
-            answers[name] = search(workload.queries[: counts[name]])
-            seconds[name].append(time.perf_counter() - started)
-    checked = torch.linspace(0, min(counts.values()) - 1, CHECKED).long()
-    exact = exact_distances(workload.queries[checked], workload.bank)
-    records = []
-    for contender, _, build_seconds in searches:
-        name = contender.name
-        distances, rows = (values[checked] for values in answers[name])
-        median = statistics.median(seconds[name])
-        # A neighbour is right if no other is nearer by more than float32 can tell.
-        found = exact_distances(workload.queries[checked], workload.bank, rows)
-        right = found <= exact * (1 + 1e-6)
-        error = (distances.double() - exact).abs() / exact.clamp(min=1e-300)
-        records.append(
-            {
-                "workload": workload.name,
-                "search": name,
-                "seconds": median,
-                "all_seconds": seconds[name],
-                "build_seconds": build_seconds,
-                "queries": counts[name],
-                "giga_pairs_per_second": counts[name] * len(workload.bank) / median / 1e9,
-                "right_neighbours": float(right.double().mean()),
-                "zero_distances": float(((distances == 0) & (exact > 0)).double().mean()),
-                "worst_relative_error": float(error[exact > 0].max()) if (exact > 0).any() else 0.0,
-            }
-        )
-    for record in records:
-        record["ours_faster"] = (
-            records[0]["giga_pairs_per_second"] / record["giga_pairs_per_second"]
-        )
-    return records
-
-
 def memory_of_a_bank(rows: int, dim: int) -> dict[str, float]:
     """Bytes beyond the embeddings given, over their bytes: after building and at the most."""
     code = f"""
@@ -405,15 +262,6 @@ print(bank.num_clusters, (after - before) / low.nbytes, (peak - before) / low.nb
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     clusters, kept, peak = (float(word) for word in done.stdout.split())
     return {"rows": rows, "dim": dim, "clusters": clusters, "kept": kept, "peak": peak}
-
-
-def commit() -> str:
-    """The commit measured, as far as git tells."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 # --- showing --------------------------------------------------------------------------------------
@@ -445,35 +293,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Pairs per second of every search, a panel per workload."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
-    names = list(dict.fromkeys(record["workload"] for record in result["records"]))
-    rows = [[r for r in result["records"] if r["workload"] == name] for name in names]
-    figure, axes = plt.subplots(
-        len(names),
-        1,
-        figsize=(9, 0.45 * sum(len(r) + 2 for r in rows)),
-        layout="constrained",
-        height_ratios=[len(r) + 2 for r in rows],
-    )
-    for axis, name, records in zip(axes, names, rows, strict=True):
-        labels = [f"{r['search']} ({r['right_neighbours']:.0%} right)" for r in records]
-        colours = ["tab:blue", *["tab:gray"] * (len(records) - 1)]
-        axis.barh(labels, [r["giga_pairs_per_second"] for r in records], color=colours)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_title(name, fontsize=9, loc="left")
-        axis.tick_params(labelsize=8)
-    axes[-1].set_xlabel("billion pairs of query and bank row per second")
-    figure.savefig(path, dpi=110)
+def panels(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """What to plot: pairs per second of every search, a panel per workload."""
+    for workload in dict.fromkeys(record["workload"] for record in result["records"]):
+        yield (
+            workload,
+            {
+                f"{r['search']} ({r['right_neighbours']:.0%} right)": r["giga_pairs_per_second"]
+                for r in result["records"]
+                if r["workload"] == workload
+            },
+        )
 
 
 def main() -> None:
@@ -488,7 +318,8 @@ def main() -> None:
     records = []
     for workload in workloads(options.data, options.quick):
         print(workload.name, file=sys.stderr)
-        records += measure(workload, options.repeats)
+        measured = measure(workload, options.repeats)
+        records += [record for record in measured if "reason" not in record]
     memory = memory_of_a_bank(100_000 if options.quick else 1_000_000, 64)
     result = {"commit": commit(), "machine": describe(), "records": records, "memory": memory}
     print(table(result))
@@ -496,7 +327,11 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "search.json").write_text(json.dumps(result, indent=2) + "\n")
         (options.output / "search.md").write_text(table(result))
-        plot(result, options.output / "search.png")
+        plot(
+            panels(result),
+            "billion pairs of query and bank row per second",
+            options.output / "search.png",
+        )
 
 
 if __name__ == "__main__":
