@@ -83,10 +83,19 @@ def check_finite_rows(name: str, tensor: Tensor) -> None:
     elif torch.cuda.is_current_stream_capturing():
         return
     else:
-        finite = torch.isfinite(tensor).all(dim=1)
-        row = -1 if finite.all() else int((~finite).nonzero()[0])
+        row = first_bad_row(tensor)
     if row >= 0:
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+
+
+def first_bad_row(tensor: Tensor) -> int:
+    """The first row [rows, D] that holds NaN or infinity, -1 if none does: on any device."""
+    # Both survive addition, so that one pass over the memory finds all good rows; what else sums to
+    # infinity is looked at closely.
+    if torch.isfinite(tensor.sum(dim=1, dtype=torch.float32)).all():
+        return -1
+    finite = torch.isfinite(tensor).all(dim=1)
+    return -1 if finite.all() else int((~finite).nonzero()[0])
 
 
 def check_search_operands(queries: Tensor, bank: Tensor) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from grids import GRIDS
 from patchsvdd_fast import NormalBank, ops, reference
-from patchsvdd_fast.validation import check_finite_rows
+from patchsvdd_fast.validation import check_finite_rows, first_bad_row
 
 
 @pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)
@@ -242,6 +242,21 @@ def test_values_are_not_read_back_while_a_graph_is_captured(monkeypatch):
         check_finite_rows("queries", rows)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check_finite_rows("queries", rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_first_bad_row_is_found_on_devices_without_a_kernel_for_it(dtype):
+    largest = torch.finfo(dtype).max
+    rows = torch.randn(9, 5).to(dtype)
+    rows[2], rows[3, 1], rows[3, 2] = largest, largest, -largest
+    assert first_bad_row(rows) == -1
+    assert first_bad_row(rows[:0]) == -1
+    for value in (torch.nan, torch.inf, -torch.inf):
+        bad = rows.clone()
+        bad[4, 4] = bad[7, 0] = value
+        assert first_bad_row(bad) == 4
+    rows[5, 0], rows[5, 1] = torch.inf, -torch.inf
+    assert first_bad_row(rows) == 5
 
 
 def test_a_build_without_cuda_says_how_to_rebuild(monkeypatch):

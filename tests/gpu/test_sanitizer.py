@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 150  # seconds per tool
+TIMEOUT = 120  # seconds per tool
 FAILURE = 86  # exit status by which the tool reports what it found
 
 
