@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _native
 from .cluster_arrays import ClusterArrays
 from .levels import PatchLevel
+from .segment_arrays import SegmentArrays
 from .validation import (
     FloatArray,
     IntArray,
@@ -48,6 +49,9 @@ _library.define(
 )
 _GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
 _library.define(f"nearest(Tensor queries, Tensor bank, {_GROUPS}) -> (Tensor, Tensor)")
+_library.define(
+    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_GROUPS}) -> (Tensor, Tensor)"
+)
 _library.define(
     f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS})"
     " -> (Tensor, Tensor)"
@@ -352,9 +356,7 @@ def _nearest_in_clusters_fake(
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return _nearest_fake(
-        queries, ClusterArrays(*bank).data, query_groups, bank_groups, rows_per_group
-    )
+    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
 
 
 def _nearest_in_clusters(
@@ -385,6 +387,110 @@ def _nearest_in_clusters(
     return distances, indices
 
 
+# --- nearest_in_segments: clusters on a GPU -------------------------------------------------------
+
+SEGMENT_ROWS = 256
+"""Most rows of a segment of a clustered bank on a GPU."""
+QUERY_TILE = 256
+"""Queries that look at the same segments there."""
+
+
+def padded_code_dim(embeddings: Tensor) -> int:
+    """Coordinates of the codes of embeddings [M, D] on a GPU, padding included."""
+    with _backend(embeddings) as (backend, _):
+        return _as_cuda(backend).padded_dim(embeddings.shape[1])
+
+
+def encode_segments(arrays: SegmentArrays) -> None:
+    """Fill in the codes of a bank on a GPU, and what is known of them."""
+    with _backend(arrays.data) as (backend, context):
+        cuda = _as_cuda(backend)
+        assert cuda.SEGMENT_ROWS == SEGMENT_ROWS
+        cuda.encode_segments(bank=arrays.native(cuda), context=context)
+
+
+def _nearest_in_segments_fake(
+    queries: Tensor,
+    bank: list[Tensor],
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
+
+
+def _nearest_in_segments(
+    queries: Tensor,
+    bank: list[Tensor],
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    _nearest_in_segments_fake(queries, bank, query_groups, bank_groups, rows_per_group)
+    check_finite_rows("queries", queries)
+    return search_segments(
+        queries.contiguous(),
+        SegmentArrays(*bank),
+        _contiguous(query_groups),
+        _contiguous(bank_groups),
+        rows_per_group,
+    )
+
+
+def search_segments(
+    queries: Tensor,
+    arrays: SegmentArrays,
+    query_groups: Tensor | None,
+    bank_groups: Tensor | None,
+    rows_per_group: int,
+    visits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The nearest rows to queries [Q, D]; arguments are contiguous and checked.
+
+    visits: [1] int64, raised by the number of pairs of a tile of queries and a segment looked at.
+    """
+    # Neighbours in the order of centroids want the same clusters.
+    _, own = _nearest(queries, arrays.centroids)
+    own, order = own.sort(stable=True)
+    centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
+    own_starts = torch.searchsorted(own, centroids)
+    sorted_queries = queries[order]
+    sorted_groups = None if query_groups is None else query_groups[order]
+    distances, indices = torch.empty_like(queries[:, 0]), torch.empty_like(own)
+    with _backend(queries) as (backend, context):
+        cuda = _as_cuda(backend)
+        bank = arrays.native(cuda)
+        limit = _workspace_limit.get()
+        size = cuda.nearest_in_segments_workspace(bank=bank, queries=len(queries), limit=limit)
+        workspace = _new_workspace(queries, size)
+        cuda.nearest_in_segments(
+            bank=bank,
+            queries=len(queries),
+            query_data=sorted_queries.data_ptr(),
+            own=own.data_ptr(),
+            own_starts=own_starts.data_ptr(),
+            query_groups=_pointer(sorted_groups),
+            bank_groups=_pointer(bank_groups),
+            rows_per_group=rows_per_group,
+            distances=distances.data_ptr(),
+            indices=indices.data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_limit=limit,
+            visits=_pointer(visits),
+            context=context,
+        )
+    return (
+        torch.empty_like(distances).index_copy_(0, order, distances),
+        torch.empty_like(indices).index_copy_(0, order, indices),
+    )
+
+
+def _as_cuda(backend: Any) -> type[_native.Cuda]:
+    if backend is _native.cpu:
+        raise TypeError("a bank clustered for a GPU can only be searched there")
+    return backend
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 _BOTH = ("CPU", "CUDA")
@@ -394,6 +500,7 @@ for _name, _kernel, _fake, _devices in (
     ("score_map", _score_map, _score_map_fake, _BOTH),
     ("nearest", _nearest, _nearest_fake, _BOTH),
     ("nearest_in_clusters", _nearest_in_clusters, _nearest_in_clusters_fake, ("CPU",)),
+    ("nearest_in_segments", _nearest_in_segments, _nearest_in_segments_fake, _BOTH),
 ):
     for _device in _devices:
         _library.impl(_name, _kernel, _device)
@@ -474,14 +581,14 @@ def nearest(
 
 def nearest_in_bank(
     queries: Tensor,
-    bank: Tensor | ClusterArrays,
+    bank: Tensor | ClusterArrays | SegmentArrays,
     stretch: float = 1.0,
     query_groups: Tensor | None = None,
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in a plain bank or one prepared by `clusters.build_clusters` (CPU only).
+    """As `nearest`, in a plain bank or one made by `build_clusters` or `build_segments` (GPU).
 
     queries: [Q, D] float32. query_groups: [Q] int64; bank_groups: int64, the group of row r is
     entry r // rows_per_group.
@@ -489,12 +596,11 @@ def nearest_in_bank(
     op = torch.ops.patchsvdd_fast
     groups = (query_groups, bank_groups, rows_per_group)
     with _reporting(progress):
-        distances, indices = (
-            op.nearest(queries, bank, *groups)
-            if isinstance(bank, Tensor)
-            else op.nearest_in_clusters(queries, list(bank), stretch, *groups)
-        )
-    return distances, indices
+        if isinstance(bank, Tensor):
+            return op.nearest(queries, bank, *groups)
+        if isinstance(bank, SegmentArrays):
+            return op.nearest_in_segments(queries, list(bank), *groups)
+        return op.nearest_in_clusters(queries, list(bank), stretch, *groups)
 
 
 @contextlib.contextmanager

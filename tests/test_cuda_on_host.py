@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from grids import GRIDS
-from patchsvdd_fast import ops, reference
+from patchsvdd_fast import NormalBank, ops, reference, segments
+from patchsvdd_fast import bank as bank_module
 
 
 @pytest.fixture
@@ -179,6 +180,81 @@ def test_nearest_excludes_groups(on_cuda_kernels, count, method, in_order):
     assert torch.equal(found[1], expected[1])
     assert torch.isinf(none[0]).all()
     assert (none[1] == -1).all()
+
+
+def _near_a_plane(rows, dim, spread=1.0, offset=0.0):
+    """Points near some points of a plane, as embeddings are; queries beside some of them."""
+    corners = torch.randn(rows // 10, 3) @ torch.randn(3, dim)
+    bank = corners[torch.randint(len(corners), (rows,))] + 0.1 * torch.randn(rows, dim)
+    queries = bank[torch.randint(rows, (300,))] + 0.05 * torch.randn(300, dim)
+    return offset + spread * queries, offset + spread * bank
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("has_groups", [False, True])
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+@pytest.mark.parametrize(("dim", "spread", "offset"), [(5, 1, 0), (24, 1e-4, 3), (70, 1, 0)])
+def test_clusters_give_the_canonical_answer(
+    on_cuda_kernels, cuda_on_host, dim, spread, offset, limit, has_groups, schedule
+):
+    queries, bank = _near_a_plane(1500, dim, spread, offset)
+    bank[1400] = bank[40] = queries[0]
+    groups = (torch.randint(4, (300,)), torch.randint(4, (1500,))) if has_groups else (None, None)
+    cuda_on_host.cuda.set_schedule(schedule)
+    visits = torch.zeros(1, dtype=torch.int64)
+    with on_cuda_kernels(), ops.use_workspace_limit(limit):
+        arrays = segments.build_segments(bank, 5)
+        found = ops.search_segments(queries, arrays, *groups, 1, visits=visits)
+    expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    tiles, count = 2, len(arrays.segment_clusters)
+    assert count > 5  # some clusters have several segments
+    assert 0 < int(visits) < 0.9 * tiles * count  # and some are skipped
+
+
+@pytest.mark.parametrize(
+    "change", [_tiny_ball, _outlier, _too_large_to_screen, _all_equal, _subnormal]
+)
+def test_clusters_of_difficult_values(on_cuda_kernels, change):
+    queries, bank = change(torch.randn(40, 20), torch.randn(300, 20))
+    with on_cuda_kernels():
+        arrays = segments.build_segments(bank, 5)
+        if arrays is None:
+            assert change is _too_large_to_screen
+            return
+        found = ops.search_segments(queries, arrays, None, None, 1)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
+    """All that a bank does, as on a GPU: clustered, searched, changed."""
+    queries, rows = _near_a_plane(1200, 16)
+    rows = rows.view(12, 10, 10, 16)
+    plain = NormalBank(rows, clusters=0, storage=storage)
+    monkeypatch.setattr(bank_module, "_on_gpu", lambda tensor: True)
+    with on_cuda_kernels():
+        bank = NormalBank(rows, clusters=6, storage=storage)
+        assert bank.num_clusters in range(1, 7)
+        assert torch.equal(bank.embeddings, plain.embeddings)
+        for change in (
+            lambda b: None,
+            lambda b: b.add(rows[:2] + 0.01),
+            lambda b: b.remove(torch.tensor([3, 4])),
+            lambda b: b.merge(b),
+        ):
+            change(bank)
+            change(plain)
+            found = bank.nearest(queries)
+            own_groups = bank.groups.repeat_interleave(100)[:300]
+            own = bank.nearest(bank.embeddings[:300].float(), exclude_same_group=own_groups)
+            expected = ops.nearest(queries, plain.embeddings)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+            assert (bank.groups[own[1] // 100] != own_groups).all()
 
 
 def test_nearest_of_no_queries(on_cuda_kernels):

@@ -76,8 +76,7 @@ __device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
   best[1] = fmaxf(best[1], fmaxf(acc[2], acc[3]));
 }
 
-// --- dim <= 64
-// -------------------------------------------------------------------------------------
+// --- dim <= 64 -----------------------------------------------------------------------------------
 
 template <int kSteps>  // padded dim / 16
 struct Narrow {
@@ -205,8 +204,7 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
   copy_async_wait<0>();
 }
 
-// --- any dim
-// ---------------------------------------------------------------------------------------
+// --- any dim -------------------------------------------------------------------------------------
 
 struct Wide {
   static constexpr int kWarps = 8;  // 4 along the queries, 2 along the bank

@@ -85,8 +85,7 @@ bool take_copy(int pending_groups, Copy* copy);  // one that must be made now; f
 
 }  // namespace cuda_on_host
 
-// --- what kernels call
-// -----------------------------------------------------------------------------
+// --- what kernels call ---------------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_on_host::sync_block(); }
 inline int __syncthreads_count(int value) { return cuda_on_host::count_in_block(value != 0); }
