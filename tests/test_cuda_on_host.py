@@ -28,7 +28,19 @@ def on_cuda_kernels(cuda_on_host, monkeypatch):
     return use
 
 
-@pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)
+PATCHES = [
+    *GRIDS,
+    (16, 3, 40, 53),
+    (32, 5, 70, 67),
+    (64, 16, 80, 97),
+    (24, 24, 60, 90),
+    (8, 1, 9, 700),
+    (2, 1, 720, 4),  # several rows of patches per block
+    (4, 3, 6, 6000),  # too wide for one block
+]
+
+
+@pytest.mark.parametrize(("size", "stride", "height", "width"), PATCHES)
 def test_extract_patches(on_cuda_kernels, size, stride, height, width):
     for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
         images = (torch.rand(2, 3, height, width) * 255).to(dtype)
@@ -37,6 +49,39 @@ def test_extract_patches(on_cuda_kernels, size, stride, height, width):
             with on_cuda_kernels():
                 patches = ops.extract_patches(images, size, stride, offset)
             assert torch.equal(patches, reference.extract_patches(images, size, stride, offset))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [15, 16, 18, 20, 32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_extract_patches_of_images_at_any_address(on_cuda_kernels, dtype, size, offset):
+    shape = (2, 3, 37, 41)
+    images = (torch.rand(2 * 3 * 37 * 41 + offset) * 255).to(dtype)[offset:].view(shape)
+    assert images.data_ptr() % 16 != 0
+    for mean in (None, torch.rand(1 + 3 * 37 * 41)[1:].view(shape[1:])):
+        with on_cuda_kernels():
+            patches = ops.extract_patches(images, size, 3, mean)
+        assert torch.equal(patches, reference.extract_patches(images, size, 3, mean))
+
+
+def test_extract_patches_longer_than_a_block_can_stage(on_cuda_kernels):
+    images = torch.arange(2561 * 2563, dtype=torch.float64).view(1, 1, 2561, 2563)
+    with on_cuda_kernels():
+        patches = ops.extract_patches(images, 2561, 2)
+    assert torch.equal(patches, reference.extract_patches(images, 2561, 2))
+
+
+def test_normalized_pixels_are_those_of_the_cpu_to_the_bit(on_cuda_kernels):
+    """All quotients that an 8-bit pixel and a mean of 16 bits have, and those of extreme means."""
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 256)
+    for mean in (
+        torch.arange(2**16, dtype=torch.float32).view(1, 256, 256) / 257,
+        torch.rand(1, 256, 256) * 10.0 ** torch.randint(-45, 38, (1, 256, 256)),
+    ):
+        with on_cuda_kernels():
+            patches = ops.extract_patches(pixels, 256, 1, mean)
+        expected = ops.extract_patches(pixels, 256, 1, mean)
+        assert torch.equal(patches.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)

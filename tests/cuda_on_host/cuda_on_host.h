@@ -115,6 +115,15 @@ inline unsigned __ballot_sync(unsigned, int value) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+// The 32 bits from bit `shift` % 32 of the pair.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (shift % 32));
+}
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

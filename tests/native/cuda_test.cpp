@@ -44,17 +44,17 @@ int run_broken(const std::string& name) {
   return same ? 0 : 1;
 }
 
+PatchGrid grid_of(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t size,
+                  int64_t stride) {
+  return {
+      images, channels, height, width, (height - size) / stride + 1, (width - size) / stride + 1,
+      size,   stride};
+}
+
 PatchGrid random_grid() {
-  PatchGrid grid;
-  grid.images = integer(1, 2);
-  grid.channels = integer(1, 3);
-  grid.size = integer(1, 20);
-  grid.stride = integer(1, grid.size);
-  grid.height = grid.size + integer(0, 20);
-  grid.width = grid.size + integer(0, 20);
-  grid.rows = (grid.height - grid.size) / grid.stride + 1;
-  grid.columns = (grid.width - grid.size) / grid.stride + 1;
-  return grid;
+  const int64_t size = integer(0, 2) > 0 ? integer(1, 20) : 16 * integer(1, 2);
+  return grid_of(integer(1, 2), integer(1, 3), size + integer(0, 20), size + integer(0, 20), size,
+                 integer(1, size));
 }
 
 // Some rows of the bank, changed a little or much.
@@ -84,32 +84,63 @@ struct CodesOnHost {
   }
 };
 
-void test_extract_patches() {
-  const PatchGrid grid = random_grid();
+// Random bytes at any address that suits the elements, so that a read past their end is noticed.
+class Elements {
+ public:
+  Elements(int64_t count, int64_t element_size) : offset_(integer(0, 16) * element_size) {
+    bytes_.resize(offset_ + count * element_size);
+    for (uint8_t& byte : bytes_) byte = static_cast<uint8_t>(integer(0, 255));
+    bytes_.shrink_to_fit();
+  }
+  uint8_t* data() { return bytes_.data() + offset_; }
+  bool operator==(const Elements& other) const {
+    return std::equal(bytes_.begin() + offset_, bytes_.end(), other.bytes_.begin() + other.offset_,
+                      other.bytes_.end());
+  }
+
+ private:
+  int64_t offset_;
+  std::vector<uint8_t> bytes_;
+};
+
+void test_extract_patches(const PatchGrid& grid) {
   const int64_t pixels = grid.channels * grid.height * grid.width;
   const int64_t elements =
       grid.images * grid.rows * grid.columns * grid.channels * grid.size * grid.size;
-  std::vector<uint8_t> images(grid.images * pixels);
-  for (uint8_t& pixel : images) pixel = static_cast<uint8_t>(integer(0, 255));
-  const std::vector<float> mean = hard_values(1, pixels, pixels);
   const bool normalized = integer(0, 1) == 1;
-  const int64_t bytes = normalized ? 4 : 1;
-  std::vector<uint8_t> on_cpu(elements * bytes), on_cuda(elements * bytes, 0xee);
-  ExtractPatchesParams params{
-      grid, images.data(), normalized ? mean.data() : nullptr, on_cpu.data(), 1, PixelType::kUint8};
+  const int type = static_cast<int>(integer(0, 2));
+  const int64_t pixel_bytes =
+      int64_t{1} << (normalized ? type : static_cast<int>(integer(0, 3)));  // as PixelType has them
+  Elements images(grid.images * pixels, pixel_bytes);
+  const std::vector<float> mean = hard_values(1, pixels, pixels);
+  if (normalized && type > 0) {  // not what no image holds: infinities, NaN
+    for (int64_t p = 0; p < grid.images * pixels; ++p) {
+      images.data()[(p + 1) * pixel_bytes - 1] &= 0x3f;
+    }
+  }
+  Elements on_cpu(elements, normalized ? 4 : pixel_bytes);
+  Elements on_cuda(elements, normalized ? 4 : pixel_bytes);
+  ExtractPatchesParams params{grid,          images.data(), normalized ? mean.data() : nullptr,
+                              on_cpu.data(), pixel_bytes,   static_cast<PixelType>(type)};
   cpu::extract_patches(params, 1);
   params.patches = on_cuda.data();
   cuda::extract_patches(params, 0);
-  EXPECT(on_cpu == on_cuda, "extract_patches: size %ld, stride %ld, %ldx%ld", long(grid.size),
-         long(grid.stride), long(grid.height), long(grid.width));
+  EXPECT(on_cpu == on_cuda, "extract_patches: size %ld, stride %ld, %ldx%ld, %ld bytes, type %d",
+         long(grid.size), long(grid.stride), long(grid.height), long(grid.width), long(pixel_bytes),
+         normalized ? type : -1);
+}
 
+void test_extract_patches_backward(const PatchGrid& grid) {
+  const int64_t pixels = grid.images * grid.channels * grid.height * grid.width;
+  const int64_t elements =
+      grid.images * grid.rows * grid.columns * grid.channels * grid.size * grid.size;
   const std::vector<float> gradients = hard_values(1, elements, elements);
-  std::vector<float> cpu_images(images.size()), cuda_images(images.size(), NAN);
-  ExtractPatchesBackwardParams backward{grid, gradients.data(), cpu_images.data(), false};
-  cpu::extract_patches_backward(backward, 1);
-  backward.image_gradients = cuda_images.data();
-  cuda::extract_patches_backward(backward, 0);
-  EXPECT(std::memcmp(cpu_images.data(), cuda_images.data(), images.size() * 4) == 0,
+  std::vector<float> on_cpu(pixels), on_cuda(pixels, NAN);
+  ExtractPatchesBackwardParams params{grid, gradients.data(), on_cpu.data(), false};
+  cpu::extract_patches_backward(params, 1);
+  params.image_gradients = on_cuda.data();
+  cuda::extract_patches_backward(params, 0);
+  EXPECT(std::memcmp(on_cpu.data(), on_cuda.data(), pixels * 4) == 0,
          "extract_patches_backward: size %ld, stride %ld", long(grid.size), long(grid.stride));
 }
 
@@ -241,12 +272,15 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 10;
   for (int round = 0; round < rounds; ++round) {
     cuda_on_host::set_schedule(round % kSchedules);
-    test_extract_patches();
+    test_extract_patches(random_grid());
+    test_extract_patches_backward(random_grid());
     test_score_map();
     if (round % kSlower == 0) {
       test_screen();
       test_nearest();
     }
   }
+  // So many rows of patches that a block takes several, not all of them as many.
+  test_extract_patches(grid_of(2, 3, 1024, 4, 2, 1));
   return report();
 }
