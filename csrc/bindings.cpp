@@ -35,6 +35,7 @@ struct Backend {
   void (*extract_patches_backward)(const psvdd::ExtractPatchesBackwardParams&, Context);
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
+  void (*crop_pairs)(const psvdd::CropPairsParams&, Context);
 };
 
 psvdd::Groups groups_of(Pointer query_groups, Pointer bank_groups, int64_t rows_per_group) {
@@ -91,6 +92,24 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
       py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
       py::arg("bank_splits"), py::arg("split_distances"), py::arg("split_indices"),
       py::arg("context"), release);
+  module.def(
+      "crop_pairs",
+      [backend](int64_t images, int64_t channels, int64_t height, int64_t width, int64_t pairs,
+                int64_t size, bool neighbours, int64_t max_redraws, uint64_t seed, uint32_t step,
+                float colour_shift, float pixel_noise, Pointer pixels, Pointer mean,
+                Pointer image_of, Pointer patches, Pointer corners, Pointer labels,
+                Context context) {
+        backend.crop_pairs({images, channels, height, width, pairs, size, neighbours, max_redraws,
+                            seed, step, colour_shift, pixel_noise, at<const uint8_t>(pixels),
+                            at<const float>(mean), at<const int64_t>(image_of), at<float>(patches),
+                            at<int64_t>(corners), at<int64_t>(labels)},
+                           context);
+      },
+      py::arg("images"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("pairs"),
+      py::arg("size"), py::arg("neighbours"), py::arg("max_redraws"), py::arg("seed"),
+      py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"), py::arg("pixels"),
+      py::arg("mean"), py::arg("image_of"), py::arg("patches"), py::arg("corners"),
+      py::arg("labels"), py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -202,7 +221,7 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 
   auto cpu = module.def_submodule("cpu");
   define_backend<int>(cpu, {psvdd::cpu::extract_patches, psvdd::cpu::extract_patches_backward,
-                            psvdd::cpu::score_map, psvdd::cpu::nearest});
+                            psvdd::cpu::score_map, psvdd::cpu::nearest, psvdd::cpu::crop_pairs});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
   define_clusters(cpu);
@@ -231,7 +250,7 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
   define_backend<std::uintptr_t>(
       module.def_submodule("cuda"),
       {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward, psvdd::cuda::score_map,
-       psvdd::cuda::nearest});
+       psvdd::cuda::nearest, psvdd::cuda::crop_pairs});
   module.attr("cuda_architectures") = PSVDD_CUDA_ARCHITECTURES;
 #else
   module.attr("cuda") = py::none();

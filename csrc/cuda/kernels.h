@@ -13,5 +13,6 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream);
 void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
+void crop_pairs(const CropPairsParams& params, std::uintptr_t stream);
 
 }  // namespace psvdd::cuda

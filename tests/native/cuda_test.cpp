@@ -5,6 +5,7 @@
 //   cuda_test broken NAME  runs a kernel that is wrong on purpose (broken_kernels.cu); exits with 1
 //                          if its result depends on the schedule
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/random.h"
 #include "../cuda_on_host/cuda_on_host.h"
 #include "broken_kernels.h"
 #include "checks.h"
@@ -96,6 +98,82 @@ void test_score_map() {
          "score_map: size %ld, stride %ld", long(grid.size), long(grid.stride));
 }
 
+// The normal numbers against float64, at random and near the places where quarters of a turn meet.
+void test_normal_pair() {
+  constexpr double kTurn = 6.283185307179586;
+  const auto word = [](bool anywhere) {
+    return anywhere ? static_cast<uint32_t>(random_bits())
+                    : static_cast<uint32_t>(integer(0, 64) * (int64_t{1} << 26) + integer(-2, 2));
+  };
+  double worst = 0.0;
+  for (int i = 0; i < 2000; ++i) {
+    const uint32_t radius = word(i % 2 == 0), turn = word(i % 3 == 0);
+    const double r = std::sqrt(-2 * std::log(((radius >> 8) + 1.0) * 0x1p-24));
+    const double t = kTurn * (turn * 0x1p-32);
+    const double expected[2] = {r * std::cos(t), r * std::sin(t)};
+    const Normals found = normal_pair(radius, turn);
+    for (int k = 0; k < 2; ++k) {
+      // Where the expected number is 0 but for the rounding of t, it can be no smaller than that.
+      const double size = std::fmax(std::fabs(expected[k]), 1e-8);
+      worst = std::fmax(worst, std::fabs(found.value[k] - expected[k]) / size);
+    }
+  }
+  EXPECT(worst <= 1e-6, "normal_pair: off by %.3g of the value", worst);
+}
+
+void test_crop_pairs() {
+  CropPairsParams params{};
+  params.neighbours = integer(0, 1) == 1;
+  params.images = integer(1, 3);
+  params.channels = integer(1, 4);
+  params.size = params.neighbours ? integer(32, 70) : integer(4, 40);
+  if (integer(0, 1) == 1) params.size = params.size / 4 * 4;
+  params.max_redraws = integer(0, 1) == 1 ? integer(1, 100) : 0;
+  params.height = params.size + integer(0, 2 * params.size);
+  params.width = params.size + integer(0, 2 * params.size);
+  params.pairs = integer(0, 5);
+  params.seed = random_bits();
+  params.step = static_cast<uint32_t>(random_bits());
+  params.colour_shift = static_cast<float>(uniform(0, 1));
+  params.pixel_noise = static_cast<float>(uniform(0, 1));
+  const int64_t plane = params.height * params.width;
+  std::vector<uint8_t> pixels(params.images * params.channels * plane);
+  for (uint8_t& pixel : pixels) pixel = static_cast<uint8_t>(integer(0, 255));
+  const std::vector<float> mean = hard_values(params.channels, plane, plane);
+  std::vector<int64_t> image_of(params.pairs);
+  for (int64_t& image : image_of) image = integer(-1, params.images);  // also out of range
+  params.pixels = pixels.data();
+  params.mean = mean.data();
+  params.image_of = image_of.data();
+
+  struct Found {
+    std::vector<float> patches;
+    std::vector<int64_t> corners, labels;
+  };
+  const auto buffers = [&params] {
+    return Found{
+        std::vector<float>(2 * params.pairs * params.channels * params.size * params.size, NAN),
+        std::vector<int64_t>(4 * params.pairs, -1), std::vector<int64_t>(params.pairs, -1)};
+  };
+  const auto use = [&params](Found& found) {
+    params.patches = found.patches.data();
+    params.corners = found.corners.data();
+    params.labels = found.labels.data();
+  };
+  Found on_cpu = buffers(), on_cuda = buffers();
+  use(on_cpu);
+  cpu::crop_pairs(params, static_cast<int>(integer(1, 3)));
+  use(on_cuda);
+  cuda::crop_pairs(params, 0);
+  EXPECT(on_cpu.corners == on_cuda.corners && on_cpu.labels == on_cuda.labels,
+         "crop_pairs: places of size %ld in %ldx%ld", long(params.size), long(params.width),
+         long(params.height));
+  EXPECT(params.pairs == 0 || std::memcmp(on_cpu.patches.data(), on_cuda.patches.data(),
+                                          on_cpu.patches.size() * sizeof(float)) == 0,
+         "crop_pairs: pixels of size %ld in %ldx%ld", long(params.size), long(params.width),
+         long(params.height));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -105,6 +183,8 @@ int main(int argc, char** argv) {
     cuda_on_host::set_schedule(round % kSchedules);
     test_extract_patches();
     test_score_map();
+    test_normal_pair();
+    test_crop_pairs();
   }
   return report();
 }
