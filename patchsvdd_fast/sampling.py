@@ -6,18 +6,21 @@ Coordinates come from a CPU generator, so that a seed means the same pairs on ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from .levels import PatchLevel
 
+PairKind = Literal["position", "neighbour"]
+
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
 """[8, 2]: the direction (down, right) that each position label stands for."""
 
 COLOUR_SHIFT = 0.02
 PIXEL_NOISE = 0.02
-_MAX_REDRAWS = 10_000
+MAX_REDRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def sample_position_pairs(
         return first, first + DIRECTIONS[label] * (3 * size // 4 + jitter), label
 
     first, second, label = draw(count)
-    for _ in range(_MAX_REDRAWS if redraw_clipped else 0):
+    for _ in range(MAX_REDRAWS if redraw_clipped else 0):
         outside = ((second < 0) | (second > limits)).any(dim=1).nonzero().flatten()
         if len(outside) == 0:
             break
