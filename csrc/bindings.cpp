@@ -39,6 +39,7 @@ struct Backend {
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
   int64_t (*nearest_workspace)(int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t);
+  void (*crop_pairs)(const psvdd::CropPairsParams&, Context);
 };
 
 psvdd::Groups groups_of(Pointer query_groups, Pointer bank_groups, int64_t rows_per_group) {
@@ -95,6 +96,24 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
       py::arg("workspace"), py::arg("workspace_limit"), py::arg("context"), release);
   module.def("nearest_workspace", backend.nearest_workspace, py::arg("queries"), py::arg("rows"),
              py::arg("dim"), py::arg("method"), py::arg("has_groups"), py::arg("limit"));
+  module.def(
+      "crop_pairs",
+      [backend](int64_t images, int64_t channels, int64_t height, int64_t width, int64_t pairs,
+                int64_t size, bool neighbours, int64_t max_redraws, uint64_t seed, uint32_t step,
+                float colour_shift, float pixel_noise, Pointer pixels, Pointer mean,
+                Pointer image_of, Pointer patches, Pointer corners, Pointer labels,
+                Context context) {
+        backend.crop_pairs({images, channels, height, width, pairs, size, neighbours, max_redraws,
+                            seed, step, colour_shift, pixel_noise, at<const uint8_t>(pixels),
+                            at<const float>(mean), at<const int64_t>(image_of), at<float>(patches),
+                            at<int64_t>(corners), at<int64_t>(labels)},
+                           context);
+      },
+      py::arg("images"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("pairs"),
+      py::arg("size"), py::arg("neighbours"), py::arg("max_redraws"), py::arg("seed"),
+      py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"), py::arg("pixels"),
+      py::arg("mean"), py::arg("image_of"), py::arg("patches"), py::arg("corners"),
+      py::arg("labels"), py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -280,7 +299,8 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
                             psvdd::cpu::score_map, psvdd::cpu::nearest,
                             [](int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t) {
                               return int64_t{0};
-                            }});
+                            },
+                            psvdd::cpu::crop_pairs});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
   define_clusters(cpu);
@@ -308,8 +328,9 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 #if defined(PSVDD_WITH_CUDA)
   auto cuda = module.def_submodule("cuda");
   define_backend<std::uintptr_t>(
-      cuda, {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward,
-             psvdd::cuda::score_map, psvdd::cuda::nearest, psvdd::cuda::nearest_workspace});
+      cuda,
+      {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward, psvdd::cuda::score_map,
+       psvdd::cuda::nearest, psvdd::cuda::nearest_workspace, psvdd::cuda::crop_pairs});
   define_segments(cuda);
 #if defined(PSVDD_CUDA_ON_HOST)
   cuda.def("set_schedule", cuda_on_host::set_schedule, py::arg("seed"));

@@ -182,4 +182,26 @@ struct SegmentedNearestParams {
   int64_t* visits;  // [1], raised by the pairs of 256 queries and a segment looked at; or null
 };
 
+// Random pairs of patches for training, each pair within one image.
+struct CropPairsParams {
+  int64_t images;           // N >= 1
+  int64_t channels;         // C
+  int64_t height;           // H, pixels
+  int64_t width;            // W, pixels
+  int64_t pairs;            // B; 2 B C < 2^31
+  int64_t size;             // K, side of a patch, pixels; C K K < 2^32
+  bool neighbours;          // pairs for SVDD' instead of pairs for the position task
+  int64_t max_redraws;      // of a position pair that would be clipped; 0: clipped pairs stay
+  uint64_t seed;            // the key of the random numbers
+  uint32_t step;            // which draw from the seed
+  float colour_shift;       // deviation of a patch's shift per channel, in units of the patches
+  float pixel_noise;        // deviation of the noise of each pixel; both for position pairs alone
+  const uint8_t* pixels;    // [N, C, H, W]
+  const float* mean;        // [C, H, W]
+  const int64_t* image_of;  // [B], the image of each pair; taken to the nearest in [0, N)
+  float* patches;           // [2, B, C, K, K], the pairs' first patches, then their second
+  int64_t* corners;         // [2, B, 2], top and left of each patch, pixels
+  int64_t* labels;          // [B], the direction drawn for a position pair, 0 .. 7; else 0
+};
+
 }  // namespace psvdd

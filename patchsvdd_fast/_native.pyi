@@ -75,6 +75,28 @@ class Backend:
     def nearest_workspace(
         queries: int, rows: int, dim: int, method: SearchMethod, has_groups: bool, limit: int
     ) -> int: ...
+    @staticmethod
+    def crop_pairs(
+        images: int,
+        channels: int,
+        height: int,
+        width: int,
+        pairs: int,
+        size: int,
+        neighbours: bool,
+        max_redraws: int,
+        seed: int,
+        step: int,
+        colour_shift: float,
+        pixel_noise: float,
+        pixels: int,
+        mean: int,
+        image_of: int,
+        patches: int,
+        corners: int,
+        labels: int,
+        context: int,
+    ) -> None: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
     class Projection:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _native
 from .cluster_arrays import ClusterArrays
 from .levels import PatchLevel
+from .sampling import COLOUR_SHIFT, MAX_REDRAWS, PIXEL_NOISE, PairKind
 from .segment_arrays import SegmentArrays
 from .validation import (
     FloatArray,
@@ -26,6 +27,8 @@ from .validation import (
     check_dtype,
     check_finite_rows,
     check_groups,
+    check_indices,
+    check_pairs,
     check_same_device,
     check_search_operands,
     check_shape,
@@ -55,6 +58,10 @@ _library.define(
 _library.define(
     f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS})"
     " -> (Tensor, Tensor)"
+)
+_library.define(
+    "crop_pairs(Tensor images, Tensor mean, Tensor image_of, int size, str kind, int seed, "
+    "int step, bool redraw_clipped=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -491,6 +498,72 @@ def _as_cuda(backend: Any) -> type[_native.Cuda]:
     return backend
 
 
+# --- crop_pairs -----------------------------------------------------------------------------------
+
+
+def _crop_pairs_fake(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_extract_patches(images, mean)
+    check_dtype("images", images, torch.uint8)
+    check_pairs(images, image_of, size, kind, step, redraw_clipped)
+    pairs, channels = image_of.shape[0], images.shape[1]
+    return (
+        mean.new_empty(2, pairs, channels, size, size),
+        image_of.new_empty(2, pairs, 2),
+        image_of.new_empty(pairs),
+    )
+
+
+def _crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    patches, corners, labels = _crop_pairs_fake(
+        images, mean, image_of, size, kind, seed, step, redraw_clipped
+    )
+    count, channels, height, width = images.shape
+    if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
+        check_indices("image_of", image_of, count)
+    images, mean, image_of = images.contiguous(), mean.contiguous(), image_of.contiguous()
+    with _backend(images) as (backend, context):
+        backend.crop_pairs(
+            images=count,
+            channels=channels,
+            height=height,
+            width=width,
+            pairs=image_of.shape[0],
+            size=size,
+            neighbours=kind == "neighbour",
+            max_redraws=MAX_REDRAWS if redraw_clipped else 0,
+            seed=seed % 2**64,
+            step=step,
+            colour_shift=COLOUR_SHIFT,
+            pixel_noise=PIXEL_NOISE,
+            pixels=images.data_ptr(),
+            mean=mean.data_ptr(),
+            image_of=image_of.data_ptr(),
+            patches=patches.data_ptr(),
+            corners=corners.data_ptr(),
+            labels=labels.data_ptr(),
+            context=context,
+        )
+    return patches, corners, labels
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 _BOTH = ("CPU", "CUDA")
@@ -501,6 +574,7 @@ for _name, _kernel, _fake, _devices in (
     ("nearest", _nearest, _nearest_fake, _BOTH),
     ("nearest_in_clusters", _nearest_in_clusters, _nearest_in_clusters_fake, ("CPU",)),
     ("nearest_in_segments", _nearest_in_segments, _nearest_in_segments_fake, _BOTH),
+    ("crop_pairs", _crop_pairs, _crop_pairs_fake, _BOTH),
 ):
     for _device in _devices:
         _library.impl(_name, _kernel, _device)
@@ -601,6 +675,40 @@ def nearest_in_bank(
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *groups)
         return op.nearest_in_clusters(queries, list(bank), stretch, *groups)
+
+
+def crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: PairKind,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random pairs of patches to train on, after the protocol in `sampling`.
+
+    images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
+    that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32
+    for "neighbour" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from the seed.
+    redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS` times.
+
+    Returns the first and the second patches as [2, B, C, K, K] float32, `(pixel - mean) / 255`,
+    those of position pairs shifted in colour and with noise; their corners [2, B, 2] int64 (top
+    and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
+    clipping, as an index into `DIRECTIONS`, else 0.
+
+    A pair is a function of its image, the seed, the step, its number in the batch, the size and
+    the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError for
+    wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an error
+    on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3.
+    """
+    signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes integers of 64 bits with a sign
+    patches, corners, labels = torch.ops.patchsvdd_fast.crop_pairs(
+        images, mean, image_of, size, kind, signed, step, redraw_clipped
+    )
+    return patches, corners, labels
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from grids import GRIDS
+from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, ops, reference, segments
 from patchsvdd_fast import bank as bank_module
 
@@ -306,6 +306,26 @@ def test_nearest_of_no_queries(on_cuda_kernels):
     with on_cuda_kernels():
         distances, indices = ops.nearest(torch.empty(0, 4), torch.rand(3, 4))
     assert distances.shape == indices.shape == (0,)
+
+
+@pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)
+def test_crop_pairs_are_those_of_the_cpu_to_the_bit(
+    on_cuda_kernels, kind, size, channels, height, width, redraw_clipped
+):
+    images = torch.randint(256, (3, channels, height, width), dtype=torch.uint8)
+    mean = torch.rand(channels, height, width) * 255
+    arguments = (images, mean, torch.randint(3, (5,)), size, kind, 3, 4, redraw_clipped)
+    with on_cuda_kernels():
+        on_cuda = ops.crop_pairs(*arguments)
+    for found, expected in zip(on_cuda, ops.crop_pairs(*arguments), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_crop_pairs_of_no_pairs(on_cuda_kernels):
+    images, nothing = torch.zeros(1, 1, 9, 9, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    with on_cuda_kernels():
+        patches, _, _ = ops.crop_pairs(images, torch.zeros(1, 9, 9), nothing, 8, "position", 0, 0)
+    assert patches.shape == (2, 0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 3000])

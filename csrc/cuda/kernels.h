@@ -13,6 +13,7 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream);
 void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
+void crop_pairs(const CropPairsParams& params, std::uintptr_t stream);
 // Bytes of scratch that `nearest` wants for a search of this size, near `limit` where it is cut
 // into chunks.
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
