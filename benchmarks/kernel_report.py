@@ -57,7 +57,10 @@ class Rule:
     instructions: tuple[str, ...]
 
 
-RULES = (Rule("extract_patches.cu", r"extract_tiles<16,", ("STG.128",)),)
+RULES = (
+    Rule("extract_patches.cu", r"extract_tiles<16,", ("STG.128",)),
+    Rule("screen.cu", r"screen_", ("HMMA", "LDSM", "LDGSTS")),
+)
 
 
 @dataclass(frozen=True)
