@@ -24,11 +24,12 @@ test: $(VENV)/installed-dev  ## the whole test suite
 test-slow: $(VENV)/installed-dev  ## with the long property runs
 	$(BIN)/pytest --slow
 
-lint: $(VENV)/installed-dev  ## style, types, formatting
+lint: $(VENV)/installed-dev  ## style, types, formatting, what nvcc makes of the kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/python benchmarks/kernel_report.py --check
 
 format: $(VENV)/installed-dev  ## bring the sources into shape
 	$(BIN)/ruff format .

@@ -39,6 +39,7 @@ struct Backend {
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
   int64_t (*nearest_workspace)(int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t);
+  void (*crop_pairs)(const psvdd::CropPairsParams&, Context);
 };
 
 psvdd::Groups groups_of(Pointer query_groups, Pointer bank_groups, int64_t rows_per_group) {
@@ -95,6 +96,24 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
       py::arg("workspace"), py::arg("workspace_limit"), py::arg("context"), release);
   module.def("nearest_workspace", backend.nearest_workspace, py::arg("queries"), py::arg("rows"),
              py::arg("dim"), py::arg("method"), py::arg("has_groups"), py::arg("limit"));
+  module.def(
+      "crop_pairs",
+      [backend](int64_t images, int64_t channels, int64_t height, int64_t width, int64_t pairs,
+                int64_t size, bool neighbours, int64_t max_redraws, uint64_t seed, uint32_t step,
+                float colour_shift, float pixel_noise, Pointer pixels, Pointer mean,
+                Pointer image_of, Pointer patches, Pointer corners, Pointer labels,
+                Context context) {
+        backend.crop_pairs({images, channels, height, width, pairs, size, neighbours, max_redraws,
+                            seed, step, colour_shift, pixel_noise, at<const uint8_t>(pixels),
+                            at<const float>(mean), at<const int64_t>(image_of), at<float>(patches),
+                            at<int64_t>(corners), at<int64_t>(labels)},
+                           context);
+      },
+      py::arg("images"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("pairs"),
+      py::arg("size"), py::arg("neighbours"), py::arg("max_redraws"), py::arg("seed"),
+      py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"), py::arg("pixels"),
+      py::arg("mean"), py::arg("image_of"), py::arg("patches"), py::arg("corners"),
+      py::arg("labels"), py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -176,6 +195,72 @@ void define_clusters(py::module_ cpu) {
       py::arg("context"), release);
 }
 
+#if defined(PSVDD_WITH_CUDA)
+// The GPU's clustered bank, alike.
+void define_segments(py::module_ cuda) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  using psvdd::SegmentedBank;
+  py::class_<SegmentedBank>(cuda, "SegmentedBank", py::module_local())
+      .def(py::init([](int64_t rows, int64_t dim, int64_t clusters, int64_t segments, Pointer data,
+                       bool is_half, Pointer ids, Pointer segment_starts, Pointer segment_clusters,
+                       Pointer cluster_segments, Pointer least_radius, Pointer largest_radius,
+                       Pointer centroids, Pointer gaps, Pointer centre, Pointer largest,
+                       Pointer halves, Pointer squares, Pointer errors, Pointer segment_norms,
+                       Pointer segment_errors) {
+             return SegmentedBank{rows,
+                                  dim,
+                                  clusters,
+                                  segments,
+                                  at<const void>(data),
+                                  is_half,
+                                  at<const int64_t>(ids),
+                                  at<const int64_t>(segment_starts),
+                                  at<const int32_t>(segment_clusters),
+                                  at<const int32_t>(cluster_segments),
+                                  at<const float>(least_radius),
+                                  at<const float>(largest_radius),
+                                  at<const float>(centroids),
+                                  at<const float>(gaps),
+                                  at<float>(centre),
+                                  at<float>(largest),
+                                  at<uint16_t>(halves),
+                                  at<float>(squares),
+                                  at<float>(errors),
+                                  at<float>(segment_norms),
+                                  at<float>(segment_errors)};
+           }),
+           py::arg("rows"), py::arg("dim"), py::arg("clusters"), py::arg("segments"),
+           py::arg("data"), py::arg("is_half"), py::arg("ids"), py::arg("segment_starts"),
+           py::arg("segment_clusters"), py::arg("cluster_segments"), py::arg("least_radius"),
+           py::arg("largest_radius"), py::arg("centroids"), py::arg("gaps"), py::arg("centre"),
+           py::arg("largest"), py::arg("halves"), py::arg("squares"), py::arg("errors"),
+           py::arg("segment_norms"), py::arg("segment_errors"));
+  cuda.attr("SEGMENT_ROWS") = psvdd::cuda::kSegmentRows;
+  cuda.def("padded_dim", psvdd::cuda::padded_dim, py::arg("dim"));
+  cuda.def("encode_segments", psvdd::cuda::encode_segments, py::arg("bank"), py::arg("context"),
+           release);
+  cuda.def("nearest_in_segments_workspace", psvdd::cuda::nearest_in_segments_workspace,
+           py::arg("bank"), py::arg("queries"), py::arg("limit"));
+  cuda.def(
+      "nearest_in_segments",
+      [](const SegmentedBank& bank, int64_t queries, Pointer query_data, Pointer own,
+         Pointer own_starts, Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
+         Pointer distances, Pointer indices, Pointer workspace, int64_t workspace_limit,
+         Pointer visits, std::uintptr_t context) {
+        psvdd::cuda::nearest_in_segments(
+            {bank, groups_of(query_groups, bank_groups, rows_per_group), queries,
+             at<const float>(query_data), at<const int64_t>(own), at<const int64_t>(own_starts),
+             at<float>(distances), at<int64_t>(indices), at<void>(workspace), workspace_limit,
+             at<int64_t>(visits)},
+            context);
+      },
+      py::arg("bank"), py::arg("queries"), py::arg("query_data"), py::arg("own"),
+      py::arg("own_starts"), py::arg("query_groups"), py::arg("bank_groups"),
+      py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"), py::arg("workspace"),
+      py::arg("workspace_limit"), py::arg("visits"), py::arg("context"), release);
+}
+#endif
+
 // The progress callback of the searches that this thread starts; a borrowed reference or null.
 thread_local PyObject* progress_callback = nullptr;
 
@@ -214,7 +299,8 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
                             psvdd::cpu::score_map, psvdd::cpu::nearest,
                             [](int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t) {
                               return int64_t{0};
-                            }});
+                            },
+                            psvdd::cpu::crop_pairs});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
   define_clusters(cpu);
@@ -242,8 +328,10 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 #if defined(PSVDD_WITH_CUDA)
   auto cuda = module.def_submodule("cuda");
   define_backend<std::uintptr_t>(
-      cuda, {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward,
-             psvdd::cuda::score_map, psvdd::cuda::nearest, psvdd::cuda::nearest_workspace});
+      cuda,
+      {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward, psvdd::cuda::score_map,
+       psvdd::cuda::nearest, psvdd::cuda::nearest_workspace, psvdd::cuda::crop_pairs});
+  define_segments(cuda);
 #if defined(PSVDD_CUDA_ON_HOST)
   cuda.def("set_schedule", cuda_on_host::set_schedule, py::arg("seed"));
 #endif

@@ -51,6 +51,11 @@ struct Groups {
   const int64_t*
       bank_groups;         // [ceil(M / rows_per_group)]: the group of row r is r / rows_per_group
   int64_t rows_per_group;  // >= 1
+
+  // The same for queries from number `first` on.
+  Groups from_query(int64_t first) const {
+    return {query_groups == nullptr ? nullptr : query_groups + first, bank_groups, rows_per_group};
+  }
 };
 
 // How `nearest` goes about it; the answer is the same.
@@ -134,6 +139,69 @@ struct ClusteredNearestParams {
   float* distances;         // [Q]
   int64_t* indices;         // [Q]
   int64_t* scanned;         // [1]: adds up the rows that were looked at, as codes or better
+};
+
+// A clustered bank on the GPU: rows in the order of their clusters, within one by distance to its
+// centroid, cut into segments of up to 256 rows. Codes are those of csrc/cuda/screen.h, each
+// segment padded to 256 rows.
+struct SegmentedBank {
+  int64_t rows;                     // M
+  int64_t dim;                      // D
+  int64_t clusters;                 // C
+  int64_t segments;                 // S
+  const void* data;                 // [M, D]
+  bool is_half;                     // float16 instead of float32
+  const int64_t* ids;               // [M], the user's row numbers
+  const int64_t* segment_starts;    // [S + 1], first row of each segment
+  const int32_t* segment_clusters;  // [S], ascending
+  const int32_t* cluster_segments;  // [C + 1], first segment of each cluster
+  const float* least_radius;        // [S], canonical distance of its rows to the centroid
+  const float* largest_radius;      // [S]
+  const float* centroids;           // [C, D]
+  const float* gaps;                // [C, C], distances between centroids, rounded up
+  float* centre;                    // [D]
+  float* largest;                   // [1]
+  uint16_t* halves;                 // [S * 256, D padded]
+  float* squares;                   // [S * 256]
+  float* errors;                    // [S * 256]
+  float* segment_norms;             // [S]
+  float* segment_errors;            // [S]
+};
+
+struct SegmentedNearestParams {
+  SegmentedBank bank;
+  Groups groups;
+  int64_t queries;            // Q, in the order of the nearest centroids
+  const float* query_data;    // [Q, D]
+  const int64_t* own;         // [Q], the nearest centroid of each
+  const int64_t* own_starts;  // [C + 1], first query of each centroid
+  float* distances;           // [Q]
+  int64_t* indices;           // [Q]
+  void* workspace;            // scratch, aligned to 16
+  int64_t workspace_limit;
+  int64_t* visits;  // [1], raised by the pairs of 256 queries and a segment looked at; or null
+};
+
+// Random pairs of patches for training, each pair within one image.
+struct CropPairsParams {
+  int64_t images;           // N >= 1
+  int64_t channels;         // C
+  int64_t height;           // H, pixels
+  int64_t width;            // W, pixels
+  int64_t pairs;            // B; 2 B C < 2^31
+  int64_t size;             // K, side of a patch, pixels; C K K < 2^32
+  bool neighbours;          // pairs for SVDD' instead of pairs for the position task
+  int64_t max_redraws;      // of a position pair that would be clipped; 0: clipped pairs stay
+  uint64_t seed;            // the key of the random numbers
+  uint32_t step;            // which draw from the seed
+  float colour_shift;       // deviation of a patch's shift per channel, in units of the patches
+  float pixel_noise;        // deviation of the noise of each pixel; both for position pairs alone
+  const uint8_t* pixels;    // [N, C, H, W]
+  const float* mean;        // [C, H, W]
+  const int64_t* image_of;  // [B], the image of each pair; taken to the nearest in [0, N)
+  float* patches;           // [2, B, C, K, K], the pairs' first patches, then their second
+  int64_t* corners;         // [2, B, 2], top and left of each patch, pixels
+  int64_t* labels;          // [B], the direction drawn for a position pair, 0 .. 7; else 0
 };
 
 }  // namespace psvdd

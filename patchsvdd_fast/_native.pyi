@@ -75,6 +75,28 @@ class Backend:
     def nearest_workspace(
         queries: int, rows: int, dim: int, method: SearchMethod, has_groups: bool, limit: int
     ) -> int: ...
+    @staticmethod
+    def crop_pairs(
+        images: int,
+        channels: int,
+        height: int,
+        width: int,
+        pairs: int,
+        size: int,
+        neighbours: bool,
+        max_redraws: int,
+        seed: int,
+        step: int,
+        colour_shift: float,
+        pixel_noise: float,
+        pixels: int,
+        mean: int,
+        image_of: int,
+        patches: int,
+        corners: int,
+        labels: int,
+        context: int,
+    ) -> None: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
     class Projection:
@@ -147,4 +169,61 @@ class cpu(Backend):  # noqa: N801 (a submodule)
     @staticmethod
     def set_instruction_set(name: str) -> None: ...
 
-cuda: type[Backend] | None
+class Cuda(Backend):
+    """The submodule `cuda`."""
+
+    SEGMENT_ROWS: int
+
+    class SegmentedBank:
+        def __init__(
+            self,
+            rows: int,
+            dim: int,
+            clusters: int,
+            segments: int,
+            data: int,
+            is_half: bool,
+            ids: int,
+            segment_starts: int,
+            segment_clusters: int,
+            cluster_segments: int,
+            least_radius: int,
+            largest_radius: int,
+            centroids: int,
+            gaps: int,
+            centre: int,
+            largest: int,
+            halves: int,
+            squares: int,
+            errors: int,
+            segment_norms: int,
+            segment_errors: int,
+        ) -> None: ...
+
+    @staticmethod
+    def padded_dim(dim: int) -> int: ...
+    @staticmethod
+    def encode_segments(bank: Cuda.SegmentedBank, context: int) -> None: ...
+    @staticmethod
+    def nearest_in_segments_workspace(
+        bank: Cuda.SegmentedBank, queries: int, limit: int
+    ) -> int: ...
+    @staticmethod
+    def nearest_in_segments(
+        bank: Cuda.SegmentedBank,
+        queries: int,
+        query_data: int,
+        own: int,
+        own_starts: int,
+        query_groups: int,
+        bank_groups: int,
+        rows_per_group: int,
+        distances: int,
+        indices: int,
+        workspace: int,
+        workspace_limit: int,
+        visits: int,
+        context: int,
+    ) -> None: ...
+
+cuda: type[Cuda] | None

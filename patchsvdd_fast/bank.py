@@ -11,6 +11,8 @@ from torch import Tensor
 from . import ops
 from .cluster_arrays import ClusterArrays
 from .clusters import build_clusters, can_be_clustered, extend_clusters, link
+from .segment_arrays import SegmentArrays
+from .segments import build_segments, segments_about
 from .validation import (
     FloatArray,
     IntArray,
@@ -34,8 +36,8 @@ class NormalBank:
         default its number.
     storage: dtype in which to keep them; float16 halves the memory and rounds once, here. Answers
         are exact with respect to the stored embeddings.
-    clusters: how many clusters to sort a bank on the CPU into; 0 for none; None chooses from size
-        and spread. Answers do not depend on it.
+    clusters: how many clusters to sort the bank into; 0 for none; None chooses from size and
+        spread. Answers do not depend on it.
     seed: of the clustering.
 
     Raises ValueError naming the first row that holds NaN or infinity.
@@ -195,7 +197,7 @@ class NormalBank:
         self.add(embeddings.float(), other._groups)
 
     def to(self, device: torch.device | str) -> NormalBank:
-        """This bank on a device: itself if it is there already. Only a CPU's is clustered."""
+        """This bank on a device, clustered anew for it; itself if it is there already."""
         target = torch.device(device)
         if target.type == self.device.type and target.index in (None, self.device.index):
             return self
@@ -211,7 +213,12 @@ class NormalBank:
     # --- saving -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The bank as named tensors, from which `from_state_dict` makes it without building."""
+        """The bank as named tensors on the CPU, from which `from_state_dict` makes it.
+
+        A CPU's bank is not built anew then; that of a GPU is clustered for the CPU here.
+        """
+        if _on_gpu(self._data):
+            return self.to("cpu").state_dict()
         state = {
             "groups": self._groups,
             "grid": torch.tensor(self._grid),
@@ -221,6 +228,7 @@ class NormalBank:
         }
         if self._clusters is None:
             return state | {"data": self._data}
+        assert isinstance(self._clusters, ClusterArrays)
         arrays = self._clusters._asdict()
         kept = {name: values for name, values in arrays.items() if name not in _DERIVED}
         return (
@@ -272,11 +280,14 @@ class NormalBank:
 
     def _cluster(self, values: Tensor) -> None:
         """Take over rows in the order of their numbers, clustered if that pays."""
-        built = None
-        if values.device.type == "cpu" and self._wanted_clusters != 0:
+        clusters: ClusterArrays | SegmentArrays | None = None
+        stretch = 1.0
+        if self._wanted_clusters != 0 and _on_gpu(values):
+            clusters = build_segments(values, self._wanted_clusters, self._seed)
+        elif self._wanted_clusters != 0:
             built = build_clusters(values, self._wanted_clusters, self._seed)
-        self._clusters: ClusterArrays | None
-        self._clusters, self._stretch = (None, 1.0) if built is None else built
+            clusters, stretch = (None, 1.0) if built is None else built
+        self._clusters, self._stretch = clusters, stretch
         self._data = values if self._clusters is None else self._clusters.data
         self._clustered_rows = len(values)
 
@@ -286,9 +297,17 @@ class NormalBank:
         if self._clusters is None or grown or not can_be_clustered(values):
             self._cluster(values)
         else:
-            self._clusters, self._stretch = extend_clusters(values, self._clusters, self._stretch)
+            if isinstance(self._clusters, SegmentArrays):
+                self._clusters = segments_about(values, self._clusters.centroids)
+            else:
+                clusters, stretch = extend_clusters(values, self._clusters, self._stretch)
+                self._clusters, self._stretch = clusters, stretch
             self._data = self._clusters.data
         self._groups = groups  # last: nothing is changed if clustering is interrupted
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:

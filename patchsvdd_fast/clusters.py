@@ -61,7 +61,7 @@ def build_clusters(
     generator = torch.Generator("cpu").manual_seed(seed)
     mean, basis, stretch = _principal_axes(embeddings, generator)
     projected, errors = _project(embeddings, mean, basis, stretch)
-    centroids = _cluster(projected, wanted, generator)
+    centroids = find_centroids(projected, wanted, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
     _native.cpu.release_memory()
@@ -134,21 +134,31 @@ def _project(
     return projected, errors
 
 
-def _cluster(projected: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's k-means on a sample: centroids [C, A], C <= wanted. Empty clusters are dropped."""
-    rows, axes = projected.shape
+def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Lloyd's k-means on a sample: centroids [C, A] float32, C <= wanted. Empty clusters go.
+
+    points: [M, A] float32 or float16, on any device.
+    """
+    rows, axes = points.shape
     picked = torch.randperm(rows, generator=generator, device="cpu")[
         : _SAMPLES_PER_CLUSTER * wanted
     ]
-    sample = projected[picked]
+    sample = points[picked.to(points.device)].float()
     centroids = sample[:wanted]
     for _ in range(_ITERATIONS):
         _, nearest = ops.nearest(sample, centroids)
         counts = torch.bincount(nearest, minlength=len(centroids))
-        sums = torch.zeros(len(centroids), axes, dtype=torch.float64, device="cpu")
+        sums = torch.zeros(len(centroids), axes, dtype=torch.float64, device=points.device)
         sums.index_add_(0, nearest, sample.double())
         centroids = (sums / counts[:, None])[counts > 0].float()
     return centroids
+
+
+def in_order_of_clusters(nearest: Tensor, radii: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows [M] by cluster, within one by radius, the lowest first on ties; rows per cluster [C]."""
+    by_radius = torch.argsort(radii, stable=True)
+    order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
+    return order, torch.bincount(nearest, minlength=count)
 
 
 def _pack(
@@ -164,9 +174,7 @@ def _pack(
     dim = embeddings.shape[1]
     found = [ops.nearest(part, centroids) for part in projected.split(_ROWS_AT_ONCE)]
     radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    by_radius = torch.argsort(radii, stable=True)
-    order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
-    counts = torch.bincount(nearest, minlength=len(centroids))
+    order, counts = in_order_of_clusters(nearest, radii, len(centroids))
     used = counts > 0
     centroids, counts = centroids[used].contiguous(), counts[used]
     blocks = -(-counts // LANES)

@@ -18,6 +18,8 @@ from torch import Tensor
 from . import _native
 from .cluster_arrays import ClusterArrays
 from .levels import PatchLevel
+from .sampling import COLOUR_SHIFT, MAX_REDRAWS, PIXEL_NOISE, PairKind
+from .segment_arrays import SegmentArrays
 from .validation import (
     FloatArray,
     IntArray,
@@ -25,6 +27,8 @@ from .validation import (
     check_dtype,
     check_finite_rows,
     check_groups,
+    check_indices,
+    check_pairs,
     check_same_device,
     check_search_operands,
     check_shape,
@@ -49,8 +53,15 @@ _library.define(
 _GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
 _library.define(f"nearest(Tensor queries, Tensor bank, {_GROUPS}) -> (Tensor, Tensor)")
 _library.define(
+    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_GROUPS}) -> (Tensor, Tensor)"
+)
+_library.define(
     f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS})"
     " -> (Tensor, Tensor)"
+)
+_library.define(
+    "crop_pairs(Tensor images, Tensor mean, Tensor image_of, int size, str kind, int seed, "
+    "int step, bool redraw_clipped=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -352,9 +363,7 @@ def _nearest_in_clusters_fake(
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return _nearest_fake(
-        queries, ClusterArrays(*bank).data, query_groups, bank_groups, rows_per_group
-    )
+    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
 
 
 def _nearest_in_clusters(
@@ -385,6 +394,176 @@ def _nearest_in_clusters(
     return distances, indices
 
 
+# --- nearest_in_segments: clusters on a GPU -------------------------------------------------------
+
+SEGMENT_ROWS = 256
+"""Most rows of a segment of a clustered bank on a GPU."""
+QUERY_TILE = 256
+"""Queries that look at the same segments there."""
+
+
+def padded_code_dim(embeddings: Tensor) -> int:
+    """Coordinates of the codes of embeddings [M, D] on a GPU, padding included."""
+    with _backend(embeddings) as (backend, _):
+        return _as_cuda(backend).padded_dim(embeddings.shape[1])
+
+
+def encode_segments(arrays: SegmentArrays) -> None:
+    """Fill in the codes of a bank on a GPU, and what is known of them."""
+    with _backend(arrays.data) as (backend, context):
+        cuda = _as_cuda(backend)
+        assert cuda.SEGMENT_ROWS == SEGMENT_ROWS
+        cuda.encode_segments(bank=arrays.native(cuda), context=context)
+
+
+def _nearest_in_segments_fake(
+    queries: Tensor,
+    bank: list[Tensor],
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
+
+
+def _nearest_in_segments(
+    queries: Tensor,
+    bank: list[Tensor],
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    _nearest_in_segments_fake(queries, bank, query_groups, bank_groups, rows_per_group)
+    check_finite_rows("queries", queries)
+    return search_segments(
+        queries.contiguous(),
+        SegmentArrays(*bank),
+        _contiguous(query_groups),
+        _contiguous(bank_groups),
+        rows_per_group,
+    )
+
+
+def search_segments(
+    queries: Tensor,
+    arrays: SegmentArrays,
+    query_groups: Tensor | None,
+    bank_groups: Tensor | None,
+    rows_per_group: int,
+    visits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The nearest rows to queries [Q, D]; arguments are contiguous and checked.
+
+    visits: [1] int64, raised by the number of pairs of a tile of queries and a segment looked at.
+    """
+    # Neighbours in the order of centroids want the same clusters.
+    _, own = _nearest(queries, arrays.centroids)
+    own, order = own.sort(stable=True)
+    centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
+    own_starts = torch.searchsorted(own, centroids)
+    sorted_queries = queries[order]
+    sorted_groups = None if query_groups is None else query_groups[order]
+    distances, indices = torch.empty_like(queries[:, 0]), torch.empty_like(own)
+    with _backend(queries) as (backend, context):
+        cuda = _as_cuda(backend)
+        bank = arrays.native(cuda)
+        limit = _workspace_limit.get()
+        size = cuda.nearest_in_segments_workspace(bank=bank, queries=len(queries), limit=limit)
+        workspace = _new_workspace(queries, size)
+        cuda.nearest_in_segments(
+            bank=bank,
+            queries=len(queries),
+            query_data=sorted_queries.data_ptr(),
+            own=own.data_ptr(),
+            own_starts=own_starts.data_ptr(),
+            query_groups=_pointer(sorted_groups),
+            bank_groups=_pointer(bank_groups),
+            rows_per_group=rows_per_group,
+            distances=distances.data_ptr(),
+            indices=indices.data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_limit=limit,
+            visits=_pointer(visits),
+            context=context,
+        )
+    return (
+        torch.empty_like(distances).index_copy_(0, order, distances),
+        torch.empty_like(indices).index_copy_(0, order, indices),
+    )
+
+
+def _as_cuda(backend: Any) -> type[_native.Cuda]:
+    if backend is _native.cpu:
+        raise TypeError("a bank clustered for a GPU can only be searched there")
+    return backend
+
+
+# --- crop_pairs -----------------------------------------------------------------------------------
+
+
+def _crop_pairs_fake(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_extract_patches(images, mean)
+    check_dtype("images", images, torch.uint8)
+    check_pairs(images, image_of, size, kind, step, redraw_clipped)
+    pairs, channels = image_of.shape[0], images.shape[1]
+    return (
+        mean.new_empty(2, pairs, channels, size, size),
+        image_of.new_empty(2, pairs, 2),
+        image_of.new_empty(pairs),
+    )
+
+
+def _crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    patches, corners, labels = _crop_pairs_fake(
+        images, mean, image_of, size, kind, seed, step, redraw_clipped
+    )
+    count, channels, height, width = images.shape
+    if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
+        check_indices("image_of", image_of, count)
+    images, mean, image_of = images.contiguous(), mean.contiguous(), image_of.contiguous()
+    with _backend(images) as (backend, context):
+        backend.crop_pairs(
+            images=count,
+            channels=channels,
+            height=height,
+            width=width,
+            pairs=image_of.shape[0],
+            size=size,
+            neighbours=kind == "neighbour",
+            max_redraws=MAX_REDRAWS if redraw_clipped else 0,
+            seed=seed % 2**64,
+            step=step,
+            colour_shift=COLOUR_SHIFT,
+            pixel_noise=PIXEL_NOISE,
+            pixels=images.data_ptr(),
+            mean=mean.data_ptr(),
+            image_of=image_of.data_ptr(),
+            patches=patches.data_ptr(),
+            corners=corners.data_ptr(),
+            labels=labels.data_ptr(),
+            context=context,
+        )
+    return patches, corners, labels
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 _BOTH = ("CPU", "CUDA")
@@ -394,6 +573,8 @@ for _name, _kernel, _fake, _devices in (
     ("score_map", _score_map, _score_map_fake, _BOTH),
     ("nearest", _nearest, _nearest_fake, _BOTH),
     ("nearest_in_clusters", _nearest_in_clusters, _nearest_in_clusters_fake, ("CPU",)),
+    ("nearest_in_segments", _nearest_in_segments, _nearest_in_segments_fake, _BOTH),
+    ("crop_pairs", _crop_pairs, _crop_pairs_fake, _BOTH),
 ):
     for _device in _devices:
         _library.impl(_name, _kernel, _device)
@@ -478,14 +659,14 @@ def nearest(
 
 def nearest_in_bank(
     queries: Tensor,
-    bank: Tensor | ClusterArrays,
+    bank: Tensor | ClusterArrays | SegmentArrays,
     stretch: float = 1.0,
     query_groups: Tensor | None = None,
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in a plain bank or one prepared by `clusters.build_clusters` (CPU only).
+    """As `nearest`, in a plain bank or one made by `build_clusters` or `build_segments` (GPU).
 
     queries: [Q, D] float32. query_groups: [Q] int64; bank_groups: int64, the group of row r is
     entry r // rows_per_group.
@@ -493,12 +674,45 @@ def nearest_in_bank(
     op = torch.ops.patchsvdd_fast
     groups = (query_groups, bank_groups, rows_per_group)
     with _reporting(progress):
-        distances, indices = (
-            op.nearest(queries, bank, *groups)
-            if isinstance(bank, Tensor)
-            else op.nearest_in_clusters(queries, list(bank), stretch, *groups)
-        )
-    return distances, indices
+        if isinstance(bank, Tensor):
+            return op.nearest(queries, bank, *groups)
+        if isinstance(bank, SegmentArrays):
+            return op.nearest_in_segments(queries, list(bank), *groups)
+        return op.nearest_in_clusters(queries, list(bank), stretch, *groups)
+
+
+def crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: PairKind,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random pairs of patches to train on, after the protocol in `sampling`.
+
+    images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
+    that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32
+    for "neighbour" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from the seed.
+    redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS` times.
+
+    Returns the first and the second patches as [2, B, C, K, K] float32, `(pixel - mean) / 255`,
+    those of position pairs shifted in colour and with noise; their corners [2, B, 2] int64 (top
+    and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
+    clipping, as an index into `DIRECTIONS`, else 0.
+
+    A pair is a function of its image, the seed, the step, its number in the batch, the size and
+    the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError for
+    wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an error
+    on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3.
+    """
+    signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes integers of 64 bits with a sign
+    patches, corners, labels = torch.ops.patchsvdd_fast.crop_pairs(
+        images, mean, image_of, size, kind, signed, step, redraw_clipped
+    )
+    return patches, corners, labels
 
 
 @contextlib.contextmanager

@@ -5,12 +5,16 @@ Clear rather than fast, and never used for scoring.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .levels import PatchLevel
+from .sampling import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, PairKind
 
 _PARTIAL_SUMS = 16
+_PLACES, _SHIFTS, _NOISE = {"position": 0, "neighbour": 1}, 2, 4  # what random numbers are for
 
 
 def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
@@ -87,3 +91,95 @@ def dense_embeddings_patchwise(
     with torch.no_grad():
         embeddings: Tensor = encoder(patches.flatten(0, 2))
     return embeddings.view(*patches.shape[:3], -1)
+
+
+def philox(seed: int, *counter: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Philox4x32-10: the words [4, ...] of counters whose four words broadcast."""
+    a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    for r in range(10):
+        key = [np.uint64((seed + r * 0x9E3779B9) % 2**32)]
+        key.append(np.uint64(((seed >> 32) + r * 0xBB67AE85) % 2**32))
+        left, right = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+        a, b = (right >> half) ^ b ^ key[0], right & low
+        c, d = (left >> half) ^ d ^ key[1], left & low
+    return np.stack([a, b, c, d])
+
+
+def normals(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Box and Muller's normal numbers [4, ...] of words [4, ...]."""
+    radius = np.sqrt(-2 * np.log(((words[0::2] >> np.uint64(8)) + 1.0) / 2**24))
+    angle = words[1::2] * (2 * np.pi / 2**32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # [2, 2, ...]
+    return pairs.reshape(words.shape)
+
+
+def crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: PairKind,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of patches [2, B, C, K, K] in float64, corners [2, B, 2] and labels [B]."""
+    channels, height, width = mean.shape
+    patches = torch.empty(2, len(image_of), channels, size, size, dtype=torch.float64)
+    corners = torch.empty(2, len(image_of), 2, dtype=torch.int64)
+    labels = torch.empty(len(image_of), dtype=torch.int64)
+    row = -(-size // 4)  # counters per row of a patch
+    quads = np.arange(channels * size * row)
+    for b, image in enumerate(image_of.tolist()):
+        counter = (b, step)
+        corners[:, b], labels[b] = place_pair(
+            kind, size, height, width, seed, counter, redraw_clipped
+        )
+        for which, (top, left) in enumerate(corners[:, b].tolist()):
+            window = (slice(None), slice(top, top + size), slice(left, left + size))
+            patch = (images[image][window] - mean[window].double()) / 255
+            if kind == "position":
+                what = (size << 3) + _SHIFTS + which
+                shift = torch.from_numpy(normals(philox(seed, np.arange(channels), what, *counter)))
+                what = (size << 3) + _NOISE + which
+                noise = torch.from_numpy(normals(philox(seed, quads, what, *counter)))
+                noise = noise.T.reshape(channels, size, 4 * row)[..., :size]
+                patch = patch + COLOUR_SHIFT * shift[0, :, None, None] + PIXEL_NOISE * noise
+            patches[which, b] = patch
+    return patches, corners, labels
+
+
+def place_pair(
+    kind: PairKind,
+    size: int,
+    height: int,
+    width: int,
+    seed: int,
+    counter: tuple[int, int],
+    redraw_clipped: bool,
+) -> tuple[Tensor, int]:
+    """Corners [2, 2] of a pair of patches, and its label. counter: number of the pair, step."""
+    limit = torch.tensor([height - size, width - size])
+
+    def draw(index: int, *counts: int) -> Tensor:
+        words = philox(seed, index, (size << 3) + _PLACES[kind], *counter)
+        return torch.tensor([int(words[i]) * count >> 32 for i, count in enumerate(counts)])
+
+    redraws = MAX_REDRAWS if redraw_clipped and kind == "position" else 0
+    for redraw in range(1 + redraws):
+        if kind == "neighbour":
+            reach = size // 32
+            side = 2 * reach + 1
+            top, left, cell = draw(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
+            cell += cell >= side**2 // 2  # passes over (0, 0)
+            label, offset = 0, torch.tensor([cell // side - reach, cell % side - reach])
+        else:
+            top, left = draw(2 * redraw, height - size + 1, width - size + 1).tolist()
+            label, *jitter = draw(2 * redraw + 1, 8, size // 4, size // 4).tolist()
+            offset = DIRECTIONS[label] * (3 * size // 4 + torch.tensor(jitter))
+        first = torch.tensor([top, left])
+        second = (first + offset).clamp(min=torch.zeros(2).long(), max=limit)
+        if torch.equal(second, first + offset):
+            break
+    return torch.stack([first, second]), label

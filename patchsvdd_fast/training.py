@@ -16,7 +16,8 @@ from torch import Generator, Tensor, nn
 
 from .encoder import HierarchicalEncoder
 from .losses import PositionClassifier, position_loss, svdd_loss
-from .sampling import crop_patches, perturb, sample_neighbour_pairs, sample_position_pairs
+from .ops import crop_pairs
+from .sampling import PairKind
 
 CROPS_PER_IMAGE = 100
 """How often an epoch visits each training image."""
@@ -159,11 +160,10 @@ class Trainer:
     ) -> None:
         device = next(encoder.parameters()).device
         self.encoder = encoder
-        self.images = images.to(device)
-        self.mean = mean.to(device)
+        self.images = images.to(device).contiguous()
+        self.mean = mean.to(device).contiguous()
         self.settings = settings
-        self.coordinates = Generator().manual_seed(settings.seed)
-        self.noise = Generator(device).manual_seed(settings.seed)
+        self.order = Generator().manual_seed(settings.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.classifiers = nn.ModuleDict(
@@ -212,10 +212,10 @@ class Trainer:
         return record
 
     def _step(self, number: int, total: int) -> tuple[TrainingStep, bool]:
-        image = self._next_images()
+        image_of = self._next_images().to(self.images.device)
         losses, levels, collapsed = [], {}, False
         for size in reversed(self.encoder.patch_sizes):
-            loss, levels[size], clean = self._level_loss(size, image)
+            loss, levels[size], clean = self._level_loss(size, image_of, number)
             losses.append(loss)
             collapsed = collapsed or is_collapsed(clean)
         loss = torch.stack(losses).sum()
@@ -228,33 +228,35 @@ class Trainer:
         self.optimizer.step()
         return TrainingStep(number, total, float(loss.detach()), levels), collapsed
 
-    def _level_loss(self, size: int, image: Tensor) -> tuple[Tensor, LevelMetrics, Tensor]:
-        height, width = self.images.shape[-2:]
-        pairs = sample_position_pairs(
-            image, size, height, width, self.coordinates, self.settings.redraw_clipped
-        )
-        near = sample_neighbour_pairs(image, size, height, width, self.coordinates)
+    def _level_loss(
+        self, size: int, image_of: Tensor, number: int
+    ) -> tuple[Tensor, LevelMetrics, Tensor]:
+        settings = self.settings
 
-        def crop(corners: Tensor) -> Tensor:
-            return crop_patches(self.images, self.mean, image, corners, size)
+        def draw(kind: PairKind) -> tuple[Tensor, Tensor, Tensor]:
+            (first, second), _, labels = crop_pairs(
+                self.images,
+                self.mean,
+                image_of,
+                size,
+                kind,
+                settings.seed,
+                number,
+                settings.redraw_clipped,
+            )
+            return first, second, labels
 
-        first = perturb(crop(pairs.first), self.noise)
-        second = perturb(crop(pairs.second), self.noise)
         classifier = self.classifiers[str(size)]
         assert isinstance(classifier, PositionClassifier)
         return total_loss(
-            self.encoder,
-            classifier,
-            (first, second, pairs.label.to(self.images.device)),
-            (crop(near.first), crop(near.second)),
-            self.settings.svdd_weight,
+            self.encoder, classifier, draw("position"), draw("neighbour")[:2], settings.svdd_weight
         )
 
     def _next_images(self) -> Tensor:
         """[B]: the images of the next batch; an epoch visits each CROPS_PER_IMAGE times."""
         if len(self._queue) == 0:
             crops = len(self.images) * CROPS_PER_IMAGE
-            self._queue = torch.randperm(crops, generator=self.coordinates) % len(self.images)
+            self._queue = torch.randperm(crops, generator=self.order) % len(self.images)
         batch, self._queue = self._queue.tensor_split([self.settings.batch_size])
         return batch
 

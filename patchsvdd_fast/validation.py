@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import _native
+from .levels import PatchLevel
+from .sampling import PairKind
 
 
 class DLPackArray(Protocol):
@@ -134,3 +136,50 @@ def check_groups(
         check_same_device(name, groups, "queries", queries)
         if tuple(groups.shape) != (count,):
             raise ValueError(f"{name} must have shape [{count}], got {list(groups.shape)}")
+
+
+def check_indices(name: str, indices: Tensor, count: int) -> None:
+    """Require 0 <= index < count of an int64 tensor [B] on the CPU; names the first bad one."""
+    bad = ((indices < 0) | (indices >= count)).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise ValueError(
+            f"{name} must be at least 0 and less than {count}, "
+            f"got {int(indices[position])} at position {position}"
+        )
+
+
+def check_pairs(
+    images: Tensor, image_of: Tensor, size: int, kind: str, step: int, redraw_clipped: bool
+) -> None:
+    """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; a valid step."""
+    check_shape("image_of", image_of, "B")
+    check_dtype("image_of", image_of, torch.int64)
+    check_same_device("image_of", image_of, "images", images)
+    kinds = get_args(PairKind)
+    if kind not in kinds:
+        raise ValueError(f"kind must be {' or '.join(map(repr, kinds))}, got {kind!r}")
+    count, channels, height, width = images.shape
+    if count == 0:
+        raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")
+    smallest = 4 if kind == "position" else 32  # smaller ones have no jitter to draw
+    if size < smallest:
+        raise ValueError(f"size must be at least {smallest} for {kind} pairs, got {size}")
+    PatchLevel(size, 1).grid_shape(height, width)  # refuses images smaller than a patch
+    if channels * size * size >= 2**32:
+        raise ValueError(
+            f"a patch must have fewer than 2^32 values, got size {size} with {channels} channels"
+        )
+    if 2 * image_of.shape[0] * channels >= 2**31:
+        raise ValueError(
+            f"image_of must be shorter than 2^30 / {channels} with {channels} channels, "
+            f"got {image_of.shape[0]}"
+        )
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step must be at least 0 and less than 2^32, got {step}")
+    room = 2 * size - 1
+    if kind == "position" and redraw_clipped and min(height, width) < room:
+        raise ValueError(
+            f"redraw_clipped needs images of at least {room}x{room} pixels for patches of {size}, "
+            f"got {width}x{height}"
+        )

@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from grids import GRIDS
-from patchsvdd_fast import ops, reference
+from grids import GRIDS, PAIRS
+from patchsvdd_fast import NormalBank, ops, reference, segments
+from patchsvdd_fast import bank as bank_module
 
 
 @pytest.fixture
@@ -27,7 +28,19 @@ def on_cuda_kernels(cuda_on_host, monkeypatch):
     return use
 
 
-@pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)
+PATCHES = [
+    *GRIDS,
+    (16, 3, 40, 53),
+    (32, 5, 70, 67),
+    (64, 16, 80, 97),
+    (24, 24, 60, 90),
+    (8, 1, 9, 700),
+    (2, 1, 720, 4),  # several rows of patches per block
+    (4, 3, 6, 6000),  # too wide for one block
+]
+
+
+@pytest.mark.parametrize(("size", "stride", "height", "width"), PATCHES)
 def test_extract_patches(on_cuda_kernels, size, stride, height, width):
     for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64):
         images = (torch.rand(2, 3, height, width) * 255).to(dtype)
@@ -36,6 +49,39 @@ def test_extract_patches(on_cuda_kernels, size, stride, height, width):
             with on_cuda_kernels():
                 patches = ops.extract_patches(images, size, stride, offset)
             assert torch.equal(patches, reference.extract_patches(images, size, stride, offset))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [15, 16, 18, 20, 32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_extract_patches_of_images_at_any_address(on_cuda_kernels, dtype, size, offset):
+    shape = (2, 3, 37, 41)
+    images = (torch.rand(2 * 3 * 37 * 41 + offset) * 255).to(dtype)[offset:].view(shape)
+    assert images.data_ptr() % 16 != 0
+    for mean in (None, torch.rand(1 + 3 * 37 * 41)[1:].view(shape[1:])):
+        with on_cuda_kernels():
+            patches = ops.extract_patches(images, size, 3, mean)
+        assert torch.equal(patches, reference.extract_patches(images, size, 3, mean))
+
+
+def test_extract_patches_longer_than_a_block_can_stage(on_cuda_kernels):
+    images = torch.arange(2561 * 2563, dtype=torch.float64).view(1, 1, 2561, 2563)
+    with on_cuda_kernels():
+        patches = ops.extract_patches(images, 2561, 2)
+    assert torch.equal(patches, reference.extract_patches(images, 2561, 2))
+
+
+def test_normalized_pixels_are_those_of_the_cpu_to_the_bit(on_cuda_kernels):
+    """All quotients that an 8-bit pixel and a mean of 16 bits have, and those of extreme means."""
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 256)
+    for mean in (
+        torch.arange(2**16, dtype=torch.float32).view(1, 256, 256) / 257,
+        torch.rand(1, 256, 256) * 10.0 ** torch.randint(-45, 38, (1, 256, 256)),
+    ):
+        with on_cuda_kernels():
+            patches = ops.extract_patches(pixels, 256, 1, mean)
+        expected = ops.extract_patches(pixels, 256, 1, mean)
+        assert torch.equal(patches.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)
@@ -181,10 +227,105 @@ def test_nearest_excludes_groups(on_cuda_kernels, count, method, in_order):
     assert (none[1] == -1).all()
 
 
+def _near_a_plane(rows, dim, spread=1.0, offset=0.0):
+    """Points near some points of a plane, as embeddings are; queries beside some of them."""
+    corners = torch.randn(rows // 10, 3) @ torch.randn(3, dim)
+    bank = corners[torch.randint(len(corners), (rows,))] + 0.1 * torch.randn(rows, dim)
+    queries = bank[torch.randint(rows, (300,))] + 0.05 * torch.randn(300, dim)
+    return offset + spread * queries, offset + spread * bank
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("has_groups", [False, True])
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+@pytest.mark.parametrize(("dim", "spread", "offset"), [(5, 1, 0), (24, 1e-4, 3), (70, 1, 0)])
+def test_clusters_give_the_canonical_answer(
+    on_cuda_kernels, cuda_on_host, dim, spread, offset, limit, has_groups, schedule
+):
+    queries, bank = _near_a_plane(1500, dim, spread, offset)
+    bank[1400] = bank[40] = queries[0]
+    groups = (torch.randint(4, (300,)), torch.randint(4, (1500,))) if has_groups else (None, None)
+    cuda_on_host.cuda.set_schedule(schedule)
+    visits = torch.zeros(1, dtype=torch.int64)
+    with on_cuda_kernels(), ops.use_workspace_limit(limit):
+        arrays = segments.build_segments(bank, 5)
+        found = ops.search_segments(queries, arrays, *groups, 1, visits=visits)
+    expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    tiles, count = 2, len(arrays.segment_clusters)
+    assert count > 5  # some clusters have several segments
+    assert 0 < int(visits) < 0.9 * tiles * count  # and some are skipped
+
+
+@pytest.mark.parametrize(
+    "change", [_tiny_ball, _outlier, _too_large_to_screen, _all_equal, _subnormal]
+)
+def test_clusters_of_difficult_values(on_cuda_kernels, change):
+    queries, bank = change(torch.randn(40, 20), torch.randn(300, 20))
+    with on_cuda_kernels():
+        arrays = segments.build_segments(bank, 5)
+        if arrays is None:
+            assert change is _too_large_to_screen
+            return
+        found = ops.search_segments(queries, arrays, None, None, 1)
+    expected = ops.nearest(queries, bank)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
+    """All that a bank does, as on a GPU: clustered, searched, changed."""
+    queries, rows = _near_a_plane(1200, 16)
+    rows = rows.view(12, 10, 10, 16)
+    plain = NormalBank(rows, clusters=0, storage=storage)
+    monkeypatch.setattr(bank_module, "_on_gpu", lambda tensor: True)
+    with on_cuda_kernels():
+        bank = NormalBank(rows, clusters=6, storage=storage)
+        assert bank.num_clusters in range(1, 7)
+        assert torch.equal(bank.embeddings, plain.embeddings)
+        for change in (
+            lambda b: None,
+            lambda b: b.add(rows[:2] + 0.01),
+            lambda b: b.remove(torch.tensor([3, 4])),
+            lambda b: b.merge(b),
+        ):
+            change(bank)
+            change(plain)
+            found = bank.nearest(queries)
+            own_groups = bank.groups.repeat_interleave(100)[:300]
+            own = bank.nearest(bank.embeddings[:300].float(), exclude_same_group=own_groups)
+            expected = ops.nearest(queries, plain.embeddings)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+            assert (bank.groups[own[1] // 100] != own_groups).all()
+
+
 def test_nearest_of_no_queries(on_cuda_kernels):
     with on_cuda_kernels():
         distances, indices = ops.nearest(torch.empty(0, 4), torch.rand(3, 4))
     assert distances.shape == indices.shape == (0,)
+
+
+@pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)
+def test_crop_pairs_are_those_of_the_cpu_to_the_bit(
+    on_cuda_kernels, kind, size, channels, height, width, redraw_clipped
+):
+    images = torch.randint(256, (3, channels, height, width), dtype=torch.uint8)
+    mean = torch.rand(channels, height, width) * 255
+    arguments = (images, mean, torch.randint(3, (5,)), size, kind, 3, 4, redraw_clipped)
+    with on_cuda_kernels():
+        on_cuda = ops.crop_pairs(*arguments)
+    for found, expected in zip(on_cuda, ops.crop_pairs(*arguments), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_crop_pairs_of_no_pairs(on_cuda_kernels):
+    images, nothing = torch.zeros(1, 1, 9, 9, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    with on_cuda_kernels():
+        patches, _, _ = ops.crop_pairs(images, torch.zeros(1, 9, 9), nothing, 8, "position", 0, 0)
+    assert patches.shape == (2, 0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 3000])

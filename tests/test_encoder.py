@@ -8,7 +8,6 @@ import torch
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, load_official_checkpoint
 from patchsvdd_fast.reference import dense_embeddings_patchwise
-from patchsvdd_fast.sampling import crop_patches
 
 CATEGORIES = ("hazelnut", "leather")
 
@@ -130,7 +129,4 @@ def _reference_images(reference_dir, category):
     reference = np.load(reference_dir / f"{category}.npz")
     images = torch.from_numpy(reference["image_uint8"]).permute(0, 3, 1, 2)
     mean = torch.from_numpy(reference["mean"]).permute(2, 0, 1)
-    normalized = (images - mean) / 255
-    corner = crop_patches(images, mean, torch.tensor([1]), torch.tensor([[3, 5]]), 64)
-    assert torch.equal(corner[0], normalized[1, :, 3:67, 5:69])
-    return normalized.contiguous(), reference
+    return ((images - mean) / 255).contiguous(), reference

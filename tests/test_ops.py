@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grids import GRIDS
+from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, ops, reference
 from patchsvdd_fast.validation import check_finite_rows, first_bad_row
 
@@ -266,6 +266,103 @@ def test_a_build_without_cuda_says_how_to_rebuild(monkeypatch):
         pass
 
 
+def _training_images(channels, height, width, count=3):
+    images = torch.randint(256, (count, channels, height, width), dtype=torch.uint8)
+    return images, images.float().mean(dim=0)
+
+
+@pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)
+def test_crop_pairs_matches_reference(kind, size, channels, height, width, redraw_clipped):
+    images, mean = _training_images(channels, height, width)
+    arguments = (images, mean, torch.randint(3, (13,)), size, kind, 2**63 + 5, 7, redraw_clipped)
+    patches, corners, labels = ops.crop_pairs(*arguments)
+    expected = reference.crop_pairs(*arguments)
+    assert torch.equal(corners, expected[1])
+    assert torch.equal(labels, expected[2])
+    # five roundings of values up to 1, and normal numbers to 1e-6
+    torch.testing.assert_close(patches.double(), expected[0], rtol=0, atol=3e-7)
+
+
+def test_philox_gives_the_published_numbers():
+    """Known answers of the generator's authors, for Philox4x32 with ten rounds."""
+    ones = 2**32 - 1
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    for seed, counter, expected in (
+        (0, [0] * 4, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (2**64 - 1, [ones] * 4, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (0x299F31D0A4093822, pi, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ):
+        assert reference.philox(seed, *counter).tolist() == expected
+
+
+def test_crop_pairs_do_not_depend_on_threads_or_batches():
+    images, mean = _training_images(3, 100, 90)
+    image_of = torch.randint(3, (23,))
+    expected = ops.crop_pairs(images, mean, image_of, 32, "position", 1, 2)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            torch.set_flush_denormal(count == 2)
+            for pairs in (1, 10, 23):
+                found = ops.crop_pairs(images, mean, image_of[:pairs], 32, "position", 1, 2)
+                assert torch.equal(found[0], expected[0][:, :pairs])
+                assert torch.equal(found[1], expected[1][:, :pairs])
+                assert torch.equal(found[2], expected[2][:pairs])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+
+def test_crop_pairs_differ_by_seed_and_step():
+    images, mean = _training_images(1, 80, 80)
+    drawn = {
+        (seed, step): ops.crop_pairs(images, mean, torch.zeros(4).long(), 8, "position", seed, step)
+        for seed in (0, 1, 2**32, 2**64 - 1)
+        for step in (0, 1, 2**32 - 1)
+    }
+    for values in zip(*drawn.values(), strict=True):
+        assert len({value.numpy().tobytes() for value in values}) == len(drawn)
+    again = ops.crop_pairs(images, mean, torch.zeros(4).long(), 8, "position", -1, 1)
+    assert torch.equal(again[0], drawn[2**64 - 1, 1][0])
+
+
+def test_crop_pairs_accepts_what_is_not_contiguous():
+    images, mean = _training_images(3, 50, 60)
+    image_of = torch.tensor([2, 0, 1, 0, 2, 1])[::2]
+    expected = ops.crop_pairs(images, mean, image_of.contiguous(), 32, "neighbour", 0, 0)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    transposed = mean.transpose(1, 2).contiguous().transpose(1, 2)
+    found = ops.crop_pairs(channels_last, transposed, image_of, 32, "neighbour", 0, 0)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_crop_pairs_of_no_pairs():
+    images, mean = _training_images(3, 32, 32)
+    patches, corners, labels = ops.crop_pairs(
+        images, mean, torch.empty(0, dtype=torch.int64), 16, "position", 0, 0
+    )
+    assert patches.shape == (2, 0, 3, 16, 16)
+    assert corners.shape == (2, 0, 2)
+    assert labels.shape == (0,)
+
+
+def _crop(
+    images=None,
+    mean=None,
+    image_of=(0, 1),
+    size=32,
+    kind="position",
+    step=0,
+    redraw_clipped=False,
+):
+    images = torch.zeros(2, 1, 40, 50, dtype=torch.uint8) if images is None else images
+    mean = torch.zeros(1, 40, 50) if mean is None else mean
+    return ops.crop_pairs(
+        images, mean, torch.as_tensor(image_of), size, kind, 0, step, redraw_clipped
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -302,6 +399,25 @@ def test_a_build_without_cuda_says_how_to_rebuild(monkeypatch):
             ValueError,
             "bank must be finite.*row 2",
         ),
+        (lambda: _crop(images=torch.zeros(2, 1, 40, 50)), TypeError, "images must be uint8"),
+        (lambda: _crop(mean=torch.zeros(3, 40, 50)), ValueError, r"mean must have.*\[1, 40, 50\]"),
+        (lambda: _crop(image_of=[[0]]), ValueError, r"image_of must have shape \[B\]"),
+        (lambda: _crop(image_of=[0.0]), TypeError, "image_of must be int64, got float32"),
+        (lambda: _crop(image_of=[1, 2]), ValueError, "image_of.*less than 2, got 2 at position 1"),
+        (lambda: _crop(image_of=[-1]), ValueError, "image_of.*got -1 at position 0"),
+        (
+            lambda: _crop(torch.zeros(0, 1, 40, 50, dtype=torch.uint8)),
+            ValueError,
+            "images must hold at least one",
+        ),
+        (lambda: _crop(image_of=torch.zeros(1).long().expand(2**30)), ValueError, "shorter than"),
+        (lambda: _crop(size=41), ValueError, "at least 41x41"),
+        (lambda: _crop(size=3), ValueError, "size must be at least 4 for position pairs, got 3"),
+        (lambda: _crop(size=31, kind="neighbour"), ValueError, "at least 32 for neighbour pairs"),
+        (lambda: _crop(kind="other"), ValueError, "kind must be 'position' or 'neighbour'"),
+        (lambda: _crop(step=-1), ValueError, "step must be at least 0"),
+        (lambda: _crop(step=2**32), ValueError, r"step.*less than 2\^32, got 4294967296"),
+        (lambda: _crop(redraw_clipped=True), ValueError, "at least 63x63.*got 50x40"),
     ],
 )
 def test_bad_input_is_named(call, error, message):
@@ -324,6 +440,13 @@ OPCHECKS = [
     ),
     (torch.ops.patchsvdd_fast.score_map, (torch.rand(2, 5, 6), 6, 3, 20, 21)),
     (torch.ops.patchsvdd_fast.nearest, (torch.rand(5, 7), torch.rand(11, 7))),
+    (
+        torch.ops.patchsvdd_fast.crop_pairs,
+        (
+            torch.ones(2, 3, 40, 50, dtype=torch.uint8),
+            *(torch.rand(3, 40, 50), torch.tensor([1, 0, 1]), 32, "neighbour", 5, 6),
+        ),
+    ),
 ]
 
 

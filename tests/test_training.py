@@ -8,18 +8,13 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from patchsvdd_fast import HierarchicalEncoder
+from patchsvdd_fast import HierarchicalEncoder, ops
 from patchsvdd_fast.encoder import from_official_names
 from patchsvdd_fast.losses import PositionClassifier
-from patchsvdd_fast.sampling import (
-    DIRECTIONS,
-    crop_patches,
-    perturb,
-    sample_neighbour_pairs,
-    sample_position_pairs,
-)
+from patchsvdd_fast.sampling import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
 from patchsvdd_fast.training import (
     CROPS_PER_IMAGE,
     CollapseWarning,
@@ -130,51 +125,66 @@ def test_last_classifier_layer_is_fixed_unless_asked():
         assert classifier.last.bias.grad is not None
 
 
+def _draw_pairs(kind, size, height, width, redraw_clipped=False, steps=20, pairs=1000):
+    """First and second corners and labels of `steps * pairs` pairs."""
+    images, mean = (
+        torch.zeros(1, 1, height, width, dtype=torch.uint8),
+        torch.zeros(1, height, width),
+    )
+    image_of = torch.zeros(pairs, dtype=torch.int64)
+    drawn = [
+        ops.crop_pairs(images, mean, image_of, size, kind, 1, step, redraw_clipped)[1:]
+        for step in range(steps)
+    ]
+    corners, labels = zip(*drawn, strict=True)
+    return *torch.cat(corners, dim=1), torch.cat(labels)
+
+
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("redraw_clipped", [False, True])
 def test_position_pairs_follow_the_protocol(size, redraw_clipped):
     height, width = 256, 200
-    count = 20_000
-    generator = torch.Generator().manual_seed(1)
-    pairs = sample_position_pairs(
-        torch.arange(count), size, height, width, generator, redraw_clipped
-    )
+    first, second, labels = _draw_pairs("position", size, height, width, redraw_clipped)
     limits = torch.tensor([height - size, width - size])
-    for corners in (pairs.first, pairs.second):
+    for corners in (first, second):
         assert (corners >= 0).all()
         assert (corners <= limits).all()
-    offset = pairs.second - pairs.first
-    direction = DIRECTIONS[pairs.label]
-    inside = ((pairs.second > 0) & (pairs.second < limits)).all(dim=1)
+    offset = second - first
+    direction = DIRECTIONS[labels]
+    inside = ((second > 0) & (second < limits)).all(dim=1)
     unclipped = torch.ones_like(inside) if redraw_clipped else inside
     assert torch.equal(offset.sign()[unclipped], direction[unclipped])
     length = offset[unclipped].abs()[direction[unclipped] != 0]
-    assert length.min() == 3 * size // 4
-    assert length.max() == size - 1
-    shares = torch.bincount(pairs.label, minlength=8) / count
+    lengths = torch.bincount(length - 3 * size // 4)
+    assert len(lengths) == size // 4
     if redraw_clipped:
         assert (offset.sign() == direction).all()
     else:
-        assert (shares - 1 / 8).abs().max() < 0.012
-        assert pairs.first.amin(dim=0).tolist() == [0, 0]
-        assert torch.equal(pairs.first.amax(dim=0), limits)
+        assert (lengths * len(lengths) / len(length) - 1).abs().max() < 0.15
+        assert (torch.bincount(labels, minlength=8) / len(labels) - 1 / 8).abs().max() < 0.012
+        for axis, limit in enumerate(limits.tolist()):
+            counts = torch.bincount(first[:, axis])
+            assert len(counts) == limit + 1
+            assert (counts * len(counts) / len(first) - 1).abs().max() < 0.6  # 5 of deviation
         assert 0.05 < (~inside).float().mean() < 0.9  # clipping happens
 
 
-def test_redrawing_refuses_images_without_room():
-    with pytest.raises(ValueError, match="at least 127x127"):
-        sample_position_pairs(torch.zeros(4).long(), 64, 126, 200, torch.Generator(), True)
+def test_redrawing_finds_the_only_places_there_are():
+    """In an image of 2K - 1 pixels a diagonal pair of the longest offset fits in one place."""
+    first, second, labels = _draw_pairs("position", 8, 15, 15, redraw_clipped=True)
+    assert torch.equal((second - first).sign(), DIRECTIONS[labels])
+    assert (torch.bincount(labels) > 0).all()
+    assert (second - first).abs().max() == 7
 
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_neighbour_pairs_follow_the_protocol(size):
-    count = 20_000
-    generator = torch.Generator().manual_seed(2)
-    pairs = sample_neighbour_pairs(torch.arange(count), size, 256, 256, generator)
+    first, second, labels = _draw_pairs("neighbour", size, 256, 256)
+    assert (labels == 0).all()
     reach = size // 32
-    offset = pairs.second - pairs.first
+    offset = second - first
     assert offset.abs().max() == reach
-    interior = ((pairs.first >= reach) & (pairs.first <= 256 - size - reach)).all(dim=1)
+    interior = ((first >= reach) & (first <= 256 - size - reach)).all(dim=1)
     cells = (offset[interior] + reach) @ torch.tensor([2 * reach + 1, 1])
     counts = torch.bincount(cells, minlength=(2 * reach + 1) ** 2)
     middle = len(counts) // 2
@@ -186,20 +196,44 @@ def test_neighbour_pairs_follow_the_protocol(size):
 def test_crops_are_the_pixels_they_name():
     images = torch.randint(256, (3, 3, 70, 90), dtype=torch.uint8)
     mean = torch.rand(3, 70, 90) * 255
-    image, corners = torch.tensor([2, 0, 2]), torch.tensor([[0, 0], [38, 58], [5, 17]])
-    patches = crop_patches(images, mean, image, corners, 32)
-    for patch, n, (top, left) in zip(patches, image.tolist(), corners.tolist(), strict=True):
-        window = (slice(None), slice(top, top + 32), slice(left, left + 32))
-        assert torch.equal(patch, (images[n][window] - mean[window]) / 255)
+    image_of = torch.tensor([2, 0, 2, 1])
+    patches, corners, _ = ops.crop_pairs(images, mean, image_of, 33, "neighbour", 0, 0)
+    for pair, n in enumerate(image_of.tolist()):
+        for which in (0, 1):
+            top, left = corners[which, pair].tolist()
+            window = (slice(None), slice(top, top + 33), slice(left, left + 33))
+            assert torch.equal(patches[which, pair], (images[n][window] - mean[window]) / 255)
 
 
 def test_perturbation_has_the_stated_deviations():
-    patches = torch.zeros(2000, 3, 8, 8)
-    noisy = perturb(patches, torch.Generator().manual_seed(0))
-    shift = noisy.mean(dim=(2, 3))
-    noise = noisy - shift[..., None, None]
-    assert float(shift.std()) == pytest.approx(math.hypot(0.02, 0.02 / 8), rel=0.05)
-    assert float(noise.std()) == pytest.approx(0.02 * math.sqrt(63 / 64), rel=0.02)
+    """Clean patches are zero here, so what is left is a shift per channel and noise per pixel."""
+    images, mean = torch.zeros(1, 3, 20, 20, dtype=torch.uint8), torch.zeros(3, 20, 20)
+    image_of = torch.zeros(4000, dtype=torch.int64)
+    patches, _, _ = ops.crop_pairs(images, mean, image_of, 8, "position", 0, 0)
+    shift = patches.mean(dim=(3, 4), dtype=torch.float64)  # [2, B, 3]
+    noise = patches - shift[..., None, None]
+    assert float(shift.std()) == pytest.approx(math.hypot(COLOUR_SHIFT, PIXEL_NOISE / 8), rel=0.02)
+    assert float(noise.std()) == pytest.approx(PIXEL_NOISE * math.sqrt(63 / 64), rel=0.005)
+    assert float(shift.mean()) == pytest.approx(0, abs=4 * COLOUR_SHIFT / math.sqrt(shift.numel()))
+    # Each patch and channel has its own shift; each pixel its own noise.
+    correlations = torch.corrcoef(shift.permute(0, 2, 1).reshape(6, -1)) - torch.eye(6)
+    assert correlations.abs().max() < 0.08
+    pixels = noise.permute(0, 2, 3, 4, 1).reshape(2 * 3 * 64, -1)
+    correlations = torch.corrcoef(pixels) - torch.eye(len(pixels))
+    assert correlations.abs().max() < 0.12  # -1/63 within a channel, and 6 deviations of 1/63
+
+
+def test_noise_is_normal_into_the_tails():
+    images, mean = torch.zeros(1, 4, 64, 64, dtype=torch.uint8), torch.zeros(4, 64, 64)
+    patches, _, _ = ops.crop_pairs(
+        images, mean, torch.zeros(64, dtype=torch.int64), 64, "position", 0, 0
+    )
+    noise = patches - patches.mean(dim=(3, 4), keepdim=True)
+    noise = (noise / noise.std(dim=(3, 4), keepdim=True)).flatten().numpy()  # 2 million
+    assert scipy.stats.kstest(noise, "norm").pvalue > 1e-3
+    for deviations in (2, 3, 4):
+        expected = 2 * scipy.stats.norm.sf(deviations) * len(noise)
+        assert abs((np.abs(noise) > deviations).sum() - expected) < 5 * math.sqrt(expected)
 
 
 def _tiny_trainer(seed=0, **settings):

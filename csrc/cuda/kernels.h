@@ -13,9 +13,25 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream);
 void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
+void crop_pairs(const CropPairsParams& params, std::uintptr_t stream);
 // Bytes of scratch that `nearest` wants for a search of this size, near `limit` where it is cut
 // into chunks.
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
                           bool has_groups, int64_t limit);
+
+// Float16 codes of a bank: of what size.
+constexpr int kSegmentRows = 256;    // bank rows that share one result of the screen
+constexpr int kDimStep = 16;         // coordinates of one tensor-core instruction
+constexpr int64_t kNarrowDims = 64;  // up to here a warp keeps its queries in registers
+
+inline int64_t padded_dim(int64_t dim) {
+  const int64_t step = dim <= kNarrowDims ? kDimStep : kNarrowDims;
+  return (dim + step - 1) / step * step;
+}
+
+// Fills in the codes of a clustered bank.
+void encode_segments(const SegmentedBank& bank, std::uintptr_t stream);
+void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t stream);
+int64_t nearest_in_segments_workspace(const SegmentedBank& bank, int64_t queries, int64_t limit);
 
 }  // namespace psvdd::cuda

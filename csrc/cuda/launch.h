@@ -75,14 +75,18 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& shape, std:
 #endif
 }
 
+// Blocks for one thread per element; kernels stride over what is beyond.
+inline dim3 blocks_for(int64_t elements) {
+  const int64_t needed = (elements + kThreadsPerBlock - 1) / kThreadsPerBlock;
+  return dim3(static_cast<unsigned>(std::min(needed, kMaxBlocks)));
+}
+
 // Launches kernel(params, count) with one thread per element, `count` of them.
 template <typename Params>
 void launch_elements(const char* name, void (*kernel)(Params, int64_t), Params params,
                      int64_t count, std::uintptr_t stream) {
   if (count == 0) return;
-  const int64_t needed = (count + kThreadsPerBlock - 1) / kThreadsPerBlock;
-  const dim3 grid(static_cast<unsigned>(std::min(needed, kMaxBlocks)));
-  launch(name, kernel, {grid, kThreadsPerBlock}, stream, params, count);
+  launch(name, kernel, {blocks_for(count), kThreadsPerBlock}, stream, params, count);
 }
 
 }  // namespace psvdd::cuda

@@ -45,16 +45,17 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// acc[16 x 8] += a[16 x 16] b[16 x 8], float16 with float32 sums. Lane 4 g + t holds of acc the
-// columns 2t, 2t + 1 of rows g and g + 8; of a the same rows at k = 2t, 2t + 1, then k + 8; of b
-// column g at k = 2t, 2t + 1, then k + 8.
-__device__ inline void multiply_add(float (&acc)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2]) {
+// sum[16 x 8] = a[16 x 16] b[16 x 8] + addend[16 x 8], float16 with float32 sums. Lane 4 g + t
+// holds of the sums the columns 2t, 2t + 1 of rows g and g + 8; of a the same rows at k = 2t, 2t +
+// 1, then k + 8; of b column g at k = 2t, 2t + 1, then k + 8.
+__device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    const float (&addend)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(addend[0]),
+        "f"(addend[1]), "f"(addend[2]), "f"(addend[3]));
 }
 
 // The bits of the nearest float16.

@@ -52,6 +52,20 @@ __device__ void add_square(float q, float b, float* sum) {
   *sum = fmaf(difference, difference, *sum);
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// The queries that look at a segment; of a list, the positions in it.
+__device__ Range queries_of(const Rescore& params, int64_t segment) {
+  const int64_t all = params.queries.rows;
+  if (params.lists != nullptr) return {0, params.counts[segment]};
+  if (params.own_starts == nullptr) return {0, all};
+  const int64_t* own = params.own_starts + params.segment_clusters[segment];
+  const int64_t begin = own[0] - params.first_query, end = own[1] - params.first_query;
+  return {begin < 0 ? 0 : begin, end < all ? end : all};  // none if the end comes first
+}
+
 template <typename Stored, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, bool staged) {
   const int64_t dim = params.bank.dim;
@@ -59,8 +73,10 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t segment = blockIdx.x;
   const bool listed = params.lists != nullptr;
-  const int64_t count = listed ? params.counts[segment] : params.queries.rows;
   const int32_t* list = listed ? params.lists + segment * params.list_pitch : nullptr;
+  const Range range = queries_of(params, segment);
+  const int64_t count = range.end - range.begin;
+  const int64_t begin_row = params.bank.begin(segment), end_row = params.bank.end(segment);
   const auto* all_queries = static_cast<const float*>(params.queries.data);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int pitch = (static_cast<int>(dim) + 3) / 4 * 4 + 4;  // only where staged
@@ -69,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
        first += gridDim.y * int64_t{kLanes}) {
     const bool has_query = first + lane < count;
     const int64_t entry = has_query ? first + lane : first;
-    const int64_t query = listed ? list[entry] : entry;
+    const int64_t query = listed ? list[entry] : range.begin + entry;
     const float* vector = all_queries + query * dim;
     if (staged) {
       // Each warp fetches a quarter of the queries, lanes along the coordinates.
@@ -85,14 +101,13 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
     }
     Key best = kNothingYet;
     for (int r = 0; r < kRowsPerWarp; r += kRowsAtOnce) {
-      const int64_t row = segment * kSegmentRows + warp * kRowsPerWarp + r;
-      if (row >= params.bank.rows) break;
+      const int64_t row = begin_row + warp * kRowsPerWarp + r;
+      if (row >= end_row) break;
       const Stored* rows[kRowsAtOnce];
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
-        const int64_t last = params.bank.rows - 1;
-        rows[i] = static_cast<const Stored*>(params.bank.data) +
-                  (row + i < last ? row + i : last) * dim;  // the last again: it ties with itself
+        const int64_t place = row + i < end_row ? row + i : end_row - 1;
+        rows[i] = static_cast<const Stored*>(params.bank.data) + place * dim;  // or the last again
       }
       float sums[kRowsAtOnce][kPartialSums];
 #pragma unroll
@@ -122,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
 #pragma unroll
         for (int s = 0; s < 4; ++s) sums[i][s] += sums[i][s + 4];
         const float squared = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
-        const int64_t place = row + i < params.bank.rows ? row + i : params.bank.rows - 1;
+        const int64_t place = row + i < end_row ? row + i : end_row - 1;
         const int64_t id = params.ids != nullptr ? params.ids[place] : params.first_row + place;
         const Key key = static_cast<Key>(__float_as_uint(squared)) << 32 | static_cast<Key>(id);
         if (key >= best) continue;
@@ -147,7 +162,7 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
                      address(params.bank) % (4 * sizeof(Stored)) == 0;
   const bool staged = params.bank.dim <= kMostStagedDims;
   const size_t pitch = (params.bank.dim + 3) / 4 * 4 + 4;
-  const auto segments = static_cast<unsigned>((params.bank.rows + kSegmentRows - 1) / kSegmentRows);
+  const auto segments = static_cast<unsigned>(params.bank.segments());
   const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
   const auto across = static_cast<unsigned>(std::min<int64_t>(batches, kMostBlocksPerSegment));
   launch("nearest", whole ? rescore_segment<Stored, true> : rescore_segment<Stored, false>,

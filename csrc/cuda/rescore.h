@@ -22,10 +22,14 @@ struct Rescore {
   int64_t first_row;   // the number of the bank's first row
   const int64_t* ids;  // [bank rows] the rows' numbers, or null: first_row, first_row + 1, ...
   // Per segment of bank rows, the queries that look at it: the first counts[s] of each row of
-  // lists [segments, list_pitch]. Null: all queries look at all segments.
+  // lists [segments, list_pitch]; or, where there are no lists, the queries of the segment's
+  // cluster, own_starts[c] to own_starts[c + 1] less `first_query`; or, with neither, all.
   const int32_t* lists;
   const int32_t* counts;
   int64_t list_pitch;
+  const int32_t* segment_clusters;  // [segments]
+  const int64_t* own_starts;        // [clusters + 1]
+  int64_t first_query;
   Groups groups;  // query_groups counts from the first query
   Key* keys;      // [queries], lowered
 };

@@ -36,9 +36,10 @@ struct Screen {
   int64_t padded_queries;  // a multiple of kQueryTile
 };
 
-// The share of a tile's segments that this block takes, of blocks numbered along y.
+// The share of a tile's segments that this block takes, of blocks numbered along y. In 32 bits, as
+// there are fewer than 2^24 segments: registers are short.
 struct Share {
-  int64_t begin, end;
+  int begin, end;
   const int32_t* list;  // of segments, or null
 
   __device__ explicit Share(const Screen& params) : list(nullptr) {
@@ -47,10 +48,10 @@ struct Share {
       list = params.visits.segments + blockIdx.x * params.segments;
       count = params.visits.counts[blockIdx.x];
     }
-    begin = count * blockIdx.y / gridDim.y;
-    end = count * (blockIdx.y + 1) / gridDim.y;
+    begin = static_cast<int>(count * blockIdx.y / gridDim.y);
+    end = static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
   }
-  __device__ int64_t segment(int64_t i) const { return list == nullptr ? i : list[i]; }
+  __device__ int segment(int i) const { return list == nullptr ? i : list[i]; }
 };
 
 // Writes the maxima of 64 queries: `best[m][h]` is of query 16 m + 8 h + lane / 4, over this lane's
@@ -76,8 +77,7 @@ __device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
   best[1] = fmaxf(best[1], fmaxf(acc[2], acc[3]));
 }
 
-// --- dim <= 64
-// -------------------------------------------------------------------------------------
+// --- dim <= 64 -----------------------------------------------------------------------------------
 
 template <int kSteps>  // padded dim / 16
 struct Narrow {
@@ -96,18 +96,22 @@ struct Narrow {
 
 // Starts copying bank tile `index` of the share: codes, and the squared norms beside.
 template <int kSteps>
-__device__ void copy_narrow_tile(const Screen& params, const Share& share, int64_t index,
+__device__ void copy_narrow_tile(const Screen& params, const Share& share, int index,
                                  unsigned char* stage) {
   using Shape = Narrow<kSteps>;
   constexpr int kCopiesPerRow = Shape::kDim * 2 / kCopyBytes;
-  const int64_t segment = share.segment(share.begin + index / kTilesPerSegment);
-  const int64_t row = segment * kSegmentRows + index % kTilesPerSegment * kTileRows;
+  constexpr int kCopies = kTileRows * kCopiesPerRow;
+  const int segment = share.segment(share.begin + index / kTilesPerSegment);
+  const int64_t row = segment * int64_t{kSegmentRows} + index % kTilesPerSegment * kTileRows;
   const auto* codes =
       reinterpret_cast<const unsigned char*>(params.bank.halves + row * Shape::kDim);
-  for (int c = static_cast<int>(threadIdx.x); c < kTileRows * kCopiesPerRow; c += Shape::kThreads) {
+#pragma unroll
+  for (int first = 0; first < kCopies; first += Shape::kThreads) {
+    const int c = first + static_cast<int>(threadIdx.x);
     copy_async_16(stage + c / kCopiesPerRow * Shape::kPitch + c % kCopiesPerRow * kCopyBytes,
                   codes + c * kCopyBytes);
   }
+  static_assert(kCopies % Shape::kThreads == 0, "every thread makes as many copies");
   const auto* squares = reinterpret_cast<const unsigned char*>(params.bank.squares + row);
   const int s = static_cast<int>(threadIdx.x) * kCopyBytes;
   if (s < kTileRows * 4) copy_async_16(stage + Shape::kTileBytes + s, squares + s);
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int group = lane / 4, pair = lane % 4;
   const Share share(params);
-  const int64_t tiles = (share.end - share.begin) * kTilesPerSegment;
+  const int tiles = (share.end - share.begin) * kTilesPerSegment;
   const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + threadIdx.x / kWarp * 64;
 
   // The queries, in the registers where `mma` wants them.
@@ -149,11 +153,11 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
   float best[4][2];
 #pragma unroll
   for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
     // Tile t has arrived for all, and all are done with the tile whose stage is filled next.
     copy_async_wait<Shape::kStages - 2>();
     __syncthreads();
-    const int64_t next = t + Shape::kStages - 1;
+    const int next = t + Shape::kStages - 1;
     if (next < tiles) {
       copy_narrow_tile<kSteps>(params, share, next,
                                ring + next % Shape::kStages * Shape::kStageBytes);
@@ -162,39 +166,36 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
 
     const unsigned char* tile = ring + t % Shape::kStages * Shape::kStageBytes;
     const auto* squares = reinterpret_cast<const float*>(tile + Shape::kTileBytes);
-    // Half of the tile at a time: 64 queries x 32 rows of sums fit beside the queries.
+    // Sixteen rows at a time: what fits beside the queries with three blocks on a multiprocessor.
+#pragma unroll 1
+    for (int first = 0; first < kTileRows; first += 16) {
+      float start[2][4];  // -|b|^2 / 2 of this lane's columns, the same for all its queries
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float acc[4][4][4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int column = half * 32 + n * 8 + pair * 2;
-        const float even = -0.5f * squares[column], odd = -0.5f * squares[column + 1];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          acc[m][n][0] = acc[m][n][2] = even;
-          acc[m][n][1] = acc[m][n][3] = odd;
-        }
+      for (int n = 0; n < 2; ++n) {
+        const int column = first + n * 8 + pair * 2;
+        start[n][0] = start[n][2] = -0.5f * squares[column];
+        start[n][1] = start[n][3] = -0.5f * squares[column + 1];
       }
+      float acc[4][2][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
+        // Matrices: rows 0..7 at k, at k + 8, rows 8..15 at k, at k + 8.
+        const int row = first + lane / 16 * 8 + lane % 8;
+        uint32_t b[4];
+        load_matrices(b, tile + row * Shape::kPitch + k * 32 + lane / 8 % 2 * kCopyBytes);
 #pragma unroll
-        for (int two = 0; two < 2; ++two) {
-          // Matrices: rows 0..7 at k, at k + 8, rows 8..15 at k, at k + 8.
-          const int row = half * 32 + two * 16 + lane / 16 * 8 + lane % 8;
-          uint32_t b[4];
-          load_matrices(b, tile + row * Shape::kPitch + k * 32 + lane / 8 % 2 * kCopyBytes);
+        for (int m = 0; m < 4; ++m) {
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            multiply_add(acc[m][two * 2], queries[k][m], {b[0], b[1]});
-            multiply_add(acc[m][two * 2 + 1], queries[k][m], {b[2], b[3]});
+          for (int n = 0; n < 2; ++n) {
+            multiply_add(acc[m][n], queries[k][m], {b[n * 2], b[n * 2 + 1]},
+                         k == 0 ? start[n] : acc[m][n]);
           }
         }
       }
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) keep_largest(acc[m][n], best[m]);
+        for (int n = 0; n < 2; ++n) keep_largest(acc[m][n], best[m]);
       }
     }
     if (t % kTilesPerSegment == kTilesPerSegment - 1) {
@@ -205,8 +206,7 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
   copy_async_wait<0>();
 }
 
-// --- any dim
-// ---------------------------------------------------------------------------------------
+// --- any dim -------------------------------------------------------------------------------------
 
 struct Wide {
   static constexpr int kWarps = 8;  // 4 along the queries, 2 along the bank
@@ -220,47 +220,49 @@ struct Wide {
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
-// Where 16 bytes of a row lie: the eight pieces of a row change places from row to row, so that the
-// same piece of eight rows lies in different banks.
-__device__ int swizzled(int row, int piece) {
-  return row * Wide::kRowBytes + ((piece ^ (row % 8)) * kCopyBytes);
+// Two segments go side by side, one for each column of warps: entries 2 n and 2 n + 1 of the share.
+// The last one may be alone; then it is there twice and written once.
+__device__ int wide_segment(const Share& share, int number, int column) {
+  const int i = share.begin + number * 2 + column;
+  return share.segment(i < share.end ? i : share.end - 1);
 }
 
-// Two segments go side by side, one for each column of warps: entries i and i + 1 of the share. The
-// last one may be alone; then it is there twice and written once.
-struct SegmentPair {
-  int64_t segment[2];
-  int count;
+// Where 16 bytes of a row lie in it: the eight pieces of a row change places from row to row, so
+// that the same piece of eight rows lies in different banks. The rows that a lane or thread handles
+// all have the same `row % 8`.
+__device__ int place_of(int piece, int row) { return (piece ^ (row % 8)) * kCopyBytes; }
 
-  __device__ SegmentPair(const Share& share, int64_t number) {
-    const int64_t i = share.begin + number * 2;
-    count = i + 1 < share.end ? 2 : 1;
-    segment[0] = share.segment(i);
-    segment[1] = share.segment(i + count - 1);
-  }
-};
-
-// Starts copying the chunk number `index`: of pair, tile, chunk of coordinates, the last runs
-// first.
-__device__ void copy_wide_chunk(const Screen& params, const Share& share, int64_t index,
-                                int64_t chunks, unsigned char* stage) {
-  const int64_t dim = params.bank.padded_dim;
-  const int64_t column = index % chunks * Wide::kChunk;
-  const int64_t tile = index / chunks;
-  const SegmentPair pair(share, tile / kTilesPerSegment);
-  const int64_t row_in_segment = tile % kTilesPerSegment * kTileRows;
-  const uint16_t* queries = params.queries.halves + blockIdx.x * int64_t{kQueryTile} * dim + column;
+// Starts copying one chunk of coordinates from `column` on: of the block's queries, and of 64 rows
+// of either segment of the pair.
+__device__ void copy_wide_chunk(const Screen& params, const Share& share, int tile, int column,
+                                unsigned char* stage) {
   constexpr int kPieces = Wide::kRowBytes / kCopyBytes;
-  for (int c = static_cast<int>(threadIdx.x); c < kQueryTile * kPieces; c += Wide::kThreads) {
-    const int row = c / kPieces, piece = c % kPieces;
-    copy_async_16(stage + swizzled(row, piece), queries + row * dim + piece * 8);
+  constexpr int kRowsAtOnce = Wide::kThreads / kPieces;  // 32
+  static_assert(kRowsAtOnce % 8 == 0, "a thread's rows must be alike in place_of");
+  const int64_t dim = params.bank.padded_dim;
+  const int row = static_cast<int>(threadIdx.x) / kPieces;
+  const int piece = static_cast<int>(threadIdx.x) % kPieces;
+  unsigned char* to = stage + row * Wide::kRowBytes + place_of(piece, row);
+  const uint16_t* query =
+      params.queries.halves + (blockIdx.x * int64_t{kQueryTile} + row) * dim + column + piece * 8;
+#pragma unroll
+  for (int i = 0; i < kQueryTile / kRowsAtOnce; ++i) {
+    copy_async_16(to, query);
+    to += kRowsAtOnce * Wide::kRowBytes;
+    query += kRowsAtOnce * dim;
   }
-  for (int c = static_cast<int>(threadIdx.x); c < 2 * kTileRows * kPieces; c += Wide::kThreads) {
-    const int row = c / kPieces, piece = c % kPieces;
-    const int64_t bank_row =
-        pair.segment[row / kTileRows] * kSegmentRows + row_in_segment + row % kTileRows;
-    copy_async_16(stage + Wide::kQueryBytes + swizzled(row, piece),
-                  params.bank.halves + bank_row * dim + column + piece * 8);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first =
+        wide_segment(share, tile / kTilesPerSegment, half) * int64_t{kSegmentRows} +
+        tile % kTilesPerSegment * kTileRows;
+    const uint16_t* bank = params.bank.halves + (first + row) * dim + column + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
+      copy_async_16(to, bank);
+      to += kRowsAtOnce * Wide::kRowBytes;
+      bank += kRowsAtOnce * dim;
+    }
   }
 }
 
@@ -270,67 +272,76 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int query_warp = warp % 4, bank_warp = warp / 4;
   const Share share(params);
-  const int64_t chunks = params.bank.padded_dim / Wide::kChunk;
-  const int64_t pairs = (share.end - share.begin + 1) / 2;
-  const int64_t steps = pairs * kTilesPerSegment * chunks;
+  const int chunks = static_cast<int>(params.bank.padded_dim / Wide::kChunk);
+  const int tiles = (share.end - share.begin + 1) / 2 * kTilesPerSegment;
   const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + query_warp * 64;
+  // Where this lane reads rows of matrices: of a, rows 0..7 at k, rows 8..15 at k, then both at
+  // k + 8; of b, rows 0..7 at k, at k + 8, then rows 8..15 likewise.
+  const int a_row = query_warp * 64 + lane % 16;
+  const int b_row = bank_warp * kTileRows + lane / 16 * 8 + lane % 8;
 
-  for (int stage = 0; stage < Wide::kStages - 1; ++stage) {
-    if (stage < steps) {
-      copy_wide_chunk(params, share, stage, chunks, ring + stage * Wide::kStageBytes);
+  // The chunk that is copied next.
+  int next_tile = 0, next_chunk = 0, next_stage = 0;
+  const auto copy_next = [&] {
+    if (next_tile < tiles) {
+      copy_wide_chunk(params, share, next_tile, next_chunk * Wide::kChunk,
+                      ring + next_stage * Wide::kStageBytes);
     }
     copy_async_commit();
-  }
+    next_stage = next_stage + 1 == Wide::kStages ? 0 : next_stage + 1;
+    if (++next_chunk == chunks) {
+      next_chunk = 0;
+      ++next_tile;
+    }
+  };
+  for (int stage = 0; stage < Wide::kStages - 1; ++stage) copy_next();
 
   float best[4][2];
 #pragma unroll
   for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
-  int64_t step = 0;
-  for (int64_t tile = 0; tile < pairs * kTilesPerSegment; ++tile) {
-    const SegmentPair pair(share, tile / kTilesPerSegment);
-    const int64_t segment = pair.segment[bank_warp];
-    const float* squares =
-        params.bank.squares + segment * kSegmentRows + tile % kTilesPerSegment * kTileRows;
+  int stage = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
     float acc[4][8][4];
+    {
+      const int64_t segment = wide_segment(share, tile / kTilesPerSegment, bank_warp);
+      const float* squares = params.bank.squares + segment * kSegmentRows +
+                             tile % kTilesPerSegment * kTileRows + lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const int column = n * 8 + lane % 4 * 2;
-      const float even = -0.5f * squares[column], odd = -0.5f * squares[column + 1];
+      for (int n = 0; n < 8; ++n) {
+        const float even = -0.5f * squares[n * 8], odd = -0.5f * squares[n * 8 + 1];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        acc[m][n][0] = acc[m][n][2] = even;
-        acc[m][n][1] = acc[m][n][3] = odd;
+        for (int m = 0; m < 4; ++m) {
+          acc[m][n][0] = acc[m][n][2] = even;
+          acc[m][n][1] = acc[m][n][3] = odd;
+        }
       }
     }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, ++step) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<Wide::kStages - 2>();
       __syncthreads();
-      const int64_t next = step + Wide::kStages - 1;
-      if (next < steps) {
-        copy_wide_chunk(params, share, next, chunks,
-                        ring + next % Wide::kStages * Wide::kStageBytes);
-      }
-      copy_async_commit();
-      const unsigned char* queries = ring + step % Wide::kStages * Wide::kStageBytes;
-      const unsigned char* bank = queries + Wide::kQueryBytes;
+      copy_next();
+      const unsigned char* queries = ring + stage * Wide::kStageBytes + a_row * Wide::kRowBytes;
+      const unsigned char* bank =
+          ring + stage * Wide::kStageBytes + Wide::kQueryBytes + b_row * Wide::kRowBytes;
+      stage = stage + 1 == Wide::kStages ? 0 : stage + 1;
 #pragma unroll
       for (int k = 0; k < Wide::kChunk / kDimStep; ++k) {
+        const int a_place = place_of(k * 2 + lane / 16, a_row);
+        const int b_place = place_of(k * 2 + lane / 8 % 2, b_row);
         uint32_t a[4][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          // Matrices: rows 0..7 at k, rows 8..15 at k, then both at k + 8.
-          const int row = query_warp * 64 + m * 16 + lane % 16;
-          load_matrices(a[m], queries + swizzled(row, k * 2 + lane / 16));
+          load_matrices(a[m], queries + a_place + m * 16 * Wide::kRowBytes);
         }
 #pragma unroll
         for (int two = 0; two < 4; ++two) {
-          const int row = bank_warp * kTileRows + two * 16 + lane / 16 * 8 + lane % 8;
           uint32_t b[4];
-          load_matrices(b, bank + swizzled(row, k * 2 + lane / 8 % 2));
+          load_matrices(b, bank + b_place + two * 16 * Wide::kRowBytes);
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
-            multiply_add(acc[m][two * 2], a[m], {b[0], b[1]});
-            multiply_add(acc[m][two * 2 + 1], a[m], {b[2], b[3]});
+            multiply_add(acc[m][two * 2], a[m], {b[0], b[1]}, acc[m][two * 2]);
+            multiply_add(acc[m][two * 2 + 1], a[m], {b[2], b[3]}, acc[m][two * 2 + 1]);
           }
         }
       }
@@ -341,7 +352,9 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
       for (int n = 0; n < 8; ++n) keep_largest(acc[m][n], best[m]);
     }
     if (tile % kTilesPerSegment == kTilesPerSegment - 1) {
-      if (bank_warp < pair.count) {
+      const int number = tile / kTilesPerSegment;
+      if (share.begin + number * 2 + bank_warp < share.end) {
+        const int64_t segment = wide_segment(share, number, bank_warp);
         write_maxima(best, params.maxima + segment * params.padded_queries + first_query);
       }
     }

@@ -5,22 +5,35 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "launch.h"
 
 namespace psvdd::cuda {
 
-constexpr int kSegmentRows = 256;     // bank rows that share one result of the screen
-constexpr int kQueryTile = 256;       // queries are padded to a multiple of this
-constexpr int kDimStep = 16;          // coordinates of one tensor-core instruction
-constexpr int64_t kNarrowDims = 64;   // up to here a warp keeps its queries in registers
+constexpr int kQueryTile = 256;  // queries are padded to a multiple of this
+
 constexpr float kScreenable = 1e15f;  // squares of larger differences might overflow
 
-// Vectors as the search was given them.
+// Vectors as the search was given them, in segments of up to kSegmentRows.
 struct Vectors {
   const void* data;  // [rows, dim], float32 or float16
   bool is_half;
   int64_t rows;
   int64_t dim;
+  const int64_t* segment_starts = nullptr;  // [segments + 1] first rows; null: all are full
+  int64_t num_segments = 0;                 // where there are starts
+
+  __host__ __device__ int64_t segments() const {
+    return segment_starts != nullptr ? num_segments : (rows + kSegmentRows - 1) / kSegmentRows;
+  }
+  // The rows [begin, end) of a segment.
+  __device__ int64_t begin(int64_t segment) const {
+    return segment_starts != nullptr ? segment_starts[segment] : segment * kSegmentRows;
+  }
+  __device__ int64_t end(int64_t segment) const {
+    if (segment_starts != nullptr) return segment_starts[segment + 1];
+    return rows < (segment + 1) * kSegmentRows ? rows : (segment + 1) * kSegmentRows;
+  }
 };
 
 // Where the vectors are rounded: x becomes float16((x - centre) * scale), scale a power of two that
@@ -50,15 +63,10 @@ struct Visits {
   const int32_t* counts;    // [query tiles]
 };
 
-inline int64_t padded_dim(int64_t dim) {
-  const int64_t step = dim <= kNarrowDims ? kDimStep : kNarrowDims;
-  return (dim + step - 1) / step * step;
-}
-
 // Centre and range of a bank.
 void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream);
 
-// Codes of all rows, padded to a multiple of kSegmentRows; `segments` may hold nulls.
+// Codes of all rows, each segment padded to kSegmentRows; `segments` may hold nulls.
 void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
             const Segments& segments, std::uintptr_t stream);
 
@@ -67,8 +75,7 @@ void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
 void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_t segments,
             const Visits& visits, float* maxima, std::uintptr_t stream);
 
-// --- bounds, for whoever reads the maxima
-// ----------------------------------------------------------
+// --- bounds, for whoever reads the maxima --------------------------------------------------------
 
 constexpr float kRoundUp = 1.0f + 0x1p-20f;  // covers a few roundings of float32
 

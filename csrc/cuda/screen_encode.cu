@@ -73,16 +73,17 @@ __global__ void encode_segment(Vectors vectors, Frame frame, Codes codes, Segmen
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const float scale = frame_scale(*frame.largest);
+  const int64_t begin = vectors.begin(blockIdx.x), end = vectors.end(blockIdx.x);
   float largest_norm = 0.0f, largest_error = 0.0f;
   for (int r = warp; r < kSegmentRows; r += kWarps) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kSegmentRows + r;
-    const bool is_padding = row >= vectors.rows;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kSegmentRows + r;  // of the codes
+    const bool is_padding = begin + r >= end;
     // Sums over the coordinates of a lane: of the code, of what rounding left over, of the vector.
     float square = 0.0f, residual = 0.0f, size = 0.0f;
     for (int64_t j = lane; j < codes.padded_dim; j += kWarp) {
       uint16_t bits = 0;
       if (j < vectors.dim && !is_padding && scale != 0.0f) {
-        const float t = (coordinate(vectors, row, j) - frame.centre[j]) * scale;
+        const float t = (coordinate(vectors, begin + r, j) - frame.centre[j]) * scale;
         bits = half_bits(fminf(fmaxf(t, -kLargestHalf), kLargestHalf));
         const float code = to_float(Half{bits});
         const float rest = t - code;
@@ -139,9 +140,9 @@ void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream) 
 
 void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
             const Segments& segments, std::uintptr_t stream) {
-  const auto blocks = static_cast<unsigned>((vectors.rows + kSegmentRows - 1) / kSegmentRows);
-  launch("nearest", encode_segment, {dim3(blocks), kThreadsPerBlock, 2 * kWarps * sizeof(float)},
-         stream, vectors, frame, codes, segments);
+  const dim3 blocks(static_cast<unsigned>(vectors.segments()));
+  launch("nearest", encode_segment, {blocks, kThreadsPerBlock, 2 * kWarps * sizeof(float)}, stream,
+         vectors, frame, codes, segments);
 }
 
 }  // namespace psvdd::cuda

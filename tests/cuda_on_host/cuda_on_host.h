@@ -85,8 +85,7 @@ bool take_copy(int pending_groups, Copy* copy);  // one that must be made now; f
 
 }  // namespace cuda_on_host
 
-// --- what kernels call
-// -----------------------------------------------------------------------------
+// --- what kernels call ---------------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_on_host::sync_block(); }
 inline int __syncthreads_count(int value) { return cuda_on_host::count_in_block(value != 0); }
@@ -115,6 +114,15 @@ inline unsigned __ballot_sync(unsigned, int value) {
   return bits;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// The 32 bits from bit `shift` % 32 of the pair.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (shift % 32));
+}
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 
 template <typename T>
 T atomicAdd(T* address, T value) {

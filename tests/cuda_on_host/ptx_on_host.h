@@ -51,7 +51,8 @@ inline float truncated_sum(float sum, float a, float b) {
                                                                     : rounded;
 }
 
-inline void multiply_add(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const float (&addend)[4]) {
   struct Operands {
     uint32_t a[4], b[2];
   };
@@ -65,11 +66,13 @@ inline void multiply_add(float (&acc)[4], const uint32_t (&a)[4], const uint32_t
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8;     // of a
     const int column = lane % 4 * 2 + i % 2;  // of b
+    float value_so_far = addend[i];
     for (int k = 0; k < 16; ++k) {
       const uint32_t left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
       const uint32_t right = all[column * 4 + k % 8 / 2].b[k / 8];
-      acc[i] = truncated_sum(acc[i], value(left, k), value(right, k));
+      value_so_far = truncated_sum(value_so_far, value(left, k), value(right, k));
     }
+    sum[i] = value_so_far;
   }
 }
 

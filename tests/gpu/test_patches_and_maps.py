@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from equality import assert_same
-from grids import GRIDS
+from equality import assert_same, to
+from grids import GRIDS, PAIRS
 from patchsvdd_fast import ops, reference
 
 BACKWARD = torch.ops.patchsvdd_fast.extract_patches_backward
@@ -96,6 +96,17 @@ def test_autograd(device):
 def test_gradcheck(device):
     images = torch.rand(1, 2, 6, 5, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.extract_patches(x, 3, 2), images)
+
+
+@pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)
+@pytest.mark.parametrize("count", [0, 1, 70])
+def test_small_pairs(device, kind, size, channels, height, width, redraw_clipped, count):
+    images = torch.randint(256, (3, channels, height, width), dtype=torch.uint8)
+    images_of = torch.randint(3, (count,))
+    given = images, torch.rand(channels, height, width) * 255, images_of
+    options = size, kind, 3, 4, redraw_clipped
+    found = ops.crop_pairs(*to(device, given), *options)
+    assert_same(found, ops.crop_pairs(*given, *options), device)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from equality import assert_same, to
-from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
+from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, ops
 from patchsvdd_fast.score import score_images
+from patchsvdd_fast.streaming import nearest_streamed
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 4))
 SIDE = 96
@@ -61,11 +62,64 @@ def test_a_bank_changes_on_the_device(device):
     assert_same(*answers, device)
 
 
-def test_a_larger_bank(device):
-    bank = NormalBank(embeddings(60, 57, 57, 6))
+KINDS = {
+    "patches": lambda normal: embeddings(7, 10, 10, 20, dim=normal.shape[1]).flatten(0, 2),
+    "normal": lambda normal: normal,
+    "duplicates": lambda normal: normal[torch.randint(60, (700,))],
+    "far ball": lambda normal: 1 + 1e-6 * normal,
+    "two blobs": lambda normal: normal + 1e4 * (torch.arange(700)[:, None] % 2),
+    "outlier": lambda normal: torch.where(torch.arange(700)[:, None] == 9, 1e6, normal),
+    "all equal": lambda normal: normal * 0 + 1,
+    "lattice": lambda normal: normal.round(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clusters", [1, 5, 60])
+@pytest.mark.parametrize(("dim", "storage"), [(20, torch.float32), (64, torch.float16)])
+def test_small_clustered_banks(device, kind, clusters, dim, storage):
+    values = KINDS[kind](torch.randn(700, dim))
+    if kind == "outlier":
+        storage = torch.float32  # beyond float16
+    bank = NormalBank(values, clusters=clusters, storage=storage).to(device)
+    queries = torch.cat([values[:270] + 1e-3 * torch.randn(270, dim), values[300:310]])
+    expected = nearest(queries, values.to(storage))
+    for limit in (1, 1 << 30):
+        with ops.use_workspace_limit(limit):
+            assert_same(bank.nearest(queries.to(device)), expected, device)
+    own = torch.arange(280)
+    expected = nearest(queries, values.to(storage), exclude_same_group=(own, torch.arange(700)))
+    found = bank.nearest(queries.to(device), exclude_same_group=own.to(device))
+    assert_same(found, expected, device)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 900, 30_000, 10**6])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_bank_that_streams_by(device, rows_at_once, stored):
+    rows = 40 if rows_at_once == 1 else 100_000
+    queries, bank = torch.rand(500, 24), torch.rand(rows, 24).to(stored)
+    bank[rows // 2] = bank[3]
+    groups = torch.randint(3, (500,)), torch.randint(3, (rows,))
+    banks = [bank, bank.pin_memory()] if device.type == "cuda" else [bank]
+    for given in banks:
+        found = nearest_streamed(queries.to(device), given, rows_at_once=rows_at_once)
+        assert_same(found, nearest(queries, bank), device)
+        found = nearest_streamed(
+            queries.to(device),
+            given,
+            rows_at_once=rows_at_once,
+            exclude_same_group=(groups[0].to(device), groups[1]),
+        )
+        assert_same(found, nearest(queries, bank, exclude_same_group=groups), device)
+
+
+@pytest.mark.parametrize("clusters", [None, 0, 200])
+def test_a_larger_bank(device, clusters):
+    bank = NormalBank(embeddings(60, 57, 57, 6), clusters=clusters)
     queries = embeddings(4, 57, 57, 7)
-    found = bank.to(device).nearest(queries.to(device))
-    assert_same(found, bank.nearest(queries), device)
+    moved = bank.to(device)
+    assert clusters is None or (moved.num_clusters > 0) == (clusters > 0)
+    assert_same(moved.nearest(queries.to(device)), bank.nearest(queries), device)
 
 
 @pytest.mark.needs_card

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from equality import assert_same, to
-from patchsvdd_fast import ops
+from patchsvdd_fast import NormalBank, ops
 
 METHODS = ["plain", "screened"]
 CYCLES = 10**9  # of a kernel that only waits: half a second
@@ -123,6 +123,19 @@ def test_whole_scoring_in_a_graph(device):
         assert_same(found, score(*new), device)
 
 
+@pytest.mark.needs_card
+def test_clustered_bank_in_a_graph(device):
+    axes = torch.randn(6, 64)
+    rows, *batches = (0.45 + 0.005 * torch.randn(count, 6) @ axes for count in (9_000, 700, 700))
+    bank, queries = NormalBank(rows.to(device), clusters=30), torch.zeros(700, 64, device=device)
+    graph, found = capture(lambda: bank.nearest(queries))
+    assert bank.num_clusters > 0
+    for batch in batches:
+        queries.copy_(batch)
+        graph.replay()
+        assert_same(found, ops.nearest(batch, rows), device)
+
+
 def test_compiles_to_a_full_graph(device):
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     arguments = to(device, score_inputs())
@@ -140,6 +153,13 @@ def test_opcheck(device):
         (op.score_map, (torch.rand(2, 5, 6), 6, 3, 20, 21)),
         (op.nearest, (torch.rand(5, 7), torch.rand(11, 7))),
         (op.nearest, (torch.rand(5, 7), torch.rand(11, 7).half())),
+        (
+            op.crop_pairs,
+            (
+                torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8),
+                *(torch.rand(3, 40, 50), torch.tensor([0, 1, 1]), 32, "position", 3, 4),
+            ),
+        ),
     ):
         torch.library.opcheck(function, to(device, arguments))
     images = torch.rand(2, 3, 20, 21, device=device, requires_grad=True)

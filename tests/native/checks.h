@@ -50,6 +50,15 @@ inline std::vector<float> hard_values(int64_t rows, int64_t dim, int64_t padded)
   return values;
 }
 
+inline long double true_distance(const float* a, const float* b, int64_t dim) {
+  long double sum = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const long double difference = static_cast<long double>(a[j]) - b[j];
+    sum += difference * difference;
+  }
+  return std::sqrt(sum);
+}
+
 // Prints the counts; the exit code.
 inline int report() {
   std::printf("%ld checks, %d failures\n", static_cast<long>(checked), failures);

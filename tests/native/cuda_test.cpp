@@ -6,10 +6,12 @@
 //                          if its result depends on the schedule
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +20,7 @@
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/screen.h"
 #include "../../csrc/portable.h"
+#include "../../csrc/random.h"
 #include "../cuda_on_host/cuda_on_host.h"
 #include "broken_kernels.h"
 #include "checks.h"
@@ -44,17 +47,17 @@ int run_broken(const std::string& name) {
   return same ? 0 : 1;
 }
 
+PatchGrid grid_of(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t size,
+                  int64_t stride) {
+  return {
+      images, channels, height, width, (height - size) / stride + 1, (width - size) / stride + 1,
+      size,   stride};
+}
+
 PatchGrid random_grid() {
-  PatchGrid grid;
-  grid.images = integer(1, 2);
-  grid.channels = integer(1, 3);
-  grid.size = integer(1, 20);
-  grid.stride = integer(1, grid.size);
-  grid.height = grid.size + integer(0, 20);
-  grid.width = grid.size + integer(0, 20);
-  grid.rows = (grid.height - grid.size) / grid.stride + 1;
-  grid.columns = (grid.width - grid.size) / grid.stride + 1;
-  return grid;
+  const int64_t size = integer(0, 2) > 0 ? integer(1, 20) : 16 * integer(1, 2);
+  return grid_of(integer(1, 2), integer(1, 3), size + integer(0, 20), size + integer(0, 20), size,
+                 integer(1, size));
 }
 
 // Some rows of the bank, changed a little or much.
@@ -84,32 +87,63 @@ struct CodesOnHost {
   }
 };
 
-void test_extract_patches() {
-  const PatchGrid grid = random_grid();
+// Random bytes at any address that suits the elements, so that a read past their end is noticed.
+class Elements {
+ public:
+  Elements(int64_t count, int64_t element_size) : offset_(integer(0, 16) * element_size) {
+    bytes_.resize(offset_ + count * element_size);
+    for (uint8_t& byte : bytes_) byte = static_cast<uint8_t>(integer(0, 255));
+    bytes_.shrink_to_fit();
+  }
+  uint8_t* data() { return bytes_.data() + offset_; }
+  bool operator==(const Elements& other) const {
+    return std::equal(bytes_.begin() + offset_, bytes_.end(), other.bytes_.begin() + other.offset_,
+                      other.bytes_.end());
+  }
+
+ private:
+  int64_t offset_;
+  std::vector<uint8_t> bytes_;
+};
+
+void test_extract_patches(const PatchGrid& grid) {
   const int64_t pixels = grid.channels * grid.height * grid.width;
   const int64_t elements =
       grid.images * grid.rows * grid.columns * grid.channels * grid.size * grid.size;
-  std::vector<uint8_t> images(grid.images * pixels);
-  for (uint8_t& pixel : images) pixel = static_cast<uint8_t>(integer(0, 255));
-  const std::vector<float> mean = hard_values(1, pixels, pixels);
   const bool normalized = integer(0, 1) == 1;
-  const int64_t bytes = normalized ? 4 : 1;
-  std::vector<uint8_t> on_cpu(elements * bytes), on_cuda(elements * bytes, 0xee);
-  ExtractPatchesParams params{
-      grid, images.data(), normalized ? mean.data() : nullptr, on_cpu.data(), 1, PixelType::kUint8};
+  const int type = static_cast<int>(integer(0, 2));
+  const int64_t pixel_bytes =
+      int64_t{1} << (normalized ? type : static_cast<int>(integer(0, 3)));  // as PixelType has them
+  Elements images(grid.images * pixels, pixel_bytes);
+  const std::vector<float> mean = hard_values(1, pixels, pixels);
+  if (normalized && type > 0) {  // not what no image holds: infinities, NaN
+    for (int64_t p = 0; p < grid.images * pixels; ++p) {
+      images.data()[(p + 1) * pixel_bytes - 1] &= 0x3f;
+    }
+  }
+  Elements on_cpu(elements, normalized ? 4 : pixel_bytes);
+  Elements on_cuda(elements, normalized ? 4 : pixel_bytes);
+  ExtractPatchesParams params{grid,          images.data(), normalized ? mean.data() : nullptr,
+                              on_cpu.data(), pixel_bytes,   static_cast<PixelType>(type)};
   cpu::extract_patches(params, 1);
   params.patches = on_cuda.data();
   cuda::extract_patches(params, 0);
-  EXPECT(on_cpu == on_cuda, "extract_patches: size %ld, stride %ld, %ldx%ld", long(grid.size),
-         long(grid.stride), long(grid.height), long(grid.width));
+  EXPECT(on_cpu == on_cuda, "extract_patches: size %ld, stride %ld, %ldx%ld, %ld bytes, type %d",
+         long(grid.size), long(grid.stride), long(grid.height), long(grid.width), long(pixel_bytes),
+         normalized ? type : -1);
+}
 
+void test_extract_patches_backward(const PatchGrid& grid) {
+  const int64_t pixels = grid.images * grid.channels * grid.height * grid.width;
+  const int64_t elements =
+      grid.images * grid.rows * grid.columns * grid.channels * grid.size * grid.size;
   const std::vector<float> gradients = hard_values(1, elements, elements);
-  std::vector<float> cpu_images(images.size()), cuda_images(images.size(), NAN);
-  ExtractPatchesBackwardParams backward{grid, gradients.data(), cpu_images.data(), false};
-  cpu::extract_patches_backward(backward, 1);
-  backward.image_gradients = cuda_images.data();
-  cuda::extract_patches_backward(backward, 0);
-  EXPECT(std::memcmp(cpu_images.data(), cuda_images.data(), images.size() * 4) == 0,
+  std::vector<float> on_cpu(pixels), on_cuda(pixels, NAN);
+  ExtractPatchesBackwardParams params{grid, gradients.data(), on_cpu.data(), false};
+  cpu::extract_patches_backward(params, 1);
+  params.image_gradients = on_cuda.data();
+  cuda::extract_patches_backward(params, 0);
+  EXPECT(std::memcmp(on_cpu.data(), on_cuda.data(), pixels * 4) == 0,
          "extract_patches_backward: size %ld, stride %ld", long(grid.size), long(grid.stride));
 }
 
@@ -234,19 +268,229 @@ void test_nearest() {
   }
 }
 
+// The normal numbers against float64, at random and near the places where quarters of a turn meet.
+void test_normal_pair() {
+  constexpr double kTurn = 6.283185307179586;
+  const auto word = [](bool anywhere) {
+    return anywhere ? static_cast<uint32_t>(random_bits())
+                    : static_cast<uint32_t>(integer(0, 64) * (int64_t{1} << 26) + integer(-2, 2));
+  };
+  double worst = 0.0;
+  for (int i = 0; i < 2000; ++i) {
+    const uint32_t radius = word(i % 2 == 0), turn = word(i % 3 == 0);
+    const double r = std::sqrt(-2 * std::log(((radius >> 8) + 1.0) * 0x1p-24));
+    const double t = kTurn * (turn * 0x1p-32);
+    const double expected[2] = {r * std::cos(t), r * std::sin(t)};
+    const Normals found = normal_pair(radius, turn);
+    for (int k = 0; k < 2; ++k) {
+      // Where the expected number is 0 but for the rounding of t, it can be no smaller than that.
+      const double size = std::fmax(std::fabs(expected[k]), 1e-8);
+      worst = std::fmax(worst, std::fabs(found.value[k] - expected[k]) / size);
+    }
+  }
+  EXPECT(worst <= 1e-6, "normal_pair: off by %.3g of the value", worst);
+}
+
+void test_crop_pairs() {
+  CropPairsParams params{};
+  params.neighbours = integer(0, 1) == 1;
+  params.images = integer(1, 3);
+  params.channels = integer(1, 4);
+  params.size = params.neighbours ? integer(32, 70) : integer(4, 40);
+  if (integer(0, 1) == 1) params.size = params.size / 4 * 4;
+  params.max_redraws = integer(0, 1) == 1 ? integer(1, 100) : 0;
+  params.height = params.size + integer(0, 2 * params.size);
+  params.width = params.size + integer(0, 2 * params.size);
+  params.pairs = integer(0, 5);
+  params.seed = random_bits();
+  params.step = static_cast<uint32_t>(random_bits());
+  params.colour_shift = static_cast<float>(uniform(0, 1));
+  params.pixel_noise = static_cast<float>(uniform(0, 1));
+  const int64_t plane = params.height * params.width;
+  std::vector<uint8_t> pixels(params.images * params.channels * plane);
+  for (uint8_t& pixel : pixels) pixel = static_cast<uint8_t>(integer(0, 255));
+  const std::vector<float> mean = hard_values(params.channels, plane, plane);
+  std::vector<int64_t> image_of(params.pairs);
+  for (int64_t& image : image_of) image = integer(-1, params.images);  // also out of range
+  params.pixels = pixels.data();
+  params.mean = mean.data();
+  params.image_of = image_of.data();
+
+  struct Found {
+    std::vector<float> patches;
+    std::vector<int64_t> corners, labels;
+  };
+  const auto buffers = [&params] {
+    return Found{
+        std::vector<float>(2 * params.pairs * params.channels * params.size * params.size, NAN),
+        std::vector<int64_t>(4 * params.pairs, -1), std::vector<int64_t>(params.pairs, -1)};
+  };
+  const auto use = [&params](Found& found) {
+    params.patches = found.patches.data();
+    params.corners = found.corners.data();
+    params.labels = found.labels.data();
+  };
+  Found on_cpu = buffers(), on_cuda = buffers();
+  use(on_cpu);
+  cpu::crop_pairs(params, static_cast<int>(integer(1, 3)));
+  use(on_cuda);
+  cuda::crop_pairs(params, 0);
+  EXPECT(on_cpu.corners == on_cuda.corners && on_cpu.labels == on_cuda.labels,
+         "crop_pairs: places of size %ld in %ldx%ld", long(params.size), long(params.width),
+         long(params.height));
+  EXPECT(params.pairs == 0 || std::memcmp(on_cpu.patches.data(), on_cuda.patches.data(),
+                                          on_cpu.patches.size() * sizeof(float)) == 0,
+         "crop_pairs: pixels of size %ld in %ldx%ld", long(params.size), long(params.width),
+         long(params.height));
+}
+
+using Found = std::pair<std::vector<float>, std::vector<int64_t>>;  // distances and rows
+
+Found nearest_on_cpu(const std::vector<float>& queries, const std::vector<float>& bank,
+                     int64_t dim) {
+  NearestParams params{};
+  params.queries = static_cast<int64_t>(queries.size()) / dim;
+  params.bank_rows = static_cast<int64_t>(bank.size()) / dim;
+  params.dim = dim;
+  params.query_data = queries.data();
+  params.bank_data = bank.data();
+  params.groups.rows_per_group = 1;
+  Found found(params.queries, params.queries);
+  params.distances = found.first.data();
+  params.indices = found.second.data();
+  cpu::nearest(params, 1);
+  return found;
+}
+
+// Vectors in the order of their nearest centroids, then of the distance to it.
+struct InOrder {
+  std::vector<int64_t> order, own;
+  std::vector<float> vectors, radii;
+
+  InOrder(const std::vector<float>& given, const std::vector<float>& centroids, int64_t dim) {
+    const Found found = nearest_on_cpu(given, centroids, dim);
+    order.resize(found.first.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return std::pair(found.second[a], found.first[a]) <
+             std::pair(found.second[b], found.first[b]);
+    });
+    for (const int64_t r : order) {
+      vectors.insert(vectors.end(), given.begin() + r * dim, given.begin() + (r + 1) * dim);
+      own.push_back(found.second[r]);
+      radii.push_back(found.first[r]);
+    }
+  }
+};
+
+// A clustered bank about some of its own rows, as patchsvdd_fast/segments.py makes it. Returns
+// whether there was one to test.
+bool test_nearest_in_segments() {
+  const int64_t dim = integer(1, 80), rows = integer(1, 700), count = integer(1, 300);
+  const int64_t clusters = integer(1, std::min<int64_t>(rows, 6));
+  const std::vector<float> given = hard_values(rows, dim, dim);
+  const std::vector<float> given_queries = hard_values_near(given, count, dim);
+  const std::vector<float> centroids(given.begin(), given.begin() + clusters * dim);
+  const InOrder bank(given, centroids, dim), queries(given_queries, centroids, dim);
+
+  std::vector<int64_t> segment_starts, own_starts;
+  std::vector<int32_t> segment_clusters, cluster_segments;
+  std::vector<float> least_radius, largest_radius, gaps;
+  int64_t row = 0;
+  for (int64_t c = 0; c < clusters; ++c) {
+    const auto is_of_cluster = [&] { return row < rows && bank.own[row] == c; };
+    if (!is_of_cluster()) return false;  // equal rows leave clusters without any
+    cluster_segments.push_back(static_cast<int32_t>(segment_clusters.size()));
+    own_starts.push_back(std::lower_bound(queries.own.begin(), queries.own.end(), c) -
+                         queries.own.begin());
+    while (is_of_cluster()) {
+      segment_starts.push_back(row);
+      segment_clusters.push_back(static_cast<int32_t>(c));
+      least_radius.push_back(bank.radii[row]);
+      for (int i = 0; i < cuda::kSegmentRows && is_of_cluster(); ++i) ++row;
+      largest_radius.push_back(bank.radii[row - 1]);
+    }
+    for (int64_t other = 0; other < clusters; ++other) {
+      const float* points = centroids.data();
+      const long double gap = true_distance(points + c * dim, points + other * dim, dim);
+      gaps.push_back(static_cast<float>(gap * (1 + 1e-6L) + 1e-30L));
+    }
+  }
+  segment_starts.push_back(rows);
+  own_starts.push_back(count);
+  const auto segments = static_cast<int64_t>(segment_clusters.size());
+  cluster_segments.push_back(static_cast<int32_t>(segments));
+
+  std::vector<float> centre(dim), largest(1), norms(segments), errors(segments);
+  CodesOnHost codes(segments * cuda::kSegmentRows, cuda::padded_dim(dim));
+  std::vector<float> distances(count, NAN);
+  std::vector<int64_t> indices(count, -7);
+  SegmentedNearestParams params{};
+  params.bank = {rows,
+                 dim,
+                 clusters,
+                 segments,
+                 bank.vectors.data(),
+                 false,
+                 bank.order.data(),
+                 segment_starts.data(),
+                 segment_clusters.data(),
+                 cluster_segments.data(),
+                 least_radius.data(),
+                 largest_radius.data(),
+                 centroids.data(),
+                 gaps.data(),
+                 centre.data(),
+                 largest.data(),
+                 codes.halves.data(),
+                 codes.squares.data(),
+                 codes.errors.data(),
+                 norms.data(),
+                 errors.data()};
+  params.groups.rows_per_group = 1;
+  params.queries = count;
+  params.query_data = queries.vectors.data();
+  params.own = queries.own.data();
+  params.own_starts = own_starts.data();
+  params.distances = distances.data();
+  params.indices = indices.data();
+  params.workspace_limit = integer(0, 1) == 1 ? 1 : 1 << 30;
+  cuda::encode_segments(params.bank, 0);
+  std::vector<float4> workspace(
+      cuda::nearest_in_segments_workspace(params.bank, count, params.workspace_limit) / 16);
+  params.workspace = workspace.data();
+  cuda::nearest_in_segments(params, 0);
+  const Found expected = nearest_on_cpu(given_queries, given, dim);
+  for (int64_t q = 0; q < count; ++q) {
+    const int64_t number = queries.order[q];
+    EXPECT(distances[q] == expected.first[number] && indices[q] == expected.second[number],
+           "in segments: %ld for %ld (%ld rows, dim %ld)", long(indices[q]),
+           long(expected.second[number]), long(rows), long(dim));
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 3 && std::string(argv[1]) == "broken") return run_broken(argv[2]);
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 10;
+  int clustered = 0;
   for (int round = 0; round < rounds; ++round) {
     cuda_on_host::set_schedule(round % kSchedules);
-    test_extract_patches();
+    test_extract_patches(random_grid());
+    test_extract_patches_backward(random_grid());
     test_score_map();
+    test_normal_pair();
+    test_crop_pairs();
     if (round % kSlower == 0) {
       test_screen();
       test_nearest();
+      clustered += test_nearest_in_segments();
     }
   }
+  // So many rows of patches that a block takes several, not all of them as many.
+  test_extract_patches(grid_of(2, 3, 1024, 4, 2, 1));
+  EXPECT(rounds < 40 || clustered > rounds / kSlower / 4, "only %d clustered banks", clustered);
   return report();
 }

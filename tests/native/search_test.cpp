@@ -20,15 +20,6 @@ namespace {
 using namespace psvdd;
 using namespace psvdd::cpu;
 
-long double true_distance(const float* a, const float* b, int64_t dim) {
-  long double sum = 0;
-  for (int64_t j = 0; j < dim; ++j) {
-    const long double difference = static_cast<long double>(a[j]) - b[j];
-    sum += difference * difference;
-  }
-  return std::sqrt(sum);
-}
-
 // Slightly more than a distance: a limit under which the pair must not be ruled out.
 double just_above(long double distance) {
   return std::nextafter(static_cast<double>(distance * (1 + 1e-15L)), 1e300);

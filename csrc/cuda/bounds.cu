@@ -1,0 +1,133 @@
+// Limits and lists from the maxima (bounds.h). Traffic: the maxima are read twice, the lists
+// written over them. Bound by memory.
+
+#include "bounds.h"
+
+#include <cmath>
+
+#include "kernels.h"
+#include "ptx.h"
+
+namespace psvdd::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreadsPerBlock / kWarp;
+
+static_assert(kThreadsPerBlock == kQueryTile, "a block reads whole tiles of queries");
+
+__global__ void clear_each(Key* keys, int64_t count) {
+  for (int64_t q = first_element(); q < count; q += element_step()) keys[q] = kNothingYet;
+}
+
+// Element = query: the limit that earlier chunks give.
+__global__ void start_limits_of(Bounds bounds, int64_t count) {
+  const float scale = frame_scale(*bounds.largest);
+  for (int64_t q = first_element(); q < count; q += element_step()) {
+    const float squared = squared_of(bounds.keys[q]);
+    const float limit =
+        scale == 0.0f || !(squared < INFINITY) ? INFINITY : sqrtf(squared) * scale * kRoundUp;
+    bounds.limits[q] = __float_as_uint(limit);
+  }
+}
+
+// A thread per query and range of segments, blocks numbered along y.
+__global__ void lower_limits_by_range(Bounds bounds) {
+  const int64_t q = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (q >= bounds.num_queries) return;
+  const int64_t begin = bounds.num_segments * blockIdx.y / gridDim.y;
+  const int64_t end = bounds.num_segments * (blockIdx.y + 1) / gridDim.y;
+  const float square = bounds.queries.squares[q];
+  const float error = bounds.queries.errors[q];
+  float least = INFINITY;
+  for (int64_t s = begin; s < end; ++s) {
+    const float v = bounds.maxima[s * bounds.padded_queries + q];
+    const float squared = square - 2.0f * v + bounds.twice_rounding(square, s);
+    if (!(squared < INFINITY) || bounds.may_be_excluded(q, s)) continue;
+    const float upper =
+        (sqrtf(fmaxf(squared, 0.0f)) + error + bounds.segments.errors[s]) * kRoundUp;
+    if (upper < least) least = upper;
+  }
+  if (least < INFINITY) atomicMin(bounds.limits + q, __float_as_uint(least));
+}
+
+// A block per segment: the numbers of the queries that it may hold the nearest row of, written over
+// its maxima from the front. What is overwritten has been read: positions never run ahead.
+__global__ void keep_queries_of_segment(Bounds bounds) {
+  auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarps]
+  const int64_t s = blockIdx.x;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  float* maxima = bounds.maxima + s * bounds.padded_queries;
+  auto* list = reinterpret_cast<int32_t*>(maxima);
+  const float segment_error = bounds.segments.errors[s];
+  const float scale = frame_scale(*bounds.largest);
+  // Allows for canonical sums that underflow.
+  const float tiny = scale * 0x1p-69f * sqrtf(static_cast<float>(bounds.queries.padded_dim + 16));
+  int kept = 0;
+  for (int64_t first = 0; first < bounds.num_queries; first += kQueryTile) {
+    const int64_t q = first + threadIdx.x;
+    bool keep = false;
+    if (q < bounds.num_queries) {
+      const float square = bounds.queries.squares[q];
+      const float limit = __uint_as_float(bounds.limits[q]) * (kRoundUp + 4.0f * bounds.canonical);
+      const float reach = (limit + tiny + bounds.queries.errors[q] + segment_error) * kRoundUp;
+      const float least = square - 2.0f * maxima[q] - bounds.twice_rounding(square, s);
+      keep = !(least > reach * reach * kRoundUp);
+    }
+    const unsigned ballot = __ballot_sync(0xffffffffu, keep);
+    int* counts = warp_counts + first / kQueryTile % 2 * kWarps;
+    if (lane == 0) counts[warp] = __popc(ballot);
+    __syncthreads();
+    int position = kept + __popc(ballot & ((1u << lane) - 1));
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) position += counts[w];
+      kept += counts[w];
+    }
+    if (keep) list[position] = static_cast<int32_t>(q);
+  }
+  if (threadIdx.x == 0) bounds.counts[s] = kept;
+}
+
+__global__ void write_each(const Key* keys, float* distances, int64_t* indices, int64_t count) {
+  for (int64_t q = first_element(); q < count; q += element_step()) {
+    const Key key = keys[q];
+    distances[q] = sqrtf(squared_of(key));
+    indices[q] = key == kNothingYet ? -1 : static_cast<int64_t>(key & 0xffffffffu);
+  }
+}
+
+}  // namespace
+
+void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream) {
+  launch("nearest", clear_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, queries);
+}
+
+void start_limits(const Bounds& bounds, std::uintptr_t stream) {
+  launch("nearest", start_limits_of, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
+         bounds, bounds.num_queries);
+}
+
+void lower_limits(const Bounds& bounds, std::uintptr_t stream) {
+  const int64_t tiles = bounds.padded_queries / kQueryTile;
+  const int64_t ranges = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
+                                             std::min<int64_t>(bounds.num_segments, 1024));
+  launch("nearest", lower_limits_by_range,
+         {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ranges)), kThreadsPerBlock},
+         stream, bounds);
+}
+
+void keep_queries(const Bounds& bounds, std::uintptr_t stream) {
+  launch("nearest", keep_queries_of_segment,
+         {dim3(static_cast<unsigned>(bounds.num_segments)), kThreadsPerBlock,
+          2 * kWarps * sizeof(int)},
+         stream, bounds);
+}
+
+void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
+                   std::uintptr_t stream) {
+  launch("nearest", write_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, distances,
+         indices, queries);
+}
+
+}  // namespace psvdd::cuda

@@ -1,0 +1,326 @@
+// Exact nearest neighbour in a clustered bank on the GPU, the twin of
+// csrc/cpu/nearest_in_clusters.cpp.
+//
+// Queries come sorted by their nearest centroid, so that 256 neighbours want much the same
+// clusters.
+//   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
+//   2. measure  the distances of all queries to all centroids, in fp32 from differences;
+//   3. visits   per tile of 256 queries, the segments that may hold something nearer for any of
+//   them:
+//               not ruled out by the cluster's radius, the half-plane between the centroids, or the
+//               ring of distances to the centroid that the segment's rows lie in (ARCHITECTURE.md);
+//   4. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
+// Work is a few percent of brute force on real embeddings; a tile's list is the union over its
+// queries.
+
+#include <stdexcept>
+
+#include "bounds.h"
+#include "kernels.h"
+#include "nearest_plan.h"
+#include "ptx.h"
+
+namespace psvdd::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreadsPerBlock / kWarp;
+constexpr int kCentroidsAtOnce = 8;
+constexpr int kRounds = kQueryTile / kWarp;  // a warp looks at a tile's queries in so many rounds
+constexpr float kLeastDistance =
+    0x1p-50f;                           // below, squares have lost too much to rule anything out
+constexpr float kLargestLimit = 1e17f;  // beyond, distances might have overflowed
+
+struct Pruning {
+  SegmentedBank bank;
+  Vectors queries;     // of the chunk
+  const int64_t* own;  // [queries]
+  const Key* keys;     // [queries]
+  float rounding;      // relative error allowed for in distances, several times what it can be
+  float canonical;     // canonical_rounding
+  int64_t padded_queries;
+  float* to_centroids;  // [C, padded_queries]
+  int32_t* lists;       // [tiles, S], segments to visit
+  int32_t* counts;      // [tiles]
+  unsigned long long* visits;
+};
+
+// A warp takes eight centroids at a time, its lanes 32 queries: [C, padded_queries] is written in
+// whole lines. Bound by the fp32 units.
+__global__ void measure_centroids(Pruning params, int64_t) {
+  const int64_t dim = params.bank.dim;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = blockIdx.y * int64_t{kWarps} + threadIdx.x / kWarp;
+  const int64_t query = blockIdx.x * int64_t{kWarp} + lane;
+  const int64_t last_query = params.queries.rows - 1;
+  const float* vector = static_cast<const float*>(params.queries.data) +
+                        (query < last_query ? query : last_query) * dim;
+  const int64_t step = int64_t{gridDim.y} * kWarps * kCentroidsAtOnce;
+  for (int64_t first = warp * kCentroidsAtOnce; first < params.bank.clusters; first += step) {
+    const float* centroids[kCentroidsAtOnce];
+    float sums[kCentroidsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kCentroidsAtOnce; ++i) {
+      const int64_t last = params.bank.clusters - 1;
+      centroids[i] = params.bank.centroids + (first + i < last ? first + i : last) * dim;
+      sums[i] = 0.0f;
+    }
+    for (int64_t j = 0; j < dim; ++j) {
+      const float q = vector[j];
+#pragma unroll
+      for (int i = 0; i < kCentroidsAtOnce; ++i) {
+        const float difference = q - centroids[i][j];
+        sums[i] = fmaf(difference, difference, sums[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCentroidsAtOnce; ++i) {
+      if (first + i < params.bank.clusters) {
+        params.to_centroids[(first + i) * params.padded_queries + query] = sqrtf(sums[i]);
+      }
+    }
+  }
+}
+
+// What a lane knows of one query of the tile.
+struct TileQuery {
+  float limit;  // distance beyond which nothing wins; negative: no query
+  float own_distance;
+  int own;
+};
+
+// Whether cluster c may hold something within the query's limit.
+__device__ bool cluster_may_win(const Pruning& params, const TileQuery& query, int64_t c,
+                                float distance) {
+  if (!(query.limit < kLargestLimit)) return true;
+  const float low = distance * (1.0f - params.rounding);
+  if (!(low > kLeastDistance)) return true;
+  const float radius = params.bank.largest_radius[params.bank.cluster_segments[c + 1] - 1];
+  const float grown_radius = radius * (1.0f + params.rounding);
+  if (low > (query.limit + grown_radius) * kRoundUp) return false;
+  // Rows are nearer to c than to the query's own centroid, but for the rounding of the assignment.
+  const float own = query.own_distance * (1.0f + params.rounding);
+  const float behind = low * low - own * own - 4.0f * params.rounding * grown_radius * grown_radius;
+  const float gap = params.bank.gaps[query.own * params.bank.clusters + c];
+  return !(behind > 2.0f * gap * query.limit * kRoundUp);
+}
+
+// Whether the segment's ring about its centroid may.
+__device__ bool segment_may_win(const Pruning& params, const TileQuery& query, int64_t segment,
+                                float distance) {
+  if (!(query.limit < kLargestLimit)) return true;
+  const float low = distance * (1.0f - params.rounding);
+  if (!(low > kLeastDistance)) return true;
+  const float outer = params.bank.largest_radius[segment] * (1.0f + params.rounding);
+  const float inner = params.bank.least_radius[segment] * (1.0f - params.rounding);
+  const float high = distance * (1.0f + params.rounding);
+  const float limit = query.limit * kRoundUp;
+  return !(low - outer > limit || inner - high > limit);
+}
+
+// A block per tile of queries and share of the clusters (along y); each warp takes clusters of its
+// own and looks at the tile's queries 32 at a time until one needs the segment.
+__global__ void find_visits(Pruning params, int64_t) {
+  auto* shared = reinterpret_cast<TileQuery*>(shared_memory());  // [kQueryTile]
+  const int64_t tile_start = blockIdx.x * int64_t{kQueryTile};
+  {
+    const int64_t q = tile_start + threadIdx.x;
+    TileQuery query{-1.0f, 0.0f, 0};
+    if (q < params.queries.rows) {
+      const float squared = squared_of(params.keys[q]);
+      query.limit = sqrtf(squared) * (kRoundUp + 4.0f * params.canonical) +
+                    0x1p-69f * sqrtf(static_cast<float>(params.bank.dim + 16));
+      if (!(squared < INFINITY)) query.limit = INFINITY;
+      query.own = static_cast<int>(params.own[q]);
+      query.own_distance = params.to_centroids[query.own * params.padded_queries + q];
+    }
+    shared[threadIdx.x] = query;
+  }
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t step = int64_t{gridDim.y} * kWarps;
+  for (int64_t c = blockIdx.y * int64_t{kWarps} + threadIdx.x / kWarp; c < params.bank.clusters;
+       c += step) {
+    const float* distances = params.to_centroids + c * params.padded_queries + tile_start;
+    unsigned wanting = 0;  // of this lane's queries, those that may want the cluster: a bit a round
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const TileQuery query = shared[round * kWarp + lane];
+      const bool wants = !(query.limit < 0.0f) && query.own != c &&
+                         cluster_may_win(params, query, c, distances[round * kWarp + lane]);
+      wanting |= wants ? 1u << round : 0u;
+    }
+    if (__ballot_sync(0xffffffffu, wanting != 0) == 0) continue;
+    for (int s = params.bank.cluster_segments[c]; s < params.bank.cluster_segments[c + 1]; ++s) {
+      bool wants = false;
+      for (int round = 0; round < kRounds && !wants; ++round) {
+        if ((wanting >> round & 1u) == 0) continue;
+        wants = segment_may_win(params, shared[round * kWarp + lane], s,
+                                distances[round * kWarp + lane]);
+      }
+      if (__ballot_sync(0xffffffffu, wants) == 0 || lane != 0) continue;
+      const int position = atomicAdd(params.counts + blockIdx.x, 1);
+      params.lists[blockIdx.x * params.bank.segments + position] = s;
+      if (params.visits != nullptr) atomicAdd(params.visits, 1ull);
+    }
+  }
+}
+
+// Nothing visited: maxima that rule everything out, empty lists.
+__global__ void clear_visits(Pruning params, float* maxima, int64_t count) {
+  for (int64_t e = first_element(); e < count; e += element_step()) {
+    maxima[e] = -INFINITY;
+    if (e < params.padded_queries / kQueryTile) params.counts[e] = 0;
+  }
+}
+
+struct SegmentPlan {
+  int64_t query_chunk;
+
+  SegmentPlan(const SegmentedBank& bank, int64_t queries, int64_t limit) {
+    const int64_t bytes = (bank.segments + bank.clusters) * 4 + padded_dim(bank.dim) * 2;
+    query_chunk = std::clamp(limit / bytes / kQueryTile * kQueryTile, int64_t{kQueryTile},
+                             std::min(round_up(queries, kQueryTile), kMostQueriesAtOnce));
+  }
+};
+
+struct SegmentArrays {
+  Key* keys;
+  Codes queries;
+  float* maxima;
+  float* to_centroids;
+  int32_t* visit_lists;   // [tiles, S]
+  int32_t* visit_counts;  // [tiles]
+  int32_t* counts;        // [S]
+  unsigned* limits;
+
+  SegmentArrays(const SegmentPlan& plan, const SegmentedBank& bank, int64_t num_queries,
+                Workspace* workspace) {
+    const int64_t padded = padded_dim(bank.dim), chunk = plan.query_chunk;
+    keys = workspace->take<Key>(num_queries);
+    queries = {padded, workspace->take<uint16_t>(chunk * padded), workspace->take<float>(chunk),
+               workspace->take<float>(chunk)};
+    maxima = workspace->take<float>(bank.segments * chunk);
+    to_centroids = workspace->take<float>(bank.clusters * chunk);
+    visit_lists = workspace->take<int32_t>(chunk / kQueryTile * bank.segments);
+    visit_counts = workspace->take<int32_t>(chunk / kQueryTile);
+    counts = workspace->take<int32_t>(bank.segments);
+    limits = workspace->take<unsigned>(chunk);
+  }
+};
+
+Vectors rows_of(const SegmentedBank& bank) {
+  return {bank.data, bank.is_half, bank.rows, bank.dim, bank.segment_starts, bank.segments};
+}
+
+Codes codes_of(const SegmentedBank& bank) {
+  return {padded_dim(bank.dim), bank.halves, bank.squares, bank.errors};
+}
+
+}  // namespace
+
+void encode_segments(const SegmentedBank& bank, std::uintptr_t stream) {
+  const Frame frame{bank.centre, bank.largest};
+  find_frame(rows_of(bank), frame, stream);
+  encode(rows_of(bank), frame, codes_of(bank), {bank.segment_norms, bank.segment_errors}, stream);
+}
+
+int64_t nearest_in_segments_workspace(const SegmentedBank& bank, int64_t queries, int64_t limit) {
+  Workspace workspace(nullptr);
+  SegmentArrays(SegmentPlan(bank, queries, limit), bank, queries, &workspace);
+  return workspace.bytes();
+}
+
+void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t stream) {
+  if (params.queries == 0) return;
+  const SegmentedBank& bank = params.bank;
+  if (bank.rows > kMostRows) {
+    throw std::invalid_argument("nearest: a bank on one device may have up to 4294967295 rows");
+  }
+  const SegmentPlan plan(bank, params.queries, params.workspace_limit);
+  Workspace workspace(params.workspace);
+  const SegmentArrays arrays(plan, bank, params.queries, &workspace);
+  const bool is_screened = has_tensor_cores();
+  const Frame frame{bank.centre, bank.largest};
+
+  clear_keys(arrays.keys, params.queries, stream);
+  for (int64_t q = 0; q < params.queries; q += plan.query_chunk) {
+    const int64_t count = std::min(plan.query_chunk, params.queries - q);
+    const int64_t tiles = (count + kQueryTile - 1) / kQueryTile;
+    const Vectors queries{params.query_data + q * bank.dim, false, count, bank.dim};
+    Key* keys = arrays.keys + q;
+    Rescore todo{};
+    todo.queries = queries;
+    todo.bank = rows_of(bank);
+    todo.ids = bank.ids;
+    todo.groups = params.groups.from_query(q);
+    todo.keys = keys;
+    if (!is_screened) {
+      rescore(todo, stream);
+      continue;
+    }
+    todo.segment_clusters = bank.segment_clusters;
+    todo.own_starts = params.own_starts;
+    todo.first_query = q;
+    rescore(todo, stream);
+
+    const float rounding = static_cast<float>(bank.dim + 16) * 0x1p-22f;
+    const Pruning pruning{bank,
+                          queries,
+                          params.own + q,
+                          keys,
+                          rounding,
+                          canonical_rounding(bank.dim),
+                          tiles * kQueryTile,
+                          arrays.to_centroids,
+                          arrays.visit_lists,
+                          arrays.visit_counts,
+                          reinterpret_cast<unsigned long long*>(params.visits)};
+    const auto shares = [&](int64_t blocks, int64_t clusters_per_block) {
+      const int64_t wanted = (8 * multiprocessors() + blocks - 1) / blocks;
+      const int64_t most = (bank.clusters + clusters_per_block - 1) / clusters_per_block;
+      return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 65535)));
+    };
+    const int64_t warps = tiles * kRounds;  // of queries
+    launch("nearest", measure_centroids,
+           {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
+            kThreadsPerBlock},
+           stream, pruning, count);
+    const int64_t maxima = bank.segments * tiles * kQueryTile;
+    launch("nearest", clear_visits, {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
+           arrays.maxima, maxima);
+    launch("nearest", find_visits,
+           {dim3(static_cast<unsigned>(tiles), shares(tiles, kWarps)), kThreadsPerBlock,
+            kQueryTile * sizeof(TileQuery)},
+           stream, pruning, count);
+
+    encode(queries, frame, arrays.queries, {nullptr, nullptr}, stream);
+    screen(arrays.queries, tiles, codes_of(bank), bank.segments,
+           {arrays.visit_lists, arrays.visit_counts}, arrays.maxima, stream);
+    const Bounds bounds{arrays.queries,
+                        count,
+                        tiles * kQueryTile,
+                        {bank.segment_norms, bank.segment_errors},
+                        bank.segments,
+                        todo.groups,
+                        nullptr,
+                        bank.largest,
+                        keys,
+                        screen_rounding(arrays.queries.padded_dim),
+                        canonical_rounding(bank.dim),
+                        arrays.maxima,
+                        arrays.counts,
+                        arrays.limits};
+    start_limits(bounds, stream);
+    // Where rows are excluded, maxima may be theirs: the limit stays that of step 1.
+    if (params.groups.query_groups == nullptr) lower_limits(bounds, stream);
+    keep_queries(bounds, stream);
+    todo.lists = reinterpret_cast<const int32_t*>(arrays.maxima);
+    todo.counts = arrays.counts;
+    todo.list_pitch = tiles * kQueryTile;
+    rescore(todo, stream);
+  }
+  write_results(arrays.keys, params.queries, params.distances, params.indices, stream);
+}
+
+}  // namespace psvdd::cuda
