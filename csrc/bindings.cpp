@@ -236,6 +236,7 @@ void define_segments(py::module_ cuda) {
            py::arg("largest"), py::arg("halves"), py::arg("squares"), py::arg("errors"),
            py::arg("segment_norms"), py::arg("segment_errors"));
   cuda.attr("SEGMENT_ROWS") = psvdd::cuda::kSegmentRows;
+  cuda.def("visit_tile", psvdd::cuda::visit_tile, py::arg("dim"));
   cuda.def("padded_dim", psvdd::cuda::padded_dim, py::arg("dim"));
   cuda.def("encode_segments", psvdd::cuda::encode_segments, py::arg("bank"), py::arg("context"),
            release);

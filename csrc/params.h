@@ -179,7 +179,8 @@ struct SegmentedNearestParams {
   int64_t* indices;           // [Q]
   void* workspace;            // scratch, aligned to 16
   int64_t workspace_limit;
-  int64_t* visits;  // [1], raised by the pairs of 256 queries and a segment looked at; or null
+  int64_t*
+      visits;  // [1], raised by the pairs of a tile of queries and a segment looked at; or null
 };
 
 // Random pairs of patches for training, each pair within one image.

@@ -398,8 +398,12 @@ def _nearest_in_clusters(
 
 SEGMENT_ROWS = 256
 """Most rows of a segment of a clustered bank on a GPU."""
-QUERY_TILE = 256
-"""Queries that look at the same segments there."""
+
+
+def visit_tile(embeddings: Tensor) -> int:
+    """Queries that look at the same segments of a bank of embeddings [M, D] there."""
+    with _backend(embeddings) as (backend, _):
+        return _as_cuda(backend).visit_tile(embeddings.shape[1])
 
 
 def padded_code_dim(embeddings: Tensor) -> int:

@@ -31,7 +31,8 @@ def build_segments(
     if wanted < 1 or not can_be_clustered(embeddings):
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
-    arrays = segments_about(embeddings, find_centroids(embeddings, wanted, generator))
+    centroids = find_centroids(embeddings, wanted, generator)
+    arrays = segments_about(embeddings, centroids[_neighbours_together(centroids)])
     if num_clusters is None and _share_looked_at(arrays, embeddings, generator) > _WORTHWHILE:
         return None
     return arrays
@@ -83,6 +84,30 @@ def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
     return arrays
 
 
+def _neighbours_together(centroids: Tensor) -> Tensor:
+    """An order [C] in which centroids next to each other are near: halved again and again.
+
+    Each part is divided at the middle of its longest extent, or nearly: towards the point farthest
+    from the one that is farthest from the mean. Queries come in this order, and those that share a
+    list of segments then want much the same.
+    """
+    points = centroids.cpu()
+    order: list[Tensor] = []
+    parts = [torch.arange(len(points), device="cpu")]
+    while parts:
+        part = parts.pop()
+        if len(part) <= 2:
+            order.append(part)
+            continue
+        here = points[part]
+        end = here[(here - here.mean(dim=0)).norm(dim=1).argmax()]
+        away = here - end
+        along = away @ away[away.norm(dim=1).argmax()]
+        part = part[torch.argsort(along, stable=True)]
+        parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+    return torch.cat(order).to(centroids.device)
+
+
 def _gaps(centroids: Tensor) -> Tensor:
     """[C, C] distances, from differences (a matrix product would cancel), rounded up."""
     points = centroids.double()
@@ -100,5 +125,5 @@ def _share_looked_at(
     visits = torch.zeros(1, dtype=torch.int64, device=device)
     all_rows = torch.arange(rows, device=device)
     ops.search_segments(embeddings[picked].float(), arrays, picked, all_rows, 1, visits=visits)
-    tiles = -(-len(picked) // ops.QUERY_TILE)
+    tiles = -(-len(picked) // ops.visit_tile(embeddings))
     return int(visits) / (tiles * len(arrays.segment_clusters))

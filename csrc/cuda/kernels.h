@@ -29,6 +29,9 @@ inline int64_t padded_dim(int64_t dim) {
   return (dim + step - 1) / step * step;
 }
 
+// Queries that share a list of segments to visit in a clustered bank.
+inline int64_t visit_tile(int64_t dim) { return dim <= kNarrowDims ? 64 : 256; }
+
 // Fills in the codes of a clustered bank.
 void encode_segments(const SegmentedBank& bank, std::uintptr_t stream);
 void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t stream);

@@ -5,13 +5,12 @@
 // clusters.
 //   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
 //   2. measure  the distances of all queries to all centroids, in fp32 from differences;
-//   3. visits   per tile of 256 queries, the segments that may hold something nearer for any of
+//   3. visits   for so many queries, the segments that may hold something nearer for any of
 //   them:
 //               not ruled out by the cluster's radius, the half-plane between the centroids, or the
 //               ring of distances to the centroid that the segment's rows lie in (ARCHITECTURE.md);
 //   4. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
-// Work is a few percent of brute force on real embeddings; a tile's list is the union over its
-// queries.
+// Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 10 to 14 %.
 
 #include <stdexcept>
 
@@ -26,7 +25,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreadsPerBlock / kWarp;
 constexpr int kCentroidsAtOnce = 8;
-constexpr int kRounds = kQueryTile / kWarp;  // a warp looks at a tile's queries in so many rounds
+
 constexpr float kLeastDistance =
     0x1p-50f;                           // below, squares have lost too much to rule anything out
 constexpr float kLargestLimit = 1e17f;  // beyond, distances might have overflowed
@@ -40,8 +39,9 @@ struct Pruning {
   float canonical;     // canonical_rounding
   int64_t padded_queries;
   float* to_centroids;  // [C, padded_queries]
-  int32_t* lists;       // [tiles, S], segments to visit
-  int32_t* counts;      // [tiles]
+  int visit_tile;       // queries that share a list
+  int32_t* lists;       // [padded_queries / visit_tile, S], segments to visit
+  int32_t* counts;      // [padded_queries / visit_tile]
   unsigned long long* visits;
 };
 
@@ -121,9 +121,10 @@ __device__ bool segment_may_win(const Pruning& params, const TileQuery& query, i
 // A block per tile of queries and share of the clusters (along y); each warp takes clusters of its
 // own and looks at the tile's queries 32 at a time until one needs the segment.
 __global__ void find_visits(Pruning params, int64_t) {
-  auto* shared = reinterpret_cast<TileQuery*>(shared_memory());  // [kQueryTile]
-  const int64_t tile_start = blockIdx.x * int64_t{kQueryTile};
-  {
+  auto* shared = reinterpret_cast<TileQuery*>(shared_memory());  // [visit_tile]
+  const int64_t tile_start = blockIdx.x * int64_t{params.visit_tile};
+  const int rounds = params.visit_tile / kWarp;  // a warp looks at 32 of the queries in each
+  if (static_cast<int>(threadIdx.x) < params.visit_tile) {
     const int64_t q = tile_start + threadIdx.x;
     TileQuery query{-1.0f, 0.0f, 0};
     if (q < params.queries.rows) {
@@ -143,8 +144,7 @@ __global__ void find_visits(Pruning params, int64_t) {
        c += step) {
     const float* distances = params.to_centroids + c * params.padded_queries + tile_start;
     unsigned wanting = 0;  // of this lane's queries, those that may want the cluster: a bit a round
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       const TileQuery query = shared[round * kWarp + lane];
       const bool wants = !(query.limit < 0.0f) && query.own != c &&
                          cluster_may_win(params, query, c, distances[round * kWarp + lane]);
@@ -153,7 +153,7 @@ __global__ void find_visits(Pruning params, int64_t) {
     if (__ballot_sync(0xffffffffu, wanting != 0) == 0) continue;
     for (int s = params.bank.cluster_segments[c]; s < params.bank.cluster_segments[c + 1]; ++s) {
       bool wants = false;
-      for (int round = 0; round < kRounds && !wants; ++round) {
+      for (int round = 0; round < rounds && !wants; ++round) {
         if ((wanting >> round & 1u) == 0) continue;
         wants = segment_may_win(params, shared[round * kWarp + lane], s,
                                 distances[round * kWarp + lane]);
@@ -170,7 +170,7 @@ __global__ void find_visits(Pruning params, int64_t) {
 __global__ void clear_visits(Pruning params, float* maxima, int64_t count) {
   for (int64_t e = first_element(); e < count; e += element_step()) {
     maxima[e] = -INFINITY;
-    if (e < params.padded_queries / kQueryTile) params.counts[e] = 0;
+    if (e < params.padded_queries / params.visit_tile) params.counts[e] = 0;
   }
 }
 
@@ -189,8 +189,8 @@ struct SegmentArrays {
   Codes queries;
   float* maxima;
   float* to_centroids;
-  int32_t* visit_lists;   // [tiles, S]
-  int32_t* visit_counts;  // [tiles]
+  int32_t* visit_lists;   // [lists, S]
+  int32_t* visit_counts;  // [lists]
   int32_t* counts;        // [S]
   unsigned* limits;
 
@@ -202,8 +202,9 @@ struct SegmentArrays {
                workspace->take<float>(chunk)};
     maxima = workspace->take<float>(bank.segments * chunk);
     to_centroids = workspace->take<float>(bank.clusters * chunk);
-    visit_lists = workspace->take<int32_t>(chunk / kQueryTile * bank.segments);
-    visit_counts = workspace->take<int32_t>(chunk / kQueryTile);
+    const int64_t lists = chunk / visit_tile(bank.dim);
+    visit_lists = workspace->take<int32_t>(lists * bank.segments);
+    visit_counts = workspace->take<int32_t>(lists);
     counts = workspace->take<int32_t>(bank.segments);
     limits = workspace->take<unsigned>(chunk);
   }
@@ -273,6 +274,7 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
                           canonical_rounding(bank.dim),
                           tiles * kQueryTile,
                           arrays.to_centroids,
+                          static_cast<int>(visit_tile(bank.dim)),
                           arrays.visit_lists,
                           arrays.visit_counts,
                           reinterpret_cast<unsigned long long*>(params.visits)};
@@ -281,7 +283,8 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
       const int64_t most = (bank.clusters + clusters_per_block - 1) / clusters_per_block;
       return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 65535)));
     };
-    const int64_t warps = tiles * kRounds;  // of queries
+    const int64_t warps = tiles * kQueryTile / kWarp;  // of queries
+    const int64_t lists = tiles * kQueryTile / pruning.visit_tile;
     launch("nearest", measure_centroids,
            {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
             kThreadsPerBlock},
@@ -290,8 +293,8 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
     launch("nearest", clear_visits, {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
            arrays.maxima, maxima);
     launch("nearest", find_visits,
-           {dim3(static_cast<unsigned>(tiles), shares(tiles, kWarps)), kThreadsPerBlock,
-            kQueryTile * sizeof(TileQuery)},
+           {dim3(static_cast<unsigned>(lists), shares(lists, kWarps)), kThreadsPerBlock,
+            pruning.visit_tile * sizeof(TileQuery)},
            stream, pruning, count);
 
     encode(queries, frame, arrays.queries, {nullptr, nullptr}, stream);

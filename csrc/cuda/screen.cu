@@ -7,13 +7,15 @@
 //          +-----------------------+  a segment     only, no index, no matrix of distances.
 //
 // Two kernels. `screen_narrow` (dim <= 64): a warp keeps 64 queries in registers for good and only
-// the bank streams by, in tiles of 64 rows that the block's four warps share. Shared memory gives 1
-// KiB per 16 `mma` and warp, a third of what it could; global memory gives a bank tile per 256
-// queries. `screen_wide` (any dim): a block of 8 warps makes 256 queries x 128 rows, 64 x 64 a
-// warp, while chunks of 64 coordinates of both stream by. Both fill a ring of tiles by asynchronous
-// copies some stages ahead; where the tiles come from a list, it is the bank's segments in that
-// order. Bound by the tensor cores: 2 dim operations per pair, against one maximum on the ordinary
-// units.
+// the bank streams by, in tiles that the block's four warps share. Shared memory gives 512 bytes
+// per 8 `mma` and warp, a third of what it could; global memory gives a bank tile per 256 queries,
+// or per 64 where visits are listed. `screen_wide` (any dim): a block of 8 warps makes 256 queries
+// x 128 rows, 64 x 64 a warp, while chunks of 64 coordinates of both stream by. Both fill a ring of
+// tiles by asynchronous copies some stages ahead; where the tiles come from a list, it is the
+// bank's segments in that order. Bound by the tensor cores: 2 dim operations per pair, against one
+// maximum on the ordinary units.
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "ptx.h"
@@ -22,8 +24,7 @@
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kTileRows = 64;  // bank rows that a warp sees at a time
-constexpr int kTilesPerSegment = kSegmentRows / kTileRows;
+constexpr int kWarpQueries = 64;  // that a warp makes maxima of
 constexpr int kWarp = 32;
 constexpr int kCopyBytes = 16;
 
@@ -79,30 +80,40 @@ __device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
 
 // --- dim <= 64 -----------------------------------------------------------------------------------
 
-template <int kSteps>  // padded dim / 16
+// kSteps: padded dim / 16. kQueryWarps: of the block's four warps, how many have queries of their
+// own; the others share these and divide the rows of a tile. 4 for brute force, where a bank tile
+// then serves 256 queries; 1 where there are visits, so that a list is the union over 64 queries
+// only.
+template <int kSteps, int kQueryWarps>
 struct Narrow {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kStages = 4;
+  static constexpr int kRowWarps = kWarps / kQueryWarps;
+  static constexpr int kQueries = kQueryWarps * kWarpQueries;
+  static constexpr int kRows = kRowWarps == 1 ? 64 : 128;  // of a tile
+  static constexpr int kRowsPerWarp = kRows / kRowWarps;
+  static constexpr int kTilesPerSegment = kSegmentRows / kRows;
+  static constexpr int kStages = kRowWarps == 1 ? 4 : 3;
   static constexpr int kDim = kSteps * kDimStep;
-  static constexpr int kPitch =
-      kDim * 2 + kCopyBytes;  // bytes; an odd multiple of 16: no conflicts
-  static constexpr int kTileBytes = kTileRows * kPitch;
-  static constexpr int kStageBytes = kTileBytes + kTileRows * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kWarps * 64 == kQueryTile, "a warp keeps 64 queries");
+  static constexpr int kPitch = kDim * 2 + kCopyBytes;  // bytes, an odd multiple of 16
+  static constexpr int kTileBytes = kRows * kPitch;
+  static constexpr int kStageBytes = kTileBytes + kRows * static_cast<int>(sizeof(float));
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes =  // the ring, and maxima of the warps that share queries
+      kRingBytes +
+      (kRowWarps == 1 ? 0 : kRowWarps * kWarpQueries * static_cast<int>(sizeof(float)));
   static_assert(kPitch / kCopyBytes % 2 == 1, "eight rows of a matrix must lie in different banks");
 };
 
 // Starts copying bank tile `index` of the share: codes, and the squared norms beside.
-template <int kSteps>
+template <typename Shape>
 __device__ void copy_narrow_tile(const Screen& params, const Share& share, int index,
                                  unsigned char* stage) {
-  using Shape = Narrow<kSteps>;
   constexpr int kCopiesPerRow = Shape::kDim * 2 / kCopyBytes;
-  constexpr int kCopies = kTileRows * kCopiesPerRow;
-  const int segment = share.segment(share.begin + index / kTilesPerSegment);
-  const int64_t row = segment * int64_t{kSegmentRows} + index % kTilesPerSegment * kTileRows;
+  constexpr int kCopies = Shape::kRows * kCopiesPerRow;
+  const int segment = share.segment(share.begin + index / Shape::kTilesPerSegment);
+  const int64_t row =
+      segment * int64_t{kSegmentRows} + index % Shape::kTilesPerSegment * Shape::kRows;
   const auto* codes =
       reinterpret_cast<const unsigned char*>(params.bank.halves + row * Shape::kDim);
 #pragma unroll
@@ -114,18 +125,23 @@ __device__ void copy_narrow_tile(const Screen& params, const Share& share, int i
   static_assert(kCopies % Shape::kThreads == 0, "every thread makes as many copies");
   const auto* squares = reinterpret_cast<const unsigned char*>(params.bank.squares + row);
   const int s = static_cast<int>(threadIdx.x) * kCopyBytes;
-  if (s < kTileRows * 4) copy_async_16(stage + Shape::kTileBytes + s, squares + s);
+  if (s < Shape::kRows * 4) copy_async_16(stage + Shape::kTileBytes + s, squares + s);
 }
 
-template <int kSteps>
-__global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Screen params) {
-  using Shape = Narrow<kSteps>;
+template <int kSteps, int kQueryWarps>
+__global__ void __launch_bounds__(Narrow<kSteps, kQueryWarps>::kThreads, 3)
+    screen_narrow(Screen params) {
+  using Shape = Narrow<kSteps, kQueryWarps>;
+  constexpr int kTilesPerSegment = Shape::kTilesPerSegment;
   unsigned char* ring = shared_memory();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int group = lane / 4, pair = lane % 4;
   const Share share(params);
   const int tiles = (share.end - share.begin) * kTilesPerSegment;
-  const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + threadIdx.x / kWarp * 64;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t first_query =
+      blockIdx.x * int64_t{Shape::kQueries} + warp % kQueryWarps * kWarpQueries;
+  const int first_row = warp / kQueryWarps * Shape::kRowsPerWarp;  // in a tile
 
   // The queries, in the registers where `mma` wants them.
   uint32_t queries[kSteps][4][4];
@@ -145,7 +161,7 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
   // Fill the ring but for one stage.
   for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
     if (stage < tiles) {
-      copy_narrow_tile<kSteps>(params, share, stage, ring + stage * Shape::kStageBytes);
+      copy_narrow_tile<Shape>(params, share, stage, ring + stage * Shape::kStageBytes);
     }
     copy_async_commit();
   }
@@ -159,8 +175,8 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
     __syncthreads();
     const int next = t + Shape::kStages - 1;
     if (next < tiles) {
-      copy_narrow_tile<kSteps>(params, share, next,
-                               ring + next % Shape::kStages * Shape::kStageBytes);
+      copy_narrow_tile<Shape>(params, share, next,
+                              ring + next % Shape::kStages * Shape::kStageBytes);
     }
     copy_async_commit();
 
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
     const auto* squares = reinterpret_cast<const float*>(tile + Shape::kTileBytes);
     // Sixteen rows at a time: what fits beside the queries with three blocks on a multiprocessor.
 #pragma unroll 1
-    for (int first = 0; first < kTileRows; first += 16) {
+    for (int first = first_row; first < first_row + Shape::kRowsPerWarp; first += 16) {
       float start[2][4];  // -|b|^2 / 2 of this lane's columns, the same for all its queries
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -200,7 +216,24 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
     }
     if (t % kTilesPerSegment == kTilesPerSegment - 1) {
       const int64_t segment = share.segment(share.begin + t / kTilesPerSegment);
-      write_maxima(best, params.maxima + segment * params.padded_queries + first_query);
+      float* maxima = params.maxima + segment * params.padded_queries + first_query;
+      if (Shape::kRowWarps == 1) {
+        write_maxima(best, maxima);
+      } else {
+        // The next ones are written after the barrier of another tile.
+        auto* of_warps = reinterpret_cast<float*>(ring + Shape::kRingBytes);
+        write_maxima(best, of_warps + warp * kWarpQueries);
+        __syncthreads();
+        const int q = static_cast<int>(threadIdx.x);
+        if (q < kWarpQueries) {
+          float value = of_warps[q];
+#pragma unroll
+          for (int w = 1; w < Shape::kRowWarps; ++w) {
+            value = fmaxf(value, of_warps[w * kWarpQueries + q]);
+          }
+          maxima[q] = value;
+        }
+      }
     }
   }
   copy_async_wait<0>();
@@ -209,6 +242,9 @@ __global__ void __launch_bounds__(Narrow<kSteps>::kThreads, 3) screen_narrow(Scr
 // --- any dim -------------------------------------------------------------------------------------
 
 struct Wide {
+  static constexpr int kQueries = kQueryTile;
+  static constexpr int kTileRows = 64;  // of either segment
+  static constexpr int kTilesPerSegment = kSegmentRows / kTileRows;
   static constexpr int kWarps = 8;  // 4 along the queries, 2 along the bank
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kChunk = 64;                             // coordinates per stage
@@ -254,11 +290,11 @@ __device__ void copy_wide_chunk(const Screen& params, const Share& share, int ti
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t first =
-        wide_segment(share, tile / kTilesPerSegment, half) * int64_t{kSegmentRows} +
-        tile % kTilesPerSegment * kTileRows;
+        wide_segment(share, tile / Wide::kTilesPerSegment, half) * int64_t{kSegmentRows} +
+        tile % Wide::kTilesPerSegment * Wide::kTileRows;
     const uint16_t* bank = params.bank.halves + (first + row) * dim + column + piece * 8;
 #pragma unroll
-    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
+    for (int i = 0; i < Wide::kTileRows / kRowsAtOnce; ++i) {
       copy_async_16(to, bank);
       to += kRowsAtOnce * Wide::kRowBytes;
       bank += kRowsAtOnce * dim;
@@ -273,12 +309,12 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
   const int query_warp = warp % 4, bank_warp = warp / 4;
   const Share share(params);
   const int chunks = static_cast<int>(params.bank.padded_dim / Wide::kChunk);
-  const int tiles = (share.end - share.begin + 1) / 2 * kTilesPerSegment;
+  const int tiles = (share.end - share.begin + 1) / 2 * Wide::kTilesPerSegment;
   const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + query_warp * 64;
   // Where this lane reads rows of matrices: of a, rows 0..7 at k, rows 8..15 at k, then both at
   // k + 8; of b, rows 0..7 at k, at k + 8, then rows 8..15 likewise.
   const int a_row = query_warp * 64 + lane % 16;
-  const int b_row = bank_warp * kTileRows + lane / 16 * 8 + lane % 8;
+  const int b_row = bank_warp * Wide::kTileRows + lane / 16 * 8 + lane % 8;
 
   // The chunk that is copied next.
   int next_tile = 0, next_chunk = 0, next_stage = 0;
@@ -303,9 +339,9 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
   for (int tile = 0; tile < tiles; ++tile) {
     float acc[4][8][4];
     {
-      const int64_t segment = wide_segment(share, tile / kTilesPerSegment, bank_warp);
+      const int64_t segment = wide_segment(share, tile / Wide::kTilesPerSegment, bank_warp);
       const float* squares = params.bank.squares + segment * kSegmentRows +
-                             tile % kTilesPerSegment * kTileRows + lane % 4 * 2;
+                             tile % Wide::kTilesPerSegment * Wide::kTileRows + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float even = -0.5f * squares[n * 8], odd = -0.5f * squares[n * 8 + 1];
@@ -351,8 +387,8 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
 #pragma unroll
       for (int n = 0; n < 8; ++n) keep_largest(acc[m][n], best[m]);
     }
-    if (tile % kTilesPerSegment == kTilesPerSegment - 1) {
-      const int number = tile / kTilesPerSegment;
+    if (tile % Wide::kTilesPerSegment == Wide::kTilesPerSegment - 1) {
+      const int number = tile / Wide::kTilesPerSegment;
       if (share.begin + number * 2 + bank_warp < share.end) {
         const int64_t segment = wide_segment(share, number, bank_warp);
         write_maxima(best, params.maxima + segment * params.padded_queries + first_query);
@@ -367,26 +403,34 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
 void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_t segments,
             const Visits& visits, float* maxima, std::uintptr_t stream) {
   const Screen params{queries, bank, segments, visits, maxima, query_tiles * kQueryTile};
-  const bool is_wide = bank.padded_dim > kNarrowDims;
-  // Enough blocks to fill the card a few times, each with several segments to look at.
-  const int64_t blocks = 6 * int64_t{multiprocessors()};
-  const int64_t splits = std::clamp<int64_t>((blocks + query_tiles - 1) / query_tiles, 1,
-                                             std::min<int64_t>((segments + 3) / 4, 65535));
-  const dim3 grid(static_cast<unsigned>(query_tiles), static_cast<unsigned>(splits));
-  const auto narrow = [&](auto shape, void (*kernel)(Screen)) {
+  const auto run = [&](auto shape, void (*kernel)(Screen)) {
     using Shape = decltype(shape);
+    // Enough blocks to fill the card a few times, each with several segments to look at.
+    const int64_t tiles = params.padded_queries / Shape::kQueries;
+    const int64_t wanted = (6 * int64_t{multiprocessors()} + tiles - 1) / tiles;
+    const int64_t splits =
+        std::clamp<int64_t>(wanted, 1, std::min<int64_t>((segments + 3) / 4, 65535));
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
     launch("nearest", kernel, {grid, Shape::kThreads, Shape::kSharedBytes}, stream, params);
   };
-  if (is_wide) return narrow(Wide{}, screen_wide);
+  const auto run_narrow = [&](auto steps) {
+    constexpr int kSteps = decltype(steps)::value;
+    if (visits.segments == nullptr) {
+      run(Narrow<kSteps, 4>{}, screen_narrow<kSteps, 4>);
+    } else {
+      run(Narrow<kSteps, 1>{}, screen_narrow<kSteps, 1>);
+    }
+  };
+  if (bank.padded_dim > kNarrowDims) return run(Wide{}, screen_wide);
   switch (bank.padded_dim / kDimStep) {
     case 1:
-      return narrow(Narrow<1>{}, screen_narrow<1>);
+      return run_narrow(std::integral_constant<int, 1>{});
     case 2:
-      return narrow(Narrow<2>{}, screen_narrow<2>);
+      return run_narrow(std::integral_constant<int, 2>{});
     case 3:
-      return narrow(Narrow<3>{}, screen_narrow<3>);
+      return run_narrow(std::integral_constant<int, 3>{});
     default:
-      return narrow(Narrow<4>{}, screen_narrow<4>);
+      return run_narrow(std::integral_constant<int, 4>{});
   }
 }
 

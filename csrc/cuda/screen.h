@@ -57,10 +57,10 @@ struct Segments {
   float* errors;  // [segments], largest error
 };
 
-// Which segments each tile of queries looks at; null: all.
+// Which segments each visit_tile() queries look at; null: all.
 struct Visits {
-  const int32_t* segments;  // [query tiles, segments], the first `counts` of each are valid
-  const int32_t* counts;    // [query tiles]
+  const int32_t* segments;  // [lists, segments], the first `counts` of each are valid
+  const int32_t* counts;    // [lists]
 };
 
 // Centre and range of a bank.
