@@ -7,7 +7,8 @@ Usable without the detector, with any embeddings::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,6 +83,23 @@ def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
     )
 
 
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Within the context, convolutions on a GPU do without TF32.
+
+    PyTorch allows it by default; its ten bits would drown embeddings that differ by 1e-6.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @torch.no_grad()
 def encode_images(
     encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
@@ -97,10 +115,11 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
-    passes = [
-        encoder.dense(normalize(chunk.to(device), mean), levels)
-        for chunk in images.split(_IMAGES_PER_PASS)
-    ]
+    with _full_precision(device):
+        passes = [
+            encoder.dense(normalize(chunk.to(device), mean), levels)
+            for chunk in images.split(_IMAGES_PER_PASS)
+        ]
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
 

@@ -120,8 +120,10 @@ def _share_looked_at(
 ) -> float:
     """Share of the bank that a search for runs of its own rows, each itself excluded, looks at."""
     rows, device = len(embeddings), embeddings.device
-    firsts = torch.randint(max(1, rows - _TRIAL_RUN), (_TRIAL_RUNS, 1), generator=generator)
-    picked = (firsts + torch.arange(min(_TRIAL_RUN, rows))).flatten().to(device)
+    last = max(1, rows - _TRIAL_RUN)
+    firsts = torch.randint(last, (_TRIAL_RUNS, 1), generator=generator, device="cpu")
+    within = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
+    picked = (firsts + within).flatten().to(device)
     visits = torch.zeros(1, dtype=torch.int64, device=device)
     all_rows = torch.arange(rows, device=device)
     ops.search_segments(embeddings[picked].float(), arrays, picked, all_rows, 1, visits=visits)

@@ -111,4 +111,4 @@ def _chunks_on(
 
 
 def _pinned_like(buffer: Tensor) -> Tensor:
-    return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+    return torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)

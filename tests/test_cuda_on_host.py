@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grids import GRIDS, PAIRS
-from patchsvdd_fast import NormalBank, ops, reference, segments
+from patchsvdd_fast import NormalBank, backends, ops, reference, segments
 from patchsvdd_fast import bank as bank_module
 
 
@@ -22,7 +22,7 @@ def on_cuda_kernels(cuda_on_host, monkeypatch):
             yield cuda_on_host.cuda, 0
 
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_backend", backend)
+            patch.setattr(backends, "backend_of", backend)
             yield
 
     return use
@@ -300,7 +300,14 @@ def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
             expected = ops.nearest(queries, plain.embeddings)
             assert torch.equal(found[0], expected[0])
             assert torch.equal(found[1], expected[1])
-            assert (bank.groups[own[1] // 100] != own_groups).all()
+            row_groups = bank.groups.repeat_interleave(100)
+            others = ops.nearest(
+                bank.embeddings[:300].float(),
+                bank.embeddings,
+                exclude_same_group=(own_groups, row_groups),
+            )
+            assert torch.equal(own[0], others[0])
+            assert torch.equal(own[1], others[1])
 
 
 def test_nearest_of_no_queries(on_cuda_kernels):

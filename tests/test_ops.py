@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grids import GRIDS, PAIRS
-from patchsvdd_fast import NormalBank, ops, reference
+from patchsvdd_fast import NormalBank, _native, backends, ops, reference
 from patchsvdd_fast.validation import check_finite_rows, first_bad_row
 
 
@@ -260,9 +260,9 @@ def test_the_first_bad_row_is_found_on_devices_without_a_kernel_for_it(dtype):
 
 
 def test_a_build_without_cuda_says_how_to_rebuild(monkeypatch):
-    monkeypatch.setattr(ops._native, "cuda", None)
+    monkeypatch.setattr(_native, "cuda", None)
     elsewhere = torch.empty(1, device="meta")
-    with pytest.raises(RuntimeError, match="PATCHSVDD_CUDA=ON"), ops._backend(elsewhere):
+    with pytest.raises(RuntimeError, match="PATCHSVDD_CUDA=ON"), backends.backend_of(elsewhere):
         pass
 
 

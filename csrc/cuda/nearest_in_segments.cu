@@ -179,8 +179,9 @@ struct SegmentPlan {
 
   SegmentPlan(const SegmentedBank& bank, int64_t queries, int64_t limit) {
     const int64_t bytes = (bank.segments + bank.clusters) * 4 + padded_dim(bank.dim) * 2;
-    query_chunk = std::clamp(limit / bytes / kQueryTile * kQueryTile, int64_t{kQueryTile},
-                             std::min(round_up(queries, kQueryTile), kMostQueriesAtOnce));
+    query_chunk = std::clamp(
+        limit / bytes / kQueryTile * kQueryTile, int64_t{kQueryTile},
+        std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce));
   }
 };
 

@@ -31,9 +31,9 @@ struct Plan {
                             round_up(rows, kSegmentRows));
     segments = bank_chunk / kSegmentRows;
     const int64_t maxima_that_fit = limit / 2 / (segments * 4);
-    query_chunk = std::clamp(std::min(codes_that_fit, maxima_that_fit) / kQueryTile * kQueryTile,
-                             int64_t{kQueryTile},
-                             std::min(round_up(queries, kQueryTile), kMostQueriesAtOnce));
+    query_chunk = std::clamp(
+        std::min(codes_that_fit, maxima_that_fit) / kQueryTile * kQueryTile, int64_t{kQueryTile},
+        std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce));
   }
 };
 

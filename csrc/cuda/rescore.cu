@@ -21,8 +21,8 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kLanes * kWarps;
 constexpr int kRowsAtOnce = 8;
 constexpr int kRowsPerWarp = kSegmentRows / kWarps;
-constexpr int kMostStagedDims = 384;  // 48 KiB for the queries of a block; beyond, from memory
-constexpr unsigned kMostBlocksPerSegment = 8;
+constexpr int kMostStagedDims = 384;      // 48 KiB for the queries of a block; beyond, from memory
+constexpr int64_t kBlocksPerSegment = 8;  // or more, to fill the card
 
 static_assert(kRowsPerWarp % kRowsAtOnce == 0, "a warp's rows come in whole groups");
 
@@ -164,7 +164,10 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const size_t pitch = (params.bank.dim + 3) / 4 * 4 + 4;
   const auto segments = static_cast<unsigned>(params.bank.segments());
   const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
-  const auto across = static_cast<unsigned>(std::min<int64_t>(batches, kMostBlocksPerSegment));
+  // At least eight blocks for each multiprocessor, where there are as many batches.
+  const int64_t wanted = (8 * int64_t{multiprocessors()} + segments - 1) / segments;
+  const auto across = static_cast<unsigned>(
+      std::min<int64_t>({batches, std::max<int64_t>(wanted, kBlocksPerSegment), 65535}));
   launch("nearest", whole ? rescore_segment<Stored, true> : rescore_segment<Stored, false>,
          {dim3(segments, across), kThreads, staged ? kLanes * pitch * sizeof(float) : 0}, stream,
          params, staged);

@@ -1,0 +1,120 @@
+"""How torch ops reach the native kernels: registration, choice of backend, settings of searches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+library = torch.library.Library("patchsvdd_fast", "DEF")
+
+
+def define_op(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    devices: tuple[str, ...] = ("CPU", "CUDA"),
+) -> None:
+    """Register an op: its schema, the function that runs it, and its fake, which validates."""
+    library.define(schema)
+    name = schema.partition("(")[0]
+    for device in devices:
+        library.impl(name, kernel, device)
+    torch.library.register_fake(f"patchsvdd_fast::{name}", fake, lib=library)
+
+
+@contextlib.contextmanager
+def backend_of(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
+    """The kernels for the tensor's device, and the context (threads or stream) they run in."""
+    if tensor.device.type == "cpu":
+        yield _native.cpu, torch.get_num_threads()
+        return
+    if _native.cuda is None:
+        raise RuntimeError(
+            "got a CUDA tensor, but this build of patchsvdd_fast has no CUDA kernels: install the "
+            "CUDA toolkit and reinstall with PATCHSVDD_CUDA=ON"
+        )
+    with torch.cuda.device(tensor.device):
+        yield _native.cuda, torch.cuda.current_stream().cuda_stream
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets the CPU search can use on this machine, best first."""
+    return _native.cpu.instruction_sets()
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Within the context, search with the named instruction set (for tests and benchmarks)."""
+    before = _native.cpu.instruction_set()
+    _native.cpu.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        _native.cpu.set_instruction_set(before)
+
+
+_METHODS = ("auto", "plain", "screened")
+search_method = ContextVar("search_method", default="auto")
+
+
+@contextlib.contextmanager
+def use_method(name: str) -> Iterator[None]:
+    """Within the context, search brute force in the named way (for tests and benchmarks).
+
+    "plain" computes every distance canonically, "screened" none that low precision rules out,
+    "auto" chooses by size. The answer is the same.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {name}")
+    token = search_method.set(name)
+    try:
+        yield
+    finally:
+        search_method.reset(token)
+
+
+workspace_limit = ContextVar("workspace_limit", default=1 << 30)
+
+
+@contextlib.contextmanager
+def use_workspace_limit(num_bytes: int) -> Iterator[None]:
+    """Within the context, a search on a GPU keeps its scratch memory near `num_bytes`.
+
+    The default is 1 GiB; less means more and smaller chunks, and the same answer. A search needs
+    at least one chunk, 1 MiB or so.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
+    token = workspace_limit.set(num_bytes)
+    try:
+        yield
+    finally:
+        workspace_limit.reset(token)
+
+
+def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
+    """Scratch memory on the device of `like`; an error says what to set if there is not enough."""
+    try:
+        return like.new_empty(num_bytes, dtype=torch.uint8)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(
+            f"the search asked for {num_bytes / 2**20:,.0f} MiB of scratch memory, more than is "
+            f"free on {like.device}: lower it with ops.use_workspace_limit(bytes)"
+        ) from error
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous, or None. Bind it to a name before taking its pointer."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Where the tensor's data lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
