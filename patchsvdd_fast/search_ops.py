@@ -55,10 +55,22 @@ def _nearest(
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    distances, indices = _nearest_fake(queries, bank, query_groups, bank_groups, rows_per_group)
+    _nearest_fake(queries, bank, query_groups, bank_groups, rows_per_group)
     check_finite_rows("queries", queries)
     check_finite_rows("bank", bank)
+    return _search_rows(queries, bank, query_groups, bank_groups, rows_per_group)
+
+
+def _search_rows(
+    queries: Tensor,
+    bank: Tensor,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    rows_per_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`_nearest` of checked arguments: looking for NaN on a GPU waits for it."""
     count, rows = queries.shape[0], bank.shape[0]
+    distances, indices = queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
     query_groups, bank_groups = contiguous(query_groups), contiguous(bank_groups)
     queries, bank = queries.contiguous(), bank.contiguous()
     with backends.backend_of(queries) as (backend, context):
@@ -215,7 +227,7 @@ def search_segments(
     visits: [1] int64, raised by the number of pairs of a tile of queries and a segment looked at.
     """
     # Neighbours in the order of centroids want the same clusters.
-    _, own = _nearest(queries, arrays.centroids)
+    _, own = _search_rows(queries, arrays.centroids)
     own, order = own.sort(stable=True)
     centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
     own_starts = torch.searchsorted(own, centroids)

@@ -5,9 +5,12 @@ import contextlib
 import pytest
 import torch
 
+from equality import assert_same
 from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, backends, ops, reference, segments
 from patchsvdd_fast import bank as bank_module
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -116,8 +119,7 @@ def test_nearest_in_many_chunks(on_cuda_kernels, dim):
     with on_cuda_kernels(), ops.use_method("screened"), ops.use_workspace_limit(1):
         distances, indices = ops.nearest(queries, bank)
     expected = ops.nearest(queries, bank)
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
@@ -133,8 +135,7 @@ def test_nearest_is_the_canonical_answer_to_the_bit(
     with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = ops.nearest(queries, bank)
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,8 +145,7 @@ def test_nearest_is_that_of_the_reference(on_cuda_kernels, dim, method):
     with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = reference.nearest(queries, bank)
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 def _tiny_ball(queries, bank):
@@ -182,8 +182,7 @@ def test_nearest_of_difficult_values(on_cuda_kernels, change, method):
     with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = ops.nearest(queries, bank)
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,8 +192,7 @@ def test_nearest_in_a_float16_bank(on_cuda_kernels, dim, method):
     with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = ops.nearest(queries, bank.float())
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,8 +203,7 @@ def test_nearest_from_misaligned_memory(on_cuda_kernels, method):
     with on_cuda_kernels(), ops.use_method(method):
         distances, indices = ops.nearest(queries, bank)
     expected = ops.nearest(queries, bank)
-    assert torch.equal(distances, expected[0])
-    assert torch.equal(indices, expected[1])
+    assert_same((distances, indices), expected, CPU)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,8 +218,7 @@ def test_nearest_excludes_groups(on_cuda_kernels, count, method, in_order):
     with on_cuda_kernels(), ops.use_method(method):
         found = ops.nearest(queries, bank, exclude_same_group=groups)
         none = ops.nearest(queries, bank, exclude_same_group=nothing)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert_same(found, expected, CPU)
     assert torch.isinf(none[0]).all()
     assert (none[1] == -1).all()
 
@@ -252,8 +248,7 @@ def test_clusters_give_the_canonical_answer(
         found = ops.search_segments(queries, arrays, *groups, 1, visits=visits)
         tiles = -(-300 // ops.visit_tile(bank))
     expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert_same(found, expected, CPU)
     count = len(arrays.segment_clusters)
     assert count > 5  # some clusters have several segments
     assert 0 < int(visits) < 0.9 * tiles * count  # and some are skipped
@@ -271,8 +266,7 @@ def test_clusters_of_difficult_values(on_cuda_kernels, change):
             return
         found = ops.search_segments(queries, arrays, None, None, 1)
     expected = ops.nearest(queries, bank)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert_same(found, expected, CPU)
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16])
@@ -298,8 +292,7 @@ def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
             own_groups = bank.groups.repeat_interleave(100)[:300]
             own = bank.nearest(bank.embeddings[:300].float(), exclude_same_group=own_groups)
             expected = ops.nearest(queries, plain.embeddings)
-            assert torch.equal(found[0], expected[0])
-            assert torch.equal(found[1], expected[1])
+            assert_same(found, expected, CPU)
             row_groups = bank.groups.repeat_interleave(100)
             others = ops.nearest(
                 bank.embeddings[:300].float(),

@@ -21,7 +21,7 @@ __global__ void clear_each(Key* keys, int64_t count) {
 }
 
 // Element = query: the limit that earlier chunks give.
-__global__ void start_limits_of(Bounds bounds, int64_t count) {
+__global__ void start_limits(Bounds bounds, int64_t count) {
   const float scale = frame_scale(*bounds.largest);
   for (int64_t q = first_element(); q < count; q += element_step()) {
     const float squared = squared_of(bounds.keys[q]);
@@ -32,7 +32,7 @@ __global__ void start_limits_of(Bounds bounds, int64_t count) {
 }
 
 // A thread per query and range of segments, blocks numbered along y.
-__global__ void lower_limits_by_range(Bounds bounds) {
+__global__ void lower_limits(Bounds bounds) {
   const int64_t q = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (q >= bounds.num_queries) return;
   const int64_t begin = bounds.num_segments * blockIdx.y / gridDim.y;
@@ -51,9 +51,10 @@ __global__ void lower_limits_by_range(Bounds bounds) {
   if (least < INFINITY) atomicMin(bounds.limits + q, __float_as_uint(least));
 }
 
-// A block per segment: the numbers of the queries that it may hold the nearest row of, written over
-// its maxima from the front. What is overwritten has been read: positions never run ahead.
-__global__ void keep_queries_of_segment(Bounds bounds) {
+// A block per segment: lists [num_segments, padded_queries] of the numbers of the queries that it
+// may hold the nearest row of, written over its maxima from the front. What is overwritten has been
+// read: positions never run ahead.
+__global__ void keep_queries(Bounds bounds) {
   auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarps]
   const int64_t s = blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -103,25 +104,25 @@ void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream) {
   launch("nearest", clear_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, queries);
 }
 
-void start_limits(const Bounds& bounds, std::uintptr_t stream) {
-  launch("nearest", start_limits_of, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
+void rescore_kept(const Bounds& bounds, bool maxima_count, Rescore pairs, std::uintptr_t stream) {
+  launch("nearest", start_limits, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
          bounds, bounds.num_queries);
-}
-
-void lower_limits(const Bounds& bounds, std::uintptr_t stream) {
-  const int64_t tiles = bounds.padded_queries / kQueryTile;
-  const int64_t ranges = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
-                                             std::min<int64_t>(bounds.num_segments, 1024));
-  launch("nearest", lower_limits_by_range,
-         {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ranges)), kThreadsPerBlock},
-         stream, bounds);
-}
-
-void keep_queries(const Bounds& bounds, std::uintptr_t stream) {
-  launch("nearest", keep_queries_of_segment,
+  if (maxima_count) {
+    const int64_t tiles = bounds.padded_queries / kQueryTile;
+    const int64_t ranges = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
+                                               std::min<int64_t>(bounds.num_segments, 1024));
+    launch("nearest", lower_limits,
+           {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ranges)), kThreadsPerBlock},
+           stream, bounds);
+  }
+  launch("nearest", keep_queries,
          {dim3(static_cast<unsigned>(bounds.num_segments)), kThreadsPerBlock,
           2 * kWarps * sizeof(int)},
          stream, bounds);
+  pairs.lists = reinterpret_cast<const int32_t*>(bounds.maxima);
+  pairs.counts = bounds.counts;
+  pairs.list_pitch = bounds.padded_queries;
+  rescore(pairs, stream);
 }
 
 void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,

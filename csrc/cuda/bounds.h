@@ -48,13 +48,8 @@ struct Bounds {
 
 // No query has found anything.
 void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream);
-// Limits from what has been rescored so far.
-void start_limits(const Bounds& bounds, std::uintptr_t stream);
-// Limits from the maxima of all segments.
-void lower_limits(const Bounds& bounds, std::uintptr_t stream);
-// Lists of queries per segment, [num_segments, padded_queries], over the maxima; their lengths to
-// `counts`.
-void keep_queries(const Bounds& bounds, std::uintptr_t stream);
+// Rescores the pairs that the maxima leave. `maxima_count`: whether they may lower the limits.
+void rescore_kept(const Bounds& bounds, bool maxima_count, Rescore pairs, std::uintptr_t stream);
 // Distances and rows from keys.
 void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
                    std::uintptr_t stream);

@@ -14,8 +14,6 @@
 // Traffic per bank chunk and query chunk: the bank's codes once per 256 queries (from the second-
 // level cache), 12 bytes per query and segment for the maxima. Bound by the tensor cores.
 
-#include <stdexcept>
-
 #include "bounds.h"
 #include "kernels.h"
 #include "nearest_plan.h"
@@ -56,9 +54,7 @@ int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMeth
 
 void nearest(const NearestParams& params, std::uintptr_t stream) {
   if (params.queries == 0) return;
-  if (params.bank_rows > kMostRows) {
-    throw std::invalid_argument("nearest: a bank on one device may have up to 4294967295 rows");
-  }
+  check_rows(params.bank_rows);
   const bool has_groups = params.groups.query_groups != nullptr;
   Plan plan(params.queries, params.bank_rows, params.dim, params.method, params.workspace_limit);
   Workspace workspace(params.workspace);
@@ -109,14 +105,10 @@ void nearest(const NearestParams& params, std::uintptr_t stream) {
         encode(queries, arrays.frame, arrays.queries, {nullptr, nullptr}, stream);
         screen(arrays.queries, tiles, arrays.bank, segments, {nullptr, nullptr}, arrays.maxima,
                stream);
-        start_limits(bounds, stream);
-        lower_limits(bounds, stream);
-        keep_queries(bounds, stream);
-        todo.lists = reinterpret_cast<const int32_t*>(arrays.maxima);
-        todo.counts = arrays.counts;
-        todo.list_pitch = tiles * kQueryTile;
+        rescore_kept(bounds, true, todo, stream);
+      } else {
+        rescore(todo, stream);
       }
-      rescore(todo, stream);
     }
   }
   write_results(arrays.keys, params.queries, params.distances, params.indices, stream);

@@ -1,18 +1,15 @@
 // Exact nearest neighbour in a clustered bank on the GPU, the twin of
 // csrc/cpu/nearest_in_clusters.cpp.
 //
-// Queries come sorted by their nearest centroid, so that 256 neighbours want much the same
-// clusters.
+// Queries come sorted by their nearest centroid, and centroids so that neighbours are near: those
+// that share a list (visit_tile) want much the same clusters.
 //   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
 //   2. measure  the distances of all queries to all centroids, in fp32 from differences;
-//   3. visits   for so many queries, the segments that may hold something nearer for any of
-//   them:
-//               not ruled out by the cluster's radius, the half-plane between the centroids, or the
+//   3. visits   per list, the segments that may hold something nearer for any of its queries: not
+//               ruled out by the cluster's radius, the half-plane between the centroids, or the
 //               ring of distances to the centroid that the segment's rows lie in (ARCHITECTURE.md);
 //   4. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
-// Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 10 to 14 %.
-
-#include <stdexcept>
+// Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 11 to 14 %.
 
 #include "bounds.h"
 #include "kernels.h"
@@ -25,10 +22,10 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreadsPerBlock / kWarp;
 constexpr int kCentroidsAtOnce = 8;
-
-constexpr float kLeastDistance =
-    0x1p-50f;                           // below, squares have lost too much to rule anything out
-constexpr float kLargestLimit = 1e17f;  // beyond, distances might have overflowed
+// Below the least distance, squares have lost too much to rule anything out; beyond the largest
+// limit, distances might have overflowed.
+constexpr float kLeastDistance = 0x1p-50f;
+constexpr float kLargestLimit = 1e17f;
 
 struct Pruning {
   SegmentedBank bank;
@@ -47,7 +44,7 @@ struct Pruning {
 
 // A warp takes eight centroids at a time, its lanes 32 queries: [C, padded_queries] is written in
 // whole lines. Bound by the fp32 units.
-__global__ void measure_centroids(Pruning params, int64_t) {
+__global__ void measure_centroids(Pruning params) {
   const int64_t dim = params.bank.dim;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp = blockIdx.y * int64_t{kWarps} + threadIdx.x / kWarp;
@@ -120,7 +117,7 @@ __device__ bool segment_may_win(const Pruning& params, const TileQuery& query, i
 
 // A block per tile of queries and share of the clusters (along y); each warp takes clusters of its
 // own and looks at the tile's queries 32 at a time until one needs the segment.
-__global__ void find_visits(Pruning params, int64_t) {
+__global__ void find_visits(Pruning params) {
   auto* shared = reinterpret_cast<TileQuery*>(shared_memory());  // [visit_tile]
   const int64_t tile_start = blockIdx.x * int64_t{params.visit_tile};
   const int rounds = params.visit_tile / kWarp;  // a warp looks at 32 of the queries in each
@@ -179,9 +176,7 @@ struct SegmentPlan {
 
   SegmentPlan(const SegmentedBank& bank, int64_t queries, int64_t limit) {
     const int64_t bytes = (bank.segments + bank.clusters) * 4 + padded_dim(bank.dim) * 2;
-    query_chunk = std::clamp(
-        limit / bytes / kQueryTile * kQueryTile, int64_t{kQueryTile},
-        std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce));
+    query_chunk = chunk_of(queries, limit / bytes);
   }
 };
 
@@ -197,10 +192,9 @@ struct SegmentArrays {
 
   SegmentArrays(const SegmentPlan& plan, const SegmentedBank& bank, int64_t num_queries,
                 Workspace* workspace) {
-    const int64_t padded = padded_dim(bank.dim), chunk = plan.query_chunk;
+    const int64_t chunk = plan.query_chunk;
     keys = workspace->take<Key>(num_queries);
-    queries = {padded, workspace->take<uint16_t>(chunk * padded), workspace->take<float>(chunk),
-               workspace->take<float>(chunk)};
+    queries = take_codes(workspace, chunk, padded_dim(bank.dim));
     maxima = workspace->take<float>(bank.segments * chunk);
     to_centroids = workspace->take<float>(bank.clusters * chunk);
     const int64_t lists = chunk / visit_tile(bank.dim);
@@ -236,9 +230,7 @@ int64_t nearest_in_segments_workspace(const SegmentedBank& bank, int64_t queries
 void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t stream) {
   if (params.queries == 0) return;
   const SegmentedBank& bank = params.bank;
-  if (bank.rows > kMostRows) {
-    throw std::invalid_argument("nearest: a bank on one device may have up to 4294967295 rows");
-  }
+  check_rows(bank.rows);
   const SegmentPlan plan(bank, params.queries, params.workspace_limit);
   Workspace workspace(params.workspace);
   const SegmentArrays arrays(plan, bank, params.queries, &workspace);
@@ -289,14 +281,14 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
     launch("nearest", measure_centroids,
            {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
             kThreadsPerBlock},
-           stream, pruning, count);
+           stream, pruning);
     const int64_t maxima = bank.segments * tiles * kQueryTile;
     launch("nearest", clear_visits, {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
            arrays.maxima, maxima);
     launch("nearest", find_visits,
            {dim3(static_cast<unsigned>(lists), shares(lists, kWarps)), kThreadsPerBlock,
             pruning.visit_tile * sizeof(TileQuery)},
-           stream, pruning, count);
+           stream, pruning);
 
     encode(queries, frame, arrays.queries, {nullptr, nullptr}, stream);
     screen(arrays.queries, tiles, codes_of(bank), bank.segments,
@@ -315,14 +307,8 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
                         arrays.maxima,
                         arrays.counts,
                         arrays.limits};
-    start_limits(bounds, stream);
     // Where rows are excluded, maxima may be theirs: the limit stays that of step 1.
-    if (params.groups.query_groups == nullptr) lower_limits(bounds, stream);
-    keep_queries(bounds, stream);
-    todo.lists = reinterpret_cast<const int32_t*>(arrays.maxima);
-    todo.counts = arrays.counts;
-    todo.list_pitch = tiles * kQueryTile;
-    rescore(todo, stream);
+    rescore_kept(bounds, params.groups.query_groups == nullptr, todo, stream);
   }
   write_results(arrays.keys, params.queries, params.distances, params.indices, stream);
 }

@@ -14,6 +14,13 @@ constexpr double kLeastProducts = 0x1p28;  // of coordinates; fewer do not repay
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
+// Queries of a chunk, in whole tiles, if so many fit.
+inline int64_t chunk_of(int64_t queries, int64_t that_fit) {
+  const int64_t most =
+      std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce);
+  return std::clamp(that_fit / kQueryTile * kQueryTile, int64_t{kQueryTile}, most);
+}
+
 // How a search is cut so that its scratch stays near a limit, in bytes: half for the maxima, a
 // quarter each for the codes of the bank and of the queries. A chunk is never less than a tile.
 struct Plan {
@@ -31,9 +38,7 @@ struct Plan {
                             round_up(rows, kSegmentRows));
     segments = bank_chunk / kSegmentRows;
     const int64_t maxima_that_fit = limit / 2 / (segments * 4);
-    query_chunk = std::clamp(
-        std::min(codes_that_fit, maxima_that_fit) / kQueryTile * kQueryTile, int64_t{kQueryTile},
-        std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce));
+    query_chunk = chunk_of(queries, std::min(codes_that_fit, maxima_that_fit));
   }
 };
 
@@ -55,6 +60,12 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
+// Codes of so many rows, out of a workspace.
+inline Codes take_codes(Workspace* workspace, int64_t rows, int64_t padded_dim) {
+  return {padded_dim, workspace->take<uint16_t>(rows * padded_dim), workspace->take<float>(rows),
+          workspace->take<float>(rows)};
+}
+
 struct Arrays {
   Key* keys;  // [queries]
   Frame frame;
@@ -68,15 +79,11 @@ struct Arrays {
   Arrays(const Plan& plan, int64_t num_queries, int64_t dim, bool has_groups,
          Workspace* workspace) {
     const int64_t padded = padded_dim(dim);
-    const auto codes = [&](int64_t rows) {
-      return Codes{padded, workspace->take<uint16_t>(rows * padded), workspace->take<float>(rows),
-                   workspace->take<float>(rows)};
-    };
     keys = workspace->take<Key>(num_queries);
     if (!plan.is_screened) return;
     frame = {workspace->take<float>(dim), workspace->take<float>(1)};
-    bank = codes(plan.bank_chunk);
-    queries = codes(plan.query_chunk);
+    bank = take_codes(workspace, plan.bank_chunk, padded);
+    queries = take_codes(workspace, plan.query_chunk, padded);
     segments = {workspace->take<float>(plan.segments), workspace->take<float>(plan.segments)};
     segment_groups = has_groups ? workspace->take<int64_t>(2 * plan.segments) : nullptr;
     maxima = workspace->take<float>(plan.segments * plan.query_chunk);

@@ -1,6 +1,8 @@
 // The canonical end of the nearest-neighbour search on CUDA: distances that decide.
 #pragma once
 
+#include <stdexcept>
+
 #include "../params.h"
 #include "screen.h"
 
@@ -11,6 +13,11 @@ namespace psvdd::cuda {
 using Key = unsigned long long;
 constexpr Key kNothingYet = ~Key{0};
 constexpr int64_t kMostRows = 0xffffffff;  // row numbers have 32 bits in a key
+
+inline void check_rows(int64_t rows) {
+  if (rows <= kMostRows) return;
+  throw std::invalid_argument("nearest: a bank on one device may have up to 4294967295 rows");
+}
 
 __device__ inline float squared_of(Key key) {
   return key == kNothingYet ? INFINITY : __uint_as_float(static_cast<uint32_t>(key >> 32));
