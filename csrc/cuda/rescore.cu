@@ -47,6 +47,15 @@ __device__ float4 four(const Half* row, int64_t j, int64_t dim) {
           j + 2 < dim ? to_float(row[j + 2]) : 0.0f, j + 3 < dim ? to_float(row[j + 3]) : 0.0f};
 }
 
+// Floats from one staged query to the next, so that what lanes read together lies in different
+// banks: four coordinates at a time, eight lanes share a turn, whose queries must be an odd number
+// of fours apart; one at a time, all lanes, an odd number of floats.
+__host__ __device__ constexpr int pitch_of(int64_t dim, bool whole) {
+  return static_cast<int>(whole ? (dim + 3) / 8 * 8 + 4 : dim | 1);
+}
+static_assert(pitch_of(60, true) == 60 && pitch_of(64, true) == 68 && pitch_of(68, true) == 68,
+              "the least number of whole fours, an odd one, that holds a vector");
+
 __device__ void add_square(float q, float b, float* sum) {
   const float difference = q - b;
   *sum = fmaf(difference, difference, *sum);
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
   const int64_t begin_row = params.bank.begin(segment), end_row = params.bank.end(segment);
   const auto* all_queries = static_cast<const float*>(params.queries.data);
   auto* shared = reinterpret_cast<float*>(shared_memory());
-  const int pitch = (static_cast<int>(dim) + 3) / 4 * 4 + 4;  // only where staged
+  const int pitch = pitch_of(dim, kWhole);  // only where staged
 
   for (int64_t first = blockIdx.y * int64_t{kLanes}; first < count;
        first += gridDim.y * int64_t{kLanes}) {
@@ -92,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
       __syncthreads();
       for (int q = warp; q < kLanes; q += kWarps) {
         const int64_t other = __shfl_sync(0xffffffffu, query, q);
-        for (int j = lane; j < pitch; j += kLanes) {
-          shared[q * pitch + j] = j < dim ? all_queries[other * dim + j] : 0.0f;
+        for (int j = lane; j < dim; j += kLanes) {
+          shared[q * pitch + j] = all_queries[other * dim + j];
         }
       }
       __syncthreads();
@@ -161,7 +170,8 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const bool whole = params.bank.dim % 4 == 0 && address(params.queries) % 16 == 0 &&
                      address(params.bank) % (4 * sizeof(Stored)) == 0;
   const bool staged = params.bank.dim <= kMostStagedDims;
-  const size_t pitch = (params.bank.dim + 3) / 4 * 4 + 4;
+  const size_t shared_bytes =
+      staged ? kLanes * pitch_of(params.bank.dim, whole) * sizeof(float) : 0;
   const auto segments = static_cast<unsigned>(params.bank.segments());
   const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
   // At least eight blocks for each multiprocessor, where there are as many batches.
@@ -169,8 +179,7 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const auto across = static_cast<unsigned>(
       std::min<int64_t>({batches, std::max<int64_t>(wanted, kBlocksPerSegment), 65535}));
   launch("nearest", whole ? rescore_segment<Stored, true> : rescore_segment<Stored, false>,
-         {dim3(segments, across), kThreads, staged ? kLanes * pitch * sizeof(float) : 0}, stream,
-         params, staged);
+         {dim3(segments, across), kThreads, shared_bytes}, stream, params, staged);
 }
 
 }  // namespace
