@@ -93,8 +93,9 @@ struct Narrow {
   static constexpr int kRows = kRowWarps == 1 ? 64 : 128;  // of a tile
   static constexpr int kRowsPerWarp = kRows / kRowWarps;
   static constexpr int kTilesPerSegment = kSegmentRows / kRows;
-  static constexpr int kStages = kRowWarps == 1 ? 4 : 3;
   static constexpr int kDim = kSteps * kDimStep;
+  // As many as leave room for a second block on multiprocessors of 100 KiB (sm_86, 89, 120).
+  static constexpr int kStages = kRowWarps == 1 ? 4 : kDim < 64 ? 3 : 2;
   static constexpr int kPitch = kDim * 2 + kCopyBytes;  // bytes, an odd multiple of 16
   static constexpr int kTileBytes = kRows * kPitch;
   static constexpr int kStageBytes = kTileBytes + kRows * static_cast<int>(sizeof(float));
@@ -102,6 +103,7 @@ struct Narrow {
   static constexpr int kSharedBytes =  // the ring, and maxima of the warps that share queries
       kRingBytes +
       (kRowWarps == 1 ? 0 : kRowWarps * kWarpQueries * static_cast<int>(sizeof(float)));
+  static_assert(kSharedBytes <= 49 * 1024, "two blocks, each with 1 KiB for the system, in 100");
   static_assert(kPitch / kCopyBytes % 2 == 1, "eight rows of a matrix must lie in different banks");
 };
 
