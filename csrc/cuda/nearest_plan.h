@@ -11,6 +11,9 @@ namespace psvdd::cuda {
 
 constexpr int64_t kMostQueriesAtOnce = int64_t{1} << 18;
 constexpr double kLeastProducts = 0x1p28;  // of coordinates; fewer do not repay the launches
+// As many queries as a block of the plain search takes: the bank is read once for them, while
+// encoding it alone reads it twice. More repay the screen.
+constexpr int64_t kMostPlainQueries = 32;
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
@@ -32,7 +35,8 @@ struct Plan {
   Plan(int64_t queries, int64_t rows, int64_t dim, SearchMethod method, int64_t limit) {
     const double products = static_cast<double>(queries) * rows * dim;
     is_screened = method == SearchMethod::kScreened ||
-                  (method == SearchMethod::kAuto && products >= kLeastProducts);
+                  (method == SearchMethod::kAuto && queries > kMostPlainQueries &&
+                   products >= kLeastProducts);
     const int64_t codes_that_fit = limit / 4 / (padded_dim(dim) * 2 + 8);
     bank_chunk = std::clamp(codes_that_fit / kSegmentRows * kSegmentRows, int64_t{kSegmentRows},
                             round_up(rows, kSegmentRows));
