@@ -11,6 +11,8 @@
 namespace psvdd::cuda {
 
 constexpr int kQueryTile = 256;  // queries are padded to a multiple of this
+static_assert(kQueryTile == kSegmentRows,
+              "queries are encoded as segments, whose padding must be that of the screen's tiles");
 
 constexpr float kScreenable = 1e15f;  // squares of larger differences might overflow
 
