@@ -51,6 +51,8 @@ def test_everything(name, plain_rounds, sanitized_rounds, fewest_checks, sanitiz
         ("beyond-shared", "address,undefined", "heap-buffer-overflow"),
         ("beyond-global", "address,undefined", "heap-buffer-overflow"),
         ("no-such-barrier", "", "63 of 64 threads wait for others that never come"),
+        ("too-much-shared", "", "broken: invalid argument"),
+        ("shared-not-asked-for", "", "50176 bytes of shared memory that were not asked for"),
     ],
 )
 def test_the_harness_notices_a_kernel_that_is_wrong(kernel, sanitizers, complaint):

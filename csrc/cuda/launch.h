@@ -56,18 +56,17 @@ struct Launch {
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& shape, std::uintptr_t stream,
             Args... args) {
-#if defined(PSVDD_CUDA_ON_HOST)
-  static_cast<void>(name);
-  static_cast<void>(stream);
-  cuda_on_host::launch(shape.grid, dim3(shape.threads), shape.shared_bytes,
-                       [&] { kernel(args...); });
-#else
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
           name);
   }
+#if defined(PSVDD_CUDA_ON_HOST)
+  static_cast<void>(stream);
+  cuda_on_host::launch(function, shape.grid, dim3(shape.threads), shape.shared_bytes,
+                       [&] { kernel(args...); });
+#else
   void* arguments[] = {&args...};
   check(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes,
                          reinterpret_cast<cudaStream_t>(stream)),

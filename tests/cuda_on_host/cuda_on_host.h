@@ -24,8 +24,10 @@
 #define __launch_bounds__(...)
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaSuccess ? "no error" : "invalid argument";
+}
 
 // A card with few multiprocessors, so that grids are small.
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
@@ -63,9 +65,15 @@ constexpr int kWarp = 32;
 // wait, copies late where the seed is even.
 void set_schedule(unsigned seed);
 
-// Runs `thread` once for every thread of the grid. Throws std::runtime_error if threads wait for
-// others that never come. Blocks have one dimension.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Of shared memory, what a launch may use unasked, and what it may ask for: that of sm_86, 89 and
+// 120, which have least.
+constexpr size_t kUnaskedShared = 48 * 1024, kMostShared = 99 * 1024;
+cudaError_t allow_shared(const void* kernel, size_t bytes);
+
+// Runs `thread` of a kernel once for every thread of the grid. Throws std::runtime_error for what a
+// card would refuse, and if threads wait for others that never come. Blocks have one dimension.
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& thread);
 
 unsigned char* shared_memory();                            // of the block
 void sync_block();                                         // orders all memory
@@ -84,6 +92,13 @@ void commit_copies();
 bool take_copy(int pending_groups, Copy* copy);  // one that must be made now; false: no more
 
 }  // namespace cuda_on_host
+
+// --- what launches call --------------------------------------------------------------------------
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return cuda_on_host::allow_shared(kernel, static_cast<size_t>(bytes));
+}
 
 // --- what kernels call ---------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <deque>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -108,6 +109,7 @@ struct Scheduler {
   Fiber* running = nullptr;
   const std::function<void()>* work = nullptr;
   Block block;
+  std::map<const void*, size_t> shared_asked_for;  // by kernel
   unsigned seed = 0;
   std::mt19937 random;
 };
@@ -243,12 +245,23 @@ void set_schedule(unsigned seed) {
   scheduler.random.seed(seed);
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  if (bytes > kMostShared) return cudaErrorInvalidValue;
+  scheduler.shared_asked_for[kernel] = bytes;
+  return cudaSuccess;
+}
+
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& thread) {
   if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1) {
     throw std::runtime_error("cuda_on_host: blocks must have 1 to 1024 threads in one dimension");
   }
   if (grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
     throw std::runtime_error("cuda_on_host: a grid that a card would refuse");
+  }
+  if (shared_bytes > std::max(kUnaskedShared, scheduler.shared_asked_for[kernel])) {
+    throw std::runtime_error("cuda_on_host: " + std::to_string(shared_bytes) +
+                             " bytes of shared memory that were not asked for");
   }
   while (scheduler.fibers.size() < block.x) create_fiber();
 #if defined(PSVDD_TSAN)

@@ -51,6 +51,14 @@ __global__ void read_before_copy(float* out) {
 }  // namespace
 
 void run_broken_kernel(const std::string& name, float* out, unsigned threads) {
+  // These are wrong in what they ask for.
+  if (name == "too-much-shared") {
+    return launch("broken", read_after_barrier, {dim3(1), threads, 100 * 1024}, 0, out);
+  }
+  if (name == "shared-not-asked-for") {
+    return cuda_on_host::launch(reinterpret_cast<const void*>(read_after_barrier), dim3(1),
+                                dim3(threads), 49 * 1024, [out] { read_after_barrier(out); });
+  }
   void (*kernel)(float*) = name == "race"              ? read_without_barrier
                            : name == "no-race"         ? read_after_barrier
                            : name == "beyond-shared"   ? write_beyond_shared
