@@ -269,6 +269,30 @@ def test_clusters_of_difficult_values(on_cuda_kernels, change):
     assert_same(found, expected, CPU)
 
 
+def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kernels):
+    """Twenty clusters on a line, each of one group: what is next to a query's own is enough."""
+    centroids = torch.zeros(20, 16)
+    centroids[:, 0] = 100.0 * torch.arange(20)
+    groups = torch.arange(20).repeat_interleave(60)
+    bank = centroids[groups] + torch.randn(1200, 16)
+    queries, query_groups = bank[::2] + 0.01, groups[::2]
+    visits = torch.zeros(1, dtype=torch.int64)
+    with on_cuda_kernels():
+        arrays = segments.segments_about(bank, centroids)
+        found = ops.search_segments(queries, arrays, query_groups, groups, 1, visits=visits)
+        tiles = -(-len(queries) // ops.visit_tile(bank))
+    assert_same(found, ops.nearest(queries, bank, exclude_same_group=(query_groups, groups)), CPU)
+    assert 0 < int(visits) < 0.4 * tiles * len(arrays.segment_clusters)
+
+    # Where a query may have no row at all, there is nothing to visit for it.
+    visits.zero_()
+    with on_cuda_kernels():
+        none = ops.search_segments(queries, arrays, query_groups * 0, groups * 0, 1, visits=visits)
+    assert torch.isinf(none[0]).all()
+    assert (none[1] == -1).all()
+    assert int(visits) == 0
+
+
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16])
 def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
     """All that a bank does, as on a GPU: clustered, searched, changed."""

@@ -14,20 +14,52 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreadsPerBlock / kWarp;
 
+// Where rows are excluded, segments are looked at in ranges: so many first, then up to so many
+// times as many as before. Were they in random order, a fifth of the second range might still hold
+// something nearer than the first did, then one in 17, 65, ...: three segments of each range.
+constexpr int64_t kFirstRange = 4, kRangeGrowth = 4;
+
 static_assert(kThreadsPerBlock == kQueryTile, "a block reads whole tiles of queries");
 
 __global__ void clear_each(Key* keys, int64_t count) {
   for (int64_t q = first_element(); q < count; q += element_step()) keys[q] = kNothingYet;
 }
 
-// Element = query: the limit that earlier chunks give.
-__global__ void start_limits(Bounds bounds, int64_t count) {
+// A warp per segment, over and over.
+__global__ void find_groups(Rescore pairs, SegmentGroups found) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t segments = pairs.bank.segments(), warps = element_step() / kWarp;
+  for (int64_t s = first_element() / kWarp; s < segments; s += warps) {
+    const int64_t begin = pairs.bank.begin(s), end = pairs.bank.end(s);
+    int64_t least = pairs.group_of(pairs.number_of(begin)), largest = least;
+    for (int64_t row = begin + lane; row < end; row += kWarp) {
+      const int64_t group = pairs.group_of(pairs.number_of(row));
+      least = group < least ? group : least;
+      largest = group > largest ? group : largest;
+    }
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+      const int64_t low = __shfl_xor_sync(0xffffffffu, least, lanes);
+      const int64_t high = __shfl_xor_sync(0xffffffffu, largest, lanes);
+      least = low < least ? low : least;
+      largest = high > largest ? high : largest;
+    }
+    if (lane == 0) {
+      found.ranges[2 * s] = least;
+      found.ranges[2 * s + 1] = largest;
+    }
+  }
+}
+
+// Element = query: the limit that what has been found gives. `start`: it is the first one.
+__global__ void limit_by_keys(Bounds bounds, bool start, int64_t count) {
   const float scale = frame_scale(*bounds.largest);
   for (int64_t q = first_element(); q < count; q += element_step()) {
     const float squared = squared_of(bounds.keys[q]);
     const float limit =
         scale == 0.0f || !(squared < INFINITY) ? INFINITY : sqrtf(squared) * scale * kRoundUp;
-    bounds.limits[q] = __float_as_uint(limit);
+    const unsigned bits = __float_as_uint(limit);
+    if (start || bits < bounds.limits[q]) bounds.limits[q] = bits;
   }
 }
 
@@ -43,7 +75,7 @@ __global__ void lower_limits(Bounds bounds) {
   for (int64_t s = begin; s < end; ++s) {
     const float v = bounds.maxima[s * bounds.padded_queries + q];
     const float squared = square - 2.0f * v + bounds.twice_rounding(square, s);
-    if (!(squared < INFINITY) || bounds.may_be_excluded(q, s)) continue;
+    if (!(squared < INFINITY) || bounds.some_excluded(q, s)) continue;
     const float upper =
         (sqrtf(fmaxf(squared, 0.0f)) + error + bounds.segments.errors[s]) * kRoundUp;
     if (upper < least) least = upper;
@@ -51,12 +83,12 @@ __global__ void lower_limits(Bounds bounds) {
   if (least < INFINITY) atomicMin(bounds.limits + q, __float_as_uint(least));
 }
 
-// A block per segment: lists [num_segments, padded_queries] of the numbers of the queries that it
-// may hold the nearest row of, written over its maxima from the front. What is overwritten has been
-// read: positions never run ahead.
-__global__ void keep_queries(Bounds bounds) {
+// A block per segment from the first on: lists [num_segments, padded_queries] of the numbers of the
+// queries that it may hold the nearest row of, written over its maxima from the front. What is
+// overwritten has been read: positions never run ahead.
+__global__ void keep_queries(Bounds bounds, int64_t first_segment) {
   auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarps]
-  const int64_t s = blockIdx.x;
+  const int64_t s = first_segment + blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float* maxima = bounds.maxima + s * bounds.padded_queries;
@@ -74,7 +106,7 @@ __global__ void keep_queries(Bounds bounds) {
       const float limit = __uint_as_float(bounds.limits[q]) * (kRoundUp + 4.0f * bounds.canonical);
       const float reach = (limit + tiny + bounds.queries.errors[q] + segment_error) * kRoundUp;
       const float least = square - 2.0f * maxima[q] - bounds.twice_rounding(square, s);
-      keep = !(least > reach * reach * kRoundUp);
+      keep = !(least > reach * reach * kRoundUp) && !bounds.all_excluded(q, s);
     }
     const unsigned ballot = __ballot_sync(0xffffffffu, keep);
     int* counts = warp_counts + first / kQueryTile % 2 * kWarps;
@@ -104,25 +136,40 @@ void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream) {
   launch("nearest", clear_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, queries);
 }
 
-void rescore_kept(const Bounds& bounds, bool maxima_count, Rescore pairs, std::uintptr_t stream) {
-  launch("nearest", start_limits, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
-         bounds, bounds.num_queries);
-  if (maxima_count) {
-    const int64_t tiles = bounds.padded_queries / kQueryTile;
-    const int64_t ranges = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
-                                               std::min<int64_t>(bounds.num_segments, 1024));
-    launch("nearest", lower_limits,
-           {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ranges)), kThreadsPerBlock},
-           stream, bounds);
-  }
-  launch("nearest", keep_queries,
-         {dim3(static_cast<unsigned>(bounds.num_segments)), kThreadsPerBlock,
-          2 * kWarps * sizeof(int)},
+void find_segment_groups(const Rescore& pairs, const SegmentGroups& found, std::uintptr_t stream) {
+  if (pairs.groups.query_groups == nullptr) return;
+  launch("nearest", find_groups, {blocks_for(pairs.bank.segments() * kWarp), kThreadsPerBlock},
+         stream, pairs, found);
+}
+
+void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
+  const auto limit_by_what_is_found = [&](bool start) {
+    launch("nearest", limit_by_keys, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
+           bounds, start, bounds.num_queries);
+  };
+  limit_by_what_is_found(true);
+  const int64_t tiles = bounds.padded_queries / kQueryTile;
+  const int64_t shares = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
+                                             std::min<int64_t>(bounds.num_segments, 1024));
+  launch("nearest", lower_limits,
+         {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares)), kThreadsPerBlock},
          stream, bounds);
+
   pairs.lists = reinterpret_cast<const int32_t*>(bounds.maxima);
   pairs.counts = bounds.counts;
   pairs.list_pitch = bounds.padded_queries;
-  rescore(pairs, stream);
+  const bool in_ranges = bounds.groups.query_groups != nullptr;
+  for (int64_t begin = 0, end; begin < bounds.num_segments; begin = end) {
+    end = in_ranges ? std::min(std::max(kFirstRange, begin * kRangeGrowth), bounds.num_segments)
+                    : bounds.num_segments;
+    if (begin > 0) limit_by_what_is_found(false);
+    launch("nearest", keep_queries,
+           {dim3(static_cast<unsigned>(end - begin)), kThreadsPerBlock, 2 * kWarps * sizeof(int)},
+           stream, bounds, begin);
+    pairs.first_segment = begin;
+    pairs.end_segment = end;
+    rescore(pairs, stream);
+  }
 }
 
 void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,

@@ -8,6 +8,10 @@
 // of the segment is no farther than sqrt(|q|^2 - 2 v + 2 E) + e_q + e_b, and no row of it is nearer
 // than sqrt(|q|^2 - 2 v - 2 E) - e_q - e_b. The least of the former over all segments, widened by
 // what canonical rounding may change, is the limit; a segment whose latter exceeds it is dropped.
+//
+// Where groups exclude rows, the best row of a segment may be one that the query must not have. The
+// range of a segment's groups tells where it cannot be; where that leaves a query without a limit,
+// the rows that it finds in some segments limit what it looks for in the rest (rescore_kept).
 #pragma once
 
 #include "../params.h"
@@ -15,6 +19,18 @@
 #include "screen.h"
 
 namespace psvdd::cuda {
+
+// The least and the largest group of the rows of each segment.
+struct SegmentGroups {
+  int64_t* ranges;  // [segments, 2]; null where there are no groups
+
+  __device__ bool may_hold(int64_t segment, int64_t group) const {
+    return ranges[2 * segment] <= group && group <= ranges[2 * segment + 1];
+  }
+  __device__ bool holds_only(int64_t segment, int64_t group) const {
+    return ranges[2 * segment] == group && ranges[2 * segment + 1] == group;
+  }
+};
 
 // Of one chunk of the bank and one of the queries.
 struct Bounds {
@@ -24,7 +40,7 @@ struct Bounds {
   Segments segments;
   int64_t num_segments;
   Groups groups;  // query_groups counts from the first query of the chunk
-  const int64_t* segment_groups;
+  SegmentGroups segment_groups;
   const float* largest;  // of the frame
   const Key* keys;       // [num_queries], what earlier chunks have found
   float rounding;        // screen_rounding
@@ -39,17 +55,23 @@ struct Bounds {
     return 2.0f * rounding * norms * norms * kRoundUp;
   }
   // Whether the segment may hold rows that the query must not be matched with.
-  __device__ bool may_be_excluded(int64_t query, int64_t segment) const {
-    if (segment_groups == nullptr) return false;
-    const int64_t group = groups.query_groups[query];
-    return segment_groups[2 * segment] <= group && group <= segment_groups[2 * segment + 1];
+  __device__ bool some_excluded(int64_t query, int64_t segment) const {
+    return groups.query_groups != nullptr &&
+           segment_groups.may_hold(segment, groups.query_groups[query]);
+  }
+  // Whether it holds no others.
+  __device__ bool all_excluded(int64_t query, int64_t segment) const {
+    return groups.query_groups != nullptr &&
+           segment_groups.holds_only(segment, groups.query_groups[query]);
   }
 };
 
 // No query has found anything.
 void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream);
-// Rescores the pairs that the maxima leave. `maxima_count`: whether they may lower the limits.
-void rescore_kept(const Bounds& bounds, bool maxima_count, Rescore pairs, std::uintptr_t stream);
+// The groups of the bank's segments, if there are groups.
+void find_segment_groups(const Rescore& pairs, const SegmentGroups& found, std::uintptr_t stream);
+// Rescores the pairs that the maxima leave.
+void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream);
 // Distances and rows from keys.
 void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
                    std::uintptr_t stream);

@@ -8,6 +8,7 @@
 //               the maxima it was made from;
 //   5. rescore  listed pairs canonically (rescore.cu); the least (distance, row) per query is kept
 //               by a 64-bit atomic minimum, which does not depend on any order.
+// Where groups exclude rows, 4 and 5 take segments in ranges, each with the limits of those before.
 // Without tensor cores, or where the caller wants the plain search, only 5, for all pairs.
 // bounds.h has the proof that what is skipped cannot win.
 //
@@ -21,23 +22,6 @@
 
 namespace psvdd::cuda {
 namespace {
-
-// Element = segment: the least and the largest group in it.
-__global__ void find_segment_groups(Groups groups, int64_t first_row, int64_t rows,
-                                    int64_t* segment_groups, int64_t count) {
-  for (int64_t s = first_element(); s < count; s += element_step()) {
-    const int64_t begin = first_row + s * kSegmentRows;
-    const int64_t end = first_row + (rows < (s + 1) * kSegmentRows ? rows : (s + 1) * kSegmentRows);
-    int64_t least = groups.bank_groups[begin / groups.rows_per_group], largest = least;
-    for (int64_t i = begin / groups.rows_per_group; i <= (end - 1) / groups.rows_per_group; ++i) {
-      const int64_t group = groups.bank_groups[i];
-      least = group < least ? group : least;
-      largest = group > largest ? group : largest;
-    }
-    segment_groups[2 * s] = least;
-    segment_groups[2 * s + 1] = largest;
-  }
-}
 
 const void* row_of(const void* data, bool is_half, int64_t row, int64_t dim) {
   return static_cast<const unsigned char*>(data) + row * dim * (is_half ? 2 : 4);
@@ -67,25 +51,22 @@ void nearest(const NearestParams& params, std::uintptr_t stream) {
                        params.bank_is_half, std::min(plan.bank_chunk, params.bank_rows - row),
                        params.dim};
     const int64_t segments = bank.segments();
+    Rescore todo{};
+    todo.bank = bank;
+    todo.end_segment = segments;
+    todo.first_row = row;
+    todo.groups = params.groups;
     if (plan.is_screened) {
       find_frame(bank, arrays.frame, stream);
       encode(bank, arrays.frame, arrays.bank, arrays.segments, stream);
-      if (has_groups) {
-        launch("nearest", find_segment_groups, {blocks_for(segments), kThreadsPerBlock}, stream,
-               params.groups, row, bank.rows, arrays.segment_groups, segments);
-      }
+      find_segment_groups(todo, arrays.segment_groups, stream);
     }
     for (int64_t q = 0; q < params.queries; q += plan.query_chunk) {
       const Vectors queries{params.query_data + q * params.dim, false,
                             std::min(plan.query_chunk, params.queries - q), params.dim};
-      const Groups groups = params.groups.from_query(q);
-      Key* keys = arrays.keys + q;
-      Rescore todo{};
       todo.queries = queries;
-      todo.bank = bank;
-      todo.first_row = row;
-      todo.groups = groups;
-      todo.keys = keys;
+      todo.groups = params.groups.from_query(q);
+      todo.keys = arrays.keys + q;
       if (plan.is_screened) {
         const int64_t tiles = (queries.rows + kQueryTile - 1) / kQueryTile;
         const Bounds bounds{arrays.queries,
@@ -93,10 +74,10 @@ void nearest(const NearestParams& params, std::uintptr_t stream) {
                             tiles * kQueryTile,
                             arrays.segments,
                             segments,
-                            groups,
+                            todo.groups,
                             arrays.segment_groups,
                             arrays.frame.largest,
-                            keys,
+                            todo.keys,
                             screen_rounding(arrays.bank.padded_dim),
                             canonical_rounding(params.dim),
                             arrays.maxima,
@@ -105,7 +86,7 @@ void nearest(const NearestParams& params, std::uintptr_t stream) {
         encode(queries, arrays.frame, arrays.queries, {nullptr, nullptr}, stream);
         screen(arrays.queries, tiles, arrays.bank, segments, {nullptr, nullptr}, arrays.maxima,
                stream);
-        rescore_kept(bounds, true, todo, stream);
+        rescore_kept(bounds, todo, stream);
       } else {
         rescore(todo, stream);
       }

@@ -5,10 +5,13 @@
 // that share a list (visit_tile) want much the same clusters.
 //   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
 //   2. measure  the distances of all queries to all centroids, in fp32 from differences;
-//   3. visits   per list, the segments that may hold something nearer for any of its queries: not
+//   3. others   queries whose own cluster holds nothing but their own group are rescored against
+//   the
+//               nearest cluster that holds more, so that all that can have a limit have one;
+//   4. visits   per list, the segments that may hold something nearer for any of its queries: not
 //               ruled out by the cluster's radius, the half-plane between the centroids, or the
 //               ring of distances to the centroid that the segment's rows lie in (ARCHITECTURE.md);
-//   4. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
+//   5. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
 // Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 11 to 14 %.
 
 #include "bounds.h"
@@ -32,8 +35,10 @@ struct Pruning {
   Vectors queries;     // of the chunk
   const int64_t* own;  // [queries]
   const Key* keys;     // [queries]
-  float rounding;      // relative error allowed for in distances, several times what it can be
-  float canonical;     // canonical_rounding
+  Groups groups;       // query_groups counts from the first query of the chunk
+  SegmentGroups segment_groups;
+  float rounding;   // relative error allowed for in distances, several times what it can be
+  float canonical;  // canonical_rounding
   int64_t padded_queries;
   float* to_centroids;  // [C, padded_queries]
   int visit_tile;       // queries that share a list
@@ -79,9 +84,45 @@ __global__ void measure_centroids(Pruning params) {
   }
 }
 
+__device__ bool holds_other_groups(const Pruning& params, int64_t c, int64_t group) {
+  for (int s = params.bank.cluster_segments[c]; s < params.bank.cluster_segments[c + 1]; ++s) {
+    if (!params.segment_groups.holds_only(s, group)) return true;
+  }
+  return false;
+}
+
+// Element = query: one that has found nothing is listed for the segments of the nearest cluster
+// with rows of another group. lists [S, padded_queries], the first counts[s] of each; counts start
+// at 0.
+__global__ void list_for_other_clusters(Pruning params, int32_t* lists, int32_t* counts) {
+  for (int64_t q = first_element(); q < params.queries.rows; q += element_step()) {
+    if (params.keys[q] != kNothingYet) continue;
+    const int64_t group = params.groups.query_groups[q];
+    int64_t nearest = -1;
+    float least = INFINITY;
+    for (int64_t c = 0; c < params.bank.clusters; ++c) {
+      const float distance = params.to_centroids[c * params.padded_queries + q];
+      if ((nearest < 0 || distance < least) && holds_other_groups(params, c, group)) {
+        nearest = c;
+        least = distance;
+      }
+    }
+    if (nearest < 0) continue;  // the bank holds only its own group
+    const int32_t* segments = params.bank.cluster_segments + nearest;
+    for (int64_t s = segments[0]; s < segments[1]; ++s) {
+      if (params.segment_groups.holds_only(s, group)) continue;
+      lists[s * params.padded_queries + atomicAdd(counts + s, 1)] = static_cast<int32_t>(q);
+    }
+  }
+}
+
+__global__ void clear_counts(int32_t* counts, int64_t count) {
+  for (int64_t s = first_element(); s < count; s += element_step()) counts[s] = 0;
+}
+
 // What a lane knows of one query of the tile.
 struct TileQuery {
-  float limit;  // distance beyond which nothing wins; negative: no query
+  float limit;  // distance beyond which nothing wins; negative: no query, or no row to find
   float own_distance;
   int own;
 };
@@ -124,7 +165,7 @@ __global__ void find_visits(Pruning params) {
   if (static_cast<int>(threadIdx.x) < params.visit_tile) {
     const int64_t q = tile_start + threadIdx.x;
     TileQuery query{-1.0f, 0.0f, 0};
-    if (q < params.queries.rows) {
+    if (q < params.queries.rows && params.keys[q] != kNothingYet) {
       const float squared = squared_of(params.keys[q]);
       query.limit = sqrtf(squared) * (kRoundUp + 4.0f * params.canonical) +
                     0x1p-69f * sqrtf(static_cast<float>(params.bank.dim + 16));
@@ -183,6 +224,7 @@ struct SegmentPlan {
 struct SegmentArrays {
   Key* keys;
   Codes queries;
+  SegmentGroups segment_groups;
   float* maxima;
   float* to_centroids;
   int32_t* visit_lists;   // [lists, S]
@@ -195,6 +237,7 @@ struct SegmentArrays {
     const int64_t chunk = plan.query_chunk;
     keys = workspace->take<Key>(num_queries);
     queries = take_codes(workspace, chunk, padded_dim(bank.dim));
+    segment_groups = {workspace->take<int64_t>(2 * bank.segments)};
     maxima = workspace->take<float>(bank.segments * chunk);
     to_centroids = workspace->take<float>(bank.clusters * chunk);
     const int64_t lists = chunk / visit_tile(bank.dim);
@@ -211,6 +254,19 @@ Vectors rows_of(const SegmentedBank& bank) {
 
 Codes codes_of(const SegmentedBank& bank) {
   return {padded_dim(bank.dim), bank.halves, bank.squares, bank.errors};
+}
+
+// The lists lie where the maxima will.
+void rescore_in_other_clusters(const Pruning& pruning, const SegmentArrays& arrays, Rescore pairs,
+                               std::uintptr_t stream) {
+  auto* lists = reinterpret_cast<int32_t*>(arrays.maxima);
+  launch_elements("nearest", clear_counts, arrays.counts, pruning.bank.segments, stream);
+  launch("nearest", list_for_other_clusters, {blocks_for(pairs.queries.rows), kThreadsPerBlock},
+         stream, pruning, lists, arrays.counts);
+  pairs.lists = lists;
+  pairs.counts = arrays.counts;
+  pairs.list_pitch = pruning.padded_queries;
+  rescore(pairs, stream);
 }
 
 }  // namespace
@@ -237,32 +293,39 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
   const bool is_screened = has_tensor_cores();
   const Frame frame{bank.centre, bank.largest};
 
+  Rescore of_bank{};
+  of_bank.bank = rows_of(bank);
+  of_bank.end_segment = bank.segments;
+  of_bank.ids = bank.ids;
+  of_bank.groups = params.groups;
+  if (is_screened) find_segment_groups(of_bank, arrays.segment_groups, stream);
+
   clear_keys(arrays.keys, params.queries, stream);
   for (int64_t q = 0; q < params.queries; q += plan.query_chunk) {
     const int64_t count = std::min(plan.query_chunk, params.queries - q);
     const int64_t tiles = (count + kQueryTile - 1) / kQueryTile;
     const Vectors queries{params.query_data + q * bank.dim, false, count, bank.dim};
-    Key* keys = arrays.keys + q;
-    Rescore todo{};
+    Rescore todo = of_bank;
     todo.queries = queries;
-    todo.bank = rows_of(bank);
-    todo.ids = bank.ids;
     todo.groups = params.groups.from_query(q);
-    todo.keys = keys;
+    todo.keys = arrays.keys + q;
     if (!is_screened) {
       rescore(todo, stream);
       continue;
     }
-    todo.segment_clusters = bank.segment_clusters;
-    todo.own_starts = params.own_starts;
-    todo.first_query = q;
-    rescore(todo, stream);
+    Rescore in_own = todo;
+    in_own.segment_clusters = bank.segment_clusters;
+    in_own.own_starts = params.own_starts;
+    in_own.first_query = q;
+    rescore(in_own, stream);
 
     const float rounding = static_cast<float>(bank.dim + 16) * 0x1p-22f;
     const Pruning pruning{bank,
                           queries,
                           params.own + q,
-                          keys,
+                          todo.keys,
+                          todo.groups,
+                          arrays.segment_groups,
                           rounding,
                           canonical_rounding(bank.dim),
                           tiles * kQueryTile,
@@ -282,6 +345,9 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
            {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
             kThreadsPerBlock},
            stream, pruning);
+    if (params.groups.query_groups != nullptr) {
+      rescore_in_other_clusters(pruning, arrays, todo, stream);
+    }
     const int64_t maxima = bank.segments * tiles * kQueryTile;
     launch("nearest", clear_visits, {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
            arrays.maxima, maxima);
@@ -299,16 +365,15 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
                         {bank.segment_norms, bank.segment_errors},
                         bank.segments,
                         todo.groups,
-                        nullptr,
+                        arrays.segment_groups,
                         bank.largest,
-                        keys,
+                        todo.keys,
                         screen_rounding(arrays.queries.padded_dim),
                         canonical_rounding(bank.dim),
                         arrays.maxima,
                         arrays.counts,
                         arrays.limits};
-    // Where rows are excluded, maxima may be theirs: the limit stays that of step 1.
-    rescore_kept(bounds, params.groups.query_groups == nullptr, todo, stream);
+    rescore_kept(bounds, todo, stream);
   }
   write_results(arrays.keys, params.queries, params.distances, params.indices, stream);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "bounds.h"
 #include "rescore.h"
 #include "screen.h"
 
@@ -70,15 +71,16 @@ inline Codes take_codes(Workspace* workspace, int64_t rows, int64_t padded_dim) 
           workspace->take<float>(rows)};
 }
 
+// Of a plain search, only the keys.
 struct Arrays {
   Key* keys;  // [queries]
-  Frame frame;
-  Codes bank, queries;
-  Segments segments;
-  int64_t* segment_groups;  // [segments, 2], the least and the largest group of each
-  float* maxima;            // [segments, query chunk]; becomes the lists of `keep_queries`
-  int32_t* counts;          // [segments]
-  unsigned* limits;         // [query chunk], upper bounds on distances, as bits
+  Frame frame{};
+  Codes bank{}, queries{};
+  Segments segments{};
+  SegmentGroups segment_groups{};
+  float* maxima = nullptr;     // [segments, query chunk]; becomes the lists of `keep_queries`
+  int32_t* counts = nullptr;   // [segments], of the queries in each list
+  unsigned* limits = nullptr;  // [query chunk], upper bounds on distances, as bits
 
   Arrays(const Plan& plan, int64_t num_queries, int64_t dim, bool has_groups,
          Workspace* workspace) {
@@ -89,7 +91,7 @@ struct Arrays {
     bank = take_codes(workspace, plan.bank_chunk, padded);
     queries = take_codes(workspace, plan.query_chunk, padded);
     segments = {workspace->take<float>(plan.segments), workspace->take<float>(plan.segments)};
-    segment_groups = has_groups ? workspace->take<int64_t>(2 * plan.segments) : nullptr;
+    segment_groups = {has_groups ? workspace->take<int64_t>(2 * plan.segments) : nullptr};
     maxima = workspace->take<float>(plan.segments * plan.query_chunk);
     counts = workspace->take<int32_t>(plan.segments);
     limits = workspace->take<unsigned>(plan.query_chunk);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
   const int64_t dim = params.bank.dim;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int64_t segment = blockIdx.x;
+  const int64_t segment = params.first_segment + blockIdx.x;
   const bool listed = params.lists != nullptr;
   const int32_t* list = listed ? params.lists + segment * params.list_pitch : nullptr;
   const Range range = queries_of(params, segment);
@@ -147,14 +147,11 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
         for (int s = 0; s < 4; ++s) sums[i][s] += sums[i][s + 4];
         const float squared = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
         const int64_t place = row + i < end_row ? row + i : end_row - 1;
-        const int64_t id = params.ids != nullptr ? params.ids[place] : params.first_row + place;
-        const Key key = static_cast<Key>(__float_as_uint(squared)) << 32 | static_cast<Key>(id);
+        const int64_t number = params.number_of(place);
+        const Key key = static_cast<Key>(__float_as_uint(squared)) << 32 | static_cast<Key>(number);
         if (key >= best) continue;
-        const Groups& groups = params.groups;
-        if (groups.query_groups != nullptr &&
-            groups.query_groups[query] == groups.bank_groups[id / groups.rows_per_group]) {
-          continue;
-        }
+        const int64_t* query_groups = params.groups.query_groups;
+        if (query_groups != nullptr && query_groups[query] == params.group_of(number)) continue;
         best = key;
       }
     }
@@ -172,7 +169,7 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const bool staged = params.bank.dim <= kMostStagedDims;
   const size_t shared_bytes =
       staged ? kLanes * pitch_of(params.bank.dim, whole) * sizeof(float) : 0;
-  const auto segments = static_cast<unsigned>(params.bank.segments());
+  const auto segments = static_cast<unsigned>(params.end_segment - params.first_segment);
   const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
   // At least eight blocks for each multiprocessor, where there are as many batches.
   const int64_t wanted = (8 * int64_t{multiprocessors()} + segments - 1) / segments;

@@ -26,7 +26,8 @@ __device__ inline float squared_of(Key key) {
 struct Rescore {
   Vectors queries;  // float32
   Vectors bank;
-  int64_t first_row;   // the number of the bank's first row
+  int64_t first_segment, end_segment;  // of the bank, those to look at
+  int64_t first_row;                   // the number of the bank's first row
   const int64_t* ids;  // [bank rows] the rows' numbers, or null: first_row, first_row + 1, ...
   // Per segment of bank rows, the queries that look at it: the first counts[s] of each row of
   // lists [segments, list_pitch]; or, where there are no lists, the queries of the segment's
@@ -39,6 +40,15 @@ struct Rescore {
   int64_t first_query;
   Groups groups;  // query_groups counts from the first query
   Key* keys;      // [queries], lowered
+
+  // The number of a row of the bank.
+  __device__ int64_t number_of(int64_t row) const {
+    return ids != nullptr ? ids[row] : first_row + row;
+  }
+  // The group of the row with a number.
+  __device__ int64_t group_of(int64_t number) const {
+    return groups.bank_groups[number / groups.rows_per_group];
+  }
 };
 
 // Lowers the keys by the canonical distances of all pairs that are listed.
