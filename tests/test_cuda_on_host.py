@@ -293,6 +293,28 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     assert int(visits) == 0
 
 
+def test_clusters_of_equal_rows(on_cuda_kernels):
+    """Segments of a cluster then differ in nothing, and their ring is a sphere of radius 0."""
+    centroids = torch.randn(4, 20)
+    bank = centroids.repeat_interleave(300, dim=0)
+    queries = torch.cat([centroids, centroids + 0.1 * torch.randn(4, 20), torch.randn(30, 20)])
+    with on_cuda_kernels():
+        arrays = segments.segments_about(bank, centroids)
+        found = ops.search_segments(queries, arrays, None, None, 1)
+    assert len(arrays.segment_clusters) == 8
+    assert_same(found, ops.nearest(queries, bank), CPU)
+
+
+def test_no_queries_of_a_clustered_bank(on_cuda_kernels):
+    bank = torch.randn(300, 9)
+    nothing = torch.empty(0, dtype=torch.int64)
+    with on_cuda_kernels():
+        arrays = segments.build_segments(bank, 3)
+        for groups in ((None, None), (nothing, torch.arange(300))):
+            distances, indices = ops.search_segments(torch.empty(0, 9), arrays, *groups, 1)
+            assert distances.shape == indices.shape == (0,)
+
+
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16])
 def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
     """All that a bank does, as on a GPU: clustered, searched, changed."""

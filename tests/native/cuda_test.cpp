@@ -18,6 +18,8 @@
 
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/nearest_plan.h"
+#include "../../csrc/cuda/ptx.h"
 #include "../../csrc/cuda/screen.h"
 #include "../../csrc/portable.h"
 #include "../../csrc/random.h"
@@ -202,6 +204,11 @@ void test_screen() {
   };
   if (scale == 0) return;
   check_codes(bank_codes, bank, rows);
+  for (int64_t r = 0; r < rows; ++r) {  // nor is more claimed than twice what rounding may do
+    const double most = 0x1p-10 * std::sqrt(bank_codes.squares[r]) + dim * 0x1p-24;
+    EXPECT(bank_codes.errors[r] <= most, "error of row %ld: %g of at most %g", long(r),
+           bank_codes.errors[r], most);
+  }
   check_codes(query_codes, queries, count);
   for (int64_t q = 0; q < count; ++q) {
     for (int64_t s = 0; s < segments; ++s) {
@@ -224,48 +231,148 @@ void test_screen() {
   }
 }
 
-void test_nearest() {
-  const int64_t dim = integer(1, 80), rows = integer(1, 600), count = integer(1, 40);
-  const std::vector<float> bank = hard_values(rows, dim, dim);
-  const std::vector<float> queries = hard_values_near(bank, count, dim);
-  const bool has_groups = integer(0, 1) == 1;
-  const int64_t per_group = integer(1, 200);
-  std::vector<int64_t> query_groups(count), bank_groups((rows + per_group - 1) / per_group);
-  for (int64_t& group : query_groups) group = integer(0, 3);
-  for (int64_t& group : bank_groups) group = integer(0, 3);
+// Vectors of a bank in either type of element; float16 rounds them.
+struct Stored {
+  std::vector<float> values;
+  std::vector<uint16_t> halves;  // empty: float32
+
+  Stored(std::vector<float> given, bool is_half) : values(std::move(given)) {
+    if (!is_half) return;
+    for (float& value : values) {
+      halves.push_back(cuda::half_bits(value));
+      value = to_float(Half{halves.back()});
+    }
+  }
+  bool is_half() const { return !halves.empty(); }
+  const void* data() const {
+    return is_half() ? static_cast<const void*>(halves.data()) : values.data();
+  }
+};
+
+// Up to four groups at random, mostly row by row.
+struct RandomGroups {
+  std::vector<int64_t> of_queries, of_bank;
+  int64_t rows_per_group;
+
+  RandomGroups(int64_t queries, int64_t rows)
+      : of_queries(queries), rows_per_group(integer(0, 3) == 0 ? integer(1, 200) : 1) {
+    of_bank.resize((rows + rows_per_group - 1) / rows_per_group);
+    const int64_t last = integer(0, 3);
+    for (int64_t& group : of_queries) group = integer(0, last);
+    for (int64_t& group : of_bank) group = integer(0, last);
+  }
+  Groups groups() const { return {of_queries.data(), of_bank.data(), rows_per_group}; }
+};
+
+using Found = std::pair<std::vector<float>, std::vector<int64_t>>;  // distances and rows
+
+NearestParams nearest_params(const std::vector<float>& queries, const Stored& bank, int64_t dim) {
   NearestParams params{};
-  params.queries = count;
-  params.bank_rows = rows;
+  params.queries = static_cast<int64_t>(queries.size()) / dim;
+  params.bank_rows = static_cast<int64_t>(bank.values.size()) / dim;
   params.dim = dim;
   params.query_data = queries.data();
   params.bank_data = bank.data();
-  params.groups.rows_per_group = per_group;
-  params.workspace_limit = integer(0, 1) == 1 ? 1 : 1 << 30;  // the smallest chunks, or only one
-  if (has_groups) {
-    params.groups.query_groups = query_groups.data();
-    params.groups.bank_groups = bank_groups.data();
+  params.bank_is_half = bank.is_half();
+  params.groups.rows_per_group = 1;
+  params.workspace_limit = 1 << 30;
+  return params;
+}
+
+Found nearest_on_cpu(NearestParams params) {
+  Found found(params.queries, params.queries);
+  params.distances = found.first.data();
+  params.indices = found.second.data();
+  cpu::nearest(params, 1);
+  return found;
+}
+
+// `kept`: where not null, the pairs of a query and a segment that the screen left, of the last
+// chunk.
+Found nearest_on_cuda(NearestParams params, int64_t* kept = nullptr) {
+  const bool has_groups = params.groups.query_groups != nullptr;
+  std::vector<unsigned char> workspace(cuda::nearest_workspace(params.queries, params.bank_rows,
+                                                               params.dim, params.method,
+                                                               has_groups, params.workspace_limit) +
+                                       256);
+  void* start = workspace.data();
+  size_t space = workspace.size();
+  params.workspace = std::align(256, space - 256, start, space);
+  Found found(params.queries, params.queries);
+  params.distances = found.first.data();
+  params.indices = found.second.data();
+  cuda::nearest(params, 0);
+  if (kept != nullptr) {
+    const cuda::Plan plan(params.queries, params.bank_rows, params.dim, params.method,
+                          params.workspace_limit);
+    cuda::Workspace parts(params.workspace);
+    const cuda::Arrays arrays(plan, params.queries, params.dim, has_groups, &parts);
+    *kept = std::accumulate(arrays.counts, arrays.counts + plan.segments, int64_t{0});
   }
-  const auto search = [&](void (*nearest)(const NearestParams&)) {
-    std::pair<std::vector<float>, std::vector<int64_t>> found(count, count);
-    params.distances = found.first.data();
-    params.indices = found.second.data();
-    nearest(params);
-    return found;
-  };
-  const auto expected = search([](const NearestParams& p) { cpu::nearest(p, 1); });
+  return found;
+}
+
+void test_nearest() {
+  const int64_t dim = integer(1, 80), rows = integer(1, 600), count = integer(1, 40);
+  const Stored bank(hard_values(rows, dim, dim), integer(0, 3) == 0);
+  const std::vector<float> queries = hard_values_near(bank.values, count, dim);
+  const RandomGroups groups(count, rows);
+  NearestParams params = nearest_params(queries, bank, dim);
+  if (integer(0, 1) == 1) params.workspace_limit = 1;  // the smallest chunks
+  if (integer(0, 1) == 1) params.groups = groups.groups();
+  const Found expected = nearest_on_cpu(params);
   for (const SearchMethod method : {SearchMethod::kPlain, SearchMethod::kScreened}) {
     params.method = method;
-    std::vector<unsigned char> workspace(
-        cuda::nearest_workspace(count, rows, dim, method, has_groups, params.workspace_limit) +
-        256);
-    void* start = workspace.data();
-    size_t space = workspace.size();
-    params.workspace = std::align(256, space - 256, start, space);
-    const auto found = search([](const NearestParams& p) { cuda::nearest(p, 0); });
-    EXPECT(found.first == expected.first && found.second == expected.second,
+    EXPECT(nearest_on_cuda(params) == expected,
            "nearest: %ld queries, %ld rows, dim %ld, method %d", long(count), long(rows), long(dim),
            static_cast<int>(method));
   }
+}
+
+// Of rows far apart, the screen leaves each query only the segment that its nearest row is in. With
+// groups the same, if they tell segments apart; if they do not, a part; of its own group nothing.
+void test_the_screen_drops_work() {
+  constexpr int64_t kDim = 16, kSegments = 16, kRows = kSegments * cuda::kSegmentRows, kCount = 40;
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(kRows * kDim), queries;
+  for (float& value : rows) value = normal(random_bits);
+  const Stored bank(rows, false);
+  std::vector<int64_t> in_order(kRows), at_random(kRows), one(kRows), first(kCount);
+  for (int64_t r = 0; r < kRows; ++r) {
+    in_order[r] = r / (4 * cuda::kSegmentRows);
+    at_random[r] = integer(0, 63);
+  }
+  for (int64_t q = 0; q < kCount; ++q) {
+    first[q] = integer(0, kRows - 1);
+    for (int64_t j = 0; j < kDim; ++j) {
+      queries.push_back(rows[first[q] * kDim + j] + 1e-3f * normal(random_bits));
+    }
+  }
+  NearestParams params = nearest_params(queries, bank, kDim);
+  params.method = SearchMethod::kScreened;
+  const auto kept = [&](const std::vector<int64_t>* bank_groups) {
+    std::vector<int64_t> query_groups;
+    if (bank_groups != nullptr) {
+      for (const int64_t row : first) query_groups.push_back((*bank_groups)[row]);
+      params.groups = {query_groups.data(), bank_groups->data(), 1};
+    }
+    int64_t pairs = 0;
+    EXPECT(nearest_on_cuda(params, &pairs) == nearest_on_cpu(params), "rows far apart");
+    return long(pairs);
+  };
+  const long all = kCount * kSegments;
+  const long alone = kept(nullptr), ordered = kept(&in_order), mixed = kept(&at_random);
+  EXPECT(kCount <= alone && alone <= kCount * 11 / 10, "%ld pairs of %ld", alone, all);
+  EXPECT(kCount <= ordered && ordered <= kCount * 11 / 10, "%ld pairs of %ld", ordered, all);
+  EXPECT(kCount <= mixed && mixed <= all * 6 / 10, "%ld pairs of %ld", mixed, all);
+  EXPECT(kept(&one) == 0, "of one group");
+}
+
+void test_few_queries_are_not_screened() {
+  const auto is_screened = [](int64_t queries) {
+    return cuda::Plan(queries, 1 << 20, 64, SearchMethod::kAuto, 1 << 30).is_screened;
+  };
+  EXPECT(!is_screened(32) && is_screened(33), "the choice of a method");
 }
 
 // The normal numbers against float64, at random and near the places where quarters of a turn meet.
@@ -344,31 +451,13 @@ void test_crop_pairs() {
          long(params.height));
 }
 
-using Found = std::pair<std::vector<float>, std::vector<int64_t>>;  // distances and rows
-
-Found nearest_on_cpu(const std::vector<float>& queries, const std::vector<float>& bank,
-                     int64_t dim) {
-  NearestParams params{};
-  params.queries = static_cast<int64_t>(queries.size()) / dim;
-  params.bank_rows = static_cast<int64_t>(bank.size()) / dim;
-  params.dim = dim;
-  params.query_data = queries.data();
-  params.bank_data = bank.data();
-  params.groups.rows_per_group = 1;
-  Found found(params.queries, params.queries);
-  params.distances = found.first.data();
-  params.indices = found.second.data();
-  cpu::nearest(params, 1);
-  return found;
-}
-
 // Vectors in the order of their nearest centroids, then of the distance to it.
 struct InOrder {
   std::vector<int64_t> order, own;
   std::vector<float> vectors, radii;
 
   InOrder(const std::vector<float>& given, const std::vector<float>& centroids, int64_t dim) {
-    const Found found = nearest_on_cpu(given, centroids, dim);
+    const Found found = nearest_on_cpu(nearest_params(given, Stored(centroids, false), dim));
     order.resize(found.first.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
@@ -383,15 +472,45 @@ struct InOrder {
   }
 };
 
-// A clustered bank about some of its own rows, as patchsvdd_fast/segments.py makes it. Returns
-// whether there was one to test.
-bool test_nearest_in_segments() {
+// The centroids [., dim] that are some row's nearest.
+std::vector<float> used_centroids(const std::vector<float>& rows, const std::vector<float>& all,
+                                  int64_t dim) {
+  const InOrder bank(rows, all, dim);
+  std::vector<float> used;
+  for (int64_t c = 0; c < static_cast<int64_t>(all.size()) / dim; ++c) {
+    if (std::binary_search(bank.own.begin(), bank.own.end(), c)) {
+      used.insert(used.end(), all.begin() + c * dim, all.begin() + (c + 1) * dim);
+    }
+  }
+  return used;
+}
+
+// Rows of a clustered bank; the first `clusters` will be its centroids.
+std::vector<float> rows_for_clusters(int64_t rows, int64_t clusters, int64_t dim, bool is_half) {
+  std::vector<float> values = hard_values(rows, dim, dim);
+  const int64_t kind = integer(0, 5);
+  if (kind == 0) {  // the rows of a cluster are all equal
+    for (int64_t i = clusters * dim; i < rows * dim; ++i) values[i] = values[i - clusters * dim];
+  } else if (kind == 1 && !is_half) {  // too large for codes: their scale is 0
+    float largest = 0;
+    for (const float value : values) largest = std::fmax(largest, std::fabs(value));
+    for (float& value : values) value = value / largest * 1e16f;
+  }
+  return values;
+}
+
+// A clustered bank about some of its own rows, as patchsvdd_fast/segments.py makes it.
+void test_nearest_in_segments() {
   const int64_t dim = integer(1, 80), rows = integer(1, 700), count = integer(1, 300);
-  const int64_t clusters = integer(1, std::min<int64_t>(rows, 6));
-  const std::vector<float> given = hard_values(rows, dim, dim);
-  const std::vector<float> given_queries = hard_values_near(given, count, dim);
-  const std::vector<float> centroids(given.begin(), given.begin() + clusters * dim);
-  const InOrder bank(given, centroids, dim), queries(given_queries, centroids, dim);
+  const bool is_half = integer(0, 2) == 0;
+  const int64_t most_clusters = integer(1, std::min<int64_t>(rows, 6));
+  const Stored given(rows_for_clusters(rows, most_clusters, dim, is_half), is_half);
+  const std::vector<float> given_queries = hard_values_near(given.values, count, dim);
+  const std::vector<float> some(given.values.begin(), given.values.begin() + most_clusters * dim);
+  const std::vector<float> centroids = used_centroids(given.values, some, dim);
+  const auto clusters = static_cast<int64_t>(centroids.size()) / dim;
+  const InOrder bank(given.values, centroids, dim), queries(given_queries, centroids, dim);
+  const Stored stored(bank.vectors, is_half);
 
   std::vector<int64_t> segment_starts, own_starts;
   std::vector<int32_t> segment_clusters, cluster_segments;
@@ -399,7 +518,6 @@ bool test_nearest_in_segments() {
   int64_t row = 0;
   for (int64_t c = 0; c < clusters; ++c) {
     const auto is_of_cluster = [&] { return row < rows && bank.own[row] == c; };
-    if (!is_of_cluster()) return false;  // equal rows leave clusters without any
     cluster_segments.push_back(static_cast<int32_t>(segment_clusters.size()));
     own_starts.push_back(std::lower_bound(queries.own.begin(), queries.own.end(), c) -
                          queries.own.begin());
@@ -430,8 +548,8 @@ bool test_nearest_in_segments() {
                  dim,
                  clusters,
                  segments,
-                 bank.vectors.data(),
-                 false,
+                 stored.data(),
+                 is_half,
                  bank.order.data(),
                  segment_starts.data(),
                  segment_clusters.data(),
@@ -447,7 +565,16 @@ bool test_nearest_in_segments() {
                  codes.errors.data(),
                  norms.data(),
                  errors.data()};
+  // Groups are of the queries and rows as given; the search takes those of its queries in order.
+  NearestParams plain = nearest_params(given_queries, given, dim);
+  const RandomGroups groups(count, rows);
+  std::vector<int64_t> sorted_groups;
+  for (const int64_t number : queries.order) sorted_groups.push_back(groups.of_queries[number]);
   params.groups.rows_per_group = 1;
+  if (integer(0, 1) == 1) {
+    plain.groups = params.groups = groups.groups();
+    params.groups.query_groups = sorted_groups.data();
+  }
   params.queries = count;
   params.query_data = queries.vectors.data();
   params.own = queries.own.data();
@@ -460,14 +587,13 @@ bool test_nearest_in_segments() {
       cuda::nearest_in_segments_workspace(params.bank, count, params.workspace_limit) / 16);
   params.workspace = workspace.data();
   cuda::nearest_in_segments(params, 0);
-  const Found expected = nearest_on_cpu(given_queries, given, dim);
+  const Found expected = nearest_on_cpu(plain);
   for (int64_t q = 0; q < count; ++q) {
     const int64_t number = queries.order[q];
     EXPECT(distances[q] == expected.first[number] && indices[q] == expected.second[number],
            "in segments: %ld for %ld (%ld rows, dim %ld)", long(indices[q]),
            long(expected.second[number]), long(rows), long(dim));
   }
-  return true;
 }
 
 }  // namespace
@@ -475,7 +601,6 @@ bool test_nearest_in_segments() {
 int main(int argc, char** argv) {
   if (argc == 3 && std::string(argv[1]) == "broken") return run_broken(argv[2]);
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 10;
-  int clustered = 0;
   for (int round = 0; round < rounds; ++round) {
     cuda_on_host::set_schedule(round % kSchedules);
     test_extract_patches(random_grid());
@@ -486,11 +611,12 @@ int main(int argc, char** argv) {
     if (round % kSlower == 0) {
       test_screen();
       test_nearest();
-      clustered += test_nearest_in_segments();
+      test_nearest_in_segments();
     }
   }
   // So many rows of patches that a block takes several, not all of them as many.
   test_extract_patches(grid_of(2, 3, 1024, 4, 2, 1));
-  EXPECT(rounds < 40 || clustered > rounds / kSlower / 4, "only %d clustered banks", clustered);
+  test_the_screen_drops_work();
+  test_few_queries_are_not_screened();
   return report();
 }
