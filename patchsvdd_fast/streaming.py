@@ -73,12 +73,15 @@ def _chunks_on(
     device: torch.device, rows: Tensor, rows_at_once: int
 ) -> Iterator[tuple[int, Tensor]]:
     """First row and rows of each chunk, on the device; the next is copied meanwhile."""
+    firsts = range(0, len(rows), rows_at_once)
     if device.type == "cpu":
-        for first in range(0, len(rows), rows_at_once):
+        for first in firsts:
             yield first, rows[first : first + rows_at_once]
         return
     most = min(rows_at_once, len(rows))
-    buffers = [torch.empty(most, *rows.shape[1:], dtype=rows.dtype, device=device) for _ in "ab"]
+    buffers = [  # one, if there is but one chunk
+        torch.empty(most, *rows.shape[1:], dtype=rows.dtype, device=device) for _ in firsts[:2]
+    ]
     staging = None if rows.is_pinned() else [_pinned_like(buffer) for buffer in buffers]
     search = torch.cuda.current_stream(device)
     copies = torch.cuda.Stream(device)
@@ -99,7 +102,7 @@ def _chunks_on(
     copies.wait_stream(search)
     try:
         start_copy(0)
-        for first in range(0, len(rows), rows_at_once):
+        for first in firsts:
             side = first // rows_at_once % 2
             if first + rows_at_once < len(rows):
                 start_copy(first + rows_at_once)
