@@ -20,6 +20,7 @@ from .validation import (
     check_dtype,
     check_finite_rows,
     check_same_device,
+    check_shape,
     like_input,
 )
 
@@ -244,7 +245,8 @@ class NormalBank:
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> NormalBank:
         """A bank from what `state_dict` gave, over the same memory (which may be a mapped file).
 
-        Raises ValueError if tensors are missing or do not fit together.
+        Raises ValueError if tensors are missing or do not fit together, and if a bank without
+        clusters holds NaN or infinity.
         """
         bank = cls.__new__(cls)
         try:
@@ -270,6 +272,10 @@ class NormalBank:
         bank._storage = bank._data.dtype
         if len(bank._groups) * bank._rows_per_group != len(bank):
             raise ValueError(f"a bank of {len(bank._groups)} groups cannot have {len(bank)} rows")
+        if bank._clusters is None:
+            check_shape("data", bank._data, "M, D")
+            check_dtype("data", bank._data, torch.float32, torch.float16)
+            check_finite_rows("data", bank._data)
         return bank
 
     # --- inside -----------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def _nearest_fake(
     query_groups: Tensor | None = None,
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
+    bank_is_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check_search_operands(queries, bank)
     check_groups(queries, bank.shape[0], query_groups, bank_groups, rows_per_group)
@@ -54,10 +55,12 @@ def _nearest(
     query_groups: Tensor | None = None,
     bank_groups: Tensor | None = None,
     rows_per_group: int = 1,
+    bank_is_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _nearest_fake(queries, bank, query_groups, bank_groups, rows_per_group)
     check_finite_rows("queries", queries)
-    check_finite_rows("bank", bank)
+    if not bank_is_finite:
+        check_finite_rows("bank", bank)
     return _search_rows(queries, bank, query_groups, bank_groups, rows_per_group)
 
 
@@ -105,7 +108,10 @@ def _search_rows(
 
 
 define_op(
-    f"nearest(Tensor queries, Tensor bank, {_GROUPS}) -> (Tensor, Tensor)", _nearest, _nearest_fake
+    f"nearest(Tensor queries, Tensor bank, {_GROUPS}, bool bank_is_finite=False)"
+    " -> (Tensor, Tensor)",
+    _nearest,
+    _nearest_fake,
 )
 
 
@@ -325,14 +331,14 @@ def nearest_in_bank(
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, in a plain bank or one made by `build_clusters` or `build_segments` (GPU).
 
-    queries: [Q, D] float32. query_groups: [Q] int64; bank_groups: int64, the group of row r is
-    entry r // rows_per_group.
+    queries: [Q, D] float32. bank: finite, as whoever made it has checked. query_groups: [Q] int64;
+    bank_groups: int64, the group of row r is entry r // rows_per_group.
     """
     op = torch.ops.patchsvdd_fast
     groups = (query_groups, bank_groups, rows_per_group)
     with _reporting(progress):
         if isinstance(bank, Tensor):
-            return op.nearest(queries, bank, *groups)
+            return op.nearest(queries, bank, *groups, bank_is_finite=True)
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *groups)
         return op.nearest_in_clusters(queries, list(bank), stretch, *groups)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchsvdd_fast import NormalBank, nearest, ops, reference
+from patchsvdd_fast import NormalBank, nearest, ops, reference, search_ops
 from patchsvdd_fast.clusters import build_clusters, default_clusters
 
 KINDS = [
@@ -287,6 +287,23 @@ def test_states_that_do_not_fit_are_refused(patches):
             NormalBank.from_state_dict(state | {name: value})
     with pytest.raises(ValueError, match="not a bank: 'centroids'"):
         NormalBank.from_state_dict({k: v for k, v in state.items() if k != "centroids"})
+    plain = NormalBank(patches, clusters=0).state_dict()
+    plain["data"] = plain["data"].clone()
+    plain["data"][7, 1] = torch.nan
+    with pytest.raises(ValueError, match="data must be finite, got NaN or infinity in row 7"):
+        NormalBank.from_state_dict(plain)
+    with pytest.raises(ValueError, match=r"data must have shape \[M, D\]"):
+        NormalBank.from_state_dict(plain | {"data": plain["data"][:, 0]})
+
+
+def test_a_bank_is_checked_when_made_and_not_at_each_search(patches, queries, monkeypatch):
+    bank = NormalBank(patches, clusters=0)
+    checked = []
+    monkeypatch.setattr(search_ops, "check_finite_rows", lambda name, _: checked.append(name))
+    bank.nearest(queries)
+    assert checked == ["queries"]
+    nearest(queries.flatten(0, 2), bank.embeddings)
+    assert checked == ["queries", "queries", "bank"]
 
 
 def test_half_storage_rounds_once(patches, queries):
