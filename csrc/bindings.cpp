@@ -99,21 +99,22 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
   module.def(
       "crop_pairs",
       [backend](int64_t images, int64_t channels, int64_t height, int64_t width, int64_t pairs,
-                int64_t size, bool neighbours, int64_t max_redraws, uint64_t seed, uint32_t step,
-                float colour_shift, float pixel_noise, Pointer pixels, Pointer mean,
-                Pointer image_of, Pointer patches, Pointer corners, Pointer labels,
+                int64_t size, psvdd::PairKind kind, int64_t first_pair, int64_t max_redraws,
+                uint64_t seed, uint32_t step, float colour_shift, float pixel_noise, Pointer pixels,
+                Pointer mean, Pointer image_of, Pointer patches, Pointer corners, Pointer labels,
                 Context context) {
-        backend.crop_pairs({images, channels, height, width, pairs, size, neighbours, max_redraws,
-                            seed, step, colour_shift, pixel_noise, at<const uint8_t>(pixels),
-                            at<const float>(mean), at<const int64_t>(image_of), at<float>(patches),
-                            at<int64_t>(corners), at<int64_t>(labels)},
-                           context);
+        backend.crop_pairs(
+            {images, channels, height, width, pairs, size, kind, first_pair, max_redraws, seed,
+             step, colour_shift, pixel_noise, at<const uint8_t>(pixels), at<const float>(mean),
+             at<const int64_t>(image_of), at<float>(patches), at<int64_t>(corners),
+             at<int64_t>(labels)},
+            context);
       },
       py::arg("images"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("pairs"),
-      py::arg("size"), py::arg("neighbours"), py::arg("max_redraws"), py::arg("seed"),
-      py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"), py::arg("pixels"),
-      py::arg("mean"), py::arg("image_of"), py::arg("patches"), py::arg("corners"),
-      py::arg("labels"), py::arg("context"), release);
+      py::arg("size"), py::arg("kind"), py::arg("first_pair"), py::arg("max_redraws"),
+      py::arg("seed"), py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"),
+      py::arg("pixels"), py::arg("mean"), py::arg("image_of"), py::arg("patches"),
+      py::arg("corners"), py::arg("labels"), py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -286,6 +287,11 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
       .value("AUTO", psvdd::SearchMethod::kAuto)
       .value("PLAIN", psvdd::SearchMethod::kPlain)
       .value("SCREENED", psvdd::SearchMethod::kScreened);
+
+  py::enum_<psvdd::PairKind>(module, "PairKind", py::module_local())
+      .value("POSITION", psvdd::PairKind::kPosition)
+      .value("NEIGHBOUR", psvdd::PairKind::kNeighbour)
+      .value("VIEW", psvdd::PairKind::kView);
 
   py::class_<psvdd::PatchGrid>(module, "PatchGrid", py::module_local())
       .def(py::init([](int64_t images, int64_t channels, int64_t height, int64_t width,

@@ -18,12 +18,13 @@ enum PairPurpose : uint32_t {
   kNeighbourPlace = 1,  // index: 0
   kColourShift = 2,     // plus 1 for the second patch; index: the channel
   kPixelNoise = 4,      // plus 1 for the second patch; index: of four pixels in a row of the patch
+  kViewPlace = 6,       // index: 0
 };
 
 PSVDD_HOST_DEVICE inline RandomWords pair_counter(const CropPairsParams& params, int64_t pair,
                                                   uint32_t purpose, int64_t index) {
   return {{static_cast<uint32_t>(index), static_cast<uint32_t>(params.size) << 3 | purpose,
-           static_cast<uint32_t>(pair), params.step}};
+           static_cast<uint32_t>(params.first_pair + pair), params.step}};
 }
 
 PSVDD_HOST_DEVICE inline RandomWords pair_words(const CropPairsParams& params, int64_t pair,
@@ -48,13 +49,19 @@ PSVDD_HOST_DEVICE inline int64_t clipped(int64_t value, int64_t limit) {
   return value < 0 ? 0 : value < limit ? value : limit;
 }
 
+// The corner of a patch that is anywhere in the image.
+PSVDD_HOST_DEVICE inline Corner corner_anywhere(const CropPairsParams& params,
+                                                const RandomWords& words) {
+  return {uniform_below(words.word[0], params.height - params.size + 1),
+          uniform_below(words.word[1], params.width - params.size + 1)};
+}
+
 // The first patch is anywhere; the second up to K/32 pixels away along each axis, not in its place.
 PSVDD_HOST_DEVICE inline PairPlace place_neighbours(const CropPairsParams& params, int64_t pair) {
   const Corner limit = {params.height - params.size, params.width - params.size};
   const int64_t reach = params.size / 32, side = 2 * reach + 1;
   const RandomWords words = pair_words(params, pair, kNeighbourPlace, 0);
-  const Corner first = {uniform_below(words.word[0], limit.top + 1),
-                        uniform_below(words.word[1], limit.left + 1)};
+  const Corner first = corner_anywhere(params, words);
   // One number for both axes; skipping the middle one leaves out (0, 0).
   int64_t cell = uniform_below(words.word[2], side * side - 1);
   cell += cell >= side * side / 2 ? 1 : 0;
@@ -72,8 +79,7 @@ PSVDD_HOST_DEVICE inline PairPlace place_positions(const CropPairsParams& params
   for (int64_t redraw = 0;; ++redraw) {
     const RandomWords place = pair_words(params, pair, kPositionPlace, 2 * redraw);
     const RandomWords offset = pair_words(params, pair, kPositionPlace, 2 * redraw + 1);
-    const Corner first = {uniform_below(place.word[0], limit.top + 1),
-                          uniform_below(place.word[1], limit.left + 1)};
+    const Corner first = corner_anywhere(params, place);
     const int64_t label = uniform_below(offset.word[0], 8);
     const int64_t cell = label + (label >= 4 ? 1 : 0);  // of a 3x3 neighbourhood
     const Corner second = {
@@ -85,8 +91,21 @@ PSVDD_HOST_DEVICE inline PairPlace place_positions(const CropPairsParams& params
   }
 }
 
+// Both patches are in one place, anywhere.
+PSVDD_HOST_DEVICE inline PairPlace place_views(const CropPairsParams& params, int64_t pair) {
+  const Corner both = corner_anywhere(params, pair_words(params, pair, kViewPlace, 0));
+  return {both, both, 0};
+}
+
 PSVDD_HOST_DEVICE inline PairPlace place_pair(const CropPairsParams& params, int64_t pair) {
-  return params.neighbours ? place_neighbours(params, pair) : place_positions(params, pair);
+  if (params.kind == PairKind::kNeighbour) return place_neighbours(params, pair);
+  if (params.kind == PairKind::kView) return place_views(params, pair);
+  return place_positions(params, pair);
+}
+
+// Whether the patches are shifted in colour and covered with noise.
+PSVDD_HOST_DEVICE inline bool is_perturbed(const CropPairsParams& params) {
+  return params.kind != PairKind::kNeighbour;
 }
 
 // One channel of one patch: where its pixels are, and what is drawn for it.
@@ -109,7 +128,7 @@ PSVDD_HOST_DEVICE inline PatchPlane patch_plane(const CropPairsParams& params, i
   const int64_t quads = params.size * ((params.size + 3) / 4);
   const auto patch = static_cast<uint32_t>(which);
   float shift = 0.0f;
-  if (!params.neighbours) {
+  if (is_perturbed(params)) {
     const RandomWords words = pair_words(params, pair, kColourShift + patch, channel);
     shift = params.colour_shift * normal_pair(words.word[0], words.word[1]).value[0];
   }

@@ -183,6 +183,13 @@ struct SegmentedNearestParams {
       visits;  // [1], raised by the pairs of a tile of queries and a segment looked at; or null
 };
 
+// How the patches of a random pair lie, and what for.
+enum class PairKind : int {
+  kPosition = 0,   // in one of eight directions from each other, for the position task
+  kNeighbour = 1,  // a few pixels apart, for SVDD'
+  kView = 2,       // in the same place: two views of one crop
+};
+
 // Random pairs of patches for training, each pair within one image.
 struct CropPairsParams {
   int64_t images;           // N >= 1
@@ -191,12 +198,13 @@ struct CropPairsParams {
   int64_t width;            // W, pixels
   int64_t pairs;            // B; 2 B C < 2^31
   int64_t size;             // K, side of a patch, pixels; C K K < 2^32
-  bool neighbours;          // pairs for SVDD' instead of pairs for the position task
+  PairKind kind;            // of all pairs
+  int64_t first_pair;       // number of the first pair in the whole batch; plus B: below 2^32
   int64_t max_redraws;      // of a position pair that would be clipped; 0: clipped pairs stay
   uint64_t seed;            // the key of the random numbers
   uint32_t step;            // which draw from the seed
   float colour_shift;       // deviation of a patch's shift per channel, in units of the patches
-  float pixel_noise;        // deviation of the noise of each pixel; both for position pairs alone
+  float pixel_noise;        // deviation of the noise of each pixel; neither for neighbours
   const uint8_t* pixels;    // [N, C, H, W]
   const float* mean;        // [C, H, W]
   const int64_t* image_of;  // [B], the image of each pair; taken to the nearest in [0, N)

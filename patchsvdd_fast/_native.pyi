@@ -15,6 +15,11 @@ class SearchMethod(Enum):
     PLAIN = 1
     SCREENED = 2
 
+class PairKind(Enum):
+    POSITION = 0
+    NEIGHBOUR = 1
+    VIEW = 2
+
 class PatchGrid:
     def __init__(
         self,
@@ -83,7 +88,8 @@ class Backend:
         width: int,
         pairs: int,
         size: int,
-        neighbours: bool,
+        kind: PairKind,
+        first_pair: int,
         max_redraws: int,
         seed: int,
         step: int,

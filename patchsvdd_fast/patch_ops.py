@@ -233,10 +233,11 @@ def _crop_pairs_fake(
     seed: int,
     step: int,
     redraw_clipped: bool = False,
+    first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_extract_patches(images, mean)
     check_dtype("images", images, torch.uint8)
-    check_pairs(images, image_of, size, kind, step, redraw_clipped)
+    check_pairs(images, image_of, size, kind, step, redraw_clipped, first_pair)
     pairs, channels = image_of.shape[0], images.shape[1]
     return (
         mean.new_empty(2, pairs, channels, size, size),
@@ -254,9 +255,10 @@ def _crop_pairs(
     seed: int,
     step: int,
     redraw_clipped: bool = False,
+    first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     patches, corners, labels = _crop_pairs_fake(
-        images, mean, image_of, size, kind, seed, step, redraw_clipped
+        images, mean, image_of, size, kind, seed, step, redraw_clipped, first_pair
     )
     count, channels, height, width = images.shape
     if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
@@ -270,7 +272,8 @@ def _crop_pairs(
             width=width,
             pairs=image_of.shape[0],
             size=size,
-            neighbours=kind == "neighbour",
+            kind=getattr(_native.PairKind, kind.upper()),
+            first_pair=first_pair,
             max_redraws=MAX_REDRAWS if redraw_clipped else 0,
             seed=seed % 2**64,
             step=step,
@@ -289,7 +292,7 @@ def _crop_pairs(
 
 define_op(
     "crop_pairs(Tensor images, Tensor mean, Tensor image_of, int size, str kind, int seed, "
-    "int step, bool redraw_clipped=False) -> (Tensor, Tensor, Tensor)",
+    "int step, bool redraw_clipped=False, int first_pair=0) -> (Tensor, Tensor, Tensor)",
     _crop_pairs,
     _crop_pairs_fake,
 )
@@ -304,26 +307,30 @@ def crop_pairs(
     seed: int,
     step: int,
     redraw_clipped: bool = False,
+    first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random pairs of patches to train on, after the protocol in `sampling`.
 
     images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
     that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32
-    for "neighbour" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from the seed.
-    redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS` times.
+    for "neighbour" pairs, 1 for "view" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from
+    the seed. redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS`
+    times. first_pair: the number in the whole batch of the first pair given, so that a batch split
+    over processes has the same pairs; first_pair + B < 2^32.
 
     Returns the first and the second patches as [2, B, C, K, K] float32, `(pixel - mean) / 255`,
-    those of position pairs shifted in colour and with noise; their corners [2, B, 2] int64 (top
-    and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
+    those of position and view pairs shifted in colour and with noise; their corners [2, B, 2] int64
+    (top and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
     clipping, as an index into `DIRECTIONS`, else 0.
 
-    A pair is a function of its image, the seed, the step, its number in the batch, the size and
-    the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError for
-    wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an error
-    on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3.
+    A pair is a function of its image, the seed, the step, its number in the whole batch, the size
+    and the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError
+    for wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an
+    error on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3;
+    view pairs are not theirs.
     """
     signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes integers of 64 bits with a sign
     patches, corners, labels = torch.ops.patchsvdd_fast.crop_pairs(
-        images, mean, image_of, size, kind, signed, step, redraw_clipped
+        images, mean, image_of, size, kind, signed, step, redraw_clipped, first_pair
     )
     return patches, corners, labels

@@ -14,7 +14,8 @@ from .levels import PatchLevel
 from .sampling import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, PairKind
 
 _PARTIAL_SUMS = 16
-_PLACES, _SHIFTS, _NOISE = {"position": 0, "neighbour": 1}, 2, 4  # what random numbers are for
+# What random numbers are for.
+_PLACES, _SHIFTS, _NOISE = {"position": 0, "neighbour": 1, "view": 6}, 2, 4
 
 
 def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
@@ -123,6 +124,7 @@ def crop_pairs(
     seed: int,
     step: int,
     redraw_clipped: bool = False,
+    first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of patches [2, B, C, K, K] in float64, corners [2, B, 2] and labels [B]."""
     channels, height, width = mean.shape
@@ -132,14 +134,14 @@ def crop_pairs(
     row = -(-size // 4)  # counters per row of a patch
     quads = np.arange(channels * size * row)
     for b, image in enumerate(image_of.tolist()):
-        counter = (b, step)
+        counter = (first_pair + b, step)
         corners[:, b], labels[b] = place_pair(
             kind, size, height, width, seed, counter, redraw_clipped
         )
         for which, (top, left) in enumerate(corners[:, b].tolist()):
             window = (slice(None), slice(top, top + size), slice(left, left + size))
             patch = (images[image][window] - mean[window].double()) / 255
-            if kind == "position":
+            if kind != "neighbour":
                 what = (size << 3) + _SHIFTS + which
                 shift = torch.from_numpy(normals(philox(seed, np.arange(channels), what, *counter)))
                 what = (size << 3) + _NOISE + which
@@ -174,6 +176,9 @@ def place_pair(
             top, left, cell = draw(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
             cell += cell >= side**2 // 2  # passes over (0, 0)
             label, offset = 0, torch.tensor([cell // side - reach, cell % side - reach])
+        elif kind == "view":
+            top, left = draw(0, height - size + 1, width - size + 1).tolist()
+            label, offset = 0, torch.zeros(2, dtype=torch.int64)
         else:
             top, left = draw(2 * redraw, height - size + 1, width - size + 1).tolist()
             label, *jitter = draw(2 * redraw + 1, 8, size // 4, size // 4).tolist()

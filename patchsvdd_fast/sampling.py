@@ -3,7 +3,9 @@
 The first patch of a pair is uniform over the image. In a position pair the second lies in one of
 eight directions, per axis the direction times (3K/4 + U{0 .. K/4 - 1}) pixels away; in a neighbour
 pair it is jittered by up to K/32 pixels per axis, never by (0, 0). Second patches are clipped to
-the image, after which a label may be wrong: that is the paper's protocol.
+the image, after which a label may be wrong: that is the paper's protocol. Beyond the paper, the
+patches of a view pair lie in the same place: two views of one crop. Each patch of a position or a
+view pair has a colour shift per channel and noise per pixel of its own; neighbours have neither.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from typing import Literal
 
 import torch
 
-PairKind = Literal["position", "neighbour"]
+PairKind = Literal["position", "neighbour", "view"]
 
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
 """[8, 2]: the direction (down, right) that each position label stands for."""
 
 COLOUR_SHIFT = 0.02
-"""Deviation of the shift of each patch and channel, position pairs only; patches span 1."""
+"""Deviation of the shift of each patch and channel, not of neighbours; patches span 1."""
 PIXEL_NOISE = 0.02
-"""Deviation of the noise of each pixel, position pairs only."""
+"""Deviation of the noise of each pixel, not of neighbours."""
 MAX_REDRAWS = 10_000
 """Of a pair that would be clipped, where such pairs are drawn again; the last one is clipped."""

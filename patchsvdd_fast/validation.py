@@ -150,9 +150,15 @@ def check_indices(name: str, indices: Tensor, count: int) -> None:
 
 
 def check_pairs(
-    images: Tensor, image_of: Tensor, size: int, kind: str, step: int, redraw_clipped: bool
+    images: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    step: int,
+    redraw_clipped: bool,
+    first_pair: int,
 ) -> None:
-    """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; a valid step."""
+    """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; valid numbers."""
     check_shape("image_of", image_of, "B")
     check_dtype("image_of", image_of, torch.int64)
     check_same_device("image_of", image_of, "images", images)
@@ -162,9 +168,9 @@ def check_pairs(
     count, channels, height, width = images.shape
     if count == 0:
         raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")
-    smallest = 4 if kind == "position" else 32  # smaller ones have no jitter to draw
-    if size < smallest:
-        raise ValueError(f"size must be at least {smallest} for {kind} pairs, got {size}")
+    smallest = {"position": 4, "neighbour": 32, "view": 1}  # smaller ones have no jitter to draw
+    if size < smallest[kind]:
+        raise ValueError(f"size must be at least {smallest[kind]} for {kind} pairs, got {size}")
     PatchLevel(size, 1).grid_shape(height, width)  # refuses images smaller than a patch
     if channels * size * size >= 2**32:
         raise ValueError(
@@ -177,6 +183,12 @@ def check_pairs(
         )
     if not 0 <= step < 2**32:
         raise ValueError(f"step must be at least 0 and less than 2^32, got {step}")
+    pairs = image_of.shape[0]
+    if not 0 <= first_pair < 2**32 - pairs:
+        raise ValueError(
+            f"first_pair must be at least 0 and less than 2^32 - {pairs} for {pairs} pairs, "
+            f"got {first_pair}"
+        )
     room = 2 * size - 1
     if kind == "position" and redraw_clipped and min(height, width) < room:
         raise ValueError(

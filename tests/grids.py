@@ -21,4 +21,7 @@ PAIRS = [
     ("neighbour", 35, 2, 90, 35, True),
     ("neighbour", 64, 3, 256, 200, False),
     ("neighbour", 128, 1, 140, 131, False),
+    ("view", 1, 3, 1, 1, False),
+    ("view", 7, 2, 20, 9, True),
+    ("view", 64, 3, 100, 150, False),
 ]

@@ -361,11 +361,26 @@ def test_crop_pairs_are_those_of_the_cpu_to_the_bit(
 ):
     images = torch.randint(256, (3, channels, height, width), dtype=torch.uint8)
     mean = torch.rand(channels, height, width) * 255
-    arguments = (images, mean, torch.randint(3, (5,)), size, kind, 3, 4, redraw_clipped)
+    arguments = (images, mean, torch.randint(3, (5,)), size, kind, 3, 4, redraw_clipped, 2**32 - 6)
     with on_cuda_kernels():
         on_cuda = ops.crop_pairs(*arguments)
     for found, expected in zip(on_cuda, ops.crop_pairs(*arguments), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["position", "neighbour", "view"])
+def test_crop_pairs_of_a_split_batch_are_those_of_the_whole(on_cuda_kernels, kind):
+    images = torch.randint(256, (3, 2, 50, 60), dtype=torch.uint8)
+    mean, image_of = torch.rand(2, 50, 60) * 255, torch.randint(3, (7,))
+
+    def crop(first, last):
+        return ops.crop_pairs(images, mean, image_of[first:last], 32, kind, 1, 2, first_pair=first)
+
+    with on_cuda_kernels():
+        drawn = [crop(0, 3), crop(3, 7), crop(0, 7)]
+    for left, right, whole in zip(*drawn, strict=True):
+        axis = 0 if whole.ndim == 1 else 1  # of the pairs
+        assert torch.equal(torch.cat([left, right], axis), whole)
 
 
 def test_crop_pairs_of_no_pairs(on_cuda_kernels):

@@ -274,7 +274,8 @@ def _training_images(channels, height, width, count=3):
 @pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)
 def test_crop_pairs_matches_reference(kind, size, channels, height, width, redraw_clipped):
     images, mean = _training_images(channels, height, width)
-    arguments = (images, mean, torch.randint(3, (13,)), size, kind, 2**63 + 5, 7, redraw_clipped)
+    image_of, last = torch.randint(3, (13,)), 2**32 - 14
+    arguments = (images, mean, image_of, size, kind, 2**63 + 5, 7, redraw_clipped, last)
     patches, corners, labels = ops.crop_pairs(*arguments)
     expected = reference.crop_pairs(*arguments)
     assert torch.equal(corners, expected[1])
@@ -312,6 +313,19 @@ def test_crop_pairs_do_not_depend_on_threads_or_batches():
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", ["position", "neighbour", "view"])
+def test_crop_pairs_of_a_split_batch_are_those_of_the_whole(kind):
+    images, mean = _training_images(3, 70, 80)
+    image_of = torch.randint(3, (11,))
+
+    def crop(first, last):
+        return ops.crop_pairs(images, mean, image_of[first:last], 32, kind, 1, 2, first_pair=first)
+
+    for left, right, whole in zip(crop(0, 4), crop(4, 11), crop(0, 11), strict=True):
+        axis = 0 if whole.ndim == 1 else 1  # of the pairs
+        assert torch.equal(torch.cat([left, right], axis), whole)
 
 
 def test_crop_pairs_differ_by_seed_and_step():
@@ -355,11 +369,12 @@ def _crop(
     kind="position",
     step=0,
     redraw_clipped=False,
+    first_pair=0,
 ):
     images = torch.zeros(2, 1, 40, 50, dtype=torch.uint8) if images is None else images
     mean = torch.zeros(1, 40, 50) if mean is None else mean
     return ops.crop_pairs(
-        images, mean, torch.as_tensor(image_of), size, kind, 0, step, redraw_clipped
+        images, mean, torch.as_tensor(image_of), size, kind, 0, step, redraw_clipped, first_pair
     )
 
 
@@ -414,9 +429,17 @@ def _crop(
         (lambda: _crop(size=41), ValueError, "at least 41x41"),
         (lambda: _crop(size=3), ValueError, "size must be at least 4 for position pairs, got 3"),
         (lambda: _crop(size=31, kind="neighbour"), ValueError, "at least 32 for neighbour pairs"),
-        (lambda: _crop(kind="other"), ValueError, "kind must be 'position' or 'neighbour'"),
+        (lambda: _crop(size=0, kind="view"), ValueError, "at least 1 for view pairs, got 0"),
+        (
+            lambda: _crop(kind="other"),
+            ValueError,
+            "kind must be 'position' or 'neighbour' or 'view', got 'other'",
+        ),
         (lambda: _crop(step=-1), ValueError, "step must be at least 0"),
         (lambda: _crop(step=2**32), ValueError, r"step.*less than 2\^32, got 4294967296"),
+        (lambda: _crop(first_pair=-1), ValueError, "first_pair must be at least 0.*got -1"),
+        (lambda: _crop(first_pair=2**32 - 2), ValueError, r"less than 2\^32 - 2 for 2 pairs"),
+        (lambda: _crop(first_pair=2**32 - 3), None, None),
         (lambda: _crop(redraw_clipped=True), ValueError, "at least 63x63.*got 50x40"),
     ],
 )
@@ -445,6 +468,13 @@ OPCHECKS = [
         (
             torch.ones(2, 3, 40, 50, dtype=torch.uint8),
             *(torch.rand(3, 40, 50), torch.tensor([1, 0, 1]), 32, "neighbour", 5, 6),
+        ),
+    ),
+    (
+        torch.ops.patchsvdd_fast.crop_pairs,
+        (
+            torch.ones(2, 3, 40, 50, dtype=torch.uint8),
+            *(torch.rand(3, 40, 50), torch.tensor([1, 0, 1]), 6, "view", 5, 6, False, 7),
         ),
     ),
 ]

@@ -193,6 +193,21 @@ def test_neighbour_pairs_follow_the_protocol(size):
     assert (others * len(others) - 1).abs().max() < 0.15
 
 
+@pytest.mark.parametrize("size", [1, 32])
+def test_views_are_in_one_place(size):
+    height, width = 64, 50
+    first, second, labels = _draw_pairs("view", size, height, width)
+    assert torch.equal(first, second)
+    assert (labels == 0).all()
+    for axis, limit in enumerate((height - size, width - size)):
+        counts = torch.bincount(first[:, axis])
+        assert len(counts) == limit + 1
+        expected = len(first) / len(counts)
+        assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
+    correlation = torch.corrcoef(first.T.double())[0, 1]
+    assert abs(float(correlation)) < 5 / math.sqrt(len(first))
+
+
 def test_crops_are_the_pixels_they_name():
     images = torch.randint(256, (3, 3, 70, 90), dtype=torch.uint8)
     mean = torch.rand(3, 70, 90) * 255
@@ -205,11 +220,12 @@ def test_crops_are_the_pixels_they_name():
             assert torch.equal(patches[which, pair], (images[n][window] - mean[window]) / 255)
 
 
-def test_perturbation_has_the_stated_deviations():
+@pytest.mark.parametrize("kind", ["position", "view"])
+def test_perturbation_has_the_stated_deviations(kind):
     """Clean patches are zero here, so what is left is a shift per channel and noise per pixel."""
     images, mean = torch.zeros(1, 3, 20, 20, dtype=torch.uint8), torch.zeros(3, 20, 20)
     image_of = torch.zeros(4000, dtype=torch.int64)
-    patches, _, _ = ops.crop_pairs(images, mean, image_of, 8, "position", 0, 0)
+    patches, _, _ = ops.crop_pairs(images, mean, image_of, 8, kind, 0, 0)
     shift = patches.mean(dim=(3, 4), dtype=torch.float64)  # [2, B, 3]
     noise = patches - shift[..., None, None]
     assert float(shift.std()) == pytest.approx(math.hypot(COLOUR_SHIFT, PIXEL_NOISE / 8), rel=0.02)

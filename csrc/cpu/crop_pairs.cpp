@@ -1,5 +1,5 @@
-// Random pairs of patches for training: cut out, normalised, and for the position task shifted in
-// colour and covered with noise, all in one pass.
+// Random pairs of patches for training: cut out, normalised, and unless they are neighbours shifted
+// in colour and covered with noise, all in one pass.
 //
 // A piece of work is one patch. Its noise is drawn some rows at a time into a buffer that stays in
 // the first-level cache, by a loop without branches that the compiler vectorises; then each row is
@@ -36,10 +36,10 @@ void draw_normals(RandomKey key, RandomWords counter, int64_t quads, float* norm
 void crop_plane(const CropPairsParams& params, PatchPlane plane, std::vector<float>& noise) {
   const int64_t size = params.size, quads_per_row = (size + 3) / 4;
   const int64_t rows_at_once = std::max<int64_t>(1, kQuadsInBuffer / quads_per_row);
-  if (!params.neighbours) noise.resize(rows_at_once * quads_per_row * 4);
+  if (is_perturbed(params)) noise.resize(rows_at_once * quads_per_row * 4);
   for (int64_t start = 0; start < size; start += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, size - start);
-    if (!params.neighbours) {
+    if (is_perturbed(params)) {
       draw_normals(random_key(params.seed), plane.noise, rows * quads_per_row, noise.data());
       plane.noise.word[0] += static_cast<uint32_t>(rows * quads_per_row);
     }
@@ -48,13 +48,13 @@ void crop_plane(const CropPairsParams& params, PatchPlane plane, std::vector<flo
       const uint8_t* pixels = plane.pixels + y * params.width;
       const float* mean = plane.mean + y * params.width;
       float* out = plane.out + y * size;
-      if (params.neighbours) {
-        for (int64_t x = 0; x < size; ++x) out[x] = normalized(pixels[x], mean[x]);
-      } else {
+      if (is_perturbed(params)) {
         const float* normals = noise.data() + row * quads_per_row * 4;
         for (int64_t x = 0; x < size; ++x) {
           out[x] = normalized(pixels[x], mean[x]) + plane.shift + params.pixel_noise * normals[x];
         }
+      } else {
+        for (int64_t x = 0; x < size; ++x) out[x] = normalized(pixels[x], mean[x]);
       }
     }
   }

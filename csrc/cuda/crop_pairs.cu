@@ -1,5 +1,5 @@
-// Random pairs of patches for training: cut out, normalised, and for the position task shifted in
-// colour and covered with noise, in one launch.
+// Random pairs of patches for training: cut out, normalised, and unless they are neighbours shifted
+// in colour and covered with noise, in one launch.
 //
 // A block makes one channel of one patch. Its first thread draws where the pair lies and shares it;
 // then every thread makes four pixels of a row at a time, from the four words of one Philox call,
@@ -54,7 +54,7 @@ __global__ void crop_planes(CropPairsParams params) {
     for (uint32_t i = 0; i < 4; ++i) {
       values[i] = i < count ? normalized(pixels[i], mean[i]) : 0.0f;
     }
-    if (!params.neighbours) {
+    if (is_perturbed(params)) {
       RandomWords counter = plane.noise;
       counter.word[0] += quad;
       const RandomWords words = random_words(key, counter);

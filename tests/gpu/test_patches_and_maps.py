@@ -104,7 +104,7 @@ def test_small_pairs(device, kind, size, channels, height, width, redraw_clipped
     images = torch.randint(256, (3, channels, height, width), dtype=torch.uint8)
     images_of = torch.randint(3, (count,))
     given = images, torch.rand(channels, height, width) * 255, images_of
-    options = size, kind, 3, 4, redraw_clipped
+    options = size, kind, 3, 4, redraw_clipped, 2**32 - 1 - count
     found = ops.crop_pairs(*to(device, given), *options)
     assert_same(found, ops.crop_pairs(*given, *options), device)
 

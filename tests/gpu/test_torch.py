@@ -160,6 +160,13 @@ def test_opcheck(device):
                 *(torch.rand(3, 40, 50), torch.tensor([0, 1, 1]), 32, "position", 3, 4),
             ),
         ),
+        (
+            op.crop_pairs,
+            (
+                torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8),
+                *(torch.rand(3, 40, 50), torch.tensor([0, 1, 1]), 6, "view", 3, 4, False, 7),
+            ),
+        ),
     ):
         torch.library.opcheck(function, to(device, arguments))
     images = torch.rand(2, 3, 20, 21, device=device, requires_grad=True)

@@ -400,15 +400,18 @@ void test_normal_pair() {
 
 void test_crop_pairs() {
   CropPairsParams params{};
-  params.neighbours = integer(0, 1) == 1;
+  constexpr int64_t kSmallest[] = {4, 32, 1};  // of each kind
+  const int64_t kind = integer(0, 2);
+  params.kind = static_cast<PairKind>(kind);
   params.images = integer(1, 3);
   params.channels = integer(1, 4);
-  params.size = params.neighbours ? integer(32, 70) : integer(4, 40);
-  if (integer(0, 1) == 1) params.size = params.size / 4 * 4;
+  params.size = kSmallest[kind] + integer(0, 38);
+  if (integer(0, 1) == 1) params.size = (params.size + 3) / 4 * 4;
   params.max_redraws = integer(0, 1) == 1 ? integer(1, 100) : 0;
   params.height = params.size + integer(0, 2 * params.size);
   params.width = params.size + integer(0, 2 * params.size);
   params.pairs = integer(0, 5);
+  params.first_pair = integer(0, UINT32_MAX - params.pairs);
   params.seed = random_bits();
   params.step = static_cast<uint32_t>(random_bits());
   params.colour_shift = static_cast<float>(uniform(0, 1));
