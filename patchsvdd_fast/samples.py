@@ -6,17 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
 from .images import Category
+from .synthetic_defects import Array, Mask, blend, blob, cut, smooth_noise
 
 SIDE = 256
+_SHAPE = (SIDE, SIDE)
 _THREAD = 8.0  # pixels between threads
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 
 def write_sample_category(
@@ -41,8 +39,8 @@ def write_sample_category(
 def woven_cloth(rng: np.random.Generator) -> Array:
     """A plain weave, [256, 256, 3] in 0 .. 255: uneven threads, soft folds, camera noise."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(float)
-    y += _smooth_noise(rng, 60, 2.0) + rng.uniform(0, 2 * _THREAD)
-    x += _smooth_noise(rng, 60, 2.0) + rng.uniform(0, 2 * _THREAD)
+    y += smooth_noise(rng, _SHAPE, 60, 2.0) + rng.uniform(0, 2 * _THREAD)
+    x += smooth_noise(rng, _SHAPE, 60, 2.0) + rng.uniform(0, 2 * _THREAD)
     column, row = np.floor(x / _THREAD).astype(int), np.floor(y / _THREAD).astype(int)
     across = np.abs(np.sin(np.pi * x / _THREAD))  # profile of the vertical threads
     along = np.abs(np.sin(np.pi * y / _THREAD))
@@ -50,7 +48,7 @@ def woven_cloth(rng: np.random.Generator) -> Array:
     warp = across * (0.75 + 0.25 * along) * tone[0, column % 80]
     weft = along * (0.75 + 0.25 * across) * tone[1, row % 80]
     cloth = np.where((column + row) % 2 == 0, warp, weft)
-    shade = 1 + _smooth_noise(rng, 60, 0.06)
+    shade = 1 + smooth_noise(rng, _SHAPE, 60, 0.06)
     colour = np.array([150.0, 135.0, 110.0])
     image = 40 + colour * (cloth * shade)[..., None]
     return image + rng.normal(0, 4, size=image.shape)
@@ -58,34 +56,29 @@ def woven_cloth(rng: np.random.Generator) -> Array:
 
 def _hole(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """Threads missing in an irregular patch, the dark ground showing."""
-    mask = _blob(rng, rng.uniform(6, 10))
+    mask = blob(rng, _SHAPE, rng.uniform(6, 10))
     ground = 45 + rng.normal(0, 4, size=image.shape)
-    return _blend(image, ground, mask, 1.0), mask
+    return blend(image, ground, mask, 1.0), mask
 
 
 def _stain(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """Something spilled: a tint over an intact weave."""
-    mask = _blob(rng, rng.uniform(14, 24))
+    mask = blob(rng, _SHAPE, rng.uniform(14, 24))
     tint = image * np.array([0.98, 0.92, 0.84])
-    return _blend(image, tint, mask, 2.5), mask
+    return blend(image, tint, mask, 2.5), mask
 
 
 def _worn(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """Rubbed flat: the weave blurred away."""
-    mask = _blob(rng, rng.uniform(14, 22))
+    mask = blob(rng, _SHAPE, rng.uniform(14, 22))
     flat = ndimage.gaussian_filter(image, (4, 4, 0)) + rng.normal(0, 4, size=image.shape)
-    return _blend(image, flat, mask, 2.0), mask
+    return blend(image, flat, mask, 2.0), mask
 
 
 def _scratch(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """A thin bright cut in a gently bent line."""
-    y, x = np.mgrid[:SIDE, :SIDE].astype(float)
-    angle, bend = rng.uniform(0, np.pi), rng.normal(0, 0.004)
-    centre = rng.uniform(70, SIDE - 70, size=2)
-    u = (x - centre[1]) * np.cos(angle) + (y - centre[0]) * np.sin(angle)
-    v = (y - centre[0]) * np.cos(angle) - (x - centre[1]) * np.sin(angle) - bend * u**2
-    mask = (np.abs(v) < 1.6) & (np.abs(u) < rng.uniform(25, 50))
-    return _blend(image, image + 30, mask, 0.6), mask
+    mask = cut(rng, _SHAPE, (25, 50))
+    return blend(image, image + 30, mask, 0.6), mask
 
 
 DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] = {
@@ -94,29 +87,6 @@ DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] =
     "stain": _stain,
     "worn": _worn,
 }
-
-
-def _smooth_noise(rng: np.random.Generator, length: float, deviation: float) -> Array:
-    """A random field [256, 256] that varies over `length` pixels."""
-    field: Array = ndimage.gaussian_filter(rng.normal(size=(SIDE, SIDE)), length / 3, mode="wrap")
-    return field * (deviation / field.std())
-
-
-def _blob(rng: np.random.Generator, radius: float) -> Mask:
-    """A round region with an uneven border, away from the image's edge."""
-    y, x = np.mgrid[:SIDE, :SIDE].astype(float)
-    margin = 2 * radius
-    centre = rng.uniform(margin, SIDE - margin, size=2)
-    distance = np.hypot(y - centre[0], x - centre[1])
-    mask: Mask = distance < radius + _smooth_noise(rng, 12, radius / 6)
-    return mask
-
-
-def _blend(image: Array, over: Array, mask: Mask, softness: float) -> Array:
-    """`over` where the mask is set, with a border that is soft over some pixels."""
-    weight = ndimage.gaussian_filter(mask.astype(float), softness)[..., None]
-    blended: Array = image * (1 - weight) + over * weight
-    return blended
 
 
 def _write(path: Path, image: Array) -> None:

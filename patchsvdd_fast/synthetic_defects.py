@@ -1,0 +1,130 @@
+"""Defects drawn into good images: what is known to be wrong, where no real defects are at hand.
+
+Images are float arrays [H, W, 3] in 0 .. 255, masks boolean [H, W]; everything is drawn from a
+NumPy generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+def smooth_noise(
+    rng: np.random.Generator, shape: tuple[int, int], length: float, deviation: float
+) -> Array:
+    """A random field [H, W] that varies over `length` pixels."""
+    field: Array = ndimage.gaussian_filter(rng.normal(size=shape), length / 3, mode="wrap")
+    return field * (deviation / field.std())
+
+
+def blob(rng: np.random.Generator, shape: tuple[int, int], radius: float) -> Mask:
+    """A round region with an uneven border, away from the image's edge where there is room."""
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
+    margin = np.minimum(2 * radius, np.array(shape) / 2)
+    centre = rng.uniform(margin, np.array(shape) - margin)
+    distance = np.hypot(y - centre[0], x - centre[1])
+    mask: Mask = distance < radius + smooth_noise(rng, shape, 12, radius / 6)
+    return mask
+
+
+def cut(
+    rng: np.random.Generator, shape: tuple[int, int], reach: tuple[float, float], margin: float = 70
+) -> Mask:
+    """A thin, gently bent line of 2 * `reach` pixels."""
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
+    angle, bend = rng.uniform(0, np.pi), rng.normal(0, 0.004)
+    low = np.minimum(margin, np.array(shape) / 2)
+    centre = rng.uniform(low, np.array(shape) - low)
+    u = (x - centre[1]) * np.cos(angle) + (y - centre[0]) * np.sin(angle)
+    v = (y - centre[0]) * np.cos(angle) - (x - centre[1]) * np.sin(angle) - bend * u**2
+    mask: Mask = (np.abs(v) < 1.6) & (np.abs(u) < rng.uniform(*reach))
+    return mask
+
+
+def blend(image: Array, over: Array, mask: Mask, softness: float) -> Array:
+    """`over` where the mask is set, with a border that is soft over some pixels."""
+    weight = ndimage.gaussian_filter(mask.astype(float), softness)[..., None]
+    blended: Array = image * (1 - weight) + over * weight
+    return blended
+
+
+def _radius(image: Array, rng: np.random.Generator) -> float:
+    return float(rng.uniform(0.03, 0.08) * min(image.shape[:2]))
+
+
+def _contrast(image: Array) -> float:
+    """The image's own deviation, for defects no stronger than what is normal in it."""
+    return max(8.0, float(image.std(axis=(0, 1)).mean()))
+
+
+def _spot(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+    """Something of one colour covers the surface."""
+    mask = blob(rng, image.shape[:2], 0.6 * _radius(image, rng))
+    inside = image[mask].mean(axis=0) if mask.any() else image.mean(axis=(0, 1))
+    colour = inside + rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * _contrast(image)
+    return blend(image, np.broadcast_to(colour, image.shape), mask, 1.0), mask
+
+
+def _tint(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+    """A stain over an intact surface."""
+    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    return blend(image, image * rng.uniform(0.8, 1.1, size=3), mask, 2.5), mask
+
+
+def _blurred(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+    """Rubbed flat: the fine structure is gone."""
+    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    return blend(image, ndimage.gaussian_filter(image, (4, 4, 0)), mask, 2.0), mask
+
+
+def _scratch(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+    """A thin line, darker or brighter."""
+    side = min(image.shape[:2])
+    mask = cut(rng, image.shape[:2], (0.1 * side, 0.2 * side))
+    change = rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * _contrast(image)
+    return blend(image, image + change, mask, 0.6), mask
+
+
+def _enlarged(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+    """Structure of a foreign size: the surroundings, enlarged and turned."""
+    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    height, width = image.shape[:2]
+    rows, columns = np.arange(height) // 2, np.arange(width) // 2
+    top, left = rng.integers(height - rows[-1]), rng.integers(width - columns[-1])
+    foreign = image[top + rows][:, left + columns][::-1, ::-1]
+    return blend(image, foreign, mask, 1.0), mask
+
+
+DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] = {
+    "spot": _spot,
+    "tint": _tint,
+    "blurred": _blurred,
+    "scratch": _scratch,
+    "enlarged": _enlarged,
+}
+
+
+def draw_defects(
+    image: Tensor, rng: np.random.Generator, count: int = 1, kind: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A copy of a uint8 image [3, H, W] with `count` defects, and their mask [H, W] (bool).
+
+    kind: of `DEFECTS`; None: any.
+    """
+    pixels = image.permute(1, 2, 0).double().numpy()
+    mask = np.zeros(pixels.shape[:2], dtype=bool)
+    for _ in range(count):
+        draw = DEFECTS[kind or list(DEFECTS)[rng.integers(len(DEFECTS))]]
+        pixels, drawn = draw(pixels, rng)
+        mask |= drawn
+    changed = torch.from_numpy(pixels.round().clip(0, 255).astype(np.uint8))
+    return changed.permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
