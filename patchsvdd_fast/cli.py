@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from . import __version__, demo, runtime
-from .detector import PatchSVDD, load_encoder
+from .detector import PatchSVDD, load_encoder, resolve_device
 from .evaluation import CategoryResult, evaluate_category, write_json
 from .images import Category, find_categories, find_images, read_image
+from .interrupts import Terminated
 from .report import write_heat_map, write_scores_csv
 from .terminal import console, errors, fit_with_progress, results_table
+from .train_command import Keeping, require_writable, train_all, training_sets
+from .workers import joined_workers, local_device
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +30,8 @@ app = typer.Typer(
     help="Patch SVDD anomaly detection with exact nearest-neighbour search.",
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
+TERMINATED = 143  # likewise after SIGTERM
+CPU_MINUTES = 10.0  # of training, where nothing is said and there is no GPU
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
 ResizeOption = Annotated[
@@ -60,31 +65,65 @@ def main() -> None:
         _fail(error.format_message(), status=2)
     if status == INTERRUPTED:
         errors.print("[bold red]interrupted[/]")
+    if status == TERMINATED:
+        errors.print("[bold red]terminated[/]")
     sys.exit(status or 0)
 
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of good images, or an MVTec category.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path(
-        "model.safetensors"
-    ),
-    epochs: Annotated[int, typer.Option(help="Passes over 100 x the number of images.")] = 300,
+    data: Annotated[
+        Path,
+        typer.Argument(help="Folder of good images, an MVTec category, or a folder of categories."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Model file to write; for several categories a folder."
+        ),
+    ] = Path("model.safetensors"),
+    mode: Annotated[
+        str,
+        typer.Option(
+            help='"faithful": the paper\'s protocol; "dense": pairs from dense maps, for little '
+            'time. "auto": faithful on a GPU, dense on a CPU.'
+        ),
+    ] = "auto",
+    surface: Annotated[
+        str | None, typer.Option(help='"texture" or "object": a lambda that suits it.')
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train for about so long instead of the mode's length.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over 100 x the number of images.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs of each kind per step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs of each kind (faithful) or crops per step.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     svdd_weight: Annotated[
-        float, typer.Option("--lambda", help="Weight of SVDD' against the position loss.")
-    ] = 1e-3,
+        float | None, typer.Option("--lambda", help="Weight of SVDD' against the position loss.")
+    ] = None,
     initialization: Annotated[
-        str, typer.Option(help='"default": the paper\'s; "kaiming": learns at once.')
-    ] = "default",
+        str | None, typer.Option(help='"default": the paper\'s; "kaiming": learns at once.')
+    ] = None,
     train_last_layer: Annotated[
-        bool, typer.Option(help="Train the classifier's last layer (the paper's is fixed).")
-    ] = False,
+        bool | None, typer.Option(help="Train the classifier's last layer (the paper's is fixed).")
+    ] = None,
     redraw_clipped: Annotated[
         bool, typer.Option(help="Draw pairs that leave the image again instead of clipping.")
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help='On a GPU: "float32", "tf32" or "bfloat16".')
+    ] = "float32",
+    check_every: Annotated[
+        int | None, typer.Option(help="Steps between checks on drawn defects; the best are kept.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many checks without an improvement.")
+    ] = None,
     resize: ResizeOption = "256",
     combination: CombinationOption = "mult",
     contamination: Annotated[
@@ -96,55 +135,79 @@ def train(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between training checkpoints.")
     ] = 5.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUTPUT.checkpoint if there is one.")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="Write each step's figures to this .jsonl or .csv file.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write them for TensorBoard to this folder.")
+    ] = None,
 ) -> None:
     """Train on good images and write a model file.
 
-    While training, the encoder is kept in OUTPUT.checkpoint; after Ctrl-C or a full disk,
-    `patchsvdd train --encoder OUTPUT.checkpoint` makes a model of it.
+    The state of training is kept in OUTPUT.checkpoint: after Ctrl-C, a kill or a full disk the same
+    command with --resume goes on from there. Several GPUs or processes: torchrun
+    --nproc-per-node N -m patchsvdd_fast train ...
     """
-    _require_writable(output)
-    detector = PatchSVDD(
-        image_size=_parse_resize(resize),
-        combination=combination,
-        contamination=contamination,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        svdd_weight=svdd_weight,
-        initialization=initialization,
-        train_last_layer=train_last_layer,
-        redraw_clipped=redraw_clipped,
-        seed=seed,
-        device=device,
-    )
-    ready = None if encoder is None else load_encoder(encoder)
-    checkpoint = output.with_name(output.name + ".checkpoint")
-    started = time.perf_counter()
-    try:
-        fit_with_progress(
-            detector,
-            data,
-            encoder=ready,
-            checkpoint=checkpoint,
-            checkpoint_minutes=checkpoint_minutes,
+    target = local_device(resolve_device(device))
+    if mode == "auto":
+        mode, minutes = _mode_for(target, (minutes, epochs, steps), encoder is not None)
+
+    def make_detector() -> PatchSVDD:
+        return PatchSVDD(
+            image_size=_parse_resize(resize),
+            combination=combination,
+            contamination=contamination,
+            mode=mode,
+            surface=surface,
+            epochs=epochs,
+            steps=steps,
+            minutes=minutes,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            svdd_weight=svdd_weight,
+            initialization=initialization,
+            train_last_layer=train_last_layer,
+            redraw_clipped=redraw_clipped,
+            precision=precision,
+            check_every=check_every,
+            patience=patience,
+            seed=seed,
+            device=device,
         )
-        _save_or_rescue(detector, output, checkpoint)
-    except (KeyboardInterrupt, OSError, ArithmeticError):
-        if ready is None and checkpoint.exists():
-            errors.print(f"the last checkpoint of the encoder is {checkpoint}", soft_wrap=True)
-        raise
-    if ready is None:
-        checkpoint.unlink(missing_ok=True)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"wrote {output}: {detector.record_.steps:,} training steps, banks of "
-        f"{' and '.join(f'{len(bank):,}' for bank in detector.banks_.values())} patches, "
-        f"{seconds:.0f} s",
-        soft_wrap=True,
-    )
-    if detector.calibration_ is not None:
-        console.print(f"threshold on the image score: {detector.threshold_:.6g}")
+
+    sets = training_sets(data, output)
+    ready = None if encoder is None else load_encoder(encoder)
+    with joined_workers(target) as workers:
+        console.quiet = console.quiet or not workers.is_first
+        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers)
+        try:
+            failed = train_all(sets, make_detector, keeping, ready)
+        except Terminated:
+            raise typer.Exit(TERMINATED) from None
+        if failed:
+            raise typer.Exit(1)
+
+
+def _mode_for(
+    device: torch.device, lengths: tuple[float | int | None, ...], has_encoder: bool
+) -> tuple[str, float | None]:
+    """The mode that suits the machine, and its minutes; says what was chosen."""
+    minutes = lengths[0]
+    if device.type != "cpu":
+        return "faithful", minutes
+    if all(length is None for length in lengths):
+        minutes = CPU_MINUTES
+    if not has_encoder:
+        lasting = "" if minutes is None else f" for about {minutes:g} minutes"
+        console.print(
+            f"no GPU: training in mode dense{lasting} on {torch.get_num_threads()} threads "
+            "(--mode faithful is the paper's protocol, a day or more here)",
+            soft_wrap=True,
+        )
+    return "dense", minutes
 
 
 @app.command()
@@ -208,7 +271,7 @@ def evaluate(
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
     if json_path is not None:
-        _require_writable(json_path, "--json")
+        require_writable(json_path, "--json")
     categories = find_categories(data)
     results = []
     for category in categories:
@@ -305,26 +368,6 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names) and not any("/" in name for name in names):
             return names
     return [f"{index:05}_{path.stem}" for index, path in enumerate(paths)]
-
-
-def _require_writable(output: Path, option: str = "--output") -> None:
-    """Refuse before hours of training what could only fail after them."""
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; {option} names a file")
-    if not output.parent.is_dir():
-        raise ValueError(f"the folder of {option} does not exist: {output.parent}")
-
-
-def _save_or_rescue(detector: PatchSVDD, output: Path, checkpoint: Path) -> None:
-    """Save the model; if that fails and no checkpoint holds the training, save it elsewhere."""
-    try:
-        detector.save(output)
-    except OSError:
-        if detector.record_.steps and not checkpoint.exists():
-            rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / output.name
-            detector.save(rescued)
-            errors.print(f"the model is kept in {rescued}", soft_wrap=True)
-        raise
 
 
 def _fail(message: str, status: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +17,24 @@ from torch import Tensor
 from . import _native, store
 from .bank import NormalBank
 from .calibration import Calibration, calibrate
+from .checkpoints import CheckpointKeeper, encoder_tensors, resume_from
 from .encoder import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
 from .images import load_images, mean_image, parse_size
 from .levels import DEFAULT_LEVELS, PatchLevel
+from .recipes import training_settings
 from .score import ScoreResult, combinations_of, encode_images, score_images
+from .selection import DefectCheck
+from .store import below
 from .training import (
     Trainer,
     TrainingRecord,
     TrainingSettings,
     TrainingStep,
     is_collapsed,
+    record_of,
     warn_of_collapse,
 )
+from .workers import joined_workers, local_device
 
 
 class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
@@ -42,9 +46,12 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
         contamination: share of good images that may be called anomalous; sets the threshold.
-        epochs, steps, batch_size, learning_rate, svdd_weight, train_last_layer, redraw_clipped,
-            seed: see `training.TrainingSettings`. The defaults are the paper's protocol.
-        initialization: see `HierarchicalEncoder`.
+        mode: how to train: "faithful", the paper's protocol, or "dense", pairs of patches from
+            dense maps, for a machine without a GPU or little time.
+        surface: "texture" or "object", which like another `svdd_weight`; None: the mode's own.
+        epochs, steps, minutes, batch_size, learning_rate, svdd_weight, initialization,
+            train_last_layer, redraw_clipped, precision, check_every, patience, seed: see
+            `training.TrainingSettings`; None: what the mode and the surface say (recipes.json).
         embedding_dim: D.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -63,14 +70,20 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         levels: Sequence[PatchLevel] = DEFAULT_LEVELS,
         combination: str = "mult",
         contamination: float = 0.01,
-        epochs: int = 300,
+        mode: str = "faithful",
+        surface: str | None = None,
+        epochs: int | None = None,
         steps: int | None = None,
-        batch_size: int = 64,
-        learning_rate: float = 1e-4,
-        svdd_weight: float = 1e-3,
-        initialization: str = "default",
-        train_last_layer: bool = False,
+        minutes: float | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        svdd_weight: float | None = None,
+        initialization: str | None = None,
+        train_last_layer: bool | None = None,
         redraw_clipped: bool = False,
+        precision: str = "float32",
+        check_every: int | None = None,
+        patience: int | None = None,
         embedding_dim: int = 64,
         device: str = "auto",
         seed: int = 0,
@@ -79,14 +92,20 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self.levels = levels
         self.combination = combination
         self.contamination = contamination
+        self.mode = mode
+        self.surface = surface
         self.epochs = epochs
         self.steps = steps
+        self.minutes = minutes
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.svdd_weight = svdd_weight
         self.initialization = initialization
         self.train_last_layer = train_last_layer
         self.redraw_clipped = redraw_clipped
+        self.precision = precision
+        self.check_every = check_every
+        self.patience = patience
         self.embedding_dim = embedding_dim
         self.device = device
         self.seed = seed
@@ -102,37 +121,53 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         on_step: Callable[[TrainingStep], None] | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_minutes: float = 5.0,
+        resume: bool = False,
     ) -> PatchSVDD:
         """Train an encoder on good images and fill the banks with their embeddings.
 
-        encoder: use this one as it is instead of training. on_step: called after each step.
-        checkpoint: a file to which the encoder is written every `checkpoint_minutes` and when
-            training ends, by Ctrl-C or an error too.
+        encoder: use this one as it is instead of training. on_step: called after each step (on a
+            GPU, every 20th).
+        checkpoint: a file to which the state of training is written every `checkpoint_minutes` and
+            when training ends, by Ctrl-C, SIGTERM or an error too.
+        resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
+            on a CPU to the bit.
 
-        Raises ValueError for unusable images or parameters; warns (CollapseWarning) if all
-        embeddings are alike.
+        Under torchrun each process trains its share of every batch; the banks are then filled in
+        the first process alone.
+
+        Raises ValueError for unusable images or parameters, and for a checkpoint of another run;
+        warns (CollapseWarning) if all embeddings are alike.
         """
         self._check_parameters()
         settings = self._training_settings()
-        device = resolve_device(self.device)
+        device = local_device(resolve_device(self.device))
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
         mean = mean_image(images)
         record = TrainingRecord()
         if encoder is None:
-            encoder = self.untrained_encoder()
-            encoder.to(device)
-            trainer = Trainer(encoder, images, mean, settings)
-            keeper = _CheckpointKeeper(self, encoder, mean, checkpoint, checkpoint_minutes)
+            encoder = self.untrained_encoder().to(device)
+            check = None
+            if settings.check_every is not None and len(images) > 1:
+                check = DefectCheck(images, mean, self.levels, self.combination)
+            with joined_workers(device) as workers:
+                trainer = Trainer(encoder, images, mean, settings, check, workers)
+                if resume and checkpoint is not None and Path(checkpoint).exists():
+                    resume_from(trainer, checkpoint)
+                keeper = CheckpointKeeper(
+                    trainer, mean, self._header(), checkpoint, checkpoint_minutes
+                )
 
-            def after_step(step: TrainingStep) -> None:
-                keeper.after_step(step)
-                if on_step is not None:
-                    on_step(step)
+                def after_step(step: TrainingStep) -> None:
+                    keeper.after_step()
+                    if on_step is not None:
+                        on_step(step)
 
-            try:
-                record = trainer.run(after_step)
-            finally:  # at the end, and whatever ends it early
-                keeper.write()
+                try:
+                    record = trainer.run(after_step)
+                finally:  # at the end, and whatever ends it early
+                    keeper.write()
+                if not workers.is_first:
+                    return self
         self._fill_banks(encoder.to(device).eval(), images, mean)
         self.record_ = record
         return self
@@ -142,7 +177,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             depth = (self._largest_patch() // SMALL_PATCH).bit_length()
-            return HierarchicalEncoder(self.embedding_dim, depth, self.initialization).eval()
+            initialization = self._training_settings().initialization
+            return HierarchicalEncoder(self.embedding_dim, depth, initialization).eval()
 
     def _fill_banks(self, encoder: HierarchicalEncoder, images: Tensor, mean: Tensor) -> None:
         encoded = encode_images(encoder, images, mean, self.levels)
@@ -177,8 +213,10 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             )
 
     def _training_settings(self) -> TrainingSettings:
-        names = TrainingSettings.__dataclass_fields__
-        return TrainingSettings(**{name: getattr(self, name) for name in names})
+        names = set(TrainingSettings.__dataclass_fields__) & set(self.get_params())
+        return training_settings(
+            surface=self.surface, **{name: getattr(self, name) for name in names}
+        )
 
     def _largest_patch(self) -> int:
         return max(level.size for level in self.levels)
@@ -229,7 +267,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
         self._require_fitted()
-        tensors = _encoder_tensors(self.encoder_) | {"mean": self.mean_}
+        tensors = encoder_tensors(self.encoder_) | {"mean": self.mean_}
         for level, bank in self.banks_.items():
             tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
         header = self._header() | {
@@ -256,54 +294,18 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         detector.encoder_ = _encoder_of(tensors, header).to(target)
         detector.mean_ = tensors["mean"]
         detector.banks_ = {
-            level: NormalBank.from_state_dict(_below(tensors, f"bank.{level}.")).to(target)
+            level: NormalBank.from_state_dict(below(tensors, f"bank.{level}.")).to(target)
             for level in detector.levels
         }
         calibration = header["calibration"]
         detector.calibration_ = None if calibration is None else Calibration(**calibration)
-        record = dict(header["record"])
-        record["position_accuracy"] = {int(k): v for k, v in record["position_accuracy"].items()}
-        detector.record_ = TrainingRecord(**record)
+        detector.record_ = record_of(header["record"])
         return detector
 
     def _header(self) -> dict[str, Any]:
         parameters = self.get_params()
         parameters["levels"] = [(level.size, level.stride) for level in self.levels]
         return {"parameters": parameters}
-
-
-class _CheckpointKeeper:
-    """Writes the encoder in training to a file every so often."""
-
-    def __init__(
-        self,
-        detector: PatchSVDD,
-        encoder: HierarchicalEncoder,
-        mean: Tensor,
-        path: str | Path | None,
-        minutes: float,
-    ) -> None:
-        self.detector, self.encoder, self.mean = detector, encoder, mean
-        self.path, self.seconds = path, 60 * minutes
-        self.written = time.monotonic()
-        self.steps = 0
-
-    def after_step(self, step: TrainingStep) -> None:
-        self.steps = step.step
-        if time.monotonic() - self.written >= self.seconds:
-            self.write()
-
-    def write(self) -> None:
-        """Write the checkpoint; a disk that is full by now must not end the training."""
-        if self.path is None or self.steps == 0:
-            return
-        tensors = _encoder_tensors(self.encoder) | {"mean": self.mean}
-        header = self.detector._header() | {"steps": self.steps}
-        try:
-            store.save(self.path, "checkpoint", tensors, header)
-        except OSError as error:
-            warnings.warn(f"no checkpoint was written: {error}", RuntimeWarning, stacklevel=3)
-        self.written = time.monotonic()
 
 
 def load_encoder(path: str | Path) -> HierarchicalEncoder:
@@ -334,18 +336,11 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def _encoder_tensors(encoder: HierarchicalEncoder) -> dict[str, Tensor]:
-    return {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-
-
 def _encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
     sizes = [size for size, _ in header["parameters"]["levels"]]
     depth = (max(sizes) // SMALL_PATCH).bit_length()
     encoder = HierarchicalEncoder(header["parameters"]["embedding_dim"], depth)
-    encoder.load_state_dict(_below(tensors, "encoder."))
+    # Of a training run with checks, the best weights so far.
+    best = below(tensors, "training.best.")
+    encoder.load_state_dict(best or below(tensors, "encoder."))
     return encoder.eval()
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with the prefix, under the rest of their names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -7,8 +7,7 @@ Usable without the detector, with any embeddings::
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +18,7 @@ from .encoder import HierarchicalEncoder
 from .images import normalize
 from .levels import PatchLevel
 from .ops import nearest, score_map
+from .precision import computing_in
 
 __all__ = [
     "NormalBank",
@@ -83,23 +83,6 @@ def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
     )
 
 
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Within the context, convolutions on a GPU do without TF32.
-
-    PyTorch allows it by default; its ten bits would drown embeddings that differ by 1e-6.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 @torch.no_grad()
 def encode_images(
     encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
@@ -115,7 +98,7 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
-    with _full_precision(device):
+    with computing_in("float32", device):
         passes = [
             encoder.dense(normalize(chunk.to(device), mean), levels)
             for chunk in images.split(_IMAGES_PER_PASS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,34 +18,35 @@ from rich.progress import (
 from rich.table import Table
 
 from .detector import PatchSVDD
-from .encoder import HierarchicalEncoder
 from .evaluation import METRICS, CategoryResult, mean_result
 from .training import TrainingStep
 
 console = Console()
 errors = Console(stderr=True)
 
+_TIMED_STEPS = 12  # shown before saying how long it will take
+
 
 def fit_with_progress(
     detector: PatchSVDD,
     data: Path,
-    encoder: HierarchicalEncoder | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_minutes: float = 5.0,
+    logs: Sequence[Callable[[TrainingStep], None]] = (),
+    **fit_options: Any,
 ) -> None:
     """Fit the detector under a progress bar with the figures that tell how training goes.
 
     Shown, smoothed over some 20 steps: the loss and, per level, the share of positions told right
-    (chance is 12.5 %); and the embeddings' spread in the last step.
+    (chance is 12.5 %); the embeddings' spread in the last step; and what the last check found.
+    logs: called after each step, too. Further options go to `PatchSVDD.fit`.
     """
-    with _training_progress() as on_step:
-        detector.fit(
-            data,
-            encoder=encoder,
-            on_step=on_step,
-            checkpoint=checkpoint,
-            checkpoint_minutes=checkpoint_minutes,
-        )
+    with _training_progress() as show:
+
+        def on_step(step: TrainingStep) -> None:
+            for log in logs:
+                log(step)
+            show(step)
+
+        detector.fit(data, on_step=on_step, **fit_options)
 
 
 @contextmanager
@@ -55,27 +57,44 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.description}"),
     )
-    means: dict[str, float] = {}
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None)
+        means: dict[str, float] = {}
+        shown = 0
+        checked = ""
 
         def smooth(name: str, value: float) -> float:
             means[name] = value if name not in means else 0.95 * means[name] + 0.05 * value
             return means[name]
 
-        def on_step(step: TrainingStep) -> None:
+        def show(step: TrainingStep) -> None:
+            nonlocal shown, checked
+            shown += 1
+            if shown == _TIMED_STEPS and step.seconds_left is not None:
+                left = _duration(step.seconds_left)
+                console.print(f"{step.total_steps:,} steps, about {left} to go")
+            if step.quality is not None:
+                checked = f"  defects {step.quality.criterion:.1f}"
             figures = [f"loss {smooth('loss', step.loss):.3f}"]
             for size, level in sorted(step.levels.items(), reverse=True):
-                accuracy = smooth(f"accuracy {size}", level.position_accuracy)
+                accuracy = smooth(f"accuracy {size}", level.accuracy)
                 figures.append(f"K{size} right {accuracy:.0%} spread {level.spread:.0e}")
             progress.update(
                 task,
                 completed=step.step,
                 total=step.total_steps,
-                description="  ".join(figures),
+                description="  ".join(figures) + checked,
             )
 
-        yield on_step
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:

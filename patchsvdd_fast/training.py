@@ -1,28 +1,53 @@
-"""Self-supervised training of the encoder: the paper's protocol, seeded."""
+"""Self-supervised training of the encoder: seeded, resumable to the bit, over one or more workers.
+
+A step is a function of the weights, the optimiser's state and the step's number alone: what is
+drawn for it comes from (seed, step). So a run that goes on from a checkpoint equals one that was
+never interrupted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from .encoder import HierarchicalEncoder
-from .losses import PositionClassifier, position_loss, svdd_loss
-from .ops import crop_pairs
-from .sampling import PairKind
+from . import _native
+from .dense_pairs import DensePairs
+from .encoder import INITIALIZATIONS, HierarchicalEncoder
+from .interrupts import delayed_interrupts
+from .light import Light
+from .losses import PositionClassifier
+from .objectives import (
+    LevelLoss,
+    LevelMetrics,
+    Objective,
+    PatchPairs,
+    TrainingImages,
+    embedding_spread,
+    mixed_seed,
+)
+from .precision import PRECISIONS, computing_in
+from .selection import Quality
+from .store import below
+from .workers import Workers
 
 CROPS_PER_IMAGE = 100
 """How often an epoch visits each training image."""
 
-_COLLAPSE_PATIENCE = 20  # consecutive steps
+MODES = ("faithful", "dense")
+SCHEDULES = ("constant", "cosine")
+
+_COLLAPSE_PATIENCE = 20  # consecutive measured steps
+_MEASURED_EVERY = 20  # steps on a GPU, where measuring waits for it; each step on a CPU
+_UNTIMED_STEPS, _TIMED_STEPS = 2, 8  # before the number of steps is fitted to the minutes
 
 
 class CollapseWarning(UserWarning):
@@ -31,62 +56,107 @@ class CollapseWarning(UserWarning):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What determines a training run besides the images."""
+    """What determines a training run besides the images. The defaults are the paper's protocol."""
 
-    epochs: int = 300
-    """Passes over CROPS_PER_IMAGE x the number of images."""
+    mode: str = "faithful"
+    """"faithful": pairs of patches as in the paper; "dense": such pairs from dense maps."""
+    epochs: int | None = 300
+    """Passes over CROPS_PER_IMAGE x the number of images; None: as many as `steps` take."""
     steps: int | None = None
     """Stop after this many steps, whatever `epochs` says."""
+    minutes: float | None = None
+    """Fit the number of steps to this time, measured in the first ten; never more than the above.
+    The other settings determine the result, this one leaves it to the machine."""
     batch_size: int = 64
-    """Pairs of each kind and patch size per step."""
+    """Of a step. Faithful: pairs of each kind and patch size; dense: crops."""
     learning_rate: float = 1e-4
+    schedule: str = "constant"
+    """"constant", or "cosine": down to zero over the run."""
+    warmup_steps: int = 0
+    """Over which the learning rate rises from zero."""
     svdd_weight: float = 1e-3
     """lambda: the weight of SVDD' against the position loss."""
+    initialization: str = "default"
+    """See `HierarchicalEncoder`."""
     train_last_layer: bool = False
     redraw_clipped: bool = False
+    """Faithful only: draw clipped position pairs again."""
+    crop_size: int = 128
+    """Dense only: side of a crop, pixels; smaller images are taken whole."""
+    pairs_per_crop: int = 256
+    """Dense only: pairs of each kind, or patches, per patch size."""
+    brightness: float = 0.0
+    contrast: float = 0.0
+    unevenness: float = 0.0
+    """Dense only: how the two views differ in light, see `light.Light`."""
+    precision: str = "float32"
+    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"."""
+    check_every: int | None = None
+    """Steps between checks of what has been learned, see `selection`; the best weights are kept.
+    None: never, the last weights are the result."""
+    patience: int | None = None
+    """Stop after so many checks without an improvement; None: go on to the end."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not self.svdd_weight >= 0:
-            raise ValueError(f"svdd_weight must not be negative, got {self.svdd_weight}")
+        for name, choices in (
+            ("mode", MODES),
+            ("schedule", SCHEDULES),
+            ("initialization", INITIALIZATIONS),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.epochs is None and self.steps is None and self.minutes is None:
+            raise ValueError("one of epochs, steps and minutes must say how long to train")
+        for name in ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("svdd_weight", "warmup_steps", "brightness", "contrast", "unevenness"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
-    def total_steps(self, num_images: int) -> int:
-        """Steps of the whole run."""
-        per_epoch = math.ceil(num_images * CROPS_PER_IMAGE / self.batch_size)
-        scheduled = self.epochs * per_epoch
-        return scheduled if self.steps is None else min(scheduled, self.steps)
+    def total_steps(self, num_images: int) -> int | None:
+        """Steps of the whole run; None where only `minutes` limits them."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            crops = self.epochs * num_images * CROPS_PER_IMAGE
+            limits.append(math.ceil(crops / self.batch_size))
+        return min(limits, default=None)
 
-
-@dataclass(frozen=True)
-class LevelMetrics:
-    """What one step measured at one patch size."""
-
-    position_loss: float
-    """Cross-entropy, nats; ln 8 = 2.079 is chance."""
-    svdd_loss: float
-    position_accuracy: float
-    """Share of right directions in the batch; 0.125 is chance."""
-    spread: float
-    """Standard deviation of the embeddings over a batch of clean patches, mean over dimensions."""
+    def learning_rate_at(self, step: int, total: int) -> float:
+        """Of step 1 .. total."""
+        rate = self.learning_rate
+        if self.warmup_steps:
+            rate *= min(1.0, step / self.warmup_steps)
+        if self.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+        return rate
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What a progress callback receives after each step."""
+    """What a progress callback receives: after each step, on a GPU after every 20th."""
 
     step: int
     """Steps done, from 1."""
-    total_steps: int
+    total_steps: int | None
+    """Of the whole run; None until it has been fitted to the minutes."""
     loss: float
+    learning_rate: float
+    seconds: float
+    """Of training so far, interruptions left out."""
+    seconds_left: float | None
+    """At the speed so far; None until `total_steps` is known."""
     levels: dict[int, LevelMetrics]
     """By patch size in pixels."""
+    quality: Quality | None = None
+    """What a check after this step found, if there was one."""
 
 
 @dataclass
@@ -97,12 +167,12 @@ class TrainingRecord:
     seconds: float = 0.0
     collapsed: bool = False
     final_loss: float = math.nan
-    position_accuracy: dict[int, float] = field(default_factory=dict)
-
-
-def embedding_spread(embeddings: Tensor) -> float:
-    """Standard deviation per dimension over embeddings [..., D], averaged over dimensions."""
-    return float(embeddings.detach().flatten(0, -2).double().std(dim=0, correction=0).mean())
+    accuracy: dict[int, float] = field(default_factory=dict)
+    """By patch size, share told right in the last step; see `objectives.LevelMetrics`."""
+    best_step: int | None = None
+    """The step whose weights were kept, where checks decided; 0: the untrained ones."""
+    qualities: list[tuple[int, float]] = field(default_factory=list)
+    """Step and criterion of each check."""
 
 
 def is_collapsed(embeddings: Tensor) -> bool:
@@ -115,40 +185,12 @@ def is_collapsed(embeddings: Tensor) -> bool:
     return embedding_spread(embeddings) <= 4 * torch.finfo(torch.float32).eps * magnitude
 
 
-def total_loss(
-    encoder: HierarchicalEncoder,
-    classifier: PositionClassifier,
-    positions: tuple[Tensor, Tensor, Tensor],
-    neighbours: tuple[Tensor, Tensor],
-    svdd_weight: float,
-) -> tuple[Tensor, LevelMetrics, Tensor]:
-    """The loss of one patch size: CE + lambda * SVDD'.
-
-    positions: first and second patches [B, 3, K, K] and labels [B]; neighbours: first and second
-    patches [B, 3, K, K]. Returns the loss, its parts, and the embeddings of clean patches [B, D].
-    """
-    first, second, labels = positions
-    patches = torch.cat([first, second, *neighbours])
-    first, second, near, jittered = encoder(patches).split(
-        [len(first), len(second), len(neighbours[0]), len(neighbours[1])]
-    )
-    logits = classifier(first, second)
-    cross_entropy = position_loss(logits, labels)
-    svdd = svdd_loss(near, jittered)
-    metrics = LevelMetrics(
-        position_loss=float(cross_entropy.detach()),
-        svdd_loss=float(svdd.detach()),
-        position_accuracy=float((logits.argmax(dim=1) == labels).float().mean()),
-        spread=embedding_spread(near),
-    )
-    return cross_entropy + svdd_weight * svdd, metrics, near.detach()
-
-
 class Trainer:
-    """One training run over images held on the encoder's device.
+    """One training run.
 
     images: [N, 3, H, W] uint8; mean: [3, H, W] float32, the per-pixel mean image. The encoder is
-    trained in place. The same settings, images and device give the same weights.
+    trained in place, on its device. The same settings, images and device give the same weights.
+    check: what judges the encoder every `settings.check_every` steps, see `selection`.
     """
 
     def __init__(
@@ -157,108 +199,239 @@ class Trainer:
         images: Tensor,
         mean: Tensor,
         settings: TrainingSettings,
+        check: Callable[[HierarchicalEncoder], Quality] | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        device = next(encoder.parameters()).device
+        self.device = next(encoder.parameters()).device
         self.encoder = encoder
-        self.images = images.to(device).contiguous()
-        self.mean = mean.to(device).contiguous()
         self.settings = settings
-        self.order = Generator().manual_seed(settings.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.classifiers = nn.ModuleDict(
-                {
-                    str(size): PositionClassifier(encoder.embedding_dim, settings.train_last_layer)
-                    for size in encoder.patch_sizes
-                }
-            ).to(device)
-        parameters = [*encoder.parameters(), *self.classifiers.parameters()]
-        self.optimizer = torch.optim.Adam(
-            [p for p in parameters if p.requires_grad], lr=settings.learning_rate
-        )
-        self._queue = torch.empty(0, dtype=torch.int64)
+        self.workers = workers or Workers()
+        self.check = check if settings.check_every is not None else None
+        self.record = TrainingRecord()
+        self.total = settings.total_steps(len(images)) if settings.minutes is None else None
+        self._limit = settings.total_steps(len(images))
+        self._data = TrainingImages(images, mean, self.device)
+        self._fingerprint = _fingerprint(images)
+        self._share = self.workers.share(settings.batch_size)
+        self._objective = self._make_objective()
+        parameters = [*encoder.parameters(), *self._objective.classifiers.parameters()]
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._best: dict[str, Tensor] | None = None
+        self._checks_since_best = 0
+        self._collapsed_steps = 0
+
+    # --- running ----------------------------------------------------------------------------------
 
     def run(self, on_step: Callable[[TrainingStep], None] | None = None) -> TrainingRecord:
-        """Train to the end of the schedule; `on_step` is called after every step.
+        """Train to the end of the schedule, from where `load_state` left it or the beginning.
 
-        Ctrl-C takes effect between two steps, as a KeyboardInterrupt. Raises FloatingPointError
-        if the loss stops being finite. Warns (CollapseWarning) once if the embeddings collapse.
+        `on_step` is called after every step (on a GPU every 20th, and the last). Ctrl-C and
+        SIGTERM take effect between two steps, as KeyboardInterrupt and `interrupts.Terminated`.
+        Raises FloatingPointError if the loss stops being finite. Warns (CollapseWarning) once if
+        the embeddings collapse.
         """
-        record = TrainingRecord()
-        total = self.settings.total_steps(len(self.images))
-        started = time.perf_counter()
-        collapsed_steps = 0
+        record, before = self.record, self.record.seconds
         self.encoder.train()
+        self.encoder.small.memory_format = _memory_format(self.device, self.settings.mode)
         try:
-            with _finish_step_on_interrupt() as interrupted, _flushed_denormals():
-                for number in range(1, total + 1):
-                    step, collapsed = self._step(number, total)
-                    collapsed_steps = collapsed_steps + 1 if collapsed else 0
-                    if collapsed_steps >= _COLLAPSE_PATIENCE and not record.collapsed:
-                        record.collapsed = True
-                        warn_of_collapse(f"after {number} steps")
-                    record.steps = number
-                    record.final_loss = step.loss
-                    record.position_accuracy = {
-                        size: level.position_accuracy for size, level in step.levels.items()
-                    }
-                    record.seconds = time.perf_counter() - started
-                    if on_step is not None:
-                        on_step(step)
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
+            with delayed_interrupts() as interrupts, _flushed_denormals():
+                if self.check is not None and record.steps == 0:
+                    self._judge()
+                started = time.perf_counter()
+                while self.total is None or record.steps < self.total:
+                    if self.workers.any(bool(interrupts) or self._is_over()):
+                        interrupts.take_effect()
+                        break
+                    losses = self._step(record.steps + 1)
+                    record.steps += 1
+                    record.seconds = before + time.perf_counter() - started
+                    self._fit_to_minutes(record.seconds - before)
+                    self._report(losses, on_step)
+                interrupts.take_effect()
         finally:
             self.encoder.eval()
+            self.encoder.small.memory_format = torch.contiguous_format
+        if self._best is not None:
+            self.encoder.load_state_dict(self._best)
         return record
 
-    def _step(self, number: int, total: int) -> tuple[TrainingStep, bool]:
-        image_of = self._next_images().to(self.images.device)
-        losses, levels, collapsed = [], {}, False
-        for size in reversed(self.encoder.patch_sizes):
-            loss, levels[size], clean = self._level_loss(size, image_of, number)
-            losses.append(loss)
-            collapsed = collapsed or is_collapsed(clean)
-        loss = torch.stack(losses).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {float(loss.detach())} at step {number}: lower the learning rate"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return TrainingStep(number, total, float(loss.detach()), levels), collapsed
-
-    def _level_loss(
-        self, size: int, image_of: Tensor, number: int
-    ) -> tuple[Tensor, LevelMetrics, Tensor]:
+    def _step(self, number: int) -> dict[int, LevelLoss]:
         settings = self.settings
+        horizon = self.total or self._limit or number
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(number, max(horizon, number))
+        images = self._images_of(number)
+        with computing_in(settings.precision, self.device):
+            losses = self._objective.losses(images, number, self._share)
+            total = torch.stack([level.total for level in losses.values()]).sum()
+            self._optimizer.zero_grad(set_to_none=True)
+            # A mean over the share; the shares' gradients add up to that of the whole batch.
+            (total * ((self._share.stop - self._share.start) / settings.batch_size)).backward()
+        self.workers.add_gradients(self._parameters)
+        self._optimizer.step()
+        return losses
 
-        def draw(kind: PairKind) -> tuple[Tensor, Tensor, Tensor]:
-            (first, second), _, labels = crop_pairs(
-                self.images,
-                self.mean,
-                image_of,
-                size,
-                kind,
-                settings.seed,
-                number,
-                settings.redraw_clipped,
+    def _images_of(self, step: int) -> Tensor:
+        """The images of a step's batch; an epoch visits each CROPS_PER_IMAGE times."""
+        crops = len(self._data) * CROPS_PER_IMAGE
+        missing = self.settings.batch_size
+        position, batch = (step - 1) * missing, []
+        while missing:
+            epoch, start = divmod(position, crops)
+            if epoch != self._epoch:
+                generator = Generator().manual_seed(mixed_seed(self.settings.seed, epoch))
+                self._order = torch.randperm(crops, generator=generator) % len(self._data)
+                self._epoch = epoch
+            batch.append(self._order[start : start + missing])
+            position += len(batch[-1])
+            missing -= len(batch[-1])
+        return torch.cat(batch)
+
+    def _fit_to_minutes(self, seconds: float) -> None:
+        """Set how many steps there will be, once it can be told; never again after that."""
+        if self.settings.minutes is None or self.total is not None:
+            return
+        steps = self.record.steps
+        if steps == _UNTIMED_STEPS:
+            self._timed_from = seconds
+        if steps == _UNTIMED_STEPS + _TIMED_STEPS:
+            each = (seconds - self._timed_from) / _TIMED_STEPS
+            fitting = steps + max(0, int((60 * self.settings.minutes - seconds) / each))
+            self.total = self.workers.agreed(min(fitting, self._limit or fitting))
+
+    def _report(
+        self, losses: dict[int, LevelLoss], on_step: Callable[[TrainingStep], None] | None
+    ) -> None:
+        record, number = self.record, self.record.steps
+        quality = None
+        if self.check is not None and (
+            number % (self.settings.check_every or 1) == 0 or number == self.total
+        ):
+            quality = self._judge()
+        every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
+        if number % every and number != self.total and quality is None:
+            return
+        loss = float(sum(float(level.total.detach()) for level in losses.values()))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {number}: lower the learning rate"
             )
-            return first, second, labels
+        levels = {size: level.metrics() for size, level in losses.items()}
+        self._watch_collapse(any(is_collapsed(level.embeddings) for level in losses.values()))
+        record.final_loss = loss
+        record.accuracy = {size: level.accuracy for size, level in levels.items()}
+        if on_step is not None:
+            rate = self._optimizer.param_groups[0]["lr"]
+            left = None if self.total is None else self._seconds_left(self.total)
+            on_step(
+                TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
+            )
 
-        classifier = self.classifiers[str(size)]
-        assert isinstance(classifier, PositionClassifier)
-        return total_loss(
-            self.encoder, classifier, draw("position"), draw("neighbour")[:2], settings.svdd_weight
-        )
+    def _seconds_left(self, total: int) -> float:
+        return (total - self.record.steps) * self.record.seconds / self.record.steps
 
-    def _next_images(self) -> Tensor:
-        """[B]: the images of the next batch; an epoch visits each CROPS_PER_IMAGE times."""
-        if len(self._queue) == 0:
-            crops = len(self.images) * CROPS_PER_IMAGE
-            self._queue = torch.randperm(crops, generator=self.order) % len(self.images)
-        batch, self._queue = self._queue.tensor_split([self.settings.batch_size])
-        return batch
+    def _watch_collapse(self, collapsed: bool) -> None:
+        self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
+        if self._collapsed_steps >= _COLLAPSE_PATIENCE and not self.record.collapsed:
+            self.record.collapsed = True
+            warn_of_collapse(f"after {self.record.steps} steps")
+
+    # --- keeping the best -------------------------------------------------------------------------
+
+    def _judge(self) -> Quality:
+        assert self.check is not None
+        self.encoder.eval()
+        quality = self.check(self.encoder)
+        self.encoder.train()
+        record = self.record
+        best = max((value for _, value in record.qualities), default=-math.inf)
+        record.qualities.append((record.steps, quality.criterion))
+        self._checks_since_best += 1
+        if quality.criterion > best:
+            self._checks_since_best = 0
+            record.best_step = record.steps
+            self._best = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+        return quality
+
+    def _is_over(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self._checks_since_best >= patience
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `load_state` needs to go on from here: tensors, and values for JSON.
+
+        The encoder's own weights are not among them.
+        """
+        tensors = {
+            f"classifier.{k}": v for k, v in self._objective.classifiers.state_dict().items()
+        }
+        for index, slots in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in slots.items()}
+        tensors |= {f"best.{name}": value for name, value in (self._best or {}).items()}
+        return tensors, {
+            "settings": asdict(self.settings),
+            "images": self._fingerprint,
+            "total": self.total,
+            "record": asdict(self.record),
+            "checks_since_best": self._checks_since_best,
+            "collapsed_steps": self._collapsed_steps,
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; the encoder's weights are to be loaded by the caller.
+
+        Raises ValueError if it was of a run with other settings or other images.
+        """
+        ours = asdict(self.settings)
+        other = {k: v for k, v in values["settings"].items() if ours.get(k, v) != v}
+        if other:
+            differences = ", ".join(f"{k} {v!r} instead of {ours[k]!r}" for k, v in other.items())
+            raise ValueError(f"the checkpoint was trained with other settings: {differences}")
+        if values["images"] != self._fingerprint:
+            raise ValueError("the checkpoint was trained on other images")
+        self._objective.classifiers.load_state_dict(below(tensors, "classifier."))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in below(tensors, "adam.").items():
+            index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self._best = below(tensors, "best.") or None
+        self.total = values["total"]
+        self.record = record_of(values["record"])
+        self._checks_since_best = values["checks_since_best"]
+        self._collapsed_steps = values["collapsed_steps"]
+
+    def _make_objective(self) -> Objective:
+        settings = self.settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            classifiers = nn.ModuleDict(
+                {
+                    str(size): PositionClassifier(
+                        self.encoder.embedding_dim, settings.train_last_layer
+                    )
+                    for size in self.encoder.patch_sizes
+                }
+            ).to(self.device)
+        common = (self.encoder, classifiers, self._data, settings.seed, settings.svdd_weight)
+        if settings.mode == "dense":
+            light = Light(settings.brightness, settings.contrast, settings.unevenness)
+            return DensePairs(*common, settings.crop_size, settings.pairs_per_crop, light)
+        return PatchPairs(*common, settings.redraw_clipped)
+
+
+def record_of(values: Mapping[str, Any]) -> TrainingRecord:
+    """A record as JSON keeps it, read back."""
+    record = dict(values)
+    accuracy = record.pop("position_accuracy", None) or record.get("accuracy", {})
+    record["accuracy"] = {int(size): value for size, value in accuracy.items()}
+    record["qualities"] = [(step, value) for step, value in record.get("qualities", [])]
+    return TrainingRecord(**record)
 
 
 def warn_of_collapse(when: str) -> None:
@@ -271,23 +444,16 @@ def warn_of_collapse(when: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def _finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """Within the context the first Ctrl-C only sets the event; a second one acts at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
+def _memory_format(device: torch.device, mode: str) -> torch.memory_format:
+    """The layout of convolutions that is fastest, as far as measured (ARCHITECTURE.md)."""
+    wide = any("avx512" in name for name in _native.cpu.instruction_sets())
+    if device.type == "cpu" and mode != "faithful" and not wide:
+        return torch.contiguous_format
+    return torch.channels_last
 
-    def note(signum: int, frame: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _fingerprint(images: Tensor) -> str:
+    return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
 
 
 @contextlib.contextmanager

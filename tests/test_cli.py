@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchsvdd_fast import PatchSVDD, cli
+from patchsvdd_fast import PatchSVDD, cli, train_command
 from patchsvdd_fast.files import written_whole
+from patchsvdd_fast.train_command import TrainingSet
 
 FAST = [
-    *("--resize", "96", "--steps", "2", "--batch-size", "4"),
+    *("--mode", "faithful", "--resize", "96", "--steps", "2", "--batch-size", "4"),
     *("--initialization", "kaiming", "--learning-rate", "3e-4"),
 ]
 COMMAND = [sys.executable, "-m", "patchsvdd_fast"]
@@ -113,7 +115,7 @@ def test_interrupted_training_leaves_a_checkpoint(category_folder, tmp_path):
     process = subprocess.Popen(
         [
             *(*COMMAND, "train", category_folder, "-o", output, "--resize", "96"),
-            *("--batch-size", "4", "--checkpoint-minutes", "0"),
+            *("--mode", "faithful", "--batch-size", "4", "--checkpoint-minutes", "0"),
         ],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -137,6 +139,38 @@ def test_interrupted_training_leaves_a_checkpoint(category_folder, tmp_path):
     assert "0 training steps" in done.stdout
 
 
+def test_several_categories_train_in_one_command(category_folder, tmp_path):
+    data, models = tmp_path / "data", tmp_path / "models"
+    for name in ("first", "second", "third"):
+        shutil.copytree(category_folder, data / name)
+    shutil.rmtree(data / "second" / "test")
+    (data / "third" / "train" / "good" / "broken.png").write_text("no image")
+    done = run("train", data, "-o", models, *FAST, "--log", "any.jsonl")
+    assert done.returncode == 1
+    assert "error: third: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in models.iterdir()) == [
+        *("first.jsonl", "first.safetensors", "second.jsonl", "second.safetensors"),
+    ]
+    table = done.stdout[done.stdout.index("AUROC") - 200 :]
+    assert "first" in table
+    assert "second" not in table  # has nothing to test on
+    assert "folder for models" in one_line_error(run("train", data, "-o", models / "first.jsonl"))
+
+
+def test_training_says_what_it_chose_and_how_long_it_takes(category_folder, tmp_path):
+    output, log = tmp_path / "model.safetensors", tmp_path / "log.csv"
+    arguments = ("train", category_folder, "-o", output, "--resize", "136", "--batch-size", "1")
+    done = run(*arguments, "--steps", "14", "--check-every", "7", "--log", log, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "no GPU: training in mode dense" in done.stdout
+    assert "14 steps, about" in done.stdout
+    assert "kept the weights of step" in done.stdout
+    assert len(log.read_text().splitlines()) == 15
+    refused = run("train", category_folder, "-o", output, "--log", tmp_path / "log.txt")
+    assert ".jsonl or .csv" in one_line_error(refused)
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -158,7 +192,7 @@ def test_bad_images_end_in_one_line(tmp_path, prepare, message):
 def test_mixed_sizes_end_in_one_line_unless_resized(good_folder, tmp_path):
     _plain(good_folder / "wide.png", 120)
     output = tmp_path / "model.safetensors"
-    done = run("train", good_folder, "-o", output, *FAST[2:], "--resize", "none")
+    done = run("train", good_folder, "-o", output, *FAST, "--resize", "none")
     assert "images must all have one size" in one_line_error(done)
     assert run("train", good_folder, "-o", output, *FAST).returncode == 0
 
@@ -202,7 +236,7 @@ def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_pat
     detector = PatchSVDD(image_size=96, steps=1, batch_size=2).fit(category_folder)
     missing = tmp_path / "gone" / "model.safetensors"
     with pytest.raises(OSError, match="cannot write"):
-        cli._save_or_rescue(detector, missing, tmp_path / "no-checkpoint")
+        train_command._save_or_rescue(detector, TrainingSet(category_folder, missing))
     kept = Path("".join(capsys.readouterr().err.split()).removeprefix("themodeliskeptin"))
     assert PatchSVDD.load(kept).threshold_ == detector.threshold_
 

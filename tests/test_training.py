@@ -14,15 +14,14 @@ import torch
 from patchsvdd_fast import HierarchicalEncoder, ops
 from patchsvdd_fast.encoder import from_official_names
 from patchsvdd_fast.losses import PositionClassifier
+from patchsvdd_fast.objectives import embedding_spread, patch_loss
 from patchsvdd_fast.sampling import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
 from patchsvdd_fast.training import (
     CROPS_PER_IMAGE,
     CollapseWarning,
     Trainer,
     TrainingSettings,
-    embedding_spread,
     is_collapsed,
-    total_loss,
 )
 
 
@@ -64,10 +63,11 @@ def _reference_loss(reference, encoder, classifiers):
             for name in (f"pos{size}_a", f"pos{size}_b", f"svdd{size}_a", f"svdd{size}_b")
         }
         first, second, near, jittered = pairs.values()
-        loss, metrics[size], _ = total_loss(
+        loss = patch_loss(
             encoder, classifiers[size], (first, second, labels), (near, jittered), 1e-3
         )
-        total = total + loss
+        metrics[size] = loss.metrics()
+        total = total + loss.total
     return total, metrics
 
 
@@ -82,7 +82,7 @@ def test_losses_match_the_reference(reference_losses):
     assert float(total) == pytest.approx(float(in_float64.detach()), rel=1e-6)
     assert float(total) == pytest.approx(float(reference_losses["loss_total"]), rel=1e-6)
     for size in (64, 32):
-        assert metrics[size].position_loss == pytest.approx(
+        assert metrics[size].loss == pytest.approx(
             float(reference_losses[f"loss_pos{size}"]), rel=1e-6
         )
         # distances of 1e-3 between embeddings of 0.1: rounding enters at 1e-4 of the distance
@@ -282,7 +282,7 @@ def test_training_reports_every_step():
     assert not record.collapsed
     parts = seen[0].levels.values()
     assert seen[0].loss == pytest.approx(
-        sum(level.position_loss + 1e-3 * level.svdd_loss for level in parts), rel=1e-5
+        sum(level.loss + 1e-3 * level.svdd_loss for level in parts), rel=1e-5
     )
 
 
@@ -301,15 +301,19 @@ def test_training_learns_to_tell_positions():
     Trainer(encoder, image[None].byte(), torch.full((3, 128, 128), 128.0), settings).run(
         steps.append
     )
-    late = [step.levels[32].position_accuracy for step in steps[-8:]]
+    late = [step.levels[32].accuracy for step in steps[-8:]]
     assert np.mean(late) > 0.3  # chance is 0.125
 
 
 def test_epoch_visits_every_image_equally():
     trainer = _tiny_trainer(batch_size=7)
-    batches = [trainer._next_images() for _ in range(math.ceil(3 * CROPS_PER_IMAGE / 7))]
-    assert torch.bincount(torch.cat(batches)).tolist() == [CROPS_PER_IMAGE] * 3
-    assert TrainingSettings(epochs=2, batch_size=7).total_steps(3) == 2 * len(batches)
+    steps = math.ceil(2 * 3 * CROPS_PER_IMAGE / 7)
+    drawn = torch.cat([trainer._images_of(step) for step in range(1, steps + 1)])
+    for epoch in drawn.split(3 * CROPS_PER_IMAGE)[:2]:
+        assert torch.bincount(epoch).tolist() == [CROPS_PER_IMAGE] * 3
+    assert len(drawn) == 7 * steps  # every batch is whole, over the end of an epoch too
+    assert TrainingSettings(epochs=2, batch_size=7).total_steps(3) == steps
+    assert torch.equal(trainer._images_of(44), drawn[43 * 7 : 44 * 7])  # in any order
 
 
 def test_collapse_is_noticed():
@@ -370,7 +374,21 @@ def test_divergence_is_an_error():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"epochs": 0}, {"steps": 0}, {"batch_size": 0}, {"learning_rate": 0}, {"svdd_weight": -1}],
+    [
+        {"epochs": 0},
+        {"steps": 0},
+        {"minutes": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0},
+        {"svdd_weight": -1},
+        {"mode": "best"},
+        {"schedule": "linear"},
+        {"initialization": "zeros"},
+        {"precision": "float16"},
+        {"check_every": 0},
+        {"patience": 0},
+        {"brightness": -0.1},
+    ],
 )
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM that take effect between two training steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what can be saved has been, and the process should end."""
+
+
+class Interrupts:
+    """What has arrived so far."""
+
+    def __init__(self) -> None:
+        self.arrived: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.arrived is not None
+
+    def take_effect(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
+        if self.arrived == signal.SIGTERM:
+            raise Terminated
+        if self:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def delayed_interrupts() -> Iterator[Interrupts]:
+    """Within the context the first signal is only noted; a second one of a kind acts at once."""
+    interrupts = Interrupts()
+    if threading.current_thread() is not threading.main_thread():  # they get no signals
+        yield interrupts
+        return
+
+    def note(signum: int, frame: object) -> None:
+        interrupts.arrived = signum
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

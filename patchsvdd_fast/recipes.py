@@ -1,0 +1,40 @@
+"""Settings that belong together, kept as data: for each mode, for each kind of surface."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+from .training import TrainingSettings
+
+_RECIPES: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    resources.files(__package__).joinpath("recipes.json").read_text()
+)
+
+MODES = tuple(_RECIPES["modes"])
+SURFACES = tuple(_RECIPES["surfaces"])
+
+_LENGTHS = ("epochs", "steps", "minutes")
+
+
+def training_settings(
+    mode: str = "faithful", surface: str | None = None, **given: Any
+) -> TrainingSettings:
+    """The mode's settings, changed by the kind of surface and then by what is given and not None.
+
+    surface: "texture" or "object", which differ in lambda; None: the mode's own. Of epochs, steps
+    and minutes, giving one replaces the mode's length. Raises ValueError for an unknown mode or
+    surface, and as TrainingSettings does.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if surface is not None and surface not in SURFACES:
+        raise ValueError(f"surface must be one of {SURFACES}, got {surface!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = dict.fromkeys(_LENGTHS) | _RECIPES["modes"][mode]
+    if any(name in given for name in _LENGTHS):
+        recipe |= dict.fromkeys(_LENGTHS)
+    if surface is not None:
+        recipe |= _RECIPES["surfaces"][surface]
+    return TrainingSettings(mode=mode, **{**recipe, **given})

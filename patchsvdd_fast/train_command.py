@@ -1,0 +1,184 @@
+"""What `patchsvdd train` does: one training set or several, with checkpoints, logs and a table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .detector import PatchSVDD
+from .encoder import HierarchicalEncoder
+from .evaluation import CategoryResult, evaluate_category
+from .images import Category, is_category
+from .terminal import console, errors, fit_with_progress, results_table
+from .training_log import FileLog, Log, TensorBoardLog, check_log_path
+from .workers import Workers
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Good images to train on and the model file to make of them."""
+
+    data: Path
+    output: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of training is kept meanwhile."""
+        return self.output.with_name(self.output.name + ".checkpoint")
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a training run is kept safe and written down."""
+
+    checkpoint_minutes: float = 5.0
+    resume: bool = False
+    log: Path | None = None
+    """A .jsonl or .csv file; for several training sets, NAME.jsonl beside each model."""
+    tensorboard: Path | None = None
+    workers: Workers = field(default_factory=Workers)
+
+
+def training_sets(data: Path, output: Path) -> list[TrainingSet]:
+    """The folder itself; or the categories in it, with a model each in the folder `output`.
+
+    Raises ValueError where a model could not be written.
+    """
+    categories: list[Path] = []
+    if data.is_dir() and not is_category(data):
+        categories = [path for path in sorted(data.iterdir()) if is_category(path)]
+    if not categories:
+        require_writable(output)
+        return [TrainingSet(data, output)]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{data} holds several categories; --output must name a folder for models")
+    output.mkdir(parents=True, exist_ok=True)
+    return [TrainingSet(path, output / f"{path.name}.safetensors") for path in categories]
+
+
+def train_all(
+    sets: Sequence[TrainingSet],
+    make_detector: Callable[[], PatchSVDD],
+    keeping: Keeping,
+    encoder: HierarchicalEncoder | None = None,
+) -> int:
+    """Train on each set; of several, evaluate those with test images. Returns how many failed.
+
+    With several sets an error ends only that set's training. Several sets log to files beside
+    their models, in the format of `keeping.log`.
+    """
+    results: list[CategoryResult] = []
+    failed = 0
+    for one in sets:
+        if len(sets) > 1:
+            console.print(f"[bold]{one.data.name}[/]")
+        try:
+            detector = make_detector()
+            _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
+            if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
+                results.append(evaluate_category(detector, Category(one.data)))
+        except (ValueError, OSError, ArithmeticError) as error:
+            if len(sets) == 1:
+                raise
+            errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            failed += 1
+    if results:
+        console.print(results_table(results))
+    return failed
+
+
+def _train_one(
+    one: TrainingSet,
+    detector: PatchSVDD,
+    keeping: Keeping,
+    encoder: HierarchicalEncoder | None,
+    several: bool,
+) -> None:
+    started = time.perf_counter()
+    if keeping.resume and encoder is None:
+        found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
+        console.print(f"{found} {one.checkpoint}", soft_wrap=True)
+    try:
+        with ExitStack() as stack:
+            fit_with_progress(
+                detector,
+                one.data,
+                encoder=encoder,
+                logs=_open_logs(one, keeping, several, stack),
+                checkpoint=one.checkpoint,
+                checkpoint_minutes=keeping.checkpoint_minutes,
+                resume=keeping.resume,
+            )
+        if not keeping.workers.is_first:
+            return
+        _save_or_rescue(detector, one)
+    except (KeyboardInterrupt, OSError, ArithmeticError):
+        if encoder is None and one.checkpoint.exists() and keeping.workers.is_first:
+            errors.print(
+                f"training is kept in {one.checkpoint}: the same command with --resume goes on, "
+                "--encoder makes a model of it as it is",
+                soft_wrap=True,
+            )
+        raise
+    if encoder is None:
+        one.checkpoint.unlink(missing_ok=True)
+    _say_what_was_made(detector, one.output, time.perf_counter() - started)
+
+
+def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitStack) -> list[Log]:
+    logs: list[Log] = []
+    if not keeping.workers.is_first:
+        return logs
+    if keeping.log is not None:
+        check_log_path(keeping.log)
+        logs.append(FileLog(one.output.with_suffix(keeping.log.suffix) if several else keeping.log))
+    if keeping.tensorboard is not None:
+        folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard
+        logs.append(TensorBoardLog(folder))
+    for log in logs:
+        stack.callback(log.close)
+    return logs
+
+
+def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> None:
+    record = detector.record_
+    banks = " and ".join(f"{len(bank):,}" for bank in detector.banks_.values())
+    console.print(
+        f"wrote {output}: {record.steps:,} training steps, banks of {banks} patches, "
+        f"{seconds:.0f} s",
+        soft_wrap=True,
+    )
+    if record.best_step is not None:
+        untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
+        console.print(
+            f"kept the weights of step {record.best_step:,}: they find drawn defects at "
+            f"{best:.1f}, untrained ones at {untrained:.1f} (mean of image and pixel AUROC)",
+            soft_wrap=True,
+        )
+    if detector.calibration_ is not None:
+        console.print(f"threshold on the image score: {detector.threshold_:.6g}")
+
+
+def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
+    """Save the model; if that fails and no checkpoint holds the training, save it elsewhere."""
+    try:
+        detector.save(one.output)
+    except OSError:
+        if detector.record_.steps and not one.checkpoint.exists():
+            rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
+            detector.save(rescued)
+            errors.print(f"the model is kept in {rescued}", soft_wrap=True)
+        raise
+
+
+def require_writable(output: Path, option: str = "--output") -> None:
+    """Refuse before hours of training what could only fail after them."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; {option} names a file")
+    if not output.parent.is_dir():
+        raise ValueError(f"the folder of {option} does not exist: {output.parent}")

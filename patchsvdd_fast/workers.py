@@ -1,0 +1,105 @@
+"""Data-parallel training: processes that share each batch and add up their gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, distributed
+
+
+class Workers:
+    """This process alone, or one of several under torchrun."""
+
+    rank = 0
+    count = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that reports and writes."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> slice:
+        """The part of a batch that is this process's to do; parts differ by one at the most.
+
+        Raises ValueError if there are more processes than items.
+        """
+        if batch < self.count:
+            raise ValueError(
+                f"a batch of {batch} cannot be divided over {self.count} processes: "
+                "use a larger batch_size"
+            )
+        return slice(batch * self.rank // self.count, batch * (self.rank + 1) // self.count)
+
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each gradient by its sum over the processes."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag
+
+    def agreed(self, number: int) -> int:
+        """The number that the first process has."""
+        return number
+
+
+class _ManyWorkers(Workers):
+    """A process of torch.distributed's default group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = distributed.get_rank()
+        self.count = distributed.get_world_size()
+
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(together)
+        parts = together.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag), device=self.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return bool(found)
+
+    def agreed(self, number: int) -> int:
+        value = torch.tensor(number, device=self.device)
+        distributed.broadcast(value, src=0)
+        return int(value)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, as one of several or alone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own GPU where torchrun started several on a machine."""
+    if device.type == "cuda" and device.index is None and under_torchrun():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextlib.contextmanager
+def joined_workers(device: torch.device) -> Iterator[Workers]:
+    """Join the other processes of torchrun, by NCCL on GPUs and gloo on CPUs; else work alone.
+
+    Where a process group is there already, it is used and left.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        yield _ManyWorkers(device)
+        return
+    if not under_torchrun():
+        yield Workers()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield _ManyWorkers(device)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,113 @@
+"""Drawn defects, and judging an encoder by them."""
+
+import numpy as np
+import pytest
+import torch
+
+from patchsvdd_fast import HierarchicalEncoder
+from patchsvdd_fast.images import mean_image
+from patchsvdd_fast.levels import DEFAULT_LEVELS
+from patchsvdd_fast.recipes import training_settings
+from patchsvdd_fast.selection import DefectCheck, Quality
+from patchsvdd_fast.synthetic_defects import DEFECTS, draw_defects
+from patchsvdd_fast.training import Trainer
+
+
+def _images(count=4, side=128):
+    """A fine weave, everywhere the same but for where it begins and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    begin = 6 * torch.rand(2, count, 1, 1, 1, generator=generator)
+    y, x = torch.arange(side)[:, None] / 7.0, torch.arange(side + 8) / 9.0
+    weave = torch.sin(y + begin[0]) * torch.cos(x + begin[1])
+    images = (120 + 40 * weave).repeat(1, 3, 1, 1)
+    return (images + 3 * torch.randn(images.shape, generator=generator)).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_defects_change_what_their_mask_says(kind):
+    image = _images(1)[0]
+    for seed in range(5):
+        changed, mask = draw_defects(image, np.random.default_rng(seed), kind=kind)
+        assert changed.dtype == torch.uint8
+        assert changed.shape == image.shape
+        assert 0 < mask.float().mean() < 0.2
+        difference = (changed.int() - image.int()).abs().amax(dim=0)
+        near = torch.nn.functional.max_pool2d(mask[None].float(), 21, 1, 10)[0].bool()
+        assert (difference[~near] == 0).all()  # borders are soft
+        assert (difference[mask] > 0).float().mean() > 0.3
+        again, _ = draw_defects(image, np.random.default_rng(seed), kind=kind)
+        assert torch.equal(again, changed)
+
+
+def test_several_defects_may_be_drawn():
+    _, one = draw_defects(_images(1)[0], np.random.default_rng(0), 1)
+    _, three = draw_defects(_images(1)[0], np.random.default_rng(0), 3)
+    assert three.sum() > one.sum()
+    assert (three | one == three).all()
+
+
+class _Blind(HierarchicalEncoder):
+    """Sees nothing: every patch has the same embedding, but for its place."""
+
+    def dense(self, images, levels=DEFAULT_LEVELS):
+        return super().dense(torch.zeros_like(images), levels)
+
+
+def test_a_check_tells_seeing_from_blind():
+    images = _images()
+    check = DefectCheck(images, mean_image(images), DEFAULT_LEVELS)
+    assert len(check.bank_images) == 2
+    assert check.labels.tolist() == [False] * 2 + [True] * 4
+    assert not check.masks[:2].any()
+    assert check.masks[2:].any(axis=(1, 2)).all()
+    torch.manual_seed(0)
+    blind = check(_Blind(embedding_dim=8).eval())
+    assert blind.detection == blind.segmentation == blind.criterion == 50
+    encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming").eval()
+    seeing = check(encoder)
+    assert seeing.segmentation > 60
+    assert check(encoder) == seeing
+
+
+def test_a_check_needs_two_images():
+    images = _images(1)
+    with pytest.raises(ValueError, match="at least two images"):
+        DefectCheck(images, mean_image(images), DEFAULT_LEVELS)
+
+
+def _trainer(criteria, **options):
+    """A trainer whose check finds the given figures in turn; and the weights at each check."""
+    images = _images()
+    seen = []
+
+    def check(encoder):
+        seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
+        value = criteria[len(seen) - 1]
+        return Quality(value, value)
+
+    settings = training_settings("dense", batch_size=1, check_every=2, **options)
+    encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming")
+    return Trainer(encoder, images, mean_image(images), settings, check), seen
+
+
+def _equal(encoder, state):
+    return all(torch.equal(encoder.state_dict()[name], value) for name, value in state.items())
+
+
+def test_the_best_weights_are_kept():
+    trainer, seen = _trainer([50, 70, 60, 65], steps=5)
+    steps = []
+    record = trainer.run(steps.append)
+    assert [s for s, _ in record.qualities] == [0, 2, 4, 5]
+    assert record.best_step == 2
+    assert _equal(trainer.encoder, seen[1])
+    assert not _equal(trainer.encoder, seen[3])
+    assert [step.quality for step in steps if step.quality] == [Quality(v, v) for v in (70, 60, 65)]
+
+
+def test_patience_ends_training():
+    trainer, seen = _trainer([50, 70, 60, 65, 80], steps=100, patience=2)
+    record = trainer.run()
+    assert record.steps == 6
+    assert record.best_step == 2
+    assert len(seen) == 4
