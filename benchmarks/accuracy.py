@@ -1,0 +1,276 @@
+"""Time to accuracy: what each mode of training reaches, beside the encoder it starts from.
+
+    python benchmarks/accuracy.py --data DIR --minutes 10 --seeds 3 --output benchmarks/results
+
+For each category in DIR (MVTec layout), mode and seed, an encoder is trained; at the start and at
+given times the test images are scored, and again with the good ones alone made brighter: a detector
+that sees past light scores the same. What labels say never reaches the training.
+
+Time is that of the process over its threads (CPU time), so that runs on a busy machine compare; on
+two idle cores a minute of it passes in half a minute. Runs that accuracy.json in the output folder
+holds already are not repeated, so a long series can be done in parts. Writes accuracy.json,
+accuracy.md and accuracy.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import commit
+from patchsvdd_fast import HierarchicalEncoder, NormalBank, metrics
+from patchsvdd_fast.files import written_whole
+from patchsvdd_fast.images import Category, find_categories, load_images, mean_image, read_mask
+from patchsvdd_fast.levels import DEFAULT_LEVELS
+from patchsvdd_fast.recipes import MODES, training_settings
+from patchsvdd_fast.runtime import describe
+from patchsvdd_fast.score import combinations_of, encode_images, score_images
+from patchsvdd_fast.selection import DefectCheck
+from patchsvdd_fast.training import Trainer, TrainingStep
+
+SIDE = (256, 256)
+BRIGHTER = (0.05, 0.1)
+SHOWN = "mult"
+
+
+class TestSet:
+    """A category's images, read once."""
+
+    def __init__(self, category: Category) -> None:
+        tests = category.test_images()
+        self.train = load_images(category.root, SIDE, 64)
+        self.mean = mean_image(self.train)
+        self.images = load_images([str(image.path) for image in tests], SIDE, 64)
+        self.labels = np.array([image.is_anomalous for image in tests])
+        self.masks = None
+        if all(image.mask is not None for image in tests if image.is_anomalous):
+            clear = np.zeros(SIDE, dtype=bool)
+            self.masks = np.stack(
+                [
+                    read_mask(image.mask, SIDE) if image.is_anomalous and image.mask else clear
+                    for image in tests
+                ]
+            )
+
+    def brighter(self, share: float) -> Tensor:
+        """The test images, the good ones so much brighter."""
+        images = self.images.clone()
+        good = torch.from_numpy(~self.labels)
+        images[good] = (images[good] * (1 + share)).round().clamp(0, 255).byte()
+        return images
+
+
+def evaluate(encoder: HierarchicalEncoder, tests: TestSet) -> dict[str, Any]:
+    """AUROC in percent by combination: detection, segmentation, detection in another light."""
+    encoded = encode_images(encoder, tests.train, tests.mean, DEFAULT_LEVELS)
+    banks = {
+        level: NormalBank(values) for level, values in zip(DEFAULT_LEVELS, encoded, strict=True)
+    }
+    figures: dict[str, dict[str, float | None]] = {}
+    for share in (0.0, *BRIGHTER):
+        images = tests.brighter(share) if share else tests.images
+        result = score_images(encoder, banks, images, tests.mean)
+        for combination in combinations_of(DEFAULT_LEVELS):
+            maps = result.map(combination).numpy()
+            mine = figures.setdefault(combination, {})
+            name = f"detection, good ones {share:.0%} brighter" if share else "detection"
+            mine[name] = 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), tests.labels)
+            if not share:
+                mine["segmentation"] = (
+                    None
+                    if tests.masks is None
+                    else 100 * metrics.segmentation_auroc(maps, tests.masks)
+                )
+    return figures
+
+
+class _EnoughError(Exception):
+    """The last of the times has come."""
+
+
+def train_and_evaluate(
+    tests: TestSet, mode: str, seed: int, core_minutes: Sequence[float], **changes: Any
+) -> list[dict[str, Any]]:
+    """One run: a point at the start and at each time (CPU time of the process, in minutes)."""
+    settings = training_settings(mode, seed=seed, steps=10**9, **changes)
+    torch.manual_seed(seed)
+    encoder = HierarchicalEncoder(initialization=settings.initialization)
+    check = DefectCheck(tests.train, tests.mean, DEFAULT_LEVELS)
+    trainer = Trainer(encoder, tests.train, tests.mean, settings)
+    # The schedule's length is known by the time it takes, not by steps: tell it as it goes.
+    spent, started = 0.0, time.process_time()
+    points: list[dict[str, Any]] = []
+    due = list(core_minutes)
+
+    def point(step: int, shown: dict[str, float] | None) -> None:
+        encoder.eval()
+        quality = check(encoder)
+        points.append(
+            {
+                "step": step,
+                "core_minutes": spent / 60,
+                "position_accuracy": shown,
+                "drawn_defects": [quality.detection, quality.segmentation],
+                "percent": evaluate(encoder, tests),
+            }
+        )
+        encoder.train()
+
+    accuracy: dict[int, float] = {}
+
+    def on_step(step: TrainingStep) -> None:
+        nonlocal spent, started
+        spent += time.process_time() - started
+        for size, level in step.levels.items():
+            accuracy[size] = 0.98 * accuracy.get(size, 0.125) + 0.02 * level.accuracy
+        if spent >= 60 * due[0]:
+            due.pop(0)
+            point(step.step, {f"K{size}": value for size, value in accuracy.items()})
+            if not due:
+                raise _EnoughError
+        trainer.total = max(step.step + 1, int(step.step * 60 * core_minutes[-1] / spent))
+        started = time.process_time()
+
+    point(0, None)
+    started = time.process_time()
+    with contextlib.suppress(_EnoughError):
+        trainer.run(on_step)
+    return points
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Per category and mode: mean and standard deviation over seeds at each time, as Markdown."""
+    lines = [
+        f"AUROC of the {SHOWN} map in percent; the last column is detection with the good test "
+        "images alone 10 % brighter. Mean ± standard deviation over seeds.",
+        "",
+        "| category | mode | seeds | core minutes | detection | segmentation | 10 % brighter |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = sorted({(run["category"], run["mode"]) for run in runs})
+    for category, mode in keys:
+        mine = [run for run in runs if (run["category"], run["mode"]) == (category, mode)]
+        for index in range(min(len(run["points"]) for run in mine)):
+            points = [run["points"][index] for run in mine]
+            minutes = statistics.mean(point["core_minutes"] for point in points)
+            cells = [
+                _spread([point["percent"][SHOWN][name] for point in points])
+                for name in ("detection", "segmentation", "detection, good ones 10% brighter")
+            ]
+            when = f"{minutes:.0f}" if minutes else "untrained"
+            lines.append(f"| {category} | {mode} | {len(mine)} | {when} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = statistics.stdev(known) if len(known) > 1 else math.nan
+    return f"{statistics.mean(known):.1f}" + (
+        "" if math.isnan(deviation) else f" ± {deviation:.1f}"
+    )
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel per category and metric: mean over seeds against time, with bars of deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    categories = sorted({run["category"] for run in runs})
+    figure, axes = pyplot.subplots(
+        2, len(categories), figsize=(3.2 * len(categories), 5), squeeze=False, sharex=True
+    )
+    for column, category in enumerate(categories):
+        for row, metric in enumerate(("detection", "segmentation")):
+            panel = axes[row][column]
+            for mode in MODES:
+                mine = [r for r in runs if (r["category"], r["mode"]) == (category, mode)]
+                if not mine or mine[0]["points"][0]["percent"][SHOWN][metric] is None:
+                    continue
+                count = min(len(run["points"]) for run in mine)
+                values = np.array(
+                    [
+                        [run["points"][i]["percent"][SHOWN][metric] for run in mine]
+                        for i in range(count)
+                    ]
+                )
+                minutes = [
+                    statistics.mean(run["points"][i]["core_minutes"] for run in mine)
+                    for i in range(count)
+                ]
+                panel.errorbar(
+                    minutes, values.mean(axis=1), values.std(axis=1), label=mode, capsize=3
+                )
+            panel.set_title(f"{category}: {metric}", fontsize=9)
+            panel.set_ylabel("AUROC, %")
+            if row:
+                panel.set_xlabel("core minutes of training")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run what is missing, write JSON, table and plot after every run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    named = os.environ.get("PATCHSVDD_TEST_DATA")
+    parser.add_argument("--data", type=Path, default=Path(named) / "data" if named else None)
+    parser.add_argument("--categories", nargs="*", help="names; default: all in DIR")
+    parser.add_argument("--modes", nargs="*", default=list(MODES))
+    parser.add_argument(
+        "--minutes", type=float, nargs="+", default=[2.5, 10.0], help="core minutes"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("--data names a folder of categories")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "accuracy.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(run["category"], run["mode"], run["seed"]) for run in runs}
+    for seed in range(options.seeds):
+        for category in find_categories(options.data):
+            if options.categories and category.name not in options.categories:
+                continue
+            todo = [mode for mode in options.modes if (category.name, mode, seed) not in done]
+            tests = TestSet(category) if todo else None
+            for mode in todo:
+                assert tests is not None
+                points = train_and_evaluate(tests, mode, seed, sorted(options.minutes))
+                runs.append(
+                    {
+                        "category": category.name,
+                        "mode": mode,
+                        "seed": seed,
+                        "threads": torch.get_num_threads(),
+                        "commit": commit(),
+                        "points": points,
+                    }
+                )
+                with written_whole(path) as partial:
+                    result = {"machine": describe(), "runs": runs}
+                    partial.write_text(json.dumps(result, indent=1) + "\n")
+                print(f"{category.name} {mode} seed {seed} done", flush=True)
+    (options.output / "accuracy.md").write_text(table(runs))
+    print(table(runs))
+    plot(runs, options.output / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()
