@@ -1,8 +1,8 @@
-"""Time to accuracy: what each mode of training reaches, beside the encoder it starts from.
+"""Time to accuracy: what each way of training reaches, beside the encoder it starts from.
 
     python benchmarks/accuracy.py --data DIR --minutes 10 --seeds 3 --output benchmarks/results
 
-For each category in DIR (MVTec layout), mode and seed, an encoder is trained; at the start and at
+For each category in DIR (MVTec layout), way and seed, an encoder is trained; at the start and at
 given times the test images are scored, and again with the good ones alone made brighter: a detector
 that sees past light scores the same. What labels say never reaches the training.
 
@@ -32,25 +32,42 @@ from torch import Tensor
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, metrics
 from patchsvdd_fast.files import written_whole
-from patchsvdd_fast.images import Category, find_categories, load_images, mean_image, read_mask
+from patchsvdd_fast.images import (
+    Category,
+    find_categories,
+    load_images,
+    match_illumination,
+    mean_colour,
+    mean_image,
+    read_mask,
+)
 from patchsvdd_fast.levels import DEFAULT_LEVELS
-from patchsvdd_fast.recipes import MODES, training_settings
+from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.runtime import describe
 from patchsvdd_fast.score import combinations_of, encode_images, score_images
 from patchsvdd_fast.selection import DefectCheck
 from patchsvdd_fast.training import Trainer, TrainingStep
 
 SIDE = (256, 256)
-BRIGHTER = (0.05, 0.1)
+BRIGHTER = 0.1
 SHOWN = "mult"
+WAYS = {
+    "faithful": ("faithful", "as_is"),
+    "faithful, matched light": ("faithful", "matched"),
+    "dense": ("dense", "matched"),
+}
+"""What is compared: mode and illumination."""
 
 
 class TestSet:
     """A category's images, read once."""
 
-    def __init__(self, category: Category) -> None:
+    def __init__(self, category: Category, illumination: str) -> None:
         tests = category.test_images()
+        self.illumination = illumination
         self.train = load_images(category.root, SIDE, 64)
+        self.light = mean_colour(self.train)
+        self.train = self.in_our_light(self.train)
         self.mean = mean_image(self.train)
         self.images = load_images([str(image.path) for image in tests], SIDE, 64)
         self.labels = np.array([image.is_anomalous for image in tests])
@@ -63,6 +80,12 @@ class TestSet:
                     for image in tests
                 ]
             )
+
+    def in_our_light(self, images: Tensor) -> Tensor:
+        """Matched to the training images' light, if that is to be."""
+        if self.illumination == "matched":
+            return match_illumination(images, self.light)
+        return images
 
     def brighter(self, share: float) -> Tensor:
         """The test images, the good ones so much brighter."""
@@ -79,8 +102,8 @@ def evaluate(encoder: HierarchicalEncoder, tests: TestSet) -> dict[str, Any]:
         level: NormalBank(values) for level, values in zip(DEFAULT_LEVELS, encoded, strict=True)
     }
     figures: dict[str, dict[str, float | None]] = {}
-    for share in (0.0, *BRIGHTER):
-        images = tests.brighter(share) if share else tests.images
+    for share in (0.0, BRIGHTER):
+        images = tests.in_our_light(tests.brighter(share) if share else tests.images)
         result = score_images(encoder, banks, images, tests.mean)
         for combination in combinations_of(DEFAULT_LEVELS):
             maps = result.map(combination).numpy()
@@ -104,7 +127,7 @@ def train_and_evaluate(
     tests: TestSet, mode: str, seed: int, core_minutes: Sequence[float], **changes: Any
 ) -> list[dict[str, Any]]:
     """One run: a point at the start and at each time (CPU time of the process, in minutes)."""
-    settings = training_settings(mode, seed=seed, steps=10**9, **changes)
+    settings = training_settings(mode, seed=seed, steps=10**9, patience=10**9, **changes)
     torch.manual_seed(seed)
     encoder = HierarchicalEncoder(initialization=settings.initialization)
     check = DefectCheck(tests.train, tests.mean, DEFAULT_LEVELS)
@@ -151,17 +174,17 @@ def train_and_evaluate(
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Per category and mode: mean and standard deviation over seeds at each time, as Markdown."""
+    """Per category and way: mean and standard deviation over seeds at each time, as Markdown."""
     lines = [
         f"AUROC of the {SHOWN} map in percent; the last column is detection with the good test "
         "images alone 10 % brighter. Mean ± standard deviation over seeds.",
         "",
-        "| category | mode | seeds | core minutes | detection | segmentation | 10 % brighter |",
+        "| category | way | seeds | core minutes | detection | segmentation | 10 % brighter |",
         "|---|---|---|---|---|---|---|",
     ]
-    keys = sorted({(run["category"], run["mode"]) for run in runs})
-    for category, mode in keys:
-        mine = [run for run in runs if (run["category"], run["mode"]) == (category, mode)]
+    keys = sorted({(run["category"], run["way"]) for run in runs})
+    for category, way in keys:
+        mine = [run for run in runs if (run["category"], run["way"]) == (category, way)]
         for index in range(min(len(run["points"]) for run in mine)):
             points = [run["points"][index] for run in mine]
             minutes = statistics.mean(point["core_minutes"] for point in points)
@@ -170,7 +193,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
                 for name in ("detection", "segmentation", "detection, good ones 10% brighter")
             ]
             when = f"{minutes:.0f}" if minutes else "untrained"
-            lines.append(f"| {category} | {mode} | {len(mine)} | {when} | {' | '.join(cells)} |")
+            lines.append(f"| {category} | {way} | {len(mine)} | {when} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -198,8 +221,8 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     for column, category in enumerate(categories):
         for row, metric in enumerate(("detection", "segmentation")):
             panel = axes[row][column]
-            for mode in MODES:
-                mine = [r for r in runs if (r["category"], r["mode"]) == (category, mode)]
+            for way in WAYS:
+                mine = [r for r in runs if (r["category"], r["way"]) == (category, way)]
                 if not mine or mine[0]["points"][0]["percent"][SHOWN][metric] is None:
                     continue
                 count = min(len(run["points"]) for run in mine)
@@ -214,7 +237,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
                     for i in range(count)
                 ]
                 panel.errorbar(
-                    minutes, values.mean(axis=1), values.std(axis=1), label=mode, capsize=3
+                    minutes, values.mean(axis=1), values.std(axis=1), label=way, capsize=3
                 )
             panel.set_title(f"{category}: {metric}", fontsize=9)
             panel.set_ylabel("AUROC, %")
@@ -231,7 +254,7 @@ def main() -> None:
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=Path(named) / "data" if named else None)
     parser.add_argument("--categories", nargs="*", help="names; default: all in DIR")
-    parser.add_argument("--modes", nargs="*", default=list(MODES))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument(
         "--minutes", type=float, nargs="+", default=[2.5, 10.0], help="core minutes"
     )
@@ -243,20 +266,20 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "accuracy.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    done = {(run["category"], run["mode"], run["seed"]) for run in runs}
+    done = {(run["category"], run["way"], run["seed"]) for run in runs}
     for seed in range(options.seeds):
         for category in find_categories(options.data):
             if options.categories and category.name not in options.categories:
                 continue
-            todo = [mode for mode in options.modes if (category.name, mode, seed) not in done]
-            tests = TestSet(category) if todo else None
-            for mode in todo:
-                assert tests is not None
+            todo = [way for way in options.ways if (category.name, way, seed) not in done]
+            for way in todo:
+                mode, illumination = WAYS[way]
+                tests = TestSet(category, illumination)
                 points = train_and_evaluate(tests, mode, seed, sorted(options.minutes))
                 runs.append(
                     {
                         "category": category.name,
-                        "mode": mode,
+                        "way": way,
                         "seed": seed,
                         "threads": torch.get_num_threads(),
                         "commit": commit(),
@@ -266,7 +289,7 @@ def main() -> None:
                 with written_whole(path) as partial:
                     result = {"machine": describe(), "runs": runs}
                     partial.write_text(json.dumps(result, indent=1) + "\n")
-                print(f"{category.name} {mode} seed {seed} done", flush=True)
+                print(f"{category.name} {way} seed {seed} done", flush=True)
     (options.output / "accuracy.md").write_text(table(runs))
     print(table(runs))
     plot(runs, options.output / "accuracy.png")

@@ -107,7 +107,8 @@ def train(
         float | None, typer.Option("--lambda", help="Weight of SVDD' against the position loss.")
     ] = None,
     initialization: Annotated[
-        str | None, typer.Option(help='"default": the paper\'s; "kaiming": learns at once.')
+        str | None,
+        typer.Option(help='"default": the paper\'s; "kaiming": learns at once; "small".'),
     ] = None,
     train_last_layer: Annotated[
         bool | None, typer.Option(help="Train the classifier's last layer (the paper's is fixed).")
@@ -123,6 +124,12 @@ def train(
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many checks without an improvement.")
+    ] = None,
+    illumination: Annotated[
+        str | None,
+        typer.Option(
+            help='"matched": scale colours to the usual light; "as_is". Default: the mode\'s.'
+        ),
     ] = None,
     resize: ResizeOption = "256",
     combination: CombinationOption = "mult",
@@ -160,6 +167,7 @@ def train(
             image_size=_parse_resize(resize),
             combination=combination,
             contamination=contamination,
+            illumination=illumination,
             mode=mode,
             surface=surface,
             epochs=epochs,

@@ -14,6 +14,8 @@ from .losses import NUM_POSITIONS
 from .objectives import LevelLoss, TrainingImages, classifier_of, mixed_seed, pair_loss
 from .sampling import DIRECTIONS
 
+_LEAST_SPREAD = 1e-12
+
 
 class CellPairs(NamedTuple):
     """Pairs of one crop and patch size: cells (row, column) of the small encoder's dense map."""
@@ -57,6 +59,10 @@ class DensePairs:
     and neighbour pairs are then drawn from the maps, the first patch from one view, the second
     from the other. So the neighbours' distance also teaches to see past light and noise. Positions
     are never clipped.
+
+    Embeddings enter the losses relative to the size of their differences (`in_units_of_spread`).
+    Else the easiest way to tell positions is to grow the embeddings until tanh saturates, after
+    which they show where a patch lies and nothing else.
     """
 
     def __init__(
@@ -115,13 +121,26 @@ class DensePairs:
         embedded = embed_cells(self.encoder, size, trunk, torch.cat(cells).to(trunk.device)).chunk(
             4
         )
-        return pair_loss(
+        first, second, near, jittered = in_units_of_spread(*embedded)
+        loss = pair_loss(
             classifier_of(self.classifiers, size),
-            (embedded[0], embedded[1]),
+            (first, second),
             labels[0].to(trunk.device),
-            (embedded[2], embedded[3]),
+            (near, jittered),
             self.svdd_weight,
         )
+        return loss._replace(embeddings=embedded[2].detach())
+
+
+def in_units_of_spread(
+    first: Tensor, second: Tensor, near: Tensor, jittered: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings [P, D] divided by the root mean square difference of `first` to `second`.
+
+    The losses of what is returned neither shrink nor grow with all embeddings.
+    """
+    unit = (first - second).float().square().mean().sqrt() + _LEAST_SPREAD
+    return first / unit, second / unit, near / unit, jittered / unit
 
 
 def embed_cells(encoder: HierarchicalEncoder, size: int, trunk: Tensor, cells: Tensor) -> Tensor:

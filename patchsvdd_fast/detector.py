@@ -14,12 +14,19 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from . import _native, store
+from . import _native, recipes, store
 from .bank import NormalBank
 from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointKeeper, encoder_tensors, resume_from
 from .encoder import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
-from .images import load_images, mean_image, parse_size
+from .images import (
+    ILLUMINATIONS,
+    load_images,
+    match_illumination,
+    mean_colour,
+    mean_image,
+    parse_size,
+)
 from .levels import DEFAULT_LEVELS, PatchLevel
 from .recipes import training_settings
 from .score import ScoreResult, combinations_of, encode_images, score_images
@@ -41,6 +48,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
+        illumination: "as_is", or "matched": each image's colours are scaled to the training images'
+            mean, so that the light they were taken in matters less; None: the mode's own.
         image_size: resize images to this many pixels (a square), or (height, width); None keeps
             their own size, which must then be one for all.
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
@@ -59,8 +68,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     a file, a sequence of files, PIL images or arrays, or a uint8 batch: [N, H, W, 3] as a NumPy
     array, [N, 3, H, W] as a tensor.
 
-    After `fit`: `encoder_`, `mean_` [3, H, W], `banks_` (a NormalBank per level), `calibration_`,
-    `record_` (what training reported).
+    After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the training images' mean colour),
+    `banks_` (a NormalBank per level), `calibration_`, `record_` (what training reported).
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         levels: Sequence[PatchLevel] = DEFAULT_LEVELS,
         combination: str = "mult",
         contamination: float = 0.01,
+        illumination: str | None = None,
         mode: str = "faithful",
         surface: str | None = None,
         epochs: int | None = None,
@@ -92,6 +102,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self.levels = levels
         self.combination = combination
         self.contamination = contamination
+        self.illumination = illumination
         self.mode = mode
         self.surface = surface
         self.epochs = epochs
@@ -142,6 +153,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         settings = self._training_settings()
         device = local_device(resolve_device(self.device))
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
+        self.light_ = mean_colour(images)
+        images = self._in_our_light(images)
         mean = mean_image(images)
         record = TrainingRecord()
         if encoder is None:
@@ -203,6 +216,10 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 f"combination must be one of {combinations_of(self.levels)}, "
                 f"got {self.combination!r}"
             )
+        if self.illumination not in (None, *ILLUMINATIONS):
+            raise ValueError(
+                f"illumination must be one of {ILLUMINATIONS}, got {self.illumination!r}"
+            )
         if not 0 <= self.contamination < 1:
             raise ValueError(f"contamination must be in [0, 1), got {self.contamination}")
         size = parse_size(self.image_size)
@@ -218,6 +235,14 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             surface=self.surface, **{name: getattr(self, name) for name in names}
         )
 
+    def _illumination(self) -> str:
+        return self.illumination or recipes.illumination_of(self.mode)
+
+    def _in_our_light(self, images: Tensor) -> Tensor:
+        if self._illumination() == "matched":
+            return match_illumination(images, self.light_)
+        return images
+
     def _largest_patch(self) -> int:
         return max(level.size for level in self.levels)
 
@@ -230,6 +255,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """Anomaly maps and image scores of new images. Raises NotFittedError before `fit`."""
         self._require_fitted()
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
+        images = self._in_our_light(images)
         return score_images(self.encoder_, self.banks_, images, self.mean_, self.combination)
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
@@ -267,7 +293,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
         self._require_fitted()
-        tensors = encoder_tensors(self.encoder_) | {"mean": self.mean_}
+        tensors = encoder_tensors(self.encoder_) | {"mean": self.mean_, "light": self.light_}
         for level, bank in self.banks_.items():
             tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
         header = self._header() | {
@@ -293,6 +319,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         target = resolve_device(device)
         detector.encoder_ = _encoder_of(tensors, header).to(target)
         detector.mean_ = tensors["mean"]
+        # Files of before illumination mattered lack it: then it is as it is.
+        detector.light_ = tensors.get("light", detector.mean_.mean(dim=(1, 2)))
         detector.banks_ = {
             level: NormalBank.from_state_dict(below(tensors, f"bank.{level}.")).to(target)
             for level in detector.levels

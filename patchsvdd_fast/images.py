@@ -15,6 +15,9 @@ from torch import Tensor
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MASK_THRESHOLD = 128
 
+ILLUMINATIONS = ("as_is", "matched")
+"""Whether images are brought to the training images' light, see `match_illumination`."""
+
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
 
@@ -191,6 +194,26 @@ def mean_image(images: Tensor) -> Tensor:
     for image in images:
         total += image
     return (total.double() / len(images)).float()
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    """The mean of each channel of uint8 images [N, C, H, W], as [C] float32."""
+    return mean_image(images).double().mean(dim=(1, 2)).float()
+
+
+def match_illumination(images: Tensor, colour: Tensor) -> Tensor:
+    """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
+
+    So an image taken in brighter light, or light of another colour, becomes what it would have been
+    in the usual one, but for pixels at the end of their range. Factors are kept between 1/2 and 2:
+    beyond, it is not the light.
+    """
+    matched = torch.empty_like(images)
+    for number, image in enumerate(images):  # one by one, for the memory
+        own = image.double().mean(dim=(1, 2)).clamp(min=1e-6)
+        factor = (colour.to(own) / own).clamp(0.5, 2)
+        matched[number] = (image * factor[:, None, None]).round().clamp(0, 255).byte()
+    return matched
 
 
 def normalize(images: Tensor, mean: Tensor) -> Tensor:

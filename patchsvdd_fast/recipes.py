@@ -8,7 +8,7 @@ from typing import Any
 
 from .training import TrainingSettings
 
-_RECIPES: dict[str, dict[str, dict[str, Any]]] = json.loads(
+_RECIPES: dict[str, Any] = json.loads(
     resources.files(__package__).joinpath("recipes.json").read_text()
 )
 
@@ -16,6 +16,12 @@ MODES = tuple(_RECIPES["modes"])
 SURFACES = tuple(_RECIPES["surfaces"])
 
 _LENGTHS = ("epochs", "steps", "minutes")
+
+
+def illumination_of(mode: str) -> str:
+    """How the mode treats light, where nothing else is asked for; see `images.ILLUMINATIONS`."""
+    illumination: str = _RECIPES["illumination"][mode]
+    return illumination
 
 
 def training_settings(
@@ -36,5 +42,5 @@ def training_settings(
     if any(name in given for name in _LENGTHS):
         recipe |= dict.fromkeys(_LENGTHS)
     if surface is not None:
-        recipe |= _RECIPES["surfaces"][surface]
+        recipe |= _RECIPES["surfaces"][surface][mode]
     return TrainingSettings(mode=mode, **{**recipe, **given})

@@ -15,7 +15,7 @@ from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, store
 from patchsvdd_fast.bank import NormalBank
 from patchsvdd_fast.detector import load_encoder, resolve_device
 from patchsvdd_fast.evaluation import evaluate_category
-from patchsvdd_fast.images import Category
+from patchsvdd_fast.images import Category, load_images
 from patchsvdd_fast.score import combine, score_images
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
@@ -324,3 +324,25 @@ def test_deeper_levels(good_folder):
     assert isinstance(detector.encoder_, HierarchicalEncoder)
     assert detector.encoder_.patch_sizes == (32, 64, 128)
     assert detector.score(images).map("mult").shape == (2, 160, 160)
+
+
+def test_matched_light_makes_scores_indifferent_to_brightness(good_folder, tmp_path):
+    images = load_images(good_folder, (96, 96), 64).clamp(40, 200)
+    brighter = (images * 1.15).round().byte()
+    changes = {}
+    for illumination in ("as_is", "matched"):
+        detector = PatchSVDD(
+            illumination=illumination, image_size=None, initialization="kaiming", seed=1
+        )
+        detector.fit(images, encoder=detector.untrained_encoder())
+        usual, bright = (detector.score(given).image_scores for given in (images, brighter))
+        unseen = detector.score(images.flip(3)).image_scores.mean()
+        changes[illumination] = float((bright - usual).abs().max() / unseen)
+        detector.save(tmp_path / "model")
+        again = PatchSVDD.load(tmp_path / "model")
+        assert torch.equal(again.score(brighter).image_scores, bright)
+    assert changes["matched"] < 0.2 * changes["as_is"]
+    with pytest.raises(ValueError, match="illumination must be one of"):
+        PatchSVDD(illumination="dark").fit(images)
+    assert PatchSVDD(mode="dense")._illumination() == "matched"
+    assert PatchSVDD()._illumination() == "as_is"

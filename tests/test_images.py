@@ -10,6 +10,8 @@ from patchsvdd_fast.images import (
     find_categories,
     find_images,
     load_images,
+    match_illumination,
+    mean_colour,
     mean_image,
     read_image,
     read_mask,
@@ -170,3 +172,27 @@ def test_bad_sets_are_named(tmp_path):
 def test_mean_image_is_exact():
     images = torch.randint(256, (7, 3, 5, 6), dtype=torch.uint8)
     assert torch.equal(mean_image(images), images.double().mean(dim=0).float())
+
+
+def test_matched_images_do_not_depend_on_the_light():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(20, 200, (3, 3, 24, 30), dtype=torch.uint8, generator=generator)
+    colour = mean_colour(images)
+    torch.testing.assert_close(colour, images.double().mean(dim=(0, 2, 3)).float())
+    expected = match_illumination(images, colour)
+    torch.testing.assert_close(
+        expected.double().mean(dim=(2, 3)), colour.double().expand(3, 3), rtol=0, atol=0.5
+    )
+    for light in (torch.tensor([0.9, 1.0, 1.2]), torch.tensor(0.8)):
+        lit = (images * light.reshape(-1, 1, 1)).round().byte()
+        found = match_illumination(lit, colour)
+        assert (found.int() - expected.int()).abs().max() <= 1  # rounding
+
+
+def test_matching_knows_its_limits():
+    black = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    dark = torch.full((1, 3, 4, 4), 10, dtype=torch.uint8)
+    colour = torch.full((3,), 100.0)
+    assert (match_illumination(black, colour) == 0).all()
+    assert (match_illumination(dark, colour) == 20).all()
+    assert (match_illumination(dark + 245, colour) == 128).all()
