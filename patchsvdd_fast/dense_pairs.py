@@ -83,7 +83,7 @@ class DensePairs:
         if crop_size < smallest:
             raise ValueError(
                 f"crop_size must be at least {smallest} pixels for pairs of patches of {largest}, "
-                f"in images no smaller, got {crop_size}"
+                f"in images no smaller, got {crop_size}; mode faithful takes smaller ones"
             )
         self.encoder, self.classifiers, self.images = encoder, classifiers, images
         self.seed, self.svdd_weight = seed, svdd_weight

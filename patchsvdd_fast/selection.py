@@ -37,11 +37,8 @@ class Quality:
 
     @property
     def criterion(self) -> float:
-        """What decides which weights are kept: the AUROC of pixels.
-
-        That of images hardly moves: the maximum of a map is often elsewhere, defect or not.
-        """
-        return self.segmentation
+        """What decides which weights are kept: the mean of the two."""
+        return (self.detection + self.segmentation) / 2
 
 
 class DefectCheck:
