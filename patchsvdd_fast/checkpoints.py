@@ -43,7 +43,8 @@ class CheckpointKeeper:
 
     def write(self) -> None:
         """Write the checkpoint; a disk that is full by now must not end the training."""
-        if self.path is None or self.trainer.record.steps == 0:
+        trainer = self.trainer
+        if self.path is None or trainer.record.steps == 0 or not trainer.is_between_steps:
             return
         tensors, values = self.trainer.state()
         tensors = {f"training.{name}": value for name, value in tensors.items()}
@@ -62,8 +63,12 @@ def resume_from(trainer: Trainer, path: str | Path) -> None:
     Raises ValueError if the file is no checkpoint, or one of other settings or other images.
     """
     tensors, header = store.load(path)
-    if header["kind"] != "checkpoint" or "training" not in header:
+    if header["kind"] != "checkpoint":
         raise ValueError(f"{path} is a {header['kind']}, not a checkpoint of a training run")
+    if "training" not in header:
+        raise ValueError(
+            f"{path} is of an earlier version and holds only an encoder: use --encoder"
+        )
     try:
         trainer.load_state(store.below(tensors, "training."), header["training"])
         trainer.encoder.load_state_dict(store.below(tensors, "encoder."))

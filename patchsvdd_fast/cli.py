@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ import typer
 from rich.table import Table
 
 from . import __version__, demo, runtime
-from .detector import PatchSVDD, load_encoder, resolve_device
+from .detector import PatchSVDD, illumination_of, load_encoder, resolve_device
 from .evaluation import CategoryResult, evaluate_category, write_json
 from .images import Category, find_categories, find_images, read_image
 from .interrupts import Terminated
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
 TERMINATED = 143  # likewise after SIGTERM
+_DENSE_SIDE = 128  # pixels that dense mode needs
 CPU_MINUTES = 10.0  # of training, where nothing is said and there is no GPU
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
@@ -159,8 +161,11 @@ def train(
     --nproc-per-node N -m patchsvdd_fast train ...
     """
     target = local_device(resolve_device(device))
+    if encoder is not None:
+        mode = "faithful" if mode == "auto" else mode
+        illumination = illumination or illumination_of(encoder)
     if mode == "auto":
-        mode, minutes = _mode_for(target, (minutes, epochs, steps), encoder is not None)
+        mode, minutes = _mode_for(target, _parse_resize(resize), (minutes, epochs, steps))
 
     def make_detector() -> PatchSVDD:
         return PatchSVDD(
@@ -200,16 +205,19 @@ def train(
 
 
 def _mode_for(
-    device: torch.device, lengths: tuple[float | int | None, ...], has_encoder: bool
+    device: torch.device,
+    size: int | tuple[int, int] | None,
+    lengths: tuple[float | int | None, ...],
 ) -> tuple[str, float | None]:
     """The mode that suits the machine, and its minutes; says what was chosen."""
     minutes = lengths[0]
-    if device.type != "cpu":
+    is_small = size is not None and min((size,) if isinstance(size, int) else size) < _DENSE_SIDE
+    if device.type != "cpu" or is_small:
         return "faithful", minutes
     if all(length is None for length in lengths):
         minutes = CPU_MINUTES
-    if not has_encoder:
-        lasting = "" if minutes is None else f" for about {minutes:g} minutes"
+    lasting = "" if minutes is None else f" for about {minutes:g} minutes"
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
         console.print(
             f"no GPU: training in mode dense{lasting} on {torch.get_num_threads()} threads "
             "(--mode faithful is the paper's protocol, a day or more here)",
@@ -288,11 +296,11 @@ def evaluate(
                 detector = PatchSVDD.load(_file_for(model, category), device=device)
             else:
                 detector = PatchSVDD(image_size=_parse_resize(resize), seed=seed, device=device)
-                ready = (
-                    detector.untrained_encoder()
-                    if encoder is None
-                    else load_encoder(_file_for(encoder, category))
-                )
+                ready = detector.untrained_encoder()
+                if encoder is not None:
+                    file = _file_for(encoder, category)
+                    ready = load_encoder(file)
+                    detector.illumination = illumination_of(file)
                 detector.fit(category.root, encoder=ready)
             results.append(evaluate_category(detector, category))
     console.print(results_table(results))

@@ -121,7 +121,7 @@ class DensePairs:
         embedded = embed_cells(self.encoder, size, trunk, torch.cat(cells).to(trunk.device)).chunk(
             4
         )
-        first, second, near, jittered = in_units_of_spread(*embedded)
+        first, second, near, jittered = in_units_of_spread(len(generators), *embedded)
         loss = pair_loss(
             classifier_of(self.classifiers, size),
             (first, second),
@@ -133,13 +133,15 @@ class DensePairs:
 
 
 def in_units_of_spread(
-    first: Tensor, second: Tensor, near: Tensor, jittered: Tensor
+    crops: int, first: Tensor, second: Tensor, near: Tensor, jittered: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings [P, D] divided by the root mean square difference of `first` to `second`.
+    """Embeddings [crops * P, D] divided by their crop's root mean square of `first - second`.
 
     The losses of what is returned neither shrink nor grow with all embeddings.
     """
-    unit = (first - second).float().square().mean().sqrt() + _LEAST_SPREAD
+    squares = (first - second).float().square().unflatten(0, (crops, -1))
+    unit = squares.mean(dim=(1, 2)).sqrt() + _LEAST_SPREAD
+    unit = unit.repeat_interleave(len(first) // crops)[:, None]
     return first / unit, second / unit, near / unit, jittered / unit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -153,35 +154,43 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         settings = self._training_settings()
         device = local_device(resolve_device(self.device))
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
-        self.light_ = mean_colour(images)
-        images = self._in_our_light(images)
+        light = mean_colour(images)
+        images = self._in_light(images, light)
         mean = mean_image(images)
         record = TrainingRecord()
         if encoder is None:
             encoder = self.untrained_encoder().to(device)
             check = None
-            if settings.check_every is not None and len(images) > 1:
+            if settings.check_every is not None and len(images) == 1:
+                warnings.warn("one image: what is learned cannot be checked", stacklevel=2)
+            elif settings.check_every is not None:
                 check = DefectCheck(images, mean, self.levels, self.combination)
             with joined_workers(device) as workers:
                 trainer = Trainer(encoder, images, mean, settings, check, workers)
-                if resume and checkpoint is not None and Path(checkpoint).exists():
+                found = checkpoint is not None and Path(checkpoint).exists()
+                if resume and checkpoint is not None and workers.agreed(found):
                     resume_from(trainer, checkpoint)
                 keeper = CheckpointKeeper(
                     trainer, mean, self._header(), checkpoint, checkpoint_minutes
                 )
 
                 def after_step(step: TrainingStep) -> None:
-                    keeper.after_step()
                     if on_step is not None:
                         on_step(step)
+                    keeper.after_step()
 
                 try:
                     record = trainer.run(after_step)
-                finally:  # at the end, and whatever ends it early
+                except FloatingPointError:
+                    raise  # the weights are spoilt: the last checkpoint stands
+                except BaseException:
                     keeper.write()
+                    raise
+                keeper.write()
                 if not workers.is_first:
                     return self
         self._fill_banks(encoder.to(device).eval(), images, mean)
+        self.light_ = light
         self.record_ = record
         return self
 
@@ -238,10 +247,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def _illumination(self) -> str:
         return self.illumination or recipes.illumination_of(self.mode)
 
-    def _in_our_light(self, images: Tensor) -> Tensor:
-        if self._illumination() == "matched":
-            return match_illumination(images, self.light_)
-        return images
+    def _in_light(self, images: Tensor, colour: Tensor) -> Tensor:
+        return match_illumination(images, colour) if self._illumination() == "matched" else images
 
     def _largest_patch(self) -> int:
         return max(level.size for level in self.levels)
@@ -255,7 +262,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """Anomaly maps and image scores of new images. Raises NotFittedError before `fit`."""
         self._require_fitted()
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
-        images = self._in_our_light(images)
+        images = self._in_light(images, self.light_)
         return score_images(self.encoder_, self.banks_, images, self.mean_, self.combination)
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
@@ -344,6 +351,16 @@ def load_encoder(path: str | Path) -> HierarchicalEncoder:
     if Path(path).suffix in (".pkl", ".pt", ".pth"):
         return load_official_checkpoint(path)
     return _encoder_of(*store.load(path))
+
+
+def illumination_of(path: str | Path) -> str:
+    """How the images of an encoder file were treated, see `images.ILLUMINATIONS`."""
+    if Path(path).suffix in (".pkl", ".pt", ".pth"):
+        return "as_is"
+    _, header = store.load(path)
+    parameters = header["parameters"]
+    given: str | None = parameters.get("illumination")
+    return given or recipes.illumination_of(parameters.get("mode", "faithful"))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -16,17 +16,16 @@ class Interrupts:
     """What has arrived so far."""
 
     def __init__(self) -> None:
-        self.arrived: int | None = None
+        self.arrived = 0
+        """The number of the last signal, 0 before any."""
 
-    def __bool__(self) -> bool:
-        return self.arrived is not None
 
-    def take_effect(self) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C, Terminated after SIGTERM."""
-        if self.arrived == signal.SIGTERM:
-            raise Terminated
-        if self:
-            raise KeyboardInterrupt
+def take_effect(signum: int) -> None:
+    """Raise KeyboardInterrupt for Ctrl-C, Terminated for SIGTERM; nothing for 0."""
+    if signum == signal.SIGTERM:
+        raise Terminated
+    if signum:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ class TrainingSet:
         """Where the state of training is kept meanwhile."""
         return self.output.with_name(self.output.name + ".checkpoint")
 
+    def is_done(self) -> bool:
+        """Whether there is a model, and no training of it was left unfinished."""
+        return self.output.exists() and not self.checkpoint.exists()
+
 
 @dataclass(frozen=True)
 class Keeping:
@@ -78,15 +82,23 @@ def train_all(
             console.print(f"[bold]{one.data.name}[/]")
         try:
             detector = make_detector()
-            _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
-            if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
-                results.append(evaluate_category(detector, Category(one.data)))
-        except (ValueError, OSError, ArithmeticError) as error:
-            if len(sets) == 1:
+            if len(sets) > 1 and keeping.resume and one.is_done():
+                console.print(f"{one.output} is done already", soft_wrap=True)
+                detector = PatchSVDD.load(one.output, device=detector.device)
+            else:
+                _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if len(sets) == 1 or keeping.workers.count > 1:  # the others would go on without it
                 raise
             errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             failed += 1
+            continue
+        if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
+            try:
+                results.append(evaluate_category(detector, Category(one.data)))
+            except ValueError as error:  # such as good images alone
+                console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
     if results:
         console.print(results_table(results))
     return failed
@@ -100,6 +112,12 @@ def _train_one(
     several: bool,
 ) -> None:
     started = time.perf_counter()
+    leftover = keeping.workers.is_first and one.checkpoint.exists()
+    if leftover and not keeping.resume and encoder is None:
+        raise ValueError(
+            f"{one.checkpoint} is there from a training that did not end: --resume goes on, "
+            "or remove it to begin anew"
+        )
     if keeping.resume and encoder is None:
         found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
         console.print(f"{found} {one.checkpoint}", soft_wrap=True)
@@ -117,7 +135,7 @@ def _train_one(
         if not keeping.workers.is_first:
             return
         _save_or_rescue(detector, one)
-    except (KeyboardInterrupt, OSError, ArithmeticError):
+    except (KeyboardInterrupt, OSError, RuntimeError):
         if encoder is None and one.checkpoint.exists() and keeping.workers.is_first:
             errors.print(
                 f"training is kept in {one.checkpoint}: the same command with --resume goes on, "
@@ -165,11 +183,11 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
 
 
 def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
-    """Save the model; if that fails and no checkpoint holds the training, save it elsewhere."""
+    """Save the model; if that fails after training, save it elsewhere."""
     try:
         detector.save(one.output)
     except OSError:
-        if detector.record_.steps and not one.checkpoint.exists():
+        if detector.record_.steps:
             rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
             detector.save(rescued)
             errors.print(f"the model is kept in {rescued}", soft_wrap=True)

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from . import _native
 from .dense_pairs import DensePairs
 from .encoder import INITIALIZATIONS, HierarchicalEncoder
-from .interrupts import delayed_interrupts
+from .interrupts import delayed_interrupts, take_effect
 from .light import Light
 from .losses import PositionClassifier
 from .objectives import (
@@ -47,7 +47,7 @@ SCHEDULES = ("constant", "cosine")
 
 _COLLAPSE_PATIENCE = 20  # consecutive measured steps
 _MEASURED_EVERY = 20  # steps on a GPU, where measuring waits for it; each step on a CPU
-_UNTIMED_STEPS, _TIMED_STEPS = 2, 8  # before the number of steps is fitted to the minutes
+_UNTIMED_STEPS, _FITTED_AFTER = 2, 10  # new steps, before the number is fitted to the minutes
 
 
 class CollapseWarning(UserWarning):
@@ -82,7 +82,8 @@ class TrainingSettings:
     redraw_clipped: bool = False
     """Faithful only: draw clipped position pairs again."""
     crop_size: int = 128
-    """Dense only: side of a crop, pixels; smaller images are taken whole."""
+    """Dense only: side of a crop, pixels; twice the largest patch if that is more, and no more than
+    the image."""
     pairs_per_crop: int = 256
     """Dense only: pairs of each kind, or patches, per patch size."""
     brightness: float = 0.0
@@ -113,6 +114,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.patience is not None and self.check_every is None:
+            raise ValueError("patience needs check_every: without checks nothing improves")
         for name in ("learning_rate", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -129,12 +132,12 @@ class TrainingSettings:
             limits.append(math.ceil(crops / self.batch_size))
         return min(limits, default=None)
 
-    def learning_rate_at(self, step: int, total: int) -> float:
-        """Of step 1 .. total."""
+    def learning_rate_at(self, step: int, total: int | None) -> float:
+        """Of step 1 .. total; None: the end is not in sight."""
         rate = self.learning_rate
         if self.warmup_steps:
             rate *= min(1.0, step / self.warmup_steps)
-        if self.schedule == "cosine":
+        if self.schedule == "cosine" and total is not None:
             rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
         return rate
 
@@ -221,6 +224,9 @@ class Trainer:
         self._best: dict[str, Tensor] | None = None
         self._checks_since_best = 0
         self._collapsed_steps = 0
+        self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
+        self.is_between_steps = True
+        """Whether weights, optimiser and record belong together; not so in the midst of a step."""
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -233,6 +239,7 @@ class Trainer:
         the embeddings collapse.
         """
         record, before = self.record, self.record.seconds
+        self._first_step = record.steps
         self.encoder.train()
         self.encoder.small.memory_format = _memory_format(self.device, self.settings.mode)
         try:
@@ -240,16 +247,18 @@ class Trainer:
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
-                while self.total is None or record.steps < self.total:
-                    if self.workers.any(bool(interrupts) or self._is_over()):
-                        interrupts.take_effect()
+                while record.steps < (self.total or self._limit or math.inf):
+                    take_effect(self.workers.largest(interrupts.arrived))
+                    if self._is_over():
                         break
+                    self.is_between_steps = False
                     losses = self._step(record.steps + 1)
                     record.steps += 1
                     record.seconds = before + time.perf_counter() - started
-                    self._fit_to_minutes(record.seconds - before)
+                    self._fit_to_minutes(time.perf_counter() - started)
                     self._report(losses, on_step)
-                interrupts.take_effect()
+                    self.is_between_steps = True
+                take_effect(self.workers.largest(interrupts.arrived))
         finally:
             self.encoder.eval()
             self.encoder.small.memory_format = torch.contiguous_format
@@ -259,13 +268,14 @@ class Trainer:
 
     def _step(self, number: int) -> dict[int, LevelLoss]:
         settings = self.settings
-        horizon = self.total or self._limit or number
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(number, max(horizon, number))
+            group["lr"] = settings.learning_rate_at(number, self.total or self._limit)
         images = self._images_of(number)
         with computing_in(settings.precision, self.device):
             losses = self._objective.losses(images, number, self._share)
             total = torch.stack([level.total for level in losses.values()]).sum()
+            if self.device.type == "cpu":  # elsewhere, looking would wait for the device
+                self._check_finite(float(total.detach()), number)
             self._optimizer.zero_grad(set_to_none=True)
             # A mean over the share; the shares' gradients add up to that of the whole batch.
             (total * ((self._share.stop - self._share.start) / settings.batch_size)).backward()
@@ -290,38 +300,46 @@ class Trainer:
         return torch.cat(batch)
 
     def _fit_to_minutes(self, seconds: float) -> None:
-        """Set how many steps there will be, once it can be told; never again after that."""
+        """Set how many steps there will be, once it can be told; never again after that.
+
+        seconds: since this process began to train.
+        """
         if self.settings.minutes is None or self.total is not None:
             return
-        steps = self.record.steps
-        if steps == _UNTIMED_STEPS:
+        new_steps = self.record.steps - self._first_step
+        if self.device.type == "cuda" and new_steps in (_UNTIMED_STEPS, _FITTED_AFTER):
+            torch.cuda.synchronize(self.device)
+        if new_steps == _UNTIMED_STEPS:
             self._timed_from = seconds
-        if steps == _UNTIMED_STEPS + _TIMED_STEPS:
-            each = (seconds - self._timed_from) / _TIMED_STEPS
-            fitting = steps + max(0, int((60 * self.settings.minutes - seconds) / each))
+        if new_steps == _FITTED_AFTER:
+            each = (seconds - self._timed_from) / (_FITTED_AFTER - _UNTIMED_STEPS)
+            if self.check is not None:
+                each += self._seconds_of_check / (self.settings.check_every or 1)
+            left = 60 * self.settings.minutes - self.record.seconds - self._seconds_of_check
+            fitting = self.record.steps + max(0, int(left / each))
             self.total = self.workers.agreed(min(fitting, self._limit or fitting))
 
     def _report(
         self, losses: dict[int, LevelLoss], on_step: Callable[[TrainingStep], None] | None
     ) -> None:
         record, number = self.record, self.record.steps
-        quality = None
+        quality, loss = None, math.nan
+        every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
+        is_measured = number % every == 0 or number == (self.total or self._limit)
+        if is_measured:
+            loss = sum(float(level.total.detach()) for level in losses.values())
+            self._check_finite(loss, number)
         if self.check is not None and (
-            number % (self.settings.check_every or 1) == 0 or number == self.total
+            number % (self.settings.check_every or 1) == 0 or number == (self.total or self._limit)
         ):
             quality = self._judge()
-        every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
-        if number % every and number != self.total and quality is None:
+        if not is_measured and quality is None:
             return
-        loss = float(sum(float(level.total.detach()) for level in losses.values()))
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss} at step {number}: lower the learning rate"
-            )
         levels = {size: level.metrics() for size, level in losses.items()}
         self._watch_collapse(any(is_collapsed(level.embeddings) for level in losses.values()))
         record.final_loss = loss
         record.accuracy = {size: level.accuracy for size, level in levels.items()}
+        self.is_between_steps = True
         if on_step is not None:
             rate = self._optimizer.param_groups[0]["lr"]
             left = None if self.total is None else self._seconds_left(self.total)
@@ -331,6 +349,12 @@ class Trainer:
 
     def _seconds_left(self, total: int) -> float:
         return (total - self.record.steps) * self.record.seconds / self.record.steps
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {step}: lower the learning rate"
+            )
 
     def _watch_collapse(self, collapsed: bool) -> None:
         self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
@@ -342,9 +366,11 @@ class Trainer:
 
     def _judge(self) -> Quality:
         assert self.check is not None
+        started = time.perf_counter()
         self.encoder.eval()
         quality = self.check(self.encoder)
         self.encoder.train()
+        self._seconds_of_check = time.perf_counter() - started
         record = self.record
         best = max((value for _, value in record.qualities), default=-math.inf)
         record.qualities.append((record.steps, quality.criterion))
@@ -421,7 +447,8 @@ class Trainer:
         common = (self.encoder, classifiers, self._data, settings.seed, settings.svdd_weight)
         if settings.mode == "dense":
             light = Light(settings.brightness, settings.contrast, settings.unevenness)
-            return DensePairs(*common, settings.crop_size, settings.pairs_per_crop, light)
+            crop_size = max(settings.crop_size, 2 * max(self.encoder.patch_sizes))
+            return DensePairs(*common, crop_size, settings.pairs_per_crop, light)
         return PatchPairs(*common, settings.redraw_clipped)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .files import written_whole
 from .training import TrainingStep
 
 SUFFIXES = (".jsonl", ".csv")
@@ -70,13 +71,18 @@ class FileLog:
 
     def _open(self, names: Sequence[str], first_step: int) -> None:
         kept = [row for row in self._rows() if int(row["step"]) < first_step]
-        self._file = self.path.open("w", newline="")
+        if any(set(row) != set(names) for row in kept):
+            raise ValueError(f"{self.path} is a log of other figures than {', '.join(names)}")
+        with written_whole(self.path) as partial, partial.open("w", newline="") as file:
+            if self.path.suffix == ".csv":
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(kept)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+        self._file = self.path.open("a", newline="")
         if self.path.suffix == ".csv":
             self._csv = csv.DictWriter(self._file, names)
-            self._csv.writeheader()
-            self._csv.writerows(kept)
-        else:
-            self._file.writelines(json.dumps(row) + "\n" for row in kept)
 
     def _rows(self) -> list[dict[str, Any]]:
         """What was written before; a killed run may have left its last line unfinished."""
@@ -116,6 +122,8 @@ class TensorBoardLog:
 
 
 def check_log_path(path: Path) -> None:
-    """Require a suffix that says what to write. Raises ValueError."""
+    """Require a folder to write to, and a suffix that says what to write. Raises ValueError."""
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of the log does not exist: {path.parent}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a log must end in {' or '.join(SUFFIXES)}, got {path}")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+
+# While the first process fills banks and evaluates, the others wait for the next training.
+_LONGEST_WAIT = timedelta(hours=6)
 
 
 class Workers:
@@ -36,9 +40,9 @@ class Workers:
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by its sum over the processes."""
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return flag
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return number
 
     def agreed(self, number: int) -> int:
         """The number that the first process has."""
@@ -61,10 +65,10 @@ class _ManyWorkers(Workers):
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def any(self, flag: bool) -> bool:
-        found = torch.tensor(int(flag), device=self.device)
+    def largest(self, number: int) -> int:
+        found = torch.tensor(number, device=self.device)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return bool(found)
+        return int(found)
 
     def agreed(self, number: int) -> int:
         value = torch.tensor(number, device=self.device)
@@ -98,7 +102,9 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
+    )
     try:
         yield _ManyWorkers(device)
     finally:

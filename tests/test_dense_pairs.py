@@ -99,6 +99,30 @@ def test_dense_training_learns_to_tell_positions():
         assert sum(late) / len(late) > 0.3  # chance is 0.125
 
 
+@pytest.mark.parametrize("mode", ["faithful", "dense"])
+def test_shares_of_a_batch_add_up_to_its_gradient(mode):
+    """Images of unequal contrast: nothing may be measured over a share and used for the batch."""
+    contrast = torch.tensor([5.0, 20, 60, 100])[:, None, None, None]
+    noise = torch.rand(4, 3, 130, 130, generator=_generator())
+    images = (100 + contrast * noise).byte()
+    settings = training_settings(mode, steps=1, batch_size=3)
+    torch.manual_seed(0)
+    encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming")
+    trainer = Trainer(encoder, images, images.float().mean(dim=0), settings)
+    numbers = torch.tensor([0, 3, 1])
+
+    def gradient(share):
+        encoder.zero_grad()
+        losses = trainer._objective.losses(numbers, 7, share)
+        weight = (share.stop - share.start) / 3
+        (weight * sum(level.total for level in losses.values())).backward()
+        return torch.cat([p.grad.flatten() for p in encoder.parameters()])
+
+    whole = gradient(slice(0, 3))
+    parts = gradient(slice(0, 1)) + gradient(slice(1, 3))
+    assert (parts - whole).norm() < 1e-4 * whole.norm()
+
+
 def test_too_small_images_are_refused():
     images = torch.zeros(1, 3, 120, 200, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"crop_size must be at least 126.*got 120"):

@@ -126,6 +126,36 @@ def test_a_checkpoint_of_another_run_is_refused(changed, message, tmp_path):
         _detector("faithful").fit(_images()[:3], checkpoint=checkpoint, resume=True)
 
 
+def test_minutes_are_fitted_after_an_early_interruption_too(tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    options = {"steps": 14, "minutes": 60, "batch_size": 1}
+    for steps in (3, 5):
+        with pytest.raises(_StopError):
+            _detector("faithful", **options).fit(
+                _images(),
+                on_step=_stop_after(steps, _raise_stop),
+                checkpoint=checkpoint,
+                resume=True,
+            )
+    seen = []
+    _detector("faithful", **options).fit(
+        _images(), on_step=seen.append, checkpoint=checkpoint, resume=True
+    )
+    assert [step.step for step in seen] == list(range(6, 15))  # steps limit it, not minutes
+    short = _detector("faithful", minutes=1e-6, steps=None, batch_size=1).fit(_images())
+    assert short.record_.steps == 10
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        _detector("faithful", learning_rate=1e30, steps=20).fit(
+            _images(), checkpoint=checkpoint, checkpoint_minutes=0
+        )
+    weights = load_encoder(checkpoint).state_dict().values()
+    assert all(torch.isfinite(value).all() for value in weights)
+
+
 def test_a_model_is_no_checkpoint(tmp_path):
     detector = _detector("faithful", steps=1).fit(_images())
     detector.save(tmp_path / "model")
@@ -198,5 +228,9 @@ def test_terminated_training_says_so(category_folder, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "terminated" in stderr
+    again = _train(category_folder, output)
+    _, refused = again.communicate(timeout=60)
+    assert again.returncode == 1
+    assert "--resume goes on" in refused
     assert "--resume" in stderr
     assert "Traceback" not in stderr

@@ -386,7 +386,8 @@ def test_divergence_is_an_error():
         {"initialization": "zeros"},
         {"precision": "float16"},
         {"check_every": 0},
-        {"patience": 0},
+        {"patience": 0, "check_every": 1},
+        {"patience": 1},
         {"brightness": -0.1},
     ],
 )

@@ -65,6 +65,8 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
 def test_other_files_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"\.jsonl or \.csv, got .*log\.txt"):
         FileLog(tmp_path / "log.txt")
+    with pytest.raises(ValueError, match="folder of the log does not exist"):
+        FileLog(tmp_path / "missing" / "log.csv")
     path = tmp_path / "mine.jsonl"
     path.write_text("something else\nof mine\n")
     with pytest.raises(ValueError, match="not a training log"):

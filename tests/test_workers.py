@@ -71,7 +71,7 @@ def test_two_processes_train_as_one_does(mode, tmp_path):
         # Adam's first steps are of the size of the learning rate, 1e-4 or more; only where a
         # gradient is all rounding may their direction depend on the order of additions.
         difference = (first[name] - value).abs()
-        assert (difference > 1e-6).float().mean() < 1e-3, name
+        assert (difference > 1e-6).float().mean() < 1e-2, name
     assert any((first[name] != value).any() for name, value in expected.items())
 
 
