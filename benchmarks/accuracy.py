@@ -177,8 +177,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     """Per category and way: mean and standard deviation over seeds at each time, as Markdown."""
     lines = [
         f"AUROC of the {SHOWN} map in percent; the last column is detection with the good test "
-        "images alone 10 % brighter. Mean ± standard deviation over seeds; kept: in how many of them "
-        "the check on drawn defects, which sees no labels, chooses this point.",
+        "images alone 10 % brighter. Mean ± standard deviation over seeds; kept: how many of them "
+        "the check on drawn defects, which sees no labels, would end with this point.",
         "",
         "| category | way | core minutes | detection | segmentation | 10 % brighter | kept |",
         "|---|---|---|---|---|---|---|",
