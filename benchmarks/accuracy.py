@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from common import commit
-from patchsvdd_fast import HierarchicalEncoder, NormalBank, metrics
+from patchsvdd_fast import HierarchicalEncoder, metrics
+from patchsvdd_fast.evaluation import read_masks
 from patchsvdd_fast.files import written_whole
 from patchsvdd_fast.images import (
     Category,
@@ -39,12 +40,11 @@ from patchsvdd_fast.images import (
     match_illumination,
     mean_colour,
     mean_image,
-    read_mask,
 )
 from patchsvdd_fast.levels import DEFAULT_LEVELS
 from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.runtime import describe
-from patchsvdd_fast.score import combinations_of, encode_images, score_images
+from patchsvdd_fast.score import combinations_of, fill_banks, score_images
 from patchsvdd_fast.selection import DefectCheck
 from patchsvdd_fast.training import Trainer, TrainingStep
 
@@ -71,15 +71,7 @@ class TestSet:
         self.mean = mean_image(self.train)
         self.images = load_images([str(image.path) for image in tests], SIDE, 64)
         self.labels = np.array([image.is_anomalous for image in tests])
-        self.masks = None
-        if all(image.mask is not None for image in tests if image.is_anomalous):
-            clear = np.zeros(SIDE, dtype=bool)
-            self.masks = np.stack(
-                [
-                    read_mask(image.mask, SIDE) if image.is_anomalous and image.mask else clear
-                    for image in tests
-                ]
-            )
+        self.masks = read_masks(tests, SIDE)
 
     def in_our_light(self, images: Tensor) -> Tensor:
         """Matched to the training images' light, if that is to be."""
@@ -97,10 +89,7 @@ class TestSet:
 
 def evaluate(encoder: HierarchicalEncoder, tests: TestSet) -> dict[str, Any]:
     """AUROC in percent by combination: detection, segmentation, detection in another light."""
-    encoded = encode_images(encoder, tests.train, tests.mean, DEFAULT_LEVELS)
-    banks = {
-        level: NormalBank(values) for level, values in zip(DEFAULT_LEVELS, encoded, strict=True)
-    }
+    banks = fill_banks(encoder, tests.train, tests.mean, DEFAULT_LEVELS)
     figures: dict[str, dict[str, float | None]] = {}
     for share in (0.0, BRIGHTER):
         images = tests.in_our_light(tests.brighter(share) if share else tests.images)

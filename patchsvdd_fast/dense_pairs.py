@@ -105,7 +105,7 @@ class DensePairs:
         trunk = self.encoder.small(views).permute(0, 2, 3, 1)  # [2b, h, w, D]
         return {
             size: self._level(size, trunk, generators)
-            for size in sorted(self.encoder.patch_sizes, reverse=True)
+            for size in reversed(self.encoder.patch_sizes)
         }
 
     def _level(self, size: int, trunk: Tensor, generators: Sequence[Generator]) -> LevelLoss:
@@ -118,10 +118,9 @@ class DensePairs:
             for which in ("first", "second"):
                 cells.append(_cells_in_batch(drawn, which))
             labels.append(torch.cat([pairs.labels for pairs in drawn]))
-        embedded = embed_cells(self.encoder, size, trunk, torch.cat(cells).to(trunk.device)).chunk(
-            4
-        )
-        first, second, near, jittered = in_units_of_spread(len(generators), *embedded)
+        embedded = embed_cells(self.encoder, size, trunk, torch.cat(cells).to(trunk.device))
+        parts = embedded.chunk(4)
+        first, second, near, jittered = in_units_of_spread(len(generators), *parts)
         loss = pair_loss(
             classifier_of(self.classifiers, size),
             (first, second),
@@ -129,7 +128,7 @@ class DensePairs:
             (near, jittered),
             self.svdd_weight,
         )
-        return loss._replace(embeddings=embedded[2].detach())
+        return loss._replace(embeddings=parts[2].detach())
 
 
 def in_units_of_spread(

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from . import metrics
 from .detector import PatchSVDD
 from .files import written_whole
-from .images import Category, read_mask
+from .images import Category, LabelledImage, read_mask
 from .score import ScoreResult, combinations_of
 
 METRICS = {
@@ -51,17 +52,8 @@ def evaluate_category(
         )
     if result is None:
         result = detector.score([image.path for image in tests])
-    masks = None
-    if all(image.mask is not None for image in tests if image.is_anomalous):
-        height, width = result.anomaly_map.shape[1:]
-        masks = np.stack(
-            [
-                np.zeros((height, width), dtype=bool)
-                if image.mask is None or not image.is_anomalous
-                else read_mask(image.mask, (height, width))
-                for image in tests
-            ]
-        )
+    height, width = result.anomaly_map.shape[1:]
+    masks = read_masks(tests, (height, width))
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels):
         maps = result.map(combination).numpy()
@@ -73,6 +65,22 @@ def evaluate_category(
             "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
         }
     return CategoryResult(category.name, int((~labels).sum()), int(labels.sum()), percent)
+
+
+def read_masks(
+    tests: Sequence[LabelledImage], size: tuple[int, int]
+) -> npt.NDArray[np.bool_] | None:
+    """What is anomalous, [N, height, width]; None if an anomalous image has no mask."""
+    if any(image.mask is None for image in tests if image.is_anomalous):
+        return None
+    return np.stack(
+        [
+            np.zeros(size, dtype=bool)
+            if image.mask is None or not image.is_anomalous
+            else read_mask(image.mask, size)
+            for image in tests
+        ]
+    )
 
 
 def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:

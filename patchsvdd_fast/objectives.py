@@ -123,10 +123,7 @@ class TrainingImages:
         self.mean = mean.to(device).contiguous()
         self.device = device
         self.images = images.contiguous()
-        if self._fits():
-            self.images = self.images.to(device)
-        elif device.type == "cuda":
-            self.images = self.images.pin_memory()
+        self.images = self.images.to(device) if self._fits() else self.images.pin_memory()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -180,10 +177,10 @@ class PatchPairs:
 
     def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
         """See `Objective`; an item is a pair of each kind."""
-        return {size: self._level(size, image_of, step, share) for size in self._sizes()}
-
-    def _sizes(self) -> list[int]:
-        return sorted(self.encoder.patch_sizes, reverse=True)
+        return {
+            size: self._level(size, image_of, step, share)
+            for size in reversed(self.encoder.patch_sizes)
+        }
 
     def _level(self, size: int, image_of: Tensor, step: int, share: slice) -> LevelLoss:
         def draw(kind: PairKind) -> tuple[Tensor, Tensor, Tensor]:

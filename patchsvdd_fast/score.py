@@ -25,6 +25,7 @@ __all__ = [
     "ScoreResult",
     "combine",
     "encode_images",
+    "fill_banks",
     "nearest",
     "score_images",
     "score_map",
@@ -104,6 +105,14 @@ def encode_images(
             for chunk in images.split(_IMAGES_PER_PASS)
         ]
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
+
+
+def fill_banks(
+    encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+) -> dict[PatchLevel, NormalBank]:
+    """A bank per level of all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32."""
+    encoded = encode_images(encoder, images, mean, levels)
+    return {level: NormalBank(values) for level, values in zip(levels, encoded, strict=True)}
 
 
 def score_images(

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .bank import NormalBank
 from .encoder import HierarchicalEncoder
 from .levels import PatchLevel
-from .score import encode_images, score_images
+from .score import fill_banks, score_images
 from .synthetic_defects import DEFECTS, draw_defects
 
 _MOST_HELD_OUT = 8
@@ -72,10 +71,7 @@ class DefectCheck:
 
     def __call__(self, encoder: HierarchicalEncoder) -> Quality:
         """Score the clean and the defective images and compare with what is known."""
-        encoded = encode_images(encoder, self.bank_images, self.mean, self.levels)
-        banks = {
-            level: NormalBank(values) for level, values in zip(self.levels, encoded, strict=True)
-        }
+        banks = fill_banks(encoder, self.bank_images, self.mean, self.levels)
         result = score_images(encoder, banks, self.images, self.mean, self.combination)
         maps = result.anomaly_map.numpy()
         return Quality(

@@ -14,7 +14,7 @@ from .encoder import HierarchicalEncoder
 from .evaluation import CategoryResult, evaluate_category
 from .images import Category, is_category
 from .terminal import console, errors, fit_with_progress, results_table
-from .training_log import FileLog, Log, TensorBoardLog, check_log_path
+from .training_log import FileLog, Log, TensorBoardLog
 from .workers import Workers
 
 
@@ -153,7 +153,6 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
     if not keeping.workers.is_first:
         return logs
     if keeping.log is not None:
-        check_log_path(keeping.log)
         logs.append(FileLog(one.output.with_suffix(keeping.log.suffix) if several else keeping.log))
     if keeping.tensorboard is not None:
         folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard

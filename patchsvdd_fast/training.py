@@ -211,8 +211,8 @@ class Trainer:
         self.workers = workers or Workers()
         self.check = check if settings.check_every is not None else None
         self.record = TrainingRecord()
-        self.total = settings.total_steps(len(images)) if settings.minutes is None else None
         self._limit = settings.total_steps(len(images))
+        self.total = self._limit if settings.minutes is None else None
         self._data = TrainingImages(images, mean, self.device)
         self._fingerprint = _fingerprint(images)
         self._share = self.workers.share(settings.batch_size)
@@ -247,7 +247,7 @@ class Trainer:
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
-                while record.steps < (self.total or self._limit or math.inf):
+                while record.steps < (self._end or math.inf):
                     take_effect(self.workers.largest(interrupts.arrived))
                     if self._is_over():
                         break
@@ -256,8 +256,10 @@ class Trainer:
                     record.steps += 1
                     record.seconds = before + time.perf_counter() - started
                     self._fit_to_minutes(time.perf_counter() - started)
-                    self._report(losses, on_step)
+                    step = self._measure(losses)
                     self.is_between_steps = True
+                    if step is not None and on_step is not None:
+                        on_step(step)
                 take_effect(self.workers.largest(interrupts.arrived))
         finally:
             self.encoder.eval()
@@ -266,10 +268,15 @@ class Trainer:
             self.encoder.load_state_dict(self._best)
         return record
 
+    @property
+    def _end(self) -> int | None:
+        """The last step, as far as it is known."""
+        return self.total or self._limit
+
     def _step(self, number: int) -> dict[int, LevelLoss]:
         settings = self.settings
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(number, self.total or self._limit)
+            group["lr"] = settings.learning_rate_at(number, self._end)
         images = self._images_of(number)
         with computing_in(settings.precision, self.device):
             losses = self._objective.losses(images, number, self._share)
@@ -319,33 +326,26 @@ class Trainer:
             fitting = self.record.steps + max(0, int(left / each))
             self.total = self.workers.agreed(min(fitting, self._limit or fitting))
 
-    def _report(
-        self, losses: dict[int, LevelLoss], on_step: Callable[[TrainingStep], None] | None
-    ) -> None:
+    def _measure(self, losses: dict[int, LevelLoss]) -> TrainingStep | None:
+        """What the step just made tells, and a check if one is due; None if nobody looks."""
         record, number = self.record, self.record.steps
-        quality, loss = None, math.nan
+        is_last = number == self._end
         every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
-        is_measured = number % every == 0 or number == (self.total or self._limit)
-        if is_measured:
-            loss = sum(float(level.total.detach()) for level in losses.values())
-            self._check_finite(loss, number)
-        if self.check is not None and (
-            number % (self.settings.check_every or 1) == 0 or number == (self.total or self._limit)
-        ):
-            quality = self._judge()
-        if not is_measured and quality is None:
-            return
+        is_checked = self.check is not None and (
+            is_last or number % (self.settings.check_every or 1) == 0
+        )
+        if not (is_last or is_checked or number % every == 0):
+            return None
+        loss = sum(float(level.total.detach()) for level in losses.values())
+        self._check_finite(loss, number)
+        quality = self._judge() if is_checked else None
         levels = {size: level.metrics() for size, level in losses.items()}
         self._watch_collapse(any(is_collapsed(level.embeddings) for level in losses.values()))
         record.final_loss = loss
         record.accuracy = {size: level.accuracy for size, level in levels.items()}
-        self.is_between_steps = True
-        if on_step is not None:
-            rate = self._optimizer.param_groups[0]["lr"]
-            left = None if self.total is None else self._seconds_left(self.total)
-            on_step(
-                TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
-            )
+        rate = self._optimizer.param_groups[0]["lr"]
+        left = None if self.total is None else self._seconds_left(self.total)
+        return TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
 
     def _seconds_left(self, total: int) -> float:
         return (total - self.record.steps) * self.record.seconds / self.record.steps
