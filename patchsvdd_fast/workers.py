@@ -100,6 +100,10 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     if not under_torchrun():
         yield Workers()
         return
+    # This module's functions have the group of its import as their default, and would keep it
+    # alive: gloo's threads would then run into the end of the interpreter and abort it.
+    import torch.distributed.nn
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(
