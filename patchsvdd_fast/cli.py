@@ -79,11 +79,13 @@ def train(
         typer.Argument(help="Folder of good images, an MVTec category, or a folder of categories."),
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--output", "-o", help="Model file to write; for several categories a folder."
+            "--output",
+            "-o",
+            help="Model file to write, model.safetensors; for several categories a folder, models.",
         ),
-    ] = Path("model.safetensors"),
+    ] = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -122,7 +124,8 @@ def train(
         str, typer.Option(help='On a GPU: "float32", "tf32" or "bfloat16".')
     ] = "float32",
     check_every: Annotated[
-        int | None, typer.Option(help="Steps between checks on drawn defects; the best are kept.")
+        int | None,
+        typer.Option(help="Steps between checks on drawn defects, the best are kept; 0: none."),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many checks without an improvement.")
@@ -194,7 +197,9 @@ def train(
     sets = training_sets(data, output)
     ready = None if encoder is None else load_encoder(encoder)
     with joined_workers(target) as workers:
-        console.quiet = console.quiet or not workers.is_first
+        if not workers.is_first:
+            console.quiet = True
+            warnings.simplefilter("ignore")  # the first one says the same
         keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers)
         try:
             failed = train_all(sets, make_detector, keeping, ready)

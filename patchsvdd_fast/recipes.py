@@ -30,8 +30,8 @@ def training_settings(
     """The mode's settings, changed by the kind of surface and then by what is given and not None.
 
     surface: "texture" or "object", which differ in lambda; None: the mode's own. Of epochs, steps
-    and minutes, giving one replaces the mode's length. Raises ValueError for an unknown mode or
-    surface, and as TrainingSettings does.
+    and minutes, giving one replaces the mode's length. check_every=0: no checks, where the mode has
+    some. Raises ValueError for an unknown mode or surface, and as TrainingSettings does.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -43,4 +43,6 @@ def training_settings(
         recipe |= dict.fromkeys(_LENGTHS)
     if surface is not None:
         recipe |= _RECIPES["surfaces"][surface][mode]
+    if given.get("check_every") == 0:
+        given["check_every"] = recipe["patience"] = None
     return TrainingSettings(mode=mode, **{**recipe, **given})

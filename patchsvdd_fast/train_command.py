@@ -47,17 +47,20 @@ class Keeping:
     workers: Workers = field(default_factory=Workers)
 
 
-def training_sets(data: Path, output: Path) -> list[TrainingSet]:
+def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
     """The folder itself; or the categories in it, with a model each in the folder `output`.
 
-    Raises ValueError where a model could not be written.
+    output: None is "model.safetensors", or the folder "models", in the working directory. Raises
+    ValueError where a model could not be written.
     """
     categories: list[Path] = []
     if data.is_dir() and not is_category(data):
         categories = [path for path in sorted(data.iterdir()) if is_category(path)]
     if not categories:
+        output = output or Path("model.safetensors")
         require_writable(output)
         return [TrainingSet(data, output)]
+    output = output or Path("models")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{data} holds several categories; --output must name a folder for models")
     output.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +47,8 @@ class FileLog:
     """One row per step in a .jsonl or .csv file, on disk after each.
 
     A file that is there is continued: rows from the first new step on, which a run that was killed
-    may have written after its last checkpoint, are replaced. Raises ValueError for another suffix.
+    may have written after its last checkpoint, are replaced. A disk that fills up later ends the
+    log with a warning, not the training. Raises ValueError for another suffix.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,28 +56,36 @@ class FileLog:
         self.path = path
         self._file: Any = None
         self._csv: csv.DictWriter[str] | None = None
+        self._has_failed = False
 
     def __call__(self, step: TrainingStep) -> None:
         """Write one step."""
         figures = figures_of(step)
         if self._file is None:
             self._open(list(figures), step.step)
-        if self._csv is not None:
-            self._csv.writerow(figures)
-        else:
-            self._file.write(json.dumps(figures) + "\n")
-        self._file.flush()
+        if self._has_failed:
+            return
+        try:
+            if self._csv is not None:
+                self._csv.writerow(figures)
+            else:
+                self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._has_failed = True
+            warnings.warn(f"{self.path} ends at step {step.step - 1}: {error}", stacklevel=2)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a row that could not be written
+                self._file.close()
 
     def _open(self, names: Sequence[str], first_step: int) -> None:
         kept = [row for row in self._rows() if int(row["step"]) < first_step]
         if any(set(row) != set(names) for row in kept):
             raise ValueError(f"{self.path} is a log of other figures than {', '.join(names)}")
-        with written_whole(self.path) as partial, partial.open("w", newline="") as file:
+        with written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
             if self.path.suffix == ".csv":
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
@@ -101,24 +113,31 @@ class FileLog:
 
 
 class TensorBoardLog:
-    """Scalars for TensorBoard in a folder. Raises ValueError if it is not installed."""
+    """Scalars for TensorBoard in a folder. Raises ValueError if it is not installed.
+
+    Steps that a killed run wrote after its last checkpoint are purged when it goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("TensorBoard is not installed: pip install tensorboard") from error
-        self._writer = SummaryWriter(str(folder))
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer: SummaryWriter | None = None
 
     def __call__(self, step: TrainingStep) -> None:
         """Write one step."""
+        if self._writer is None:
+            self._writer = self._open(purge_step=step.step)
         for name, value in figures_of(step).items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name.replace("_", "/", 1), value, step.step)
 
     def close(self) -> None:
         """Finish the files."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def check_log_path(path: Path) -> None:

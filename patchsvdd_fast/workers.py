@@ -53,7 +53,10 @@ class _ManyWorkers(Workers):
     """A process of torch.distributed's default group."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        # Numbers travel between the computers' memories where the group can do that: from a GPU,
+        # reading one would wait for all work it has been given.
+        config = distributed.get_backend_config()
+        self._numbers_on = torch.device("cpu") if "cpu:" in config else device
         self.rank = distributed.get_rank()
         self.count = distributed.get_world_size()
 
@@ -66,12 +69,12 @@ class _ManyWorkers(Workers):
             gradient.copy_(part.view_as(gradient))
 
     def largest(self, number: int) -> int:
-        found = torch.tensor(number, device=self.device)
+        found = torch.tensor(number, device=self._numbers_on)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found)
 
     def agreed(self, number: int) -> int:
-        value = torch.tensor(number, device=self.device)
+        value = torch.tensor(number, device=self._numbers_on)
         distributed.broadcast(value, src=0)
         return int(value)
 
@@ -107,7 +110,7 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
     )
     try:
         yield _ManyWorkers(device)

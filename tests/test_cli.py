@@ -17,7 +17,7 @@ from PIL import Image
 
 from patchsvdd_fast import PatchSVDD, cli, train_command
 from patchsvdd_fast.files import written_whole
-from patchsvdd_fast.train_command import TrainingSet
+from patchsvdd_fast.train_command import TrainingSet, training_sets
 
 FAST = [
     *("--mode", "faithful", "--resize", "96", "--steps", "2", "--batch-size", "4"),
@@ -156,6 +156,18 @@ def test_several_categories_train_in_one_command(category_folder, tmp_path):
     assert "first" in table
     assert "second" not in table  # has nothing to test on
     assert "folder for models" in one_line_error(run("train", data, "-o", models / "first.jsonl"))
+
+
+def test_models_go_where_their_number_suggests(category_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(category_folder, Path("data/first"))
+    assert [one.output for one in training_sets(category_folder, None)] == [
+        Path("model.safetensors")
+    ]
+    assert not Path("models").exists()
+    assert [one.output for one in training_sets(Path("data"), None)] == [
+        Path("models/first.safetensors")
+    ]
 
 
 def test_training_says_what_it_chose_and_how_long_it_takes(category_folder, tmp_path):

@@ -1,10 +1,13 @@
 """Logs of training: JSON lines, CSV, TensorBoard."""
 
 import csv
+import errno
+import io
 import json
 import sys
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from patchsvdd_fast.objectives import LevelMetrics
 from patchsvdd_fast.selection import Quality
@@ -78,3 +81,33 @@ def test_missing_tensorboard_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         TensorBoardLog(tmp_path)
+
+
+class _FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = flush
+
+
+def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path):
+    log = FileLog(tmp_path / "log.jsonl")
+    log(_step(1))
+    log._file.close()
+    log._file = _FullDisk()
+    with pytest.warns(UserWarning, match=r"log\.jsonl ends at step 1: .*No space left"):
+        log(_step(2))
+    log(_step(3))
+    log.close()
+    assert [row["step"] for row in _rows(tmp_path / "log.jsonl")] == [1]
+
+
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
+    for numbers in ((1, 2, 3), (3, 4)):  # killed after 3, resumed from a checkpoint after 2
+        log = TensorBoardLog(tmp_path)
+        for number in numbers:
+            log(_step(number))
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]

@@ -27,7 +27,7 @@ generator = torch.Generator().manual_seed(0)
 images = torch.randint(256, (3, 3, 128, 128), dtype=torch.uint8, generator=generator)
 batch = {"faithful": 5, "dense": 3}[mode]
 settings = training_settings(
-    mode, steps=3, batch_size=batch, initialization="kaiming", check_every=None
+    mode, steps=3, batch_size=batch, initialization="kaiming", check_every=0
 )
 torch.manual_seed(1)
 encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming")

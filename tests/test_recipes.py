@@ -1,0 +1,35 @@
+"""Settings from the recipes: what is given wins, and checks can be switched off."""
+
+import pytest
+
+from patchsvdd_fast.recipes import MODES, SURFACES, training_settings
+from patchsvdd_fast.training import TrainingSettings
+
+
+@pytest.mark.parametrize("surface", [None, *SURFACES])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_given_wins(mode, surface):
+    plain = training_settings(mode, surface)
+    assert plain.mode == mode
+    given = training_settings(mode, surface, svdd_weight=0.7, minutes=2.0, seed=None)
+    assert (given.svdd_weight, given.minutes, given.seed) == (0.7, 2.0, plain.seed)
+    assert given.epochs is given.steps is None
+
+
+def test_the_faithful_recipe_is_the_papers_protocol():
+    assert training_settings("faithful") == TrainingSettings()
+
+
+def test_checks_can_be_switched_off():
+    assert training_settings("dense").check_every is not None
+    settings = training_settings("dense", check_every=0)
+    assert settings.check_every is settings.patience is None
+    assert training_settings("dense", check_every=7).check_every == 7
+    with pytest.raises(ValueError, match="patience needs check_every"):
+        training_settings("dense", check_every=0, patience=3)
+
+
+@pytest.mark.parametrize(("mode", "surface"), [("best", None), ("dense", "liquid")])
+def test_unknown_names_are_refused(mode, surface):
+    with pytest.raises(ValueError, match="must be one of"):
+        training_settings(mode, surface)
