@@ -293,7 +293,7 @@ def test_training_learns_to_tell_positions():
         [ramp.expand(128, 128), ramp[:, None].expand(128, 128), ramp.flip(0).expand(128, 128)]
     )
     torch.manual_seed(0)
-    encoder = HierarchicalEncoder(embedding_dim=16, initialization="kaiming")
+    encoder = HierarchicalEncoder(embedding_dim=16, num_levels=1, initialization="kaiming")
     settings = TrainingSettings(
         steps=40, batch_size=24, learning_rate=1e-3, train_last_layer=True, redraw_clipped=True
     )
