@@ -8,6 +8,9 @@ patch size by patch size by a plain float32 model. Both train the same batches (
 kind and size) from the same initialisation; their steps are timed in turn, the median is kept. The
 dense mode's steps are timed beside them: other things are learned in one, so no ratio is given.
 
+A step's operations are counted, and the speed of a large matrix product is measured between the
+rounds: it bounds what direct convolutions could reach, and so every ratio.
+
 Images are the built-in sample. Writes training.json and training.md.
 """
 
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder
@@ -42,6 +46,7 @@ SIZES = (64, 32)
 WORKERS = 2
 BATCH = 64
 WARM_UP = 2  # steps
+MATRIX_SIDE = 2048
 
 Patches = dict[str, Tensor]
 
@@ -172,8 +177,29 @@ def share_of_convolutions(run: Callable[[int], None], device: torch.device) -> f
     return convolutions / sum(times.values())
 
 
-def measure(images: Tensor, device: torch.device, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds per step of each way, rounds in turn."""
+def gigaflops_of(run: Callable[[int], None]) -> float:
+    """Floating-point operations of a step, forward and backward, in 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        run(1)
+    return counter.get_total_flops() / 1e9
+
+
+def matrix_gigaflops(device: torch.device) -> float:
+    """Speed of a large float32 matrix product, in 1e9 operations per second."""
+    matrix = torch.rand(MATRIX_SIDE, MATRIX_SIDE, device=device)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            matrix @ matrix
+
+    run(1)
+    return 2e-9 * MATRIX_SIDE**3 / seconds_per_step(run, 4, device)
+
+
+def measure(
+    images: Tensor, device: torch.device, rounds: int, steps: int, warm_up: int
+) -> tuple[dict[str, Any], float]:
+    """Seconds per step of each way, rounds in turn; and the speed of a matrix product."""
     mean = mean_image(images)
     usual = UsualWay(images, mean, device)
 
@@ -184,9 +210,11 @@ def measure(images: Tensor, device: torch.device, rounds: int, steps: int) -> di
     ways: dict[str, Callable[[int], None]] = {"usual way": run_usual}
     ways |= {mode: Ours(mode, images, mean, device) for mode in ("faithful", "dense")}
     for run in ways.values():
-        run(WARM_UP)
+        run(warm_up)
     times: dict[str, list[float]] = {name: [] for name in ways}
+    products = []
     for _ in range(rounds):
+        products.append(matrix_gigaflops(device))
         for name, run in ways.items():
             times[name].append(seconds_per_step(run, steps, device))
     return {
@@ -194,22 +222,28 @@ def measure(images: Tensor, device: torch.device, rounds: int, steps: int) -> di
             "seconds_per_step": statistics.median(times[name]),
             "all": times[name],
             "convolutions": share_of_convolutions(run, device),
+            "gigaflops_per_step": gigaflops_of(run),
         }
         for name, run in ways.items()
-    }
+    }, statistics.median(products)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     usual = result["ways"]["usual way"]["seconds_per_step"]
     lines = [
-        "| way | seconds a step | steps/s over the usual way's | not convolution |",
-        "|---|---|---|---|",
+        "| way | seconds a step | steps/s over the usual way's | not convolution | GFLOP a step "
+        "| of a matrix product's speed |",
+        "|---|---|---|---|---|---|",
     ]
     for name, way in result["ways"].items():
         ratio = f"{usual / way['seconds_per_step']:.2f}" if name == "faithful" else ""
         rest = 1 - way["convolutions"]
-        lines.append(f"| {name} | {way['seconds_per_step']:.3f} | {ratio} | {rest:.0%} |")
+        speed = way["gigaflops_per_step"] / way["seconds_per_step"] / result["matrix_gigaflops"]
+        lines.append(
+            f"| {name} | {way['seconds_per_step']:.3f} | {ratio} | {rest:.0%} "
+            f"| {way['gigaflops_per_step']:.0f} | {speed:.0%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -220,16 +254,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="in a row, of each way")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of each way, untimed")
     options = parser.parse_args()
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         category = write_sample_category(Path(folder), train=20, test_good=1, per_defect=1)
         images = load_images(category.root, (256, 256), 64)
-    ways = measure(images, device, options.rounds, options.steps)
+    ways, products = measure(images, device, options.rounds, options.steps, options.warm_up)
     result = {
         "commit": commit(),
         "machine": describe(),
         "threads": torch.get_num_threads(),
+        "warm_up_steps": options.warm_up,
+        "matrix_gigaflops": products,
         "ways": ways,
     }
     print(table(result))
