@@ -18,11 +18,18 @@ from . import metrics
 from .encoder import HierarchicalEncoder
 from .levels import PatchLevel
 from .score import fill_banks, score_images
-from .synthetic_defects import DEFECTS, draw_defects
+from .synthetic_defects import DEFECTS, Strength, draw_defects
 
 _MOST_HELD_OUT = 8
 _MOST_IN_BANK = 16
-_COPIES = 2  # with defects, of each image set aside
+# Copies with defects of each image set aside: kinds, which take turns, and their strength. Faint
+# ones alone are lost in what differs between normal images, plain ones alone are found by all.
+_COPIES = (
+    (tuple(DEFECTS), Strength(size=2.0, contrast=1.5)),
+    (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
+    (tuple(DEFECTS), Strength(size=2.0, contrast=1.5)),
+    (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,11 @@ def _spread(count: int, chosen: int) -> np.ndarray:
 
 
 def _with_defects(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Copies of uint8 images [N, 3, H, W] with a defect each, kinds in turn, and their masks."""
-    copies = images.repeat_interleave(_COPIES, dim=0)
-    kinds = list(DEFECTS)
+    """Defective copies of uint8 images [N, 3, H, W], `_COPIES` of each, and their masks."""
     drawn = [
-        draw_defects(image, rng, kind=kinds[number % len(kinds)])
-        for number, image in enumerate(copies)
+        draw_defects(image, rng, kind=kinds[(number + copy) % len(kinds)], strength=strength)
+        for number, image in enumerate(images)
+        for copy, (kinds, strength) in enumerate(_COPIES)
     ]
     defective, masks = zip(*drawn, strict=True)
     return torch.stack(defective), torch.stack(masks).numpy()

@@ -7,6 +7,7 @@ NumPy generator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,17 @@ from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+
+
+class Strength(NamedTuple):
+    """How plain a drawn defect is, in multiples of the usual."""
+
+    size: float = 1.0
+    contrast: float = 1.0
+    """Of spots and scratches; what stains, rubs or replaces has none."""
+
+
+USUAL = Strength()
 
 
 def smooth_noise(
@@ -57,46 +69,46 @@ def blend(image: Array, over: Array, mask: Mask, softness: float) -> Array:
     return blended
 
 
-def _radius(image: Array, rng: np.random.Generator) -> float:
-    return float(rng.uniform(0.03, 0.08) * min(image.shape[:2]))
+def _radius(image: Array, rng: np.random.Generator, strength: Strength) -> float:
+    return float(rng.uniform(0.03, 0.08) * strength.size * min(image.shape[:2]))
 
 
-def _contrast(image: Array) -> float:
-    """The image's own deviation, for defects no stronger than what is normal in it."""
-    return max(8.0, float(image.std(axis=(0, 1)).mean()))
+def _change(image: Array, rng: np.random.Generator, strength: Strength) -> float:
+    """Brighter or darker, at the usual strength by about the image's own deviation."""
+    deviation = max(8.0, float(image.std(axis=(0, 1)).mean()))
+    return float(rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * deviation * strength.contrast)
 
 
-def _spot(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+def _spot(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
     """Something of one colour covers the surface."""
-    mask = blob(rng, image.shape[:2], 0.6 * _radius(image, rng))
+    mask = blob(rng, image.shape[:2], 0.6 * _radius(image, rng, strength))
     inside = image[mask].mean(axis=0) if mask.any() else image.mean(axis=(0, 1))
-    colour = inside + rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * _contrast(image)
+    colour = inside + _change(image, rng, strength)
     return blend(image, np.broadcast_to(colour, image.shape), mask, 1.0), mask
 
 
-def _tint(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+def _tint(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
     """A stain over an intact surface."""
-    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    mask = blob(rng, image.shape[:2], _radius(image, rng, strength))
     return blend(image, image * rng.uniform(0.8, 1.1, size=3), mask, 2.5), mask
 
 
-def _blurred(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+def _blurred(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
     """Rubbed flat: the fine structure is gone."""
-    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    mask = blob(rng, image.shape[:2], _radius(image, rng, strength))
     return blend(image, ndimage.gaussian_filter(image, (4, 4, 0)), mask, 2.0), mask
 
 
-def _scratch(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+def _scratch(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
     """A thin line, darker or brighter."""
-    side = min(image.shape[:2])
+    side = strength.size * min(image.shape[:2])
     mask = cut(rng, image.shape[:2], (0.1 * side, 0.2 * side))
-    change = rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * _contrast(image)
-    return blend(image, image + change, mask, 0.6), mask
+    return blend(image, image + _change(image, rng, strength), mask, 0.6), mask
 
 
-def _enlarged(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
+def _enlarged(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
     """Structure of a foreign size: the surroundings, enlarged and turned."""
-    mask = blob(rng, image.shape[:2], _radius(image, rng))
+    mask = blob(rng, image.shape[:2], _radius(image, rng, strength))
     height, width = image.shape[:2]
     rows, columns = np.arange(height) // 2, np.arange(width) // 2
     top, left = rng.integers(height - rows[-1]), rng.integers(width - columns[-1])
@@ -104,7 +116,7 @@ def _enlarged(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     return blend(image, foreign, mask, 1.0), mask
 
 
-DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] = {
+DEFECTS: dict[str, Callable[[Array, np.random.Generator, Strength], tuple[Array, Mask]]] = {
     "spot": _spot,
     "tint": _tint,
     "blurred": _blurred,
@@ -114,7 +126,11 @@ DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] =
 
 
 def draw_defects(
-    image: Tensor, rng: np.random.Generator, count: int = 1, kind: str | None = None
+    image: Tensor,
+    rng: np.random.Generator,
+    count: int = 1,
+    kind: str | None = None,
+    strength: Strength = USUAL,
 ) -> tuple[Tensor, Tensor]:
     """A copy of a uint8 image [3, H, W] with `count` defects, and their mask [H, W] (bool).
 
@@ -124,7 +140,7 @@ def draw_defects(
     mask = np.zeros(pixels.shape[:2], dtype=bool)
     for _ in range(count):
         draw = DEFECTS[kind or list(DEFECTS)[rng.integers(len(DEFECTS))]]
-        pixels, drawn = draw(pixels, rng)
+        pixels, drawn = draw(pixels, rng, strength)
         mask |= drawn
     changed = torch.from_numpy(pixels.round().clip(0, 255).astype(np.uint8))
     return changed.permute(2, 0, 1).contiguous(), torch.from_numpy(mask)

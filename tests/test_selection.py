@@ -9,7 +9,7 @@ from patchsvdd_fast.images import mean_image
 from patchsvdd_fast.levels import DEFAULT_LEVELS
 from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.selection import DefectCheck, Quality
-from patchsvdd_fast.synthetic_defects import DEFECTS, draw_defects
+from patchsvdd_fast.synthetic_defects import DEFECTS, Strength, draw_defects
 from patchsvdd_fast.training import Trainer
 
 
@@ -39,6 +39,20 @@ def test_defects_change_what_their_mask_says(kind):
         assert torch.equal(again, changed)
 
 
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_stronger_defects_are_larger_and_plainer(kind):
+    image = _images(1)[0]
+    changes = []
+    for strength in (Strength(), Strength(size=2.0, contrast=3.0)):
+        changed, mask = draw_defects(image, np.random.default_rng(1), kind=kind, strength=strength)
+        difference = (changed.float() - image.float()).abs().mean(dim=0)
+        changes.append((int(mask.sum()), float(difference[mask].mean())))
+    (size, change), (larger, plainer) = changes
+    assert larger > 1.5 * size
+    if kind in ("spot", "scratch"):
+        assert plainer > 1.5 * change
+
+
 def test_several_defects_may_be_drawn():
     _, one = draw_defects(_images(1)[0], np.random.default_rng(0), 1)
     _, three = draw_defects(_images(1)[0], np.random.default_rng(0), 3)
@@ -57,7 +71,7 @@ def test_a_check_tells_seeing_from_blind():
     images = _images()
     check = DefectCheck(images, mean_image(images), DEFAULT_LEVELS)
     assert len(check.bank_images) == 2
-    assert check.labels.tolist() == [False] * 2 + [True] * 4
+    assert check.labels.tolist() == [False] * 2 + [True] * 8
     assert not check.masks[:2].any()
     assert check.masks[2:].any(axis=(1, 2)).all()
     torch.manual_seed(0)
