@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
 TERMINATED = 143  # likewise after SIGTERM
-_DENSE_SIDE = 128  # pixels that dense mode needs
+_DENSE_SIDE = 126  # pixels that dense mode needs
 CPU_MINUTES = 10.0  # of training, where nothing is said and there is no GPU
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
@@ -217,18 +217,28 @@ def _mode_for(
     """The mode that suits the machine, and its minutes; says what was chosen."""
     minutes = lengths[0]
     is_small = size is not None and min((size,) if isinstance(size, int) else size) < _DENSE_SIDE
-    if device.type != "cpu" or is_small:
+    if device.type != "cpu":
+        return "faithful", minutes
+    if is_small:
+        _say_once(
+            f"images of less than {_DENSE_SIDE} pixels: training in mode faithful, the paper's "
+            "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
+        )
         return "faithful", minutes
     if all(length is None for length in lengths):
         minutes = CPU_MINUTES
     lasting = "" if minutes is None else f" for about {minutes:g} minutes"
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-        console.print(
-            f"no GPU: training in mode dense{lasting} on {torch.get_num_threads()} threads "
-            "(--mode faithful is the paper's protocol, a day or more here)",
-            soft_wrap=True,
-        )
+    _say_once(
+        f"no GPU: training in mode dense{lasting} on {torch.get_num_threads()} threads "
+        "(--mode faithful is the paper's protocol, a day or more here)"
+    )
     return "dense", minutes
+
+
+def _say_once(message: str) -> None:
+    """Under torchrun in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(message, soft_wrap=True)
 
 
 @app.command()

@@ -62,6 +62,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         epochs, steps, minutes, batch_size, learning_rate, svdd_weight, initialization,
             train_last_layer, redraw_clipped, precision, check_every, patience, seed: see
             `training.TrainingSettings`; None: what the mode and the surface say (recipes.json).
+            check_every=0: no checks.
         embedding_dim: D.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -164,7 +165,10 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             if settings.check_every is not None and len(images) == 1:
                 warnings.warn("one image: what is learned cannot be checked", stacklevel=2)
             elif settings.check_every is not None:
-                check = DefectCheck(images, mean, self.levels, self.combination)
+                is_matched = self._illumination() == "matched"
+                check = DefectCheck(
+                    images, mean, self.levels, self.combination, light if is_matched else None
+                )
             with joined_workers(device) as workers:
                 trainer = Trainer(encoder, images, mean, settings, check, workers)
                 found = checkpoint is not None and Path(checkpoint).exists()

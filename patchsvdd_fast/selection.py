@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import metrics
 from .encoder import HierarchicalEncoder
+from .images import match_illumination
 from .levels import PatchLevel
 from .score import fill_banks, score_images
 from .synthetic_defects import DEFECTS, Strength, draw_defects
@@ -51,8 +52,10 @@ class DefectCheck:
     """Call it with an encoder to get its Quality.
 
     images: [N, 3, H, W] uint8, N >= 2, good ones; mean: [3, H, W] float32; combination: how the
-    levels' maps become one. Up to 8 images are set aside for the check; they are trained on like
-    the others, but not in the check's bank. Raises ValueError if there is only one image.
+    levels' maps become one; light: [3], the colour that images are matched to before they are
+    scored (`images.match_illumination`), or None. Up to 8 images are set aside for the check; they
+    are trained on like the others, but not in the check's bank. Raises ValueError if there is only
+    one image.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class DefectCheck:
         mean: Tensor,
         levels: Sequence[PatchLevel],
         combination: str = "mult",
+        light: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         if len(images) < 2:
@@ -72,6 +76,8 @@ class DefectCheck:
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
         defective, masks = _with_defects(clean, np.random.default_rng(seed))
+        if light is not None:  # as in use, where the defect has its part in an image's mean
+            defective = match_illumination(defective, light)
         self.images = torch.cat([clean, defective])
         self.labels = np.arange(len(self.images)) >= len(clean)
         self.masks = np.concatenate([np.zeros((len(clean), *masks.shape[1:]), dtype=bool), masks])
@@ -95,7 +101,7 @@ def _spread(count: int, chosen: int) -> np.ndarray:
 def _with_defects(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
     """Defective copies of uint8 images [N, 3, H, W], `_COPIES` of each, and their masks."""
     drawn = [
-        draw_defects(image, rng, kind=kinds[(number + copy) % len(kinds)], strength=strength)
+        draw_defects(image, rng, kind=kinds[(number + copy // 2) % len(kinds)], strength=strength)
         for number, image in enumerate(images)
         for copy, (kinds, strength) in enumerate(_COPIES)
     ]

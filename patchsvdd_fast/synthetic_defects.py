@@ -116,13 +116,18 @@ def _enlarged(image: Array, rng: np.random.Generator, strength: Strength) -> tup
     return blend(image, foreign, mask, 1.0), mask
 
 
-DEFECTS: dict[str, Callable[[Array, np.random.Generator, Strength], tuple[Array, Mask]]] = {
+Draw = Callable[[Array, np.random.Generator, Strength], tuple[Array, Mask]]
+DEFECTS: dict[str, Draw] = {
     "spot": _spot,
     "tint": _tint,
     "blurred": _blurred,
     "scratch": _scratch,
     "enlarged": _enlarged,
 }
+
+
+_VISIBLE = 3.0  # gray levels by which at least half of a defect's pixels must differ
+_ATTEMPTS = 20  # at a visible one; a flat image may not let itself be blurred at all
 
 
 def draw_defects(
@@ -140,7 +145,20 @@ def draw_defects(
     mask = np.zeros(pixels.shape[:2], dtype=bool)
     for _ in range(count):
         draw = DEFECTS[kind or list(DEFECTS)[rng.integers(len(DEFECTS))]]
-        pixels, drawn = draw(pixels, rng, strength)
+        pixels, drawn = _visible(draw, pixels, rng, strength)
         mask |= drawn
-    changed = torch.from_numpy(pixels.round().clip(0, 255).astype(np.uint8))
+    changed = torch.from_numpy(pixels.round().astype(np.uint8))
     return changed.permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+
+
+def _visible(
+    draw: Draw, image: Array, rng: np.random.Generator, strength: Strength
+) -> tuple[Array, Mask]:
+    """A defect drawn again until it shows: what darkens a black ground changes nothing."""
+    for _ in range(_ATTEMPTS):
+        changed, mask = draw(image, rng, strength)
+        changed = changed.clip(0, 255)
+        difference = np.abs(changed - image).max(axis=2)[mask]
+        if difference.size and np.median(difference) >= _VISIBLE:
+            break
+    return changed, mask

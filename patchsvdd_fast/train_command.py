@@ -14,7 +14,7 @@ from .encoder import HierarchicalEncoder
 from .evaluation import CategoryResult, evaluate_category
 from .images import Category, is_category
 from .terminal import console, errors, fit_with_progress, results_table
-from .training_log import FileLog, Log, TensorBoardLog
+from .training_log import FileLog, Log, LogOrWarning, TensorBoardLog
 from .workers import Workers
 
 
@@ -160,9 +160,10 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
     if keeping.tensorboard is not None:
         folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard
         logs.append(TensorBoardLog(folder))
-    for log in logs:
+    lasting: list[Log] = [LogOrWarning(log) for log in logs]
+    for log in lasting:
         stack.callback(log.close)
-    return logs
+    return lasting
 
 
 def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> None:

@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -324,7 +324,7 @@ class Trainer:
                 each += self._seconds_of_check / (self.settings.check_every or 1)
             left = 60 * self.settings.minutes - self.record.seconds - self._seconds_of_check
             fitting = self.record.steps + max(0, int(left / each))
-            self.total = self.workers.agreed(min(fitting, self._limit or fitting))
+            self.total = int(self.workers.agreed(min(fitting, self._limit or fitting)))
 
     def _measure(self, losses: dict[int, LevelLoss]) -> TrainingStep | None:
         """What the step just made tells, and a check if one is due; None if nobody looks."""
@@ -368,7 +368,8 @@ class Trainer:
         assert self.check is not None
         started = time.perf_counter()
         self.encoder.eval()
-        quality = self.check(self.encoder)
+        quality = self.check(self.encoder) if self.workers.is_first else Quality(0.0, 0.0)
+        quality = Quality(*map(self.workers.agreed, astuple(quality)))
         self.encoder.train()
         self._seconds_of_check = time.perf_counter() - started
         record = self.record
@@ -405,6 +406,7 @@ class Trainer:
             "record": asdict(self.record),
             "checks_since_best": self._checks_since_best,
             "collapsed_steps": self._collapsed_steps,
+            "seconds_of_check": self._seconds_of_check,
         }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -431,6 +433,7 @@ class Trainer:
         self.record = record_of(values["record"])
         self._checks_since_best = values["checks_since_best"]
         self._collapsed_steps = values["collapsed_steps"]
+        self._seconds_of_check = values.get("seconds_of_check", 0.0)
 
     def _make_objective(self) -> Objective:
         settings = self.settings
@@ -465,7 +468,8 @@ def warn_of_collapse(when: str) -> None:
     """Warn that the embeddings are all alike, and say what helps."""
     warnings.warn(
         f"the embeddings have collapsed to one point {when}: scores will be no better than chance. "
-        "Try a smaller svdd_weight (lambda), initialization='kaiming', or train_last_layer=True",
+        "Try a smaller svdd_weight (lambda), or in mode faithful initialization='kaiming' or "
+        "train_last_layer=True",
         CollapseWarning,
         stacklevel=3,
     )

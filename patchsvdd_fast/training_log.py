@@ -47,8 +47,8 @@ class FileLog:
     """One row per step in a .jsonl or .csv file, on disk after each.
 
     A file that is there is continued: rows from the first new step on, which a run that was killed
-    may have written after its last checkpoint, are replaced. A disk that fills up later ends the
-    log with a warning, not the training. Raises ValueError for another suffix.
+    may have written after its last checkpoint, are replaced. Raises ValueError for another
+    suffix.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,30 +56,22 @@ class FileLog:
         self.path = path
         self._file: Any = None
         self._csv: csv.DictWriter[str] | None = None
-        self._has_failed = False
 
     def __call__(self, step: TrainingStep) -> None:
         """Write one step."""
         figures = figures_of(step)
         if self._file is None:
             self._open(list(figures), step.step)
-        if self._has_failed:
-            return
-        try:
-            if self._csv is not None:
-                self._csv.writerow(figures)
-            else:
-                self._file.write(json.dumps(figures) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._has_failed = True
-            warnings.warn(f"{self.path} ends at step {step.step - 1}: {error}", stacklevel=2)
+        if self._csv is not None:
+            self._csv.writerow(figures)
+        else:
+            self._file.write(json.dumps(figures) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a row that could not be written
-                self._file.close()
+            self._file.close()
 
     def _open(self, names: Sequence[str], first_step: int) -> None:
         kept = [row for row in self._rows() if int(row["step"]) < first_step]
@@ -115,7 +107,8 @@ class FileLog:
 class TensorBoardLog:
     """Scalars for TensorBoard in a folder. Raises ValueError if it is not installed.
 
-    Steps that a killed run wrote after its last checkpoint are purged when it goes on.
+    Steps that a killed run wrote after its last checkpoint are purged when it goes on. Raises
+    ValueError, too, if the folder is a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,13 +116,15 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("TensorBoard is not installed: pip install tensorboard") from error
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; TensorBoard writes to a folder")
         self._open = partial(SummaryWriter, str(folder))
         self._writer: SummaryWriter | None = None
 
     def __call__(self, step: TrainingStep) -> None:
         """Write one step."""
         if self._writer is None:
-            self._writer = self._open(purge_step=step.step)
+            self._writer = self._open(purge_step=step.step if step.step > 1 else None)
         for name, value in figures_of(step).items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name.replace("_", "/", 1), value, step.step)
@@ -138,6 +133,44 @@ class TensorBoardLog:
         """Finish the files."""
         if self._writer is not None:
             self._writer.close()
+
+
+class LogOrWarning:
+    """Another log, until it cannot be written to, as on a full disk: then a warning, once.
+
+    Training is worth more than its log. What fails at the first step is raised.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log: Log | None = log
+        self._last_step: int | None = None
+
+    def __call__(self, step: TrainingStep) -> None:
+        """Write one step."""
+        if self._log is None:
+            return
+        try:
+            self._log(step)
+            self._last_step = step.step
+        except OSError as error:
+            if self._last_step is None:
+                raise
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._log is not None:
+            try:
+                self._log.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warnings.warn(f"the log ends at step {self._last_step}: {error}", stacklevel=3)
+        log, self._log = self._log, None
+        with contextlib.suppress(OSError):  # of what it had still to write
+            if log is not None:
+                log.close()
 
 
 def check_log_path(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -44,8 +45,8 @@ class Workers:
         """The largest of the processes' numbers."""
         return number
 
-    def agreed(self, number: int) -> int:
-        """The number that the first process has."""
+    def agreed(self, number: float) -> float:
+        """The number that the first process has; whole ones up to 2^53 stay exact."""
         return number
 
 
@@ -73,10 +74,10 @@ class _ManyWorkers(Workers):
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found)
 
-    def agreed(self, number: int) -> int:
-        value = torch.tensor(number, device=self._numbers_on)
+    def agreed(self, number: float) -> float:
+        value = torch.tensor(number, dtype=torch.float64, device=self._numbers_on)
         distributed.broadcast(value, src=0)
-        return int(value)
+        return float(value)
 
 
 def under_torchrun() -> bool:
@@ -103,9 +104,9 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     if not under_torchrun():
         yield Workers()
         return
-    # This module's functions have the group of its import as their default, and would keep it
-    # alive: gloo's threads would then run into the end of the interpreter and abort it.
-    import torch.distributed.nn
+    # The functions of this module, which Adam imports, have the group of its import as their
+    # default: it would live on, and gloo's threads would abort the interpreter at its end.
+    importlib.import_module("torch.distributed.nn")
 
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchsvdd_fast import HierarchicalEncoder
-from patchsvdd_fast.images import mean_image
+from patchsvdd_fast.images import mean_colour, mean_image
 from patchsvdd_fast.levels import DEFAULT_LEVELS
 from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.selection import DefectCheck, Quality
@@ -51,6 +51,29 @@ def test_stronger_defects_are_larger_and_plainer(kind):
     assert larger > 1.5 * size
     if kind in ("spot", "scratch"):
         assert plainer > 1.5 * change
+
+
+@pytest.mark.parametrize("kind", ["spot", "scratch", "tint"])
+def test_drawn_defects_show_on_black_and_white(kind):
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, :, 32:] = 255
+    for seed in range(8):
+        changed, mask = draw_defects(image, np.random.default_rng(seed), kind=kind)
+        difference = (changed.int() - image.int()).abs().amax(dim=0)[mask]
+        assert difference.float().median() >= 3
+
+
+def test_the_checks_images_are_in_the_light_they_are_scored_in():
+    images = _images()
+    light = mean_colour(images)
+    plain, matched = (
+        DefectCheck(images, mean_image(images), DEFAULT_LEVELS, light=light_of)
+        for light_of in (None, light)
+    )
+    assert torch.equal(plain.images[:2], matched.images[:2])
+    means = matched.images[2:].float().mean(dim=(2, 3))
+    torch.testing.assert_close(means, light.expand_as(means), atol=0.5, rtol=0)
+    assert (plain.images[2:].float().mean(dim=(2, 3)) - light).abs().max() > 0.5
 
 
 def test_several_defects_may_be_drawn():

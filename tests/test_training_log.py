@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import json
 import sys
 
@@ -12,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from patchsvdd_fast.objectives import LevelMetrics
 from patchsvdd_fast.selection import Quality
 from patchsvdd_fast.training import TrainingStep
-from patchsvdd_fast.training_log import FileLog, TensorBoardLog
+from patchsvdd_fast.training_log import FileLog, LogOrWarning, TensorBoardLog
 
 
 def _step(number, quality=None):
@@ -83,23 +82,40 @@ def test_missing_tensorboard_is_named(monkeypatch, tmp_path):
         TensorBoardLog(tmp_path)
 
 
-class _FullDisk(io.StringIO):
-    def flush(self):
+def test_tensorboard_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        TensorBoardLog(tmp_path / "file")
+
+
+class _FullDisk:
+    """A log on a disk that has room for some steps."""
+
+    def __init__(self, room):
+        self.room, self.calls = room, 0
+
+    def __call__(self, step):
+        self.calls += 1
+        if self.calls > self.room:
+            self.close()
+
+    def close(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    close = flush
 
-
-def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path):
-    log = FileLog(tmp_path / "log.jsonl")
+def test_a_full_disk_ends_the_log_and_not_the_training():
+    log = LogOrWarning(full := _FullDisk(room=2))
     log(_step(1))
-    log._file.close()
-    log._file = _FullDisk()
-    with pytest.warns(UserWarning, match=r"log\.jsonl ends at step 1: .*No space left"):
-        log(_step(2))
-    log(_step(3))
+    log(_step(2))
+    with pytest.warns(UserWarning, match="log ends at step 2: .*No space left"):
+        log(_step(3))
+    log(_step(4))
     log.close()
-    assert [row["step"] for row in _rows(tmp_path / "log.jsonl")] == [1]
+    assert full.calls == 3
+    with pytest.warns(UserWarning, match="log ends at step None: .*No space left"):
+        LogOrWarning(_FullDisk(room=0)).close()
+    with pytest.raises(OSError, match="No space left"):
+        LogOrWarning(_FullDisk(room=0))(_step(1))
 
 
 def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
