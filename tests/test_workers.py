@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import distributed
 from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.recipes import training_settings
+from patchsvdd_fast.selection import Quality
 from patchsvdd_fast.training import Trainer
 from patchsvdd_fast.workers import joined_workers
 
@@ -28,13 +29,22 @@ generator = torch.Generator().manual_seed(0)
 images = torch.randint(256, (3, 3, 128, 128), dtype=torch.uint8, generator=generator)
 batch = {"faithful": 5, "dense": 3}[mode]
 settings = training_settings(
-    mode, steps=3, batch_size=batch, initialization="kaiming", check_every=0
+    mode, steps=9, batch_size=batch, initialization="kaiming", check_every=1, patience=1
 )
 torch.manual_seed(1)
 encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming")
+found = iter([60.0, 70.0, 80.0, 65.0])  # so that the weights of step 2 are kept
+
+
+def check(encoder):
+    assert workers.is_first
+    return Quality(50.0, next(found))
+
+
 with joined_workers(torch.device("cpu")) as workers:
-    trainer = Trainer(encoder, images, images.float().mean(dim=0), settings, None, workers)
-    trainer.run()
+    trainer = Trainer(encoder, images, images.float().mean(dim=0), settings, check, workers)
+    record = trainer.run()
+    assert (record.steps, record.best_step) == (3, 2)
     save_file(encoder.state_dict(), f"{output}.{workers.rank}")
 # What is left of the group would abort the interpreter at its end, now and then.
 threads = []
