@@ -291,6 +291,9 @@ def evaluate(
         ),
     ] = None,
     untrained: Annotated[bool, typer.Option(help="Use a fresh encoder, as a baseline.")] = False,
+    mode: Annotated[
+        str, typer.Option(help="Whose untrained encoder, in whose light: faithful's or dense's.")
+    ] = "faithful",
     seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
     resize: ResizeOption = "256",
     json_path: Annotated[
@@ -310,7 +313,9 @@ def evaluate(
             if model is not None:
                 detector = PatchSVDD.load(_file_for(model, category), device=device)
             else:
-                detector = PatchSVDD(image_size=_parse_resize(resize), seed=seed, device=device)
+                detector = PatchSVDD(
+                    image_size=_parse_resize(resize), mode=mode, seed=seed, device=device
+                )
                 ready = detector.untrained_encoder()
                 if encoder is not None:
                     file = _file_for(encoder, category)

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from patchsvdd_fast import PatchSVDD, cli, train_command
+from patchsvdd_fast.evaluation import evaluate_category
 from patchsvdd_fast.files import written_whole
+from patchsvdd_fast.images import Category
 from patchsvdd_fast.train_command import TrainingSet, training_sets
 
 FAST = [
@@ -101,6 +103,25 @@ def test_evaluate_several_categories(category_folder, tmp_path):
     assert unmasked["percent"]["mult"]["detection"] == stripes["percent"]["mult"]["detection"]
     assert unmasked["percent"]["mult"]["segmentation"] is None
     assert stripes["percent"]["mult"]["segmentation"] is not None
+
+
+def test_untrained_is_where_the_mode_begins(category_folder, tmp_path):
+    results = tmp_path / "results.json"
+    done = run(
+        *("evaluate", category_folder, "--untrained", "--mode", "dense", "--resize", "96"),
+        *("--json", results),
+    )
+    assert done.returncode == 0, done.stderr
+    detector = PatchSVDD(image_size=96, mode="dense", device="cpu")
+    detector.fit(category_folder, encoder=detector.untrained_encoder())
+    expected = evaluate_category(detector, Category(category_folder)).percent
+    assert json.loads(results.read_text())["results"][0]["percent"] == expected
+    faithful = PatchSVDD(image_size=96, device="cpu")
+    faithful.fit(category_folder, encoder=faithful.untrained_encoder())
+    assert evaluate_category(faithful, Category(category_folder)).percent != expected
+    assert "mode must be" in one_line_error(
+        run("evaluate", category_folder, "--untrained", "--mode", "best")
+    )
 
 
 def test_info():
