@@ -136,6 +136,10 @@ def train(
             help='"matched": scale colours to the usual light; "as_is". Default: the mode\'s.'
         ),
     ] = None,
+    mean: Annotated[
+        str,
+        typer.Option(help='Subtract the mean image ("pixel") or one mean per channel ("channel").'),
+    ] = "pixel",
     resize: ResizeOption = "256",
     combination: CombinationOption = "mult",
     contamination: Annotated[
@@ -176,6 +180,7 @@ def train(
             combination=combination,
             contamination=contamination,
             illumination=illumination,
+            mean=mean,
             mode=mode,
             surface=surface,
             epochs=epochs,

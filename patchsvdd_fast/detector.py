@@ -51,6 +51,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     Parameters:
         illumination: "as_is", or "matched": each image's colours are scaled to the training images'
             mean, so that the light they were taken in matters less; None: the mode's own.
+        mean: what is subtracted from images: the training images' mean image ("pixel"), or one mean
+            per channel ("channel"), for things that lie anywhere.
         image_size: resize images to this many pixels (a square), or (height, width); None keeps
             their own size, which must then be one for all.
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
@@ -82,6 +84,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         combination: str = "mult",
         contamination: float = 0.01,
         illumination: str | None = None,
+        mean: str = "pixel",
         mode: str = "faithful",
         surface: str | None = None,
         epochs: int | None = None,
@@ -105,6 +108,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self.combination = combination
         self.contamination = contamination
         self.illumination = illumination
+        self.mean = mean
         self.mode = mode
         self.surface = surface
         self.epochs = epochs
@@ -157,7 +161,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
         light = mean_colour(images)
         images = self._in_light(images, light)
-        mean = mean_image(images)
+        mean = mean_image(images, self.mean)
         record = TrainingRecord()
         if encoder is None:
             encoder = self.untrained_encoder().to(device)
@@ -344,6 +348,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def _header(self) -> dict[str, Any]:
         parameters = self.get_params()
         parameters["levels"] = [(level.size, level.stride) for level in self.levels]
+        parameters["illumination"] = self._illumination()  # whatever the mode's will be one day
         return {"parameters": parameters}
 
 

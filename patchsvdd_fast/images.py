@@ -18,6 +18,9 @@ MASK_THRESHOLD = 128
 ILLUMINATIONS = ("as_is", "matched")
 """Whether images are brought to the training images' light, see `match_illumination`."""
 
+MEANS = ("pixel", "channel")
+"""What is subtracted from images: their mean image, or one mean of each channel."""
+
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
 
@@ -188,8 +191,15 @@ def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
     return batch
 
 
-def mean_image(images: Tensor) -> Tensor:
-    """The per-pixel mean of uint8 images [N, C, H, W], as [C, H, W] float32."""
+def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
+    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32; of: see `MEANS`.
+
+    Raises ValueError for another kind of mean.
+    """
+    if of not in MEANS:
+        raise ValueError(f"mean must be one of {MEANS}, got {of!r}")
+    if of == "channel":
+        return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
     total = torch.zeros(images.shape[1:], dtype=torch.int64)
     for image in images:
         total += image

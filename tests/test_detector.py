@@ -161,7 +161,7 @@ def test_save_and_load(fitted, tmp_path, category_folder):
     assert torch.equal(before.anomaly_map, after.anomaly_map)
     assert loaded.threshold_ == fitted.threshold_
     assert loaded.record_ == fitted.record_
-    assert loaded.get_params() == fitted.get_params()
+    assert loaded.get_params() == fitted.get_params() | {"illumination": "as_is"}
     encoder = load_encoder(path)
     assert encoder.state_dict().keys() == fitted.encoder_.state_dict().keys()
 
@@ -343,5 +343,7 @@ def test_matched_light_makes_scores_indifferent_to_brightness(good_folder, tmp_p
     assert changes["matched"] < 0.2 * changes["as_is"]
     with pytest.raises(ValueError, match="illumination must be one of"):
         PatchSVDD(illumination="dark").fit(images)
+    with pytest.raises(ValueError, match="mean must be one of"):
+        PatchSVDD(mean="image").fit(images)
     assert PatchSVDD(mode="dense")._illumination() == "matched"
     assert PatchSVDD()._illumination() == "as_is"

@@ -172,6 +172,10 @@ def test_bad_sets_are_named(tmp_path):
 def test_mean_image_is_exact():
     images = torch.randint(256, (7, 3, 5, 6), dtype=torch.uint8)
     assert torch.equal(mean_image(images), images.double().mean(dim=0).float())
+    channels = mean_image(images, "channel")
+    assert channels.shape == (3, 5, 6)
+    expected = images.double().mean(dim=(0, 2, 3), keepdim=True)[0].expand(3, 5, 6)
+    torch.testing.assert_close(channels, expected.float())
 
 
 def test_matched_images_do_not_depend_on_the_light():
