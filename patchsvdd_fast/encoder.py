@@ -118,9 +118,22 @@ class HierarchicalEncoder(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed patches [B, 3, K, K] (float32, normalised) as [B, D]; K picks the level."""
-        if patches.ndim != 4 or patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
-            raise ValueError(f"patches must have shape [B, 3, K, K], got {list(patches.shape)}")
-        return self._embed(patches, self._depth(patches.shape[-1])).flatten(1)
+        (embedded,) = self.forward_sizes([patches])
+        return embedded
+
+    def forward_sizes(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """As `forward` for batches of several sizes, through the small encoder in one pass."""
+        depths, quadrants = [], []
+        for patches in batches:
+            if patches.ndim != 4 or patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
+                raise ValueError(f"patches must have shape [B, 3, K, K], got {list(patches.shape)}")
+            depths.append(self._depth(patches.shape[-1]))
+            quadrants.append(_quartered(patches, depths[-1]))
+        embedded = self.small(torch.cat(quadrants)).split([len(part) for part in quadrants])
+        return [
+            self._joined(part, depth).flatten(1)
+            for part, depth in zip(embedded, depths, strict=True)
+        ]
 
     @torch.no_grad()
     def embed(self, patches: Tensor) -> Tensor:
@@ -175,17 +188,12 @@ class HierarchicalEncoder(nn.Module):
                 maps[level] = joined.view(quadrants.shape[:4]).permute(0, 3, 1, 2)
         return maps[level]
 
-    def _embed(self, patches: Tensor, depth: int) -> Tensor:
-        """[B, 3, K, K] -> [B, D, 1, 1]."""
-        if depth == 0:
-            return self.small(patches)
-        batch, channels, size, _ = patches.shape
-        half = size // 2
-        quadrants = patches.reshape(batch, channels, 2, half, 2, half)
-        quadrants = quadrants.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, half, half)
-        embedded = self._embed(quadrants, depth - 1)  # [4B, D, 1, 1], quadrants row by row
-        embedded = embedded.reshape(batch, 2, 2, self.embedding_dim).permute(0, 3, 1, 2)
-        return self.head(size)(embedded.contiguous())  # as `_dense_map` passes them
+    def _joined(self, embedded: Tensor, depth: int) -> Tensor:
+        """[4^depth B, D, 1, 1], as `_quartered` orders them -> [B, D, 1, 1]."""
+        for head in self.heads[:depth]:
+            quadrants = embedded.reshape(-1, 2, 2, self.embedding_dim).permute(0, 3, 1, 2)
+            embedded = head(quadrants.contiguous())  # as `_dense_map` passes them
+        return embedded
 
     def head(self, size: int) -> nn.Module:
         """What joins the quadrants of a patch of this size, [B, D, 2, 2] -> [B, D, 1, 1]."""
@@ -209,6 +217,16 @@ class HierarchicalEncoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE, nonlinearity="leaky_relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+
+
+def _quartered(patches: Tensor, times: int) -> Tensor:
+    """[B, 3, K, K] -> [4^times B, 3, K / 2^times, K / 2^times], quadrants row by row."""
+    for _ in range(times):
+        batch, channels, size, _ = patches.shape
+        half = size // 2
+        patches = patches.reshape(batch, channels, 2, half, 2, half)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, half, half)
+    return patches
 
 
 def _quadrants_of_patches(below: Tensor, step: int, distance: int) -> Tensor:

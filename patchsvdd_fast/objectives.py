@@ -7,6 +7,7 @@ The other one is in `dense_pairs`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -92,24 +93,37 @@ def pair_loss(
     return LevelLoss(total, position, svdd, right, neighbours[0].detach())
 
 
-def patch_loss(
-    encoder: HierarchicalEncoder,
-    classifier: PositionClassifier,
-    positions: tuple[Tensor, Tensor, Tensor],
-    neighbours: tuple[Tensor, Tensor],
-    svdd_weight: float,
-) -> LevelLoss:
-    """The loss of one patch size from the patches themselves.
+class DrawnPairs(NamedTuple):
+    """The patches of one size, [B, 3, K, K] each: position pairs, labels [B], neighbour pairs."""
 
-    positions: first and second patches [B, 3, K, K] and labels [B]; neighbours: first and second
-    patches [B, 3, K, K]. All are encoded in one pass.
-    """
-    first, second, labels = positions
-    patches = [first, second, *neighbours]
-    embedded = encoder(torch.cat(patches)).split([len(part) for part in patches])
-    return pair_loss(
-        classifier, (embedded[0], embedded[1]), labels, (embedded[2], embedded[3]), svdd_weight
+    first: Tensor
+    second: Tensor
+    labels: Tensor
+    near: Tensor
+    jittered: Tensor
+
+
+def patch_losses(
+    encoder: HierarchicalEncoder,
+    classifiers: Mapping[int, PositionClassifier],
+    drawn: Mapping[int, DrawnPairs],
+    svdd_weight: float,
+) -> dict[int, LevelLoss]:
+    """The losses by patch size from the patches themselves, all encoded in one pass."""
+    embedded = encoder.forward_sizes(
+        [
+            torch.cat([pairs.first, pairs.second, pairs.near, pairs.jittered])
+            for pairs in drawn.values()
+        ]
     )
+    losses = {}
+    for (size, pairs), embeddings in zip(drawn.items(), embedded, strict=True):
+        counts = [len(part) for part in (pairs.first, pairs.second, pairs.near, pairs.jittered)]
+        first, second, near, jittered = embeddings.split(counts)
+        losses[size] = pair_loss(
+            classifiers[size], (first, second), pairs.labels, (near, jittered), svdd_weight
+        )
+    return losses
 
 
 class TrainingImages:
@@ -177,25 +191,19 @@ class PatchPairs:
 
     def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
         """See `Objective`; an item is a pair of each kind."""
-        return {
-            size: self._level(size, image_of, step, share)
-            for size in reversed(self.encoder.patch_sizes)
-        }
+        sizes = self.encoder.patch_sizes[::-1]
+        drawn = {size: self._draw(size, image_of, step, share) for size in sizes}
+        classifiers = {size: classifier_of(self.classifiers, size) for size in sizes}
+        return patch_losses(self.encoder, classifiers, drawn, self.svdd_weight)
 
-    def _level(self, size: int, image_of: Tensor, step: int, share: slice) -> LevelLoss:
+    def _draw(self, size: int, image_of: Tensor, step: int, share: slice) -> DrawnPairs:
         def draw(kind: PairKind) -> tuple[Tensor, Tensor, Tensor]:
             (first, second), _, labels = self.images.crop_pairs(
                 image_of[share], size, kind, (self.seed, step), share.start, self.redraw_clipped
             )
             return first, second, labels
 
-        return patch_loss(
-            self.encoder,
-            classifier_of(self.classifiers, size),
-            draw("position"),
-            draw("neighbour")[:2],
-            self.svdd_weight,
-        )
+        return DrawnPairs(*draw("position"), *draw("neighbour")[:2])
 
 
 def classifier_of(classifiers: nn.ModuleDict, size: int) -> PositionClassifier:

@@ -44,6 +44,21 @@ def test_dense_equals_patch_by_patch(levels, initialization):
         torch.testing.assert_close(embeddings, patchwise, rtol=0, atol=1e-6)
 
 
+def test_sizes_together_are_sizes_apart():
+    torch.manual_seed(0)
+    encoder = HierarchicalEncoder(embedding_dim=8, num_levels=3, initialization="kaiming").eval()
+    batches = [torch.rand(count, 3, size, size) for count, size in ((2, 128), (3, 32), (4, 64))]
+    passes = []
+    encoder.small.register_forward_hook(lambda *call: passes.append(call))
+    with torch.no_grad():
+        together = encoder.forward_sizes(batches)
+        assert len(passes) == 1
+        for batch, embedded in zip(batches, together, strict=True):
+            torch.testing.assert_close(embedded, encoder(batch), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="patch size must be one of"):
+        encoder.forward_sizes([torch.rand(1, 3, 48, 48)])
+
+
 def test_embed_is_forward_in_passes():
     encoder = HierarchicalEncoder(embedding_dim=8).eval()
     patches = torch.rand(5000, 3, 32, 32)

@@ -14,7 +14,7 @@ import torch
 from patchsvdd_fast import HierarchicalEncoder, ops
 from patchsvdd_fast.encoder import from_official_names
 from patchsvdd_fast.losses import PositionClassifier
-from patchsvdd_fast.objectives import embedding_spread, patch_loss
+from patchsvdd_fast.objectives import DrawnPairs, embedding_spread, patch_losses
 from patchsvdd_fast.sampling import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
 from patchsvdd_fast.training import (
     CROPS_PER_IMAGE,
@@ -56,19 +56,16 @@ def _reference_models(reference, dtype=torch.float32):
 def _reference_loss(reference, encoder, classifiers):
     labels = torch.from_numpy(reference["y"])
     dtype = next(encoder.parameters()).dtype
-    total, metrics = 0, {}
+    drawn = {}
     for size in (64, 32):
-        pairs = {
-            name: torch.from_numpy(reference[f"{name}"]).to(dtype)
+        first, second, near, jittered = (
+            torch.from_numpy(reference[name]).to(dtype)
             for name in (f"pos{size}_a", f"pos{size}_b", f"svdd{size}_a", f"svdd{size}_b")
-        }
-        first, second, near, jittered = pairs.values()
-        loss = patch_loss(
-            encoder, classifiers[size], (first, second, labels), (near, jittered), 1e-3
         )
-        metrics[size] = loss.metrics()
-        total = total + loss.total
-    return total, metrics
+        drawn[size] = DrawnPairs(first, second, labels, near, jittered)
+    losses = patch_losses(encoder, classifiers, drawn, 1e-3)
+    metrics = {size: loss.metrics() for size, loss in losses.items()}
+    return sum(loss.total for loss in losses.values()), metrics
 
 
 def test_losses_match_the_reference(reference_losses):
