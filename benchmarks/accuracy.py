@@ -228,7 +228,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     for column, category in enumerate(categories):
         for row, metric in enumerate((DETECTION, SEGMENTATION)):
             panel = axes[row][column]
-            for way in WAYS:
+            for colour, way in enumerate(WAYS):
                 mine = [r for r in runs if (r["category"], r["way"]) == (category, way)]
                 if not mine or mine[0]["points"][0]["percent"][SHOWN][metric] is None:
                     continue
@@ -244,7 +244,12 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
                     for i in range(count)
                 ]
                 panel.errorbar(
-                    minutes, values.mean(axis=1), values.std(axis=1), label=way, capsize=3
+                    minutes,
+                    values.mean(axis=1),
+                    values.std(axis=1),
+                    label=way,
+                    color=f"C{colour}",
+                    capsize=3,
                 )
             panel.set_title(f"{category}: {metric}", fontsize=9)
             panel.set_ylabel("AUROC, %")
