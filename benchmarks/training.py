@@ -4,9 +4,10 @@
 
 The usual way, written afresh after the paper's description: each patch is cut out of a float image
 in NumPy by one of two DataLoader workers, batched, augmented in the training process, and encoded
-patch size by patch size by a plain float32 model. Both train the same batches (64 pairs of each
-kind and size) from the same initialisation; their steps are timed in turn, the median is kept. The
-dense mode's steps are timed beside them: other things are learned in one, so no ratio is given.
+patch size by patch size by a plain model under PyTorch's defaults (on a GPU, TF32 convolutions).
+Both train the same batches (64 pairs of each kind and size) from the same initialisation; their
+steps are timed in turn, the median is kept. The dense mode's steps are timed beside them: other
+things are learned in one, so no ratio is given.
 
 A step's operations are counted, and the speed of a large matrix product is measured between the
 rounds: it bounds what direct convolutions could reach, and so every ratio.

@@ -15,10 +15,12 @@ import typer
 from rich.table import Table
 
 from . import __version__, demo, runtime
+from .dense_pairs import smallest_crop
 from .detector import PatchSVDD, illumination_of, load_encoder, resolve_device
 from .evaluation import CategoryResult, evaluate_category, write_json
-from .images import Category, find_categories, find_images, read_image
+from .images import Category, ImageSize, find_categories, find_images, parse_size, read_image
 from .interrupts import Terminated
+from .levels import DEFAULT_LEVELS
 from .report import write_heat_map, write_scores_csv
 from .terminal import console, errors, fit_with_progress, results_table
 from .train_command import Keeping, require_writable, train_all, training_sets
@@ -32,7 +34,7 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
 TERMINATED = 143  # likewise after SIGTERM
-_DENSE_SIDE = 126  # pixels that dense mode needs
+_DENSE_SIDE = smallest_crop(max(level.size for level in DEFAULT_LEVELS))
 CPU_MINUTES = 10.0  # of training, where nothing is said and there is no GPU
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
@@ -172,7 +174,8 @@ def train(
         mode = "faithful" if mode == "auto" else mode
         illumination = illumination or illumination_of(encoder)
     if mode == "auto":
-        mode, minutes = _mode_for(target, _parse_resize(resize), (minutes, epochs, steps))
+        size = parse_size(_parse_resize(resize))
+        mode, minutes = _mode_for(target, size, (minutes, epochs, steps))
 
     def make_detector() -> PatchSVDD:
         return PatchSVDD(
@@ -216,15 +219,14 @@ def train(
 
 def _mode_for(
     device: torch.device,
-    size: int | tuple[int, int] | None,
+    size: ImageSize,
     lengths: tuple[float | int | None, ...],
 ) -> tuple[str, float | None]:
     """The mode that suits the machine, and its minutes; says what was chosen."""
     minutes = lengths[0]
-    is_small = size is not None and min((size,) if isinstance(size, int) else size) < _DENSE_SIDE
     if device.type != "cpu":
         return "faithful", minutes
-    if is_small:
+    if size is not None and min(size) < _DENSE_SIDE:
         _say_once(
             f"images of less than {_DENSE_SIDE} pixels: training in mode faithful, the paper's "
             "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"

@@ -27,6 +27,11 @@ class CellPairs(NamedTuple):
     labels: Tensor  # [P]
 
 
+def smallest_crop(largest_patch: int) -> int:
+    """Side that holds every position pair, in pixels: the longest offset is a patch less a cell."""
+    return 2 * largest_patch - TRUNK_STRIDE
+
+
 def draw_positions(size: int, crop: int, count: int, generator: Generator) -> CellPairs:
     """Position pairs as in the paper, to whole cells; the first patch lies where both fit."""
     last = (crop - size) // TRUNK_STRIDE
@@ -77,8 +82,7 @@ class DensePairs:
         light: Light,
     ) -> None:
         largest = max(encoder.patch_sizes)
-        # The longest offset of a position pair is a patch less a cell.
-        smallest = 2 * largest - TRUNK_STRIDE
+        smallest = smallest_crop(largest)
         crop_size = min(crop_size, *images.mean.shape[1:])
         if crop_size < smallest:
             raise ValueError(

@@ -160,7 +160,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         device = local_device(resolve_device(self.device))
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
         light = mean_colour(images)
-        images = self._in_light(images, light)
+        images = match_illumination(images, self._usual(light))
         mean = mean_image(images, self.mean)
         record = TrainingRecord()
         if encoder is None:
@@ -169,10 +169,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             if settings.check_every is not None and len(images) == 1:
                 warnings.warn("one image: what is learned cannot be checked", stacklevel=2)
             elif settings.check_every is not None:
-                is_matched = self._illumination() == "matched"
-                check = DefectCheck(
-                    images, mean, self.levels, self.combination, light if is_matched else None
-                )
+                check = DefectCheck(images, mean, self.levels, self.combination, self._usual(light))
             with joined_workers(device) as workers:
                 trainer = Trainer(encoder, images, mean, settings, check, workers)
                 found = checkpoint is not None and Path(checkpoint).exists()
@@ -255,8 +252,9 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def _illumination(self) -> str:
         return self.illumination or recipes.illumination_of(self.mode)
 
-    def _in_light(self, images: Tensor, colour: Tensor) -> Tensor:
-        return match_illumination(images, colour) if self._illumination() == "matched" else images
+    def _usual(self, light: Tensor) -> Tensor | None:
+        """What images are to be matched to."""
+        return light if self._illumination() == "matched" else None
 
     def _largest_patch(self) -> int:
         return max(level.size for level in self.levels)
@@ -270,7 +268,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """Anomaly maps and image scores of new images. Raises NotFittedError before `fit`."""
         self._require_fitted()
         images = load_images(X, parse_size(self.image_size), self._largest_patch())
-        images = self._in_light(images, self.light_)
+        images = match_illumination(images, self._usual(self.light_))
         return score_images(self.encoder_, self.banks_, images, self.mean_, self.combination)
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803

@@ -211,13 +211,15 @@ def mean_colour(images: Tensor) -> Tensor:
     return mean_image(images).double().mean(dim=(1, 2)).float()
 
 
-def match_illumination(images: Tensor, colour: Tensor) -> Tensor:
+def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
 
     So an image taken in brighter light, or light of another colour, becomes what it would have been
     in the usual one, but for pixels at the end of their range. Factors are kept between 1/2 and 2:
-    beyond, it is not the light.
+    beyond, it is not the light. With None the images stay as they are.
     """
+    if colour is None:
+        return images
     matched = torch.empty_like(images)
     for number, image in enumerate(images):  # one by one, for the memory
         own = image.double().mean(dim=(1, 2)).clamp(min=1e-6)

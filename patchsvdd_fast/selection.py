@@ -23,14 +23,13 @@ from .synthetic_defects import DEFECTS, Strength, draw_defects
 
 _MOST_HELD_OUT = 8
 _MOST_IN_BANK = 16
-# Copies with defects of each image set aside: kinds, which take turns, and their strength. Faint
-# ones alone are lost in what differs between normal images, plain ones alone are found by all.
-_COPIES = (
-    (tuple(DEFECTS), Strength(size=2.0, contrast=1.5)),
-    (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
+# What is drawn into copies of each image set aside: kinds, which take turns, and their strength.
+# Faint ones alone are lost in what differs between normal images, plain ones are found by all.
+_DRAWN = (
     (tuple(DEFECTS), Strength(size=2.0, contrast=1.5)),
     (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
 )
+_COPIES = 2  # of an image with each of these
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,8 @@ class DefectCheck:
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
         defective, masks = _with_defects(clean, np.random.default_rng(seed))
-        if light is not None:  # as in use, where the defect has its part in an image's mean
-            defective = match_illumination(defective, light)
-        self.images = torch.cat([clean, defective])
+        # As in use, where the defect has its part in an image's mean.
+        self.images = torch.cat([clean, match_illumination(defective, light)])
         self.labels = np.arange(len(self.images)) >= len(clean)
         self.masks = np.concatenate([np.zeros((len(clean), *masks.shape[1:]), dtype=bool), masks])
 
@@ -99,11 +97,12 @@ def _spread(count: int, chosen: int) -> np.ndarray:
 
 
 def _with_defects(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Defective copies of uint8 images [N, 3, H, W], `_COPIES` of each, and their masks."""
+    """Copies of uint8 images [N, 3, H, W] with a defect each, and their masks."""
     drawn = [
-        draw_defects(image, rng, kind=kinds[(number + copy // 2) % len(kinds)], strength=strength)
+        draw_defects(image, rng, kind=kinds[(number + copy) % len(kinds)], strength=strength)
         for number, image in enumerate(images)
-        for copy, (kinds, strength) in enumerate(_COPIES)
+        for copy in range(_COPIES)
+        for kinds, strength in _DRAWN
     ]
     defective, masks = zip(*drawn, strict=True)
     return torch.stack(defective), torch.stack(masks).numpy()
