@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import __version__, demo, runtime
 from .dense_pairs import smallest_crop
-from .detector import PatchSVDD, illumination_of, load_encoder, resolve_device
+from .detector import PatchSVDD, load_encoder, preparation_of, resolve_device
 from .evaluation import CategoryResult, evaluate_category, write_json
 from .images import Category, ImageSize, find_categories, find_images, parse_size, read_image
 from .interrupts import Terminated
@@ -139,9 +139,9 @@ def train(
         ),
     ] = None,
     mean: Annotated[
-        str,
+        str | None,
         typer.Option(help='Subtract the mean image ("pixel") or one mean per channel ("channel").'),
-    ] = "pixel",
+    ] = None,
     resize: ResizeOption = "256",
     combination: CombinationOption = "mult",
     contamination: Annotated[
@@ -172,7 +172,8 @@ def train(
     target = local_device(resolve_device(device))
     if encoder is not None:
         mode = "faithful" if mode == "auto" else mode
-        illumination = illumination or illumination_of(encoder)
+        prepared = preparation_of(encoder)
+        illumination, mean = illumination or prepared["illumination"], mean or prepared["mean"]
     if mode == "auto":
         size = parse_size(_parse_resize(resize))
         mode, minutes = _mode_for(target, size, (minutes, epochs, steps))
@@ -183,7 +184,7 @@ def train(
             combination=combination,
             contamination=contamination,
             illumination=illumination,
-            mean=mean,
+            mean=mean or "pixel",
             mode=mode,
             surface=surface,
             epochs=epochs,
@@ -327,7 +328,7 @@ def evaluate(
                 if encoder is not None:
                     file = _file_for(encoder, category)
                     ready = load_encoder(file)
-                    detector.illumination = illumination_of(file)
+                    detector.set_params(**preparation_of(file))
                 detector.fit(category.root, encoder=ready)
             results.append(evaluate_category(detector, category))
     console.print(results_table(results))

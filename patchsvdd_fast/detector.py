@@ -360,14 +360,17 @@ def load_encoder(path: str | Path) -> HierarchicalEncoder:
     return _encoder_of(*store.load(path))
 
 
-def illumination_of(path: str | Path) -> str:
-    """How the images of an encoder file were treated, see `images.ILLUMINATIONS`."""
+def preparation_of(path: str | Path) -> dict[str, str]:
+    """How images were prepared for the encoder of a file: `illumination` and `mean`."""
     if Path(path).suffix in (".pkl", ".pt", ".pth"):
-        return "as_is"
+        return {"illumination": "as_is", "mean": "pixel"}
     _, header = store.load(path)
     parameters = header["parameters"]
-    given: str | None = parameters.get("illumination")
-    return given or recipes.illumination_of(parameters.get("mode", "faithful"))
+    illumination = parameters.get("illumination")
+    return {
+        "illumination": illumination or recipes.illumination_of(parameters.get("mode", "faithful")),
+        "mean": parameters.get("mean", "pixel"),
+    }
 
 
 def resolve_device(device: str) -> torch.device:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from patchsvdd_fast import PatchSVDD, cli, train_command
@@ -122,6 +123,23 @@ def test_untrained_is_where_the_mode_begins(category_folder, tmp_path):
     assert "mode must be" in one_line_error(
         run("evaluate", category_folder, "--untrained", "--mode", "best")
     )
+
+
+def test_an_encoder_brings_how_its_images_were_prepared(category_folder, tmp_path):
+    file, model, results = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c"))
+    detector = PatchSVDD(image_size=96, mode="dense", mean="channel", device="cpu")
+    detector.fit(category_folder, encoder=detector.untrained_encoder()).save(file)
+    done = run("train", category_folder, "-o", model, "--resize", "96", "--encoder", file)
+    assert done.returncode == 0, done.stderr
+    made = PatchSVDD.load(model)
+    assert (made.mean, made.illumination) == ("channel", "matched")
+    assert torch.equal(made.mean_, detector.mean_)
+    done = run(
+        *("evaluate", category_folder, "--resize", "96", "--encoder", file, "--json", results)
+    )
+    assert done.returncode == 0, done.stderr
+    expected = evaluate_category(detector, Category(category_folder)).percent
+    assert json.loads(results.read_text())["results"][0]["percent"] == expected
 
 
 def test_info():
