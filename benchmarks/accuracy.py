@@ -1,17 +1,18 @@
 """Time to accuracy: what each way of training reaches, beside the encoder it starts from.
 
-    python benchmarks/accuracy.py --data DIR --minutes 10 --seeds 3 --output benchmarks/results
+    python benchmarks/accuracy.py --data DIR --minutes 2.5 20 --seeds 3 --output benchmarks/results
 
 For each category in DIR (MVTec layout), way and seed, an encoder is trained; at the start and at
 given times the test images are scored, and again with the good ones alone made brighter: a detector
 that sees past light scores the same. Neither mode's rate depends on how long is still to go, so
 each point is what a run of that length would give. What labels say never reaches the training.
+Published weights (`--published`, files named <category>_*) are scored beside them.
 
 Patches of 32 pixels are scored at stride 8 instead of 4, which saves most of the evaluation's time
 and moves AUROC by up to a point or two. Time is that of the process over its threads (CPU time), so
 that runs on a busy machine compare; on two idle cores a minute of it passes in half a minute. Runs
 that accuracy.json in the output folder holds already are not repeated, so a long series can be done
-in parts. Writes accuracy.json, accuracy.md and accuracy.png.
+in parts; a longer run replaces a shorter one. Writes accuracy.json, accuracy.md and accuracy.png.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder, metrics
+from patchsvdd_fast.detector import load_encoder
 from patchsvdd_fast.evaluation import read_masks
 from patchsvdd_fast.files import written_whole
 from patchsvdd_fast.images import (
@@ -47,7 +49,7 @@ from patchsvdd_fast.levels import PatchLevel
 from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.runtime import describe
 from patchsvdd_fast.score import combinations_of, fill_banks, score_images
-from patchsvdd_fast.selection import DefectCheck
+from patchsvdd_fast.selection import DefectCheck, Quality
 from patchsvdd_fast.training import Trainer, TrainingStep
 
 SIDE = (256, 256)
@@ -62,6 +64,8 @@ WAYS = {
     "dense": ("dense", "matched"),
 }
 """What is compared: mode and illumination."""
+PUBLISHED = {"published weights": "as_is", "published weights, matched light": "matched"}
+"""What the full schedule reached, and in which illumination it is scored."""
 
 
 class TestSet:
@@ -143,7 +147,8 @@ def train_and_evaluate(
         nonlocal spent, started
         spent += time.process_time() - started
         for size, level in step.levels.items():
-            accuracy[size] = 0.98 * accuracy.get(size, 0.125) + 0.02 * level.accuracy
+            if level.accuracy is not None:
+                accuracy[size] = 0.98 * accuracy.get(size, 0.125) + 0.02 * level.accuracy
         if spent >= 60 * due[0]:
             due.pop(0)
             point(step.step, {f"K{size}": value for size, value in accuracy.items()})
@@ -158,39 +163,88 @@ def train_and_evaluate(
     return points
 
 
+def evaluate_published(tests: TestSet, file: Path) -> list[dict[str, Any]]:
+    """The one point of weights that are there already."""
+    encoder = load_encoder(file)
+    quality = DefectCheck(tests.train, tests.mean, LEVELS, light=tests.light)(encoder)
+    return [
+        {
+            "step": None,
+            "core_minutes": None,
+            "position_accuracy": None,
+            "drawn_defects": [quality.detection, quality.segmentation],
+            "percent": evaluate(encoder, tests),
+        }
+    ]
+
+
+def by_time(runs: Sequence[dict[str, Any]]) -> dict[float, list[tuple[dict[str, Any], int]]]:
+    """For each time asked for, and 0, the runs that reached it, with the number of the point."""
+    reached: dict[float, list[tuple[dict[str, Any], int]]] = {}
+    for run in runs:
+        for index, minutes in enumerate((0, *run["minutes"])):
+            reached.setdefault(minutes, []).append((run, index))
+    return dict(sorted(reached.items()))
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Per category and way: mean and standard deviation over seeds at each time, as Markdown."""
     lines = [
         f"AUROC of the {SHOWN} map in percent; 5 % and 10 % brighter: detection with the good test "
-        "images alone so much brighter. Mean ± standard deviation over seeds; kept: with how many "
-        "of them the check on drawn defects, which sees no labels, would end with this point.",
+        "images alone so much brighter. Mean ± standard deviation over seeds. Chosen: detection / "
+        "segmentation of a training that ends here with the weights, of this point and those "
+        "before, which the check on drawn defects likes best; it sees no labels. Best: of those "
+        "points, the one with the best detection.",
         "",
-        "| category | way | core minutes | detection | segmentation | 5 % brighter | 10 % brighter "
-        "| kept |",
-        "|---|---|---|---|---|---|---|---|",
+        "| category | way | core minutes | seeds | detection | segmentation | 5 % brighter | "
+        "10 % brighter | chosen | best |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     keys = sorted({(run["category"], run["way"]) for run in runs})
     for category, way in keys:
         mine = [run for run in runs if (run["category"], run["way"]) == (category, way)]
-        for index in range(min(len(run["points"]) for run in mine)):
-            points = [run["points"][index] for run in mine]
-            minutes = statistics.mean(point["core_minutes"] for point in points)
+        for minutes, reached in by_time(mine).items():
+            points = [_shown(run)[index] for run, index in reached]
             cells = [
-                _spread([point["percent"][SHOWN][name] for point in points])
+                _spread([point[name] for point in points])
                 for name in (DETECTION, SEGMENTATION, *IN_OTHER_LIGHT)
             ]
-            when = f"{minutes:.2g}" if minutes else "untrained"
-            kept = sum(_kept(run) == index for run in mine)
+            ends = [_shown(run)[_best(run, index, _criteria)] for run, index in reached]
+            best = [_shown(run)[_best(run, index, _detections)] for run, index in reached]
+            when = "full schedule" if way in PUBLISHED else f"{minutes:g}" if minutes else "none"
             lines.append(
-                f"| {category} | {way} | {when} | {' | '.join(cells)} | {kept} of {len(mine)} |"
+                f"| {category} | {way} | {when} | {len(reached)} | {' | '.join(cells)} "
+                f"| {_both(ends)} | {_both(best)} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def _kept(run: dict[str, Any]) -> int:
-    """The point that `selection.Quality.criterion` chooses."""
-    criteria = [sum(point["drawn_defects"]) for point in run["points"]]
-    return criteria.index(max(criteria))
+def _shown(run: dict[str, Any]) -> list[dict[str, float | None]]:
+    """The figures of its points that the table and the plot show."""
+    return [point["percent"][SHOWN] for point in run["points"]]
+
+
+def _criteria(run: dict[str, Any]) -> list[float]:
+    """What `selection.Quality.criterion` chooses by."""
+    return [Quality(*point["drawn_defects"]).criterion for point in run["points"]]
+
+
+def _detections(run: dict[str, Any]) -> list[float]:
+    return [point["percent"][SHOWN][DETECTION] for point in run["points"]]
+
+
+def _best(run: dict[str, Any], last: int, judge: Callable[[dict[str, Any]], list[float]]) -> int:
+    """The number of the first best point up to the last."""
+    values = judge(run)[: last + 1]
+    return values.index(max(values))
+
+
+def _both(figures: Sequence[dict[str, float | None]]) -> str:
+    """Mean detection / segmentation."""
+    return " / ".join(
+        _spread([point[name] for point in figures]).split(" ")[0]
+        for name in (DETECTION, SEGMENTATION)
+    )
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -220,35 +274,34 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     for column, category in enumerate(categories):
         for row, metric in enumerate((DETECTION, SEGMENTATION)):
             panel = axes[row][column]
-            for colour, way in enumerate(WAYS):
+            for colour, way in enumerate((*WAYS, *PUBLISHED)):
                 mine = [r for r in runs if (r["category"], r["way"]) == (category, way)]
-                if not mine or mine[0]["points"][0]["percent"][SHOWN][metric] is None:
+                if not mine or _shown(mine[0])[0][metric] is None:
                     continue
-                count = min(len(run["points"]) for run in mine)
-                values = np.array(
-                    [
-                        [run["points"][i]["percent"][SHOWN][metric] for run in mine]
-                        for i in range(count)
-                    ]
-                )
-                minutes = [
-                    statistics.mean(run["points"][i]["core_minutes"] for run in mine)
-                    for i in range(count)
-                ]
+                reached = by_time(mine)
+                values = [[_shown(run)[i][metric] for run, i in some] for some in reached.values()]
+                style = {"label": way, "color": f"C{colour}"}
+                if way in PUBLISHED:
+                    panel.axhline(values[0][0], linestyle="--", **style)
+                    continue
                 panel.errorbar(
-                    minutes,
-                    values.mean(axis=1),
-                    values.std(axis=1),
-                    label=way,
-                    color=f"C{colour}",
+                    list(reached),
+                    [statistics.mean(some) for some in values],
+                    [statistics.pstdev(some) for some in values],
                     capsize=3,
+                    **style,
                 )
             panel.set_title(f"{category}: {metric}", fontsize=9)
             panel.set_ylabel("AUROC, %")
             if row:
                 panel.set_xlabel("core minutes of training")
-    axes[0][0].legend()
-    figure.tight_layout()
+    entries = {
+        label: handle
+        for panel in axes.flat
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=len(entries))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
 
 
@@ -263,6 +316,7 @@ def main() -> None:
         "--minutes", type=float, nargs="+", default=[2.5, 10.0], help="core minutes"
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--published", type=Path, help="folder of weights to score as well")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.data is None:
@@ -270,37 +324,54 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "accuracy.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    minutes = sorted(options.minutes)
-    if any(run["way"] in options.ways and run["minutes"] != minutes for run in runs):
-        parser.error(f"{path} holds runs of these ways with other --minutes")
-    done = {(run["category"], run["way"], run["seed"]) for run in runs}
+    categories = [
+        category
+        for category in find_categories(options.data)
+        if not options.categories or category.name in options.categories
+    ]
+
+    def keep(category: Category, way: str, seed: int, minutes: list[float], points: Any) -> None:
+        key = (category.name, way, seed)
+        runs[:] = [run for run in runs if _key(run) != key]
+        runs.append(
+            {
+                "category": category.name,
+                "way": way,
+                "seed": seed,
+                "minutes": minutes,
+                "threads": torch.get_num_threads(),
+                "commit": commit(),
+                "points": points,
+            }
+        )
+        runs.sort(key=_key)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
+        print(f"{category.name} {way} seed {seed} done", flush=True)
+
+    for category in categories:
+        files = sorted(options.published.glob(f"{category.name}_*")) if options.published else []
+        for way, illumination in PUBLISHED.items() if files else ():
+            points = evaluate_published(TestSet(category, illumination), files[0])
+            keep(category, way, 0, [], points)
     for seed in range(options.seeds):
-        for category in find_categories(options.data):
-            if options.categories and category.name not in options.categories:
-                continue
-            todo = [way for way in options.ways if (category.name, way, seed) not in done]
-            for way in todo:
+        for category in categories:
+            for way in options.ways:
+                key = (category.name, way, seed)
+                had = {time for run in runs if _key(run) == key for time in run["minutes"]}
+                if had.issuperset(options.minutes):
+                    continue
+                minutes = sorted(had.union(options.minutes))
                 mode, illumination = WAYS[way]
                 tests = TestSet(category, illumination)
-                points = train_and_evaluate(tests, mode, seed, minutes)
-                runs.append(
-                    {
-                        "category": category.name,
-                        "way": way,
-                        "seed": seed,
-                        "minutes": minutes,
-                        "threads": torch.get_num_threads(),
-                        "commit": commit(),
-                        "points": points,
-                    }
-                )
-                with written_whole(path) as partial:
-                    result = {"machine": describe(), "runs": runs}
-                    partial.write_text(json.dumps(result, indent=1) + "\n")
-                print(f"{category.name} {way} seed {seed} done", flush=True)
+                keep(category, way, seed, minutes, train_and_evaluate(tests, mode, seed, minutes))
     (options.output / "accuracy.md").write_text(table(runs))
     print(table(runs))
     plot(runs, options.output / "accuracy.png")
+
+
+def _key(run: dict[str, Any]) -> tuple[str, str, int]:
+    return run["category"], run["way"], run["seed"]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ app = typer.Typer(
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
 TERMINATED = 143  # likewise after SIGTERM
 _DENSE_SIDE = smallest_crop(max(level.size for level in DEFAULT_LEVELS))
-CPU_MINUTES = 10.0  # of training, where nothing is said and there is no GPU
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
 ResizeOption = Annotated[
@@ -91,12 +90,12 @@ def train(
     mode: Annotated[
         str,
         typer.Option(
-            help='"faithful": the paper\'s protocol; "dense": pairs from dense maps, for little '
-            'time. "auto": faithful on a GPU, dense on a CPU.'
+            help='"faithful": the paper\'s protocol; "dense": neighbours from dense maps, for '
+            'little time. "auto": faithful on a GPU, dense on a CPU.'
         ),
     ] = "auto",
     surface: Annotated[
-        str | None, typer.Option(help='"texture" or "object": a lambda that suits it.')
+        str | None, typer.Option(help='"texture" or "object": a lambda that suits it (faithful).')
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train for about so long instead of the mode's length.")
@@ -106,18 +105,20 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Pairs of each kind (faithful) or crops per step.")
+        int | None, typer.Option(help="Pairs of each kind (faithful) or crops (dense) per step.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     svdd_weight: Annotated[
-        float | None, typer.Option("--lambda", help="Weight of SVDD' against the position loss.")
+        float | None,
+        typer.Option("--lambda", help="Weight of SVDD' against the position loss (faithful)."),
     ] = None,
     initialization: Annotated[
         str | None,
-        typer.Option(help='"default": the paper\'s; "kaiming": learns at once; "small".'),
+        typer.Option(help='"default": the paper\'s; "kaiming": learns positions at once.'),
     ] = None,
     train_last_layer: Annotated[
-        bool | None, typer.Option(help="Train the classifier's last layer (the paper's is fixed).")
+        bool | None,
+        typer.Option(help="Train the classifier's last layer (faithful; the paper's is fixed)."),
     ] = None,
     redraw_clipped: Annotated[
         bool, typer.Option(help="Draw pairs that leave the image again instead of clipping.")
@@ -176,7 +177,7 @@ def train(
         illumination, mean = illumination or prepared["illumination"], mean or prepared["mean"]
     if mode == "auto":
         size = parse_size(_parse_resize(resize))
-        mode, minutes = _mode_for(target, size, (minutes, epochs, steps))
+        mode = _mode_for(target, size)
 
     def make_detector() -> PatchSVDD:
         return PatchSVDD(
@@ -218,29 +219,21 @@ def train(
             raise typer.Exit(1)
 
 
-def _mode_for(
-    device: torch.device,
-    size: ImageSize,
-    lengths: tuple[float | int | None, ...],
-) -> tuple[str, float | None]:
-    """The mode that suits the machine, and its minutes; says what was chosen."""
-    minutes = lengths[0]
+def _mode_for(device: torch.device, size: ImageSize) -> str:
+    """The mode that suits the machine; says what was chosen."""
     if device.type != "cpu":
-        return "faithful", minutes
+        return "faithful"
     if size is not None and min(size) < _DENSE_SIDE:
         _say_once(
             f"images of less than {_DENSE_SIDE} pixels: training in mode faithful, the paper's "
             "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
         )
-        return "faithful", minutes
-    if all(length is None for length in lengths):
-        minutes = CPU_MINUTES
-    lasting = "" if minutes is None else f" for about {minutes:g} minutes"
+        return "faithful"
     _say_once(
-        f"no GPU: training in mode dense{lasting} on {torch.get_num_threads()} threads "
+        f"no GPU: training in mode dense on {torch.get_num_threads()} threads, some minutes "
         "(--mode faithful is the paper's protocol, a day or more here)"
     )
-    return "dense", minutes
+    return "dense"
 
 
 def _say_once(message: str) -> None:

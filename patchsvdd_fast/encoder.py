@@ -30,8 +30,7 @@ _HEAD_CHANNELS = 128
 _QUADRANTS_IN_CACHE = 256  # of 32 pixels; measured: 128 as good, 64 and 1,280 a tenth slower
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
 
-INITIALIZATIONS = ("default", "kaiming", "small")
-_SMALL_GAIN = 0.05
+INITIALIZATIONS = ("default", "kaiming")
 
 
 class SmallEncoder(nn.Sequential):
@@ -84,9 +83,7 @@ class HierarchicalEncoder(nn.Module):
     Input pixels are float32, normalised as `(pixel - mean) / 255`. Embeddings lie in (-1, 1)^D.
 
     `initialization`: "default" is PyTorch's own, as in the paper's implementation; "kaiming" keeps
-    the variance from layer to layer (slope 0.1), so that training starts to learn at once; "small"
-    does so but for the last layer of each level, which is a twentieth of that: embeddings begin
-    where tanh is linear.
+    the variance from layer to layer (slope 0.1), so that positions are learned at once.
     """
 
     def __init__(
@@ -109,8 +106,6 @@ class HierarchicalEncoder(nn.Module):
         self.heads = nn.ModuleList(QuadrantHead(embedding_dim) for _ in range(num_levels - 1))
         if initialization != "default":
             self._initialize_variance_preserving()
-        if initialization == "small":
-            self._shrink_last_layers()
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:
@@ -211,13 +206,6 @@ class HierarchicalEncoder(nn.Module):
         if size not in self.patch_sizes:
             raise ValueError(f"patch size must be one of {self.patch_sizes}, got {size}")
         return self.patch_sizes.index(size)
-
-    @torch.no_grad()
-    def _shrink_last_layers(self) -> None:
-        self.small.convolutions()[-1].weight *= _SMALL_GAIN
-        for head in self.heads:
-            assert isinstance(head, QuadrantHead)
-            head.project.weight *= _SMALL_GAIN
 
     def _initialize_variance_preserving(self) -> None:
         for module in self.modules():

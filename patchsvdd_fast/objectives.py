@@ -24,13 +24,13 @@ from .sampling import PairKind
 class LevelMetrics:
     """What one step measured at one patch size."""
 
-    loss: float
-    """Cross-entropy, nats; ln 8 = 2.079 is chance."""
     svdd_loss: float
-    accuracy: float
-    """Share of right directions in the batch; 0.125 is chance."""
     spread: float
     """Standard deviation of the embeddings over a batch of patches, mean over dimensions."""
+    loss: float | None = None
+    """Cross-entropy of positions, nats; ln 8 = 2.079 is chance; None in mode dense."""
+    accuracy: float | None = None
+    """Share of right directions in the batch; 0.125 is chance; None in mode dense."""
 
 
 class LevelLoss(NamedTuple):
@@ -38,20 +38,20 @@ class LevelLoss(NamedTuple):
 
     total: Tensor
     """What is minimised, with its graph."""
-    classification: Tensor
     svdd: Tensor
-    right: Tensor
-    """[P], bool: whose direction was told right."""
     embeddings: Tensor
     """[P, D]: of the first patches of the neighbour pairs."""
+    classification: Tensor | None = None
+    right: Tensor | None = None
+    """[P], bool: whose direction was told right."""
 
     def metrics(self) -> LevelMetrics:
         """The figures to show."""
         return LevelMetrics(
-            loss=float(self.classification.detach()),
             svdd_loss=float(self.svdd.detach()),
-            accuracy=float(self.right.float().mean()),
             spread=embedding_spread(self.embeddings),
+            loss=None if self.classification is None else float(self.classification.detach()),
+            accuracy=None if self.right is None else float(self.right.float().mean()),
         )
 
 
@@ -90,7 +90,7 @@ def pair_loss(
     svdd = svdd_loss(*neighbours)
     total = position + svdd_weight * svdd
     right = logits.detach().argmax(dim=1) == labels
-    return LevelLoss(total, position, svdd, right, neighbours[0].detach())
+    return LevelLoss(total, svdd, neighbours[0].detach(), position, right)
 
 
 class DrawnPairs(NamedTuple):

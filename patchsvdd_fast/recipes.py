@@ -29,9 +29,10 @@ def training_settings(
 ) -> TrainingSettings:
     """The mode's settings, changed by the kind of surface and then by what is given and not None.
 
-    surface: "texture" or "object", which differ in lambda; None: the mode's own. Of epochs, steps
-    and minutes, giving one replaces the mode's length. check_every=0: no checks, where the mode has
-    some. Raises ValueError for an unknown mode or surface, and as TrainingSettings does.
+    surface: "texture" or "object", which differ in lambda (mode faithful); None: the mode's own.
+    Of epochs, steps and minutes, giving one replaces the mode's length. check_every=0: no checks,
+    where the mode has some. Raises ValueError for an unknown mode or surface, and as
+    TrainingSettings does.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -42,7 +43,7 @@ def training_settings(
     if any(name in given for name in _LENGTHS):
         recipe |= dict.fromkeys(_LENGTHS)
     if surface is not None:
-        recipe |= _RECIPES["surfaces"][surface][mode]
+        recipe |= _RECIPES["surfaces"][surface]
     if given.get("check_every") == 0:
         given["check_every"] = recipe["patience"] = None
     return TrainingSettings(mode=mode, **{**recipe, **given})

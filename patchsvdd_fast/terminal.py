@@ -36,7 +36,8 @@ def fit_with_progress(
     """Fit the detector under a progress bar with the figures that tell how training goes.
 
     Shown, smoothed over some 20 steps: the loss and, per level, the share of positions told right
-    (chance is 12.5 %); the embeddings' spread in the last step; and what the last check found.
+    (chance is 12.5 %; not in mode dense); the embeddings' spread in the last step; and what the
+    last check found.
     logs: called after each step, too. Further options go to `PatchSVDD.fit`.
     """
     with _training_progress() as show:
@@ -75,10 +76,12 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
                 console.print(f"{step.total_steps:,} steps, about {left} to go")
             if step.quality is not None:
                 checked = f"  defects {step.quality.criterion:.1f}"
-            figures = [f"loss {smooth('loss', step.loss):.3f}"]
+            figures = [f"loss {smooth('loss', step.loss):.3g}"]
             for size, level in sorted(step.levels.items(), reverse=True):
-                accuracy = smooth(f"accuracy {size}", level.accuracy)
-                figures.append(f"K{size} right {accuracy:.0%} spread {level.spread:.0e}")
+                figures.append(f"K{size}")
+                if level.accuracy is not None:
+                    figures[-1] += f" right {smooth(f'accuracy {size}', level.accuracy):.0%}"
+                figures[-1] += f" spread {level.spread:.0e}"
             progress.update(
                 task,
                 completed=step.step,

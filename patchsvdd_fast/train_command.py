@@ -178,7 +178,7 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
         untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
         console.print(
             f"kept the weights of step {record.best_step:,}: they find drawn defects at "
-            f"{best:.1f}, untrained ones at {untrained:.1f} (mean of image and pixel AUROC)",
+            f"{best:.1f}, untrained ones at {untrained:.1f} (AUROC, that of images counted twice)",
             soft_wrap=True,
         )
     if detector.calibration_ is not None:

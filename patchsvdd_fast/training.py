@@ -23,7 +23,6 @@ from . import _native
 from .dense_pairs import DensePairs
 from .encoder import INITIALIZATIONS, HierarchicalEncoder
 from .interrupts import delayed_interrupts, take_effect
-from .light import Light
 from .losses import PositionClassifier
 from .objectives import (
     LevelLoss,
@@ -59,7 +58,7 @@ class TrainingSettings:
     """What determines a training run besides the images. The defaults are the paper's protocol."""
 
     mode: str = "faithful"
-    """"faithful": pairs of patches as in the paper; "dense": such pairs from dense maps."""
+    """"faithful": pairs of patches as in the paper; "dense": neighbours alone, from dense maps."""
     epochs: int | None = 300
     """Passes over CROPS_PER_IMAGE x the number of images; None: as many as `steps` take."""
     steps: int | None = None
@@ -75,21 +74,18 @@ class TrainingSettings:
     warmup_steps: int = 0
     """Over which the learning rate rises from zero."""
     svdd_weight: float = 1e-3
-    """lambda: the weight of SVDD' against the position loss."""
+    """Faithful only: lambda, the weight of SVDD' against the position loss."""
     initialization: str = "default"
     """See `HierarchicalEncoder`."""
     train_last_layer: bool = False
+    """Faithful only: of the position classifier."""
     redraw_clipped: bool = False
     """Faithful only: draw clipped position pairs again."""
     crop_size: int = 128
     """Dense only: side of a crop, pixels; twice the largest patch if that is more, and no more than
     the image."""
     pairs_per_crop: int = 256
-    """Dense only: pairs of each kind, or patches, per patch size."""
-    brightness: float = 0.0
-    contrast: float = 0.0
-    unevenness: float = 0.0
-    """Dense only: how the two views differ in light, see `light.Light`."""
+    """Dense only: pairs of neighbours per patch size."""
     precision: str = "float32"
     """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"."""
     check_every: int | None = None
@@ -120,7 +116,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("svdd_weight", "warmup_steps", "brightness", "contrast", "unevenness"):
+        for name in ("svdd_weight", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -171,7 +167,7 @@ class TrainingRecord:
     collapsed: bool = False
     final_loss: float = math.nan
     accuracy: dict[int, float] = field(default_factory=dict)
-    """By patch size, share told right in the last step; see `objectives.LevelMetrics`."""
+    """By patch size, share of positions told right in the last step; empty in mode dense."""
     best_step: int | None = None
     """The step whose weights were kept, where checks decided; 0: the untrained ones."""
     qualities: list[tuple[int, float]] = field(default_factory=list)
@@ -342,7 +338,9 @@ class Trainer:
         levels = {size: level.metrics() for size, level in losses.items()}
         self._watch_collapse(any(is_collapsed(level.embeddings) for level in losses.values()))
         record.final_loss = loss
-        record.accuracy = {size: level.accuracy for size, level in levels.items()}
+        record.accuracy = {
+            size: level.accuracy for size, level in levels.items() if level.accuracy is not None
+        }
         rate = self._optimizer.param_groups[0]["lr"]
         left = None if self.total is None else self._seconds_left(self.total)
         return TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
@@ -437,6 +435,11 @@ class Trainer:
 
     def _make_objective(self) -> Objective:
         settings = self.settings
+        if settings.mode == "dense":
+            crop_size = max(settings.crop_size, 2 * max(self.encoder.patch_sizes))
+            return DensePairs(
+                self.encoder, self._data, settings.seed, crop_size, settings.pairs_per_crop
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             classifiers = nn.ModuleDict(
@@ -447,12 +450,14 @@ class Trainer:
                     for size in self.encoder.patch_sizes
                 }
             ).to(self.device)
-        common = (self.encoder, classifiers, self._data, settings.seed, settings.svdd_weight)
-        if settings.mode == "dense":
-            light = Light(settings.brightness, settings.contrast, settings.unevenness)
-            crop_size = max(settings.crop_size, 2 * max(self.encoder.patch_sizes))
-            return DensePairs(*common, crop_size, settings.pairs_per_crop, light)
-        return PatchPairs(*common, settings.redraw_clipped)
+        return PatchPairs(
+            self.encoder,
+            classifiers,
+            self._data,
+            settings.seed,
+            settings.svdd_weight,
+            settings.redraw_clipped,
+        )
 
 
 def record_of(values: Mapping[str, Any]) -> TrainingRecord:
@@ -468,8 +473,8 @@ def warn_of_collapse(when: str) -> None:
     """Warn that the embeddings are all alike, and say what helps."""
     warnings.warn(
         f"the embeddings have collapsed to one point {when}: scores will be no better than chance. "
-        "Try a smaller svdd_weight (lambda), or in mode faithful initialization='kaiming' or "
-        "train_last_layer=True",
+        "Try fewer steps, or in mode faithful a smaller svdd_weight (lambda), "
+        "initialization='kaiming' or train_last_layer=True",
         CollapseWarning,
         stacklevel=3,
     )

@@ -100,6 +100,7 @@ def test_a_check_tells_seeing_from_blind():
     torch.manual_seed(0)
     blind = check(_Blind(embedding_dim=8).eval())
     assert blind.detection == blind.segmentation == blind.criterion == 50
+    assert Quality(detection=80, segmentation=50).criterion == 70
     encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming").eval()
     seeing = check(encoder)
     assert seeing.segmentation > 60
