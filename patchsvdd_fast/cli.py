@@ -250,12 +250,24 @@ def score(
         Path, typer.Option("--output", "-o", help="Folder for scores.csv and heat maps.")
     ] = Path("scores"),
     heat_maps: Annotated[bool, typer.Option(help="Write a heat-map overlay per image.")] = True,
+    false_alarm_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of good images that may be called anomalous; default: as in training "
+            "(--contamination), or the least that the number of training images can promise."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Score images: writes scores.csv and, per image, a PNG with the anomaly map over it."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; --output names a folder")
     detector = PatchSVDD.load(model, device=device)
+    threshold = None
+    if false_alarm_rate is not None:
+        threshold = detector.threshold(false_alarm_rate)
+    elif detector.calibration_ is not None:
+        threshold = detector.threshold_
     paths = [
         path for given in images for path in (find_images(given) if given.is_dir() else [given])
     ]
@@ -263,9 +275,9 @@ def score(
     result = detector.score(paths)
     seconds = time.perf_counter() - started
     scores = [float(value) for value in result.image_scores]
-    threshold = None if detector.calibration_ is None else detector.threshold_
     output.mkdir(parents=True, exist_ok=True)
-    write_scores_csv(output / "scores.csv", [str(path) for path in paths], scores, threshold)
+    names = [str(path) for path in paths]
+    write_scores_csv(output / "scores.csv", names, scores, detector.calibration_, threshold)
     if heat_maps:
         for name, path, anomaly_map in zip(
             _distinct_names(paths), paths, result.anomaly_map.numpy(), strict=True

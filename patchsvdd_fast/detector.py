@@ -30,7 +30,7 @@ from .images import (
 )
 from .levels import DEFAULT_LEVELS, PatchLevel
 from .recipes import training_settings
-from .score import ScoreResult, combinations_of, encode_images, score_images
+from .score import ScoreResult, combinations_of, fill_banks, score_images
 from .selection import DefectCheck
 from .store import below
 from .training import (
@@ -57,7 +57,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             their own size, which must then be one for all.
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
-        contamination: share of good images that may be called anomalous; sets the threshold.
+        contamination: share of good images that may be called anomalous; sets the threshold. N
+            training images can promise 1 / (N + 1) at the lowest, see `false_alarm_rate_`.
         mode: how to train: "faithful", the paper's protocol, or "dense", pairs of patches from
             dense maps, for a machine without a GPU or little time.
         surface: "texture" or "object", which like another `svdd_weight`; None: the mode's own.
@@ -208,19 +209,13 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             return HierarchicalEncoder(self.embedding_dim, depth, initialization).eval()
 
     def _fill_banks(self, encoder: HierarchicalEncoder, images: Tensor, mean: Tensor) -> None:
-        encoded = encode_images(encoder, images, mean, self.levels)
-        embeddings = dict(zip(self.levels, encoded, strict=True))
-        for level, values in embeddings.items():
-            if is_collapsed(values):
-                warn_of_collapse(f"at {level}")
         self.encoder_ = encoder
         self.mean_ = mean
-        self.banks_ = {
-            level: NormalBank(values, seed=self.seed) for level, values in embeddings.items()
-        }
-        self.calibration_ = calibrate(
-            self.banks_, embeddings, self._image_shape(), self.combination, self.contamination
-        )
+        self.banks_ = fill_banks(encoder, images, mean, self.levels, self.seed)
+        for level, bank in self.banks_.items():
+            if is_collapsed(bank.embeddings):
+                warn_of_collapse(f"at {level}")
+        self.calibration_ = calibrate(self.banks_, self._image_shape(), self.combination)
 
     def _check_parameters(self) -> None:
         if not self.levels:
@@ -287,15 +282,44 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def threshold_(self) -> float:
         """Image score above which an image is called anomalous, from the training images."""
-        self._require_fitted()
-        if self.calibration_ is None:
-            raise ValueError("a threshold needs at least two training images, got one")
-        return self.calibration_.threshold
+        return self.threshold(self.false_alarm_rate_)
+
+    @property
+    def false_alarm_rate_(self) -> float:
+        """What `threshold_` promises: `contamination`, or the least that N images can promise."""
+        return max(self.contamination, self._calibration().smallest_rate)
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        """Image score that new good images exceed with at most this probability.
+
+        Holds for images like the training images; see `Calibration.threshold`. Raises ValueError
+        if there are too few of these for so low a rate (1 % takes 99).
+        """
+        return self._calibration().threshold(false_alarm_rate)
+
+    def pixel_threshold(self, false_alarm_rate: float) -> float:
+        """Map value above which at most this share of a good image's pixels lies, on average.
+
+        Raises ValueError as `threshold` does.
+        """
+        return self._calibration().pixel_threshold(false_alarm_rate)
+
+    def p_values(
+        self, image_scores: Tensor | npt.NDArray[np.floating[Any]]
+    ) -> npt.NDArray[np.float64]:
+        """How probable it is that a good image scores so high: [N] for image scores [N]."""
+        return self._calibration().p_values(image_scores)
 
     @property
     def offset_(self) -> float:
         """scikit-learn's name for the negative threshold."""
         return -self.threshold_
+
+    def _calibration(self) -> Calibration:
+        self._require_fitted()
+        if self.calibration_ is None:
+            raise ValueError("a threshold needs at least two training images, got one")
+        return self.calibration_
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "banks_"):
@@ -309,11 +333,9 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         tensors = encoder_tensors(self.encoder_) | {"mean": self.mean_, "light": self.light_}
         for level, bank in self.banks_.items():
             tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
-        header = self._header() | {
-            "calibration": None if self.calibration_ is None else asdict(self.calibration_),
-            "record": asdict(self.record_),
-        }
-        store.save(path, "detector", tensors, header)
+        if self.calibration_ is not None:
+            tensors |= {f"calibration.{k}": v for k, v in vars(self.calibration_).items()}
+        store.save(path, "detector", tensors, self._header() | {"record": asdict(self.record_)})
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> PatchSVDD:
@@ -338,8 +360,13 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             level: NormalBank.from_state_dict(below(tensors, f"bank.{level}.")).to(target)
             for level in detector.levels
         }
-        calibration = header["calibration"]
-        detector.calibration_ = None if calibration is None else Calibration(**calibration)
+        if header.get("calibration") is not None:  # of schema 2: a threshold without the scores
+            detector.calibration_ = calibrate(
+                detector.banks_, detector._image_shape(), detector.combination
+            )
+        else:
+            calibration = below(tensors, "calibration.")
+            detector.calibration_ = Calibration(**calibration) if calibration else None
         detector.record_ = record_of(header["record"])
         return detector
 

@@ -30,12 +30,13 @@ def colour_scale(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def scale_map(
     anomaly_map: npt.NDArray[np.float32], calibration: Calibration | None
 ) -> npt.NDArray[np.float32]:
-    """Bring a map [H, W] to [0, 1] for colours: 0 is a typical good pixel, 0.5 the threshold.
+    """Bring a map [H, W] to [0, 1] for colours: 0 is a typical good pixel, 0.5 the highest.
 
-    Without a calibration the map's own range is used, and maps are not comparable.
+    Good pixels are those of the calibration. Without one the map's own range is used, and maps are
+    not comparable.
     """
-    if calibration is not None and calibration.threshold > calibration.typical:
-        low, span = calibration.typical, 2 * (calibration.threshold - calibration.typical)
+    if calibration is not None and calibration.highest > calibration.typical:
+        low, span = calibration.typical, 2 * (calibration.highest - calibration.typical)
     else:
         low, span = float(anomaly_map.min()), float(np.ptp(anomaly_map)) or 1.0
     return np.clip((anomaly_map - low) / span, 0, 1).astype(np.float32)
@@ -69,12 +70,20 @@ def write_heat_map(
 
 
 def write_scores_csv(
-    path: Path, names: Sequence[str], scores: Sequence[float], threshold: float | None
+    path: Path,
+    names: Sequence[str],
+    scores: Sequence[float],
+    calibration: Calibration | None,
+    threshold: float | None,
 ) -> None:
-    """One row per image: its name, its score, and the verdict where there is a threshold."""
+    """One row per image: name and score; p-value, threshold and verdict where calibrated."""
     with written_whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "score", "threshold", "verdict"])
+        writer.writerow(["image", "score", "p_value", "threshold", "verdict"])
         for name, score in zip(names, scores, strict=True):
-            verdict = "" if threshold is None else "anomalous" if score > threshold else "normal"
-            writer.writerow([name, repr(score), "" if threshold is None else threshold, verdict])
+            row: list[object] = [name, repr(score), "", "", ""]
+            if calibration is not None and threshold is not None:
+                p_value = calibration.p_values(np.float64(score))
+                verdict = "anomalous" if score > threshold else "normal"
+                row[2:] = [f"{float(p_value):.6g}", repr(threshold), verdict]
+            writer.writerow(row)

@@ -108,11 +108,20 @@ def encode_images(
 
 
 def fill_banks(
-    encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+    encoder: HierarchicalEncoder,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    seed: int = 0,
 ) -> dict[PatchLevel, NormalBank]:
-    """A bank per level of all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32."""
+    """A bank per level of all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32.
+
+    seed: of the banks' clustering, which changes no answer.
+    """
     encoded = encode_images(encoder, images, mean, levels)
-    return {level: NormalBank(values) for level, values in zip(levels, encoded, strict=True)}
+    return {
+        level: NormalBank(values, seed=seed) for level, values in zip(levels, encoded, strict=True)
+    }
 
 
 def score_images(

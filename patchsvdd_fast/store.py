@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .files import written_whole
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_OLDEST_SCHEMA = 2  # that is still read
 _HEADER_KEY = "patchsvdd_fast"
 
 
@@ -68,10 +69,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if _HEADER_KEY not in metadata:
                 raise ValueError(f"{path} is a safetensors file, but not one of patchsvdd_fast")
             header = json.loads(metadata[_HEADER_KEY])
-            if header["schema_version"] < SCHEMA_VERSION:
+            if header["schema_version"] < _OLDEST_SCHEMA:
                 raise ValueError(
                     f"{path} has file schema {header['schema_version']} of a development version, "
-                    f"this version reads {SCHEMA_VERSION}: train it anew"
+                    f"this version reads {_OLDEST_SCHEMA} to {SCHEMA_VERSION}: train it anew"
                 )
             if header["schema_version"] > SCHEMA_VERSION:
                 raise ValueError(

@@ -182,7 +182,11 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
             soft_wrap=True,
         )
     if detector.calibration_ is not None:
-        console.print(f"threshold on the image score: {detector.threshold_:.6g}")
+        console.print(
+            f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
+            f"{detector.false_alarm_rate_:.2g} of good images like these",
+            soft_wrap=True,
+        )
 
 
 def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:

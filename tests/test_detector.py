@@ -138,7 +138,12 @@ def test_calibration_leaves_each_image_out(fitted, good_folder):
                 found.view(1, rows, columns), level.size, level.stride, height, width
             )
         scores.append(float(combine(maps, "mult").max()))
-    assert fitted.threshold_ == pytest.approx(np.quantile(scores, 0.99))
+    assert fitted.calibration_.image_scores.tolist() == pytest.approx(sorted(scores))
+    assert fitted.false_alarm_rate_ == 1 / 5  # all that four images can promise
+    assert fitted.threshold_ == pytest.approx(max(scores))
+    with pytest.raises(ValueError, match=r"at the lowest, not of 1.00%: that takes 99"):
+        fitted.threshold(0.01)
+    assert fitted.p_values(np.array([0.0, 2 * max(scores)])).tolist() == [1.0, 1 / 5]
 
 
 def test_one_training_image_has_no_threshold(category_folder):
@@ -164,6 +169,18 @@ def test_save_and_load(fitted, tmp_path, category_folder):
     assert loaded.get_params() == fitted.get_params() | {"illumination": "as_is"}
     encoder = load_encoder(path)
     assert encoder.state_dict().keys() == fitted.encoder_.state_dict().keys()
+
+
+def test_files_of_the_previous_schema_are_calibrated_anew(fitted, tmp_path):
+    path = tmp_path / "model.safetensors"
+    fitted.save(path)
+    tensors, header = store.load(path)
+    older = header | {"schema_version": 2, "calibration": {"threshold": 0.0, "typical": 0.0}}
+    tensors = {name: value for name, value in tensors.items() if "calibration" not in name}
+    safetensors.torch.save_file(tensors, path, metadata={"patchsvdd_fast": json.dumps(older)})
+    loaded = PatchSVDD.load(path)
+    for name, values in vars(fitted.calibration_).items():
+        assert torch.equal(getattr(loaded.calibration_, name), values)
 
 
 def test_files_of_another_kind_are_refused(fitted, tmp_path):

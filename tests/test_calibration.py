@@ -1,0 +1,127 @@
+"""Thresholds and p-values: their definition, and that false alarms keep to the promised rate."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchsvdd_fast import PatchLevel
+from patchsvdd_fast.calibration import Calibration, calibrate
+from patchsvdd_fast.score import NormalBank, score_map
+
+LEVEL = PatchLevel(32, stride=16)
+SIDE = 64
+GRID = (3, 3)
+
+
+def _calibration(scores, pixels=(0.0,)):
+    pixels = torch.tensor(pixels, dtype=torch.float64)
+    return Calibration(torch.tensor(scores, dtype=torch.float64).sort().values, pixels)
+
+
+def test_threshold_and_p_values_by_hand():
+    calibration = _calibration(range(1, 20))  # 19 images: 1 .. 19
+    assert calibration.smallest_rate == 0.05
+    assert [calibration.threshold(rate) for rate in (0.05, 0.099, 0.1, 0.5, 0.99)] == [
+        *(19, 19, 18, 10, 1)
+    ]
+    assert calibration.p_values(np.array([0.5, 1, 1.5, 19, 20])).tolist() == [
+        *(1, 1, 0.95, 0.1, 0.05)
+    ]
+    assert calibration.highest == 19
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (0.0499, r"19 training images can promise a false-alarm rate of 5.00% .* that takes 20"),
+        (0.01, "that takes 99"),
+        (0.0, "between 0 and 1, got 0"),
+        (1.0, "between 0 and 1, got 1"),
+        (float("nan"), "between 0 and 1, got nan"),
+    ],
+)
+def test_impossible_rates_are_refused(rate, message):
+    calibration = _calibration(range(19))
+    for threshold in (calibration.threshold, calibration.pixel_threshold):
+        with pytest.raises(ValueError, match=message):
+            threshold(rate)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    st.integers(-1, 10),
+    st.integers(1, 99),
+)
+def test_an_image_is_above_the_threshold_where_its_p_value_is_no_more_than_the_rate(
+    scores, score, percent
+):
+    """Ties among the scores included."""
+    calibration = _calibration(scores)
+    rate = percent / 100
+    if rate < calibration.smallest_rate:
+        return
+    above = score > calibration.threshold(rate)
+    assert above == (calibration.p_values(np.array([score]))[0] <= rate + 1e-12)
+
+
+def _banks(num_images, generator):
+    """Embeddings of images that differ from each other, as a bank, and of one more image."""
+    shape = (num_images + 1, *GRID, 4)
+    base = torch.randn(num_images + 1, 1, 1, 4, generator=generator)
+    values = base + torch.randn(shape, generator=generator)
+    return {LEVEL: NormalBank(values[:-1])}, values[-1:]
+
+
+def test_false_alarms_keep_to_the_rate():
+    """Over many draws of 19 good images and one more; binomial bounds of four deviations."""
+    generator = torch.Generator().manual_seed(0)
+    rates = (0.05, 0.1, 0.3)
+    trials = 600
+    alarms, pixels = np.zeros(len(rates)), np.zeros(len(rates))
+    for _ in range(trials):
+        banks, new = _banks(19, generator)
+        calibration = calibrate(banks, (SIDE, SIDE), str(LEVEL))
+        distances, _ = banks[LEVEL].nearest(new)
+        anomaly_map = score_map(distances, LEVEL.size, LEVEL.stride, SIDE, SIDE)
+        for index, rate in enumerate(rates):
+            alarms[index] += float(anomaly_map.max()) > calibration.threshold(rate)
+            above = anomaly_map > calibration.pixel_threshold(rate)
+            pixels[index] += float(above.float().mean())
+    for index, rate in enumerate(rates):
+        margin = 4 * np.sqrt(rate * (1 - rate) / trials)
+        assert rate / 3 < alarms[index] / trials < rate + margin
+        assert pixels[index] / trials < rate + margin
+    assert pixels[-1] / trials > rates[-1] / 3
+
+
+def test_pixel_values_are_upper_quantiles():
+    generator = torch.Generator().manual_seed(1)
+    banks, _ = _banks(30, generator)
+    calibration = calibrate(banks, (SIDE, SIDE), str(LEVEL))
+    maps = []
+    for number in range(30):
+        mine = banks[LEVEL].embeddings.view(30, *GRID, 4)[number : number + 1]
+        own = torch.full((1, *GRID), number)
+        distances, _ = banks[LEVEL].nearest(mine, exclude_same_group=own)
+        maps.append(score_map(distances, LEVEL.size, LEVEL.stride, SIDE, SIDE))
+    maps = torch.cat(maps).double()
+    assert calibration.typical == pytest.approx(float(maps.median()), rel=0.02)
+    assert calibration.highest == float(calibration.pixel_values[-1]) == float(maps.max())
+    for rate in (0.05, 0.2, 0.5):
+        allowed = (rate * 31 - 1) / 30
+        share = float((maps > calibration.pixel_threshold(rate)).double().mean())
+        assert 0.9 * allowed < share <= allowed
+
+
+def test_progress_is_told_and_one_image_is_not_enough():
+    generator = torch.Generator().manual_seed(2)
+    banks, _ = _banks(20, generator)
+    told = []
+    calibrate(banks, (SIDE, SIDE), str(LEVEL), told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1
+    single, _ = _banks(1, generator)
+    assert calibrate(single, (SIDE, SIDE), str(LEVEL)) is None
