@@ -193,11 +193,11 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         f"AUROC of the {SHOWN} map in percent; 5 % and 10 % brighter: detection with the good test "
         "images alone so much brighter. Mean ± standard deviation over seeds. Chosen: detection / "
         "segmentation of a training that ends here with the weights, of this point and those "
-        "before, which the check on drawn defects likes best; it sees no labels. Best: of those "
+        "before, which the check on drawn defects likes best; it sees no labels. Oracle: of those "
         "points, the one with the best detection.",
         "",
         "| category | way | core minutes | seeds | detection | segmentation | 5 % brighter | "
-        "10 % brighter | chosen | best |",
+        "10 % brighter | chosen | oracle |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     keys = sorted({(run["category"], run["way"]) for run in runs})
@@ -211,11 +211,31 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             ]
             ends = [_shown(run)[_best(run, index, _criteria)] for run, index in reached]
             best = [_shown(run)[_best(run, index, _detections)] for run, index in reached]
-            when = "full schedule" if way in PUBLISHED else f"{minutes:g}" if minutes else "none"
+            when = (
+                "full schedule" if way in PUBLISHED else f"{minutes:g}" if minutes else "untrained"
+            )
             lines.append(
                 f"| {category} | {way} | {when} | {len(reached)} | {' | '.join(cells)} "
                 f"| {_both(ends)} | {_both(best)} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def table_of_seeds(runs: Sequence[dict[str, Any]]) -> str:
+    """Trained beside untrained, detection / segmentation, a line per category, way and seed."""
+    lines = [
+        "| category | way | seed | untrained | core minutes | trained | chosen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=_key):
+        if run["way"] not in WAYS:
+            continue
+        points = _shown(run)
+        chosen = points[_best(run, len(points) - 1, _criteria)]
+        lines.append(
+            f"| {run['category']} | {run['way']} | {run['seed']} | {_both(points[:1])} "
+            f"| {run['minutes'][-1]:g} | {_both(points[-1:])} | {_both([chosen])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -306,7 +326,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, write JSON, table and plot after every run."""
+    """Run what is missing; write JSON after every run, tables and plot at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=Path(named) / "data" if named else None)
@@ -319,6 +339,8 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="folder of weights to score as well")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    if min(options.minutes) <= 0:
+        parser.error("--minutes must be positive")
     if options.data is None:
         parser.error("--data names a folder of categories")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -352,6 +374,8 @@ def main() -> None:
     for category in categories:
         files = sorted(options.published.glob(f"{category.name}_*")) if options.published else []
         for way, illumination in PUBLISHED.items() if files else ():
+            if any(_key(run) == (category.name, way, 0) for run in runs):
+                continue
             points = evaluate_published(TestSet(category, illumination), files[0])
             keep(category, way, 0, [], points)
     for seed in range(options.seeds):
@@ -365,8 +389,9 @@ def main() -> None:
                 mode, illumination = WAYS[way]
                 tests = TestSet(category, illumination)
                 keep(category, way, seed, minutes, train_and_evaluate(tests, mode, seed, minutes))
-    (options.output / "accuracy.md").write_text(table(runs))
-    print(table(runs))
+    tables = f"{table(runs)}\nEach seed:\n\n{table_of_seeds(runs)}"
+    (options.output / "accuracy.md").write_text(tables)
+    print(tables)
     plot(runs, options.output / "accuracy.png")
 
 

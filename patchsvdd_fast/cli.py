@@ -121,7 +121,7 @@ def train(
         typer.Option(help="Train the classifier's last layer (faithful; the paper's is fixed)."),
     ] = None,
     redraw_clipped: Annotated[
-        bool, typer.Option(help="Draw pairs that leave the image again instead of clipping.")
+        bool, typer.Option(help="Draw pairs that leave the image again, do not clip (faithful).")
     ] = False,
     precision: Annotated[
         str, typer.Option(help='On a GPU: "float32", "tf32" or "bfloat16".')
@@ -177,7 +177,8 @@ def train(
         illumination, mean = illumination or prepared["illumination"], mean or prepared["mean"]
     if mode == "auto":
         size = parse_size(_parse_resize(resize))
-        mode = _mode_for(target, size)
+        length = minutes or epochs or steps
+        mode = _mode_for(target, size, "" if length else ", a few minutes")
 
     def make_detector() -> PatchSVDD:
         return PatchSVDD(
@@ -219,8 +220,8 @@ def train(
             raise typer.Exit(1)
 
 
-def _mode_for(device: torch.device, size: ImageSize) -> str:
-    """The mode that suits the machine; says what was chosen."""
+def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
+    """The mode that suits the machine; says what was chosen, and how long the dense one lasts."""
     if device.type != "cpu":
         return "faithful"
     if size is not None and min(size) < _DENSE_SIDE:
@@ -230,7 +231,7 @@ def _mode_for(device: torch.device, size: ImageSize) -> str:
         )
         return "faithful"
     _say_once(
-        f"no GPU: training in mode dense on {torch.get_num_threads()} threads, some minutes "
+        f"no GPU: training in mode dense on {torch.get_num_threads()} threads{lasting} "
         "(--mode faithful is the paper's protocol, a day or more here)"
     )
     return "dense"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from .encoder import SMALL_PATCH, TRUNK_STRIDE, HierarchicalEncoder
 from .losses import svdd_loss
@@ -53,15 +56,16 @@ class DensePairs:
     ) -> None:
         largest = max(encoder.patch_sizes)
         smallest = smallest_crop(largest)
-        crop_size = min(crop_size, *images.mean.shape[1:])
-        if crop_size < smallest:
+        height, width = images.mean.shape[1:]
+        if min(height, width) < smallest:
             raise ValueError(
-                f"crop_size must be at least {smallest} pixels for pairs of patches of {largest}, "
-                f"in images no smaller, got {crop_size}; mode faithful takes smaller ones"
+                f"mode dense takes images of at least {smallest}x{smallest} pixels for patches of "
+                f"{largest}, got {width}x{height}; mode faithful takes smaller ones"
             )
-        self.classifiers = nn.ModuleDict()
+        self.classifiers = nn.ModuleDict()  # none: there are no positions to tell
         self.encoder, self.images, self.seed = encoder, images, seed
-        self.crop_size, self.pairs_per_crop = crop_size, pairs_per_crop
+        self.crop_size = min(max(crop_size, smallest), height, width)
+        self.pairs_per_crop = pairs_per_crop
 
     def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
         """See `Objective`; an item is a crop."""
@@ -72,19 +76,26 @@ class DensePairs:
             Generator().manual_seed(mixed_seed(self.seed, step, crop))
             for crop in range(share.start, share.stop)
         ]
+        # Copied over before the device is at work, so that nothing waits for it.
+        cells = {
+            size: self._draw(size, generators).to(crops.device)
+            for size in reversed(self.encoder.patch_sizes)
+        }
         trunk = self.encoder.small(crops).permute(0, 2, 3, 1)  # [b, h, w, D]
         losses = {}
-        for size in reversed(self.encoder.patch_sizes):
-            drawn = [
-                draw_neighbours(size, self.crop_size, self.pairs_per_crop, generator)
-                for generator in generators
-            ]
-            cells = torch.cat([_cells_in_batch(corners) for corners in zip(*drawn, strict=True)])
-            embedded = embed_cells(self.encoder, size, trunk, cells.to(trunk.device))
-            near, jittered = embedded.chunk(2)
+        for size, corners in cells.items():
+            near, jittered = embed_cells(self.encoder, size, trunk, corners).chunk(2)
             svdd = svdd_loss(near, jittered)
             losses[size] = LevelLoss(svdd, svdd, near.detach())
         return losses
+
+    def _draw(self, size: int, generators: Sequence[Generator]) -> Tensor:
+        """Cells [2 b P, 3] of the first patches of all pairs and crops, then of the second."""
+        drawn = [
+            draw_neighbours(size, self.crop_size, self.pairs_per_crop, generator)
+            for generator in generators
+        ]
+        return torch.cat([_cells_in_batch(corners) for corners in zip(*drawn, strict=True)])
 
 
 def embed_cells(encoder: HierarchicalEncoder, size: int, trunk: Tensor, cells: Tensor) -> Tensor:
@@ -92,12 +103,22 @@ def embed_cells(encoder: HierarchicalEncoder, size: int, trunk: Tensor, cells: T
 
     trunk: [N, h, w, D], the small encoder's dense map of each image, at stride 2.
     """
+    _, height, width, _ = trunk.shape
+    rows = (cells[:, 0] * height + cells[:, 1]) * width + cells[:, 2]
+    return _embed_rows(encoder, size, trunk.flatten(0, 2), width, rows)
+
+
+def _embed_rows(
+    encoder: HierarchicalEncoder, size: int, trunk: Tensor, width: int, rows: Tensor
+) -> Tensor:
+    """As `embed_cells`, of cells counted through all maps of `width` columns: trunk [N h w, D]."""
     if size == SMALL_PATCH:
-        return trunk[cells[:, 0], cells[:, 1], cells[:, 2]]
+        # Indexing would do, but its gradient is added up in no fixed order; this one's is.
+        return F.embedding(rows, trunk)
     half = size // 2
     step = half // TRUNK_STRIDE
     quadrants = [
-        embed_cells(encoder, half, trunk, cells + cells.new_tensor([0, down * step, right * step]))
+        _embed_rows(encoder, half, trunk, width, rows + (down * width + right) * step)
         for down in (0, 1)
         for right in (0, 1)
     ]

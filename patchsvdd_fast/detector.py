@@ -59,9 +59,10 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
         contamination: share of good images that may be called anomalous; sets the threshold. N
             training images can promise 1 / (N + 1) at the lowest, see `false_alarm_rate_`.
-        mode: how to train: "faithful", the paper's protocol, or "dense", pairs of patches from
-            dense maps, for a machine without a GPU or little time.
-        surface: "texture" or "object", which like another `svdd_weight`; None: the mode's own.
+        mode: how to train: "faithful", the paper's protocol, or "dense", on neighbours from dense
+            maps, for a machine without a GPU or little time.
+        surface: "texture" or "object", which like another `svdd_weight` (mode faithful); None: the
+            mode's own.
         epochs, steps, minutes, batch_size, learning_rate, svdd_weight, initialization,
             train_last_layer, redraw_clipped, precision, check_every, patience, seed: see
             `training.TrainingSettings`; None: what the mode and the surface say (recipes.json).

@@ -15,6 +15,7 @@ _RECIPES: dict[str, Any] = json.loads(
 MODES = tuple(_RECIPES["modes"])
 SURFACES = tuple(_RECIPES["surfaces"])
 
+_FAITHFUL_ONLY = ("svdd_weight", "train_last_layer", "redraw_clipped")
 _LENGTHS = ("epochs", "steps", "minutes")
 
 
@@ -31,14 +32,20 @@ def training_settings(
 
     surface: "texture" or "object", which differ in lambda (mode faithful); None: the mode's own.
     Of epochs, steps and minutes, giving one replaces the mode's length. check_every=0: no checks,
-    where the mode has some. Raises ValueError for an unknown mode or surface, and as
-    TrainingSettings does.
+    where the mode has some. Raises ValueError for an unknown mode or surface, for what only mode
+    faithful has, and as TrainingSettings does.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if surface is not None and surface not in SURFACES:
         raise ValueError(f"surface must be one of {SURFACES}, got {surface!r}")
     given = {name: value for name, value in given.items() if value is not None}
+    if mode == "dense":
+        useless = [name for name in _FAITHFUL_ONLY if given.get(name)]
+        if surface is not None:
+            useless.append("surface")
+        if useless:
+            raise ValueError(f"mode dense has no position loss: {useless[0]} is for mode faithful")
     recipe = dict.fromkeys(_LENGTHS) | _RECIPES["modes"][mode]
     if any(name in given for name in _LENGTHS):
         recipe |= dict.fromkeys(_LENGTHS)

@@ -174,6 +174,8 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
         f"{seconds:.0f} s",
         soft_wrap=True,
     )
+    if record.collapsed and record.best_step is not None:
+        console.print(f"training ended at step {record.steps:,}, where all embeddings were alike")
     if record.best_step is not None:
         untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
         console.print(

@@ -82,12 +82,12 @@ class TrainingSettings:
     redraw_clipped: bool = False
     """Faithful only: draw clipped position pairs again."""
     crop_size: int = 128
-    """Dense only: side of a crop, pixels; twice the largest patch if that is more, and no more than
-    the image."""
+    """Dense only: side of a crop, pixels; enough for a pair of the largest patches, and no more
+    than the image."""
     pairs_per_crop: int = 256
     """Dense only: pairs of neighbours per patch size."""
     precision: str = "float32"
-    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"."""
+    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; dense: "float32" alone."""
     check_every: int | None = None
     """Steps between checks of what has been learned, see `selection`; the best weights are kept.
     None: never, the last weights are the result."""
@@ -110,6 +110,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.mode == "dense" and self.precision != "float32":
+            raise ValueError(
+                f'mode dense needs precision "float32", in which alone neighbours differ, '
+                f"got {self.precision!r}"
+            )
         if self.patience is not None and self.check_every is None:
             raise ValueError("patience needs check_every: without checks nothing improves")
         for name in ("learning_rate", "minutes"):
@@ -165,6 +170,8 @@ class TrainingRecord:
     steps: int = 0
     seconds: float = 0.0
     collapsed: bool = False
+    """Whether all embeddings became alike. With checks that ends the training, and the weights that
+    are kept are of before."""
     final_loss: float = math.nan
     accuracy: dict[int, float] = field(default_factory=dict)
     """By patch size, share of positions told right in the last step; empty in mode dense."""
@@ -358,7 +365,8 @@ class Trainer:
         self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
         if self._collapsed_steps >= _COLLAPSE_PATIENCE and not self.record.collapsed:
             self.record.collapsed = True
-            warn_of_collapse(f"after {self.record.steps} steps")
+            if self.check is None:
+                warn_of_collapse(f"after {self.record.steps} steps")
 
     # --- keeping the best -------------------------------------------------------------------------
 
@@ -381,8 +389,13 @@ class Trainer:
         return quality
 
     def _is_over(self) -> bool:
+        if self.check is None:
+            return False
         patience = self.settings.patience
-        return patience is not None and self._checks_since_best >= patience
+        # From a collapse there is no way back, and the best weights are those of an earlier check.
+        return self.record.collapsed or (
+            patience is not None and self._checks_since_best >= patience
+        )
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -436,9 +449,12 @@ class Trainer:
     def _make_objective(self) -> Objective:
         settings = self.settings
         if settings.mode == "dense":
-            crop_size = max(settings.crop_size, 2 * max(self.encoder.patch_sizes))
             return DensePairs(
-                self.encoder, self._data, settings.seed, crop_size, settings.pairs_per_crop
+                self.encoder,
+                self._data,
+                settings.seed,
+                settings.crop_size,
+                settings.pairs_per_crop,
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)

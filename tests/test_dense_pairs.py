@@ -61,6 +61,24 @@ def test_dense_training_draws_neighbours_together():
         assert sum(ratios[-3:]) / 3 < 0.95 * ratios[0]
 
 
+def test_several_threads_add_up_gradients_in_one_order():
+    """Patches that many pairs share; enough of them that PyTorch divides the work."""
+    images = torch.randint(256, (4, 3, 128, 128), generator=_generator(), dtype=torch.uint8)
+    settings = training_settings("dense", steps=3, check_every=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        weights = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            encoder = HierarchicalEncoder()
+            Trainer(encoder, images, images.float().mean(dim=0), settings).run()
+            weights.append(torch.cat([p.detach().flatten() for p in encoder.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("mode", ["faithful", "dense"])
 def test_shares_of_a_batch_add_up_to_its_gradient(mode):
     """Images of unequal contrast: nothing may be measured over a share and used for the batch."""
@@ -87,7 +105,7 @@ def test_shares_of_a_batch_add_up_to_its_gradient(mode):
 
 def test_too_small_images_are_refused():
     images = torch.zeros(1, 3, 65, 200, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"crop_size must be at least 66.*got 65"):
+    with pytest.raises(ValueError, match=r"at least 66x66 pixels for patches of 64, got 200x65"):
         Trainer(HierarchicalEncoder(), images, torch.zeros(3, 65, 200), training_settings("dense"))
 
 

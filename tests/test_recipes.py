@@ -6,13 +6,15 @@ from patchsvdd_fast.recipes import MODES, SURFACES, training_settings
 from patchsvdd_fast.training import TrainingSettings
 
 
-@pytest.mark.parametrize("surface", [None, *SURFACES])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "surface"),
+    [(mode, None) for mode in MODES] + [("faithful", surface) for surface in SURFACES],
+)
 def test_what_is_given_wins(mode, surface):
     plain = training_settings(mode, surface)
     assert plain.mode == mode
-    given = training_settings(mode, surface, svdd_weight=0.7, minutes=2.0, seed=None)
-    assert (given.svdd_weight, given.minutes, given.seed) == (0.7, 2.0, plain.seed)
+    given = training_settings(mode, surface, learning_rate=0.7, minutes=2.0, seed=None)
+    assert (given.learning_rate, given.minutes, given.seed) == (0.7, 2.0, plain.seed)
     assert given.epochs is given.steps is None
 
 
@@ -27,6 +29,17 @@ def test_checks_can_be_switched_off():
     assert training_settings("dense", check_every=7).check_every == 7
     with pytest.raises(ValueError, match="patience needs check_every"):
         training_settings("dense", check_every=0, patience=3)
+
+
+@pytest.mark.parametrize(
+    "useless",
+    [{"svdd_weight": 0.5}, {"surface": "texture"}, {"train_last_layer": True}],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_the_dense_mode_has_no_use_for_is_refused(useless):
+    with pytest.raises(ValueError, match=f"{next(iter(useless))} is for mode faithful"):
+        training_settings("dense", **useless)
+    assert training_settings("dense", redraw_clipped=False).mode == "dense"
 
 
 @pytest.mark.parametrize(("mode", "surface"), [("best", None), ("dense", "liquid")])

@@ -1,5 +1,7 @@
 """Drawn defects, and judging an encoder by them."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -149,3 +151,21 @@ def test_patience_ends_training():
     assert record.steps == 6
     assert record.best_step == 2
     assert len(seen) == 4
+
+
+def test_a_collapse_ends_training_and_is_no_alarm():
+    trainer, seen = _trainer([50, 70] + 50 * [60], steps=100, patience=90)
+
+    def collapse_after_step_3(step):
+        if step.step == 3:
+            with torch.no_grad():
+                for parameter in trainer.encoder.parameters():
+                    parameter.zero_()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = trainer.run(collapse_after_step_3)
+    assert record.collapsed
+    assert record.steps == 3 + 20
+    assert record.best_step == 2
+    assert _equal(trainer.encoder, seen[1])

@@ -385,6 +385,7 @@ def test_divergence_is_an_error():
         {"check_every": 0},
         {"patience": 0, "check_every": 1},
         {"patience": 1},
+        {"mode": "dense", "precision": "bfloat16"},
     ],
 )
 def test_bad_settings_are_named(bad):
