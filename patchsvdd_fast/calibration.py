@@ -125,8 +125,9 @@ def calibrate(
     for numbers in torch.arange(num_images).split(_IMAGES_PER_PASS):
         maps = {}
         for level, bank in banks.items():
-            mine = queries[level][numbers.to(bank.device)].float()  # [n, I, J, D]
-            own = bank.groups[numbers.to(bank.device)][:, None, None].expand(mine.shape[:-1])
+            there = numbers.to(bank.device)
+            mine = queries[level][there].float()  # [n, I, J, D]
+            own = bank.groups[there][:, None, None].expand(mine.shape[:-1])
             distances, _ = bank.nearest(mine, exclude_same_group=own)
             maps[str(level)] = score_map(distances, level.size, level.stride, height, width)
         combined = combine(maps, combination).cpu().double()

@@ -41,7 +41,7 @@ def training_settings(
         raise ValueError(f"surface must be one of {SURFACES}, got {surface!r}")
     given = {name: value for name, value in given.items() if value is not None}
     if mode == "dense":
-        useless = [name for name in _FAITHFUL_ONLY if given.get(name)]
+        useless = [name for name in _FAITHFUL_ONLY if given.get(name, False) is not False]
         if surface is not None:
             useless.append("surface")
         if useless:

@@ -33,7 +33,12 @@ def test_checks_can_be_switched_off():
 
 @pytest.mark.parametrize(
     "useless",
-    [{"svdd_weight": 0.5}, {"surface": "texture"}, {"train_last_layer": True}],
+    [
+        {"svdd_weight": 0.5},
+        {"svdd_weight": 0.0},
+        {"surface": "texture"},
+        {"train_last_layer": True},
+    ],
     ids=lambda given: next(iter(given)),
 )
 def test_what_the_dense_mode_has_no_use_for_is_refused(useless):
