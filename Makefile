@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 
-.PHONY: demo test test-slow lint format sanitize bench build-gpu test-gpu bench-gpu clean
+.PHONY: demo test test-slow browser lint format sanitize bench build-gpu test-gpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
@@ -23,6 +23,10 @@ test: $(VENV)/installed-dev  ## the whole test suite
 
 test-slow: $(VENV)/installed-dev  ## with the long property runs
 	$(BIN)/pytest --slow
+
+browser:  ## for the tests that look at HTML reports (Debian, as root); they are skipped without it
+	apt-get update -qq
+	apt-get install -qq -y --no-install-recommends chromium-headless-shell
 
 lint: $(VENV)/installed-dev  ## style, types, formatting, what nvcc makes of the kernels
 	$(BIN)/ruff check .

@@ -20,11 +20,11 @@ from .validation import (
     check_dtype,
     check_finite_rows,
     check_same_device,
-    check_shape,
     like_input,
 )
 
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
+_STORAGES = (torch.float32, torch.float16)
 _GROWTH = 2  # a bank this many times as large as when it was clustered is clustered anew
 
 
@@ -53,7 +53,7 @@ class NormalBank:
         clusters: int | None = None,
         seed: int = 0,
     ) -> None:
-        if storage not in (torch.float32, torch.float16):
+        if storage not in _STORAGES:
             raise ValueError(f"storage must be torch.float32 or torch.float16, got {storage}")
         if clusters is not None and clusters < 0:
             raise ValueError(f"clusters must not be negative, got {clusters}")
@@ -84,6 +84,11 @@ class NormalBank:
     def num_clusters(self) -> int:
         """How many clusters the bank is sorted into; 0 if none."""
         return 0 if self._clusters is None else len(self._clusters.centroids)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches per entry of the first axis; (1, 1) for plain [M, D]."""
+        return self._grid
 
     @property
     def groups(self) -> Tensor:
@@ -161,7 +166,7 @@ class NormalBank:
     def add(self, embeddings: Tensor | FloatArray, groups: Tensor | IntArray | None = None) -> None:
         """Append rows, [M', D] or [N', I, J, D] as the bank was made; they get the next numbers.
 
-        groups: of the new entries; by default their numbers, counted on.
+        groups: of the new entries; by default counted on from the bank's largest.
         """
         values, grid = _as_rows(as_tensor("embeddings", embeddings), self._storage)
         if values.shape[1] != self.dim or grid != self._grid:
@@ -170,7 +175,7 @@ class NormalBank:
                 f"got grid {list(grid)} and D = {values.shape[1]}"
             )
         check_same_device("embeddings", values, "the bank", self._data)
-        first = len(self._groups)
+        first = int(self._groups.max()) + 1
         added = _as_groups(groups, values, self._rows_per_group, first)
         self._recluster(torch.cat([self.embeddings, values]), torch.cat([self._groups, added]))
 
@@ -190,12 +195,15 @@ class NormalBank:
         rows = self.embeddings.view(-1, self._rows_per_group, self.dim)[kept]
         self._recluster(rows.flatten(0, 1), self._groups[kept])
 
-    def merge(self, other: NormalBank) -> None:
-        """Append all rows of another bank, with their groups as they are numbered there."""
+    def merge(self, other: NormalBank, groups: Tensor | IntArray | None = None) -> None:
+        """Append all rows of another bank, with their groups as they are numbered there.
+
+        groups: other numbers for them, as for `add`.
+        """
         embeddings = other.embeddings
         if other._grid != (1, 1):
             embeddings = embeddings.view(-1, *other._grid, other.dim)
-        self.add(embeddings.float(), other._groups)
+        self.add(embeddings.float(), other._groups if groups is None else groups)
 
     def to(self, device: torch.device | str) -> NormalBank:
         """This bank on a device, clustered anew for it; itself if it is there already."""
@@ -245,37 +253,45 @@ class NormalBank:
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> NormalBank:
         """A bank from what `state_dict` gave, over the same memory (which may be a mapped file).
 
-        Raises ValueError if tensors are missing or do not fit together, and if a bank without
-        clusters holds NaN or infinity.
+        Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
         """
         bank = cls.__new__(cls)
         try:
-            bank._grid = (int(state["grid"][0]), int(state["grid"][1]))
-            bank._groups = state["groups"]
-            wanted, bank._seed = (int(value) for value in state["settings"])
+            for name, tensor in state.items():
+                if tensor.data_ptr() % tensor.element_size():
+                    raise ValueError(f"a bank's {name} must be aligned in memory")
+            rows, columns = _integers(state, "grid", 2)
+            wanted, seed = _integers(state, "settings", 2)
+            data, groups = state["data"], state["groups"]
+            if data.ndim != 2 or data.numel() == 0 or data.dtype not in _STORAGES:
+                raise ValueError(
+                    "a bank's data must have shape [M, D], float32 or float16, "
+                    f"got {list(data.shape)}, {data.dtype}"
+                )
+            if min(rows, columns) < 1 or groups.ndim != 1 or groups.dtype != torch.int64:
+                raise ValueError(
+                    "a bank's groups must be int64 [N] and its grid at least 1 x 1, "
+                    f"got {groups.dtype} {list(groups.shape)} and {rows} x {columns}"
+                )
+            if len(groups) * rows * columns != len(data):
+                raise ValueError(f"a bank of {len(groups)} groups cannot have {len(data)} rows")
+            check_finite_rows("data", data)
+            bank._grid, bank._groups, bank._seed = (rows, columns), groups, seed
             bank._wanted_clusters = None if wanted < 0 else wanted
-            bank._data = state["data"]
+            bank._data, bank._storage = data, data.dtype
             bank._clusters, bank._stretch, bank._clustered_rows = None, 1.0, 0
             if "ids" in state:
-                empty = {name: bank._data.new_empty(0, dtype=torch.float32) for name in _DERIVED}
+                empty = {name: data.new_empty(0, dtype=torch.float32) for name in _DERIVED}
                 arrays = ClusterArrays(
                     **{n: empty[n] if n in empty else state[n] for n in ClusterArrays._fields}
                 )
                 arrays.check()
-                bank._clusters = link(arrays)
-                bank._stretch = float(state["stretch"])
-                if not 1 <= bank._stretch < 2:
-                    raise ValueError(f"a bank's stretch must be about 1, got {bank._stretch}")
-                bank._clustered_rows = int(state["clustered_rows"])
+                if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
+                    raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
+                bank._clusters, bank._stretch = link(arrays), float(state["stretch"])
+                (bank._clustered_rows,) = _integers(state, "clustered_rows", 1)
         except KeyError as error:
             raise ValueError(f"these tensors are not a bank: {error} is missing") from error
-        bank._storage = bank._data.dtype
-        if len(bank._groups) * bank._rows_per_group != len(bank):
-            raise ValueError(f"a bank of {len(bank._groups)} groups cannot have {len(bank)} rows")
-        if bank._clusters is None:
-            check_shape("data", bank._data, "M, D")
-            check_dtype("data", bank._data, torch.float32, torch.float16)
-            check_finite_rows("data", bank._data)
         return bank
 
     # --- inside -----------------------------------------------------------------------------------
@@ -310,6 +326,16 @@ class NormalBank:
                 self._clusters, self._stretch = clusters, stretch
             self._data = self._clusters.data
         self._groups = groups  # last: nothing is changed if clustering is interrupted
+
+
+def _integers(state: Mapping[str, Tensor], name: str, count: int) -> list[int]:
+    """The tensor [count] int64 of that name in a state."""
+    values = state[name]
+    if values.dtype != torch.int64 or values.shape != (count,):
+        raise ValueError(
+            f"a bank's {name} must be int64 [{count}], got {values.dtype} {list(values.shape)}"
+        )
+    return [int(value) for value in values]
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .bank import NormalBank
 from .levels import PatchLevel
-from .ops import score_map
-from .score import combine
+from .score import PIXELS_PER_PASS, search_levels
 
-_IMAGES_PER_PASS = 8  # bounds the memory of maps
+_COMBINED = "combined"
+_LEVEL = "level."
 _MOST_PIXELS = 1 << 22  # of all maps together, that quantiles are taken of
 _TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels above each of the values that are kept
 
@@ -36,6 +36,27 @@ class Calibration:
     """[N] float64, ascending."""
     pixel_values: Tensor
     """[302] float64, ascending: what shares 1, 10^-0.02, ... 10^-6 and 0 of the pixels exceed."""
+    level_scores: dict[str, Tensor] = field(default_factory=dict)
+    """Per level: the maximum of its own map of each image, [N] float64, ascending."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, for `from_tensors`."""
+        levels = {f"{_LEVEL}{name}": scores for name, scores in self.level_scores.items()}
+        return {"image_scores": self.image_scores, "pixel_values": self.pixel_values, **levels}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
+        """From what `tensors` gave. Raises ValueError if they cannot be a calibration."""
+        for name, values in tensors.items():
+            count = len(_TAILS) + 1 if name == "pixel_values" else len(tensors["image_scores"])
+            fits = values.dtype == torch.float64 and values.shape == (count,) and count > 1
+            if not (fits and bool(values.isfinite().all()) and bool((values.diff() >= 0).all())):
+                raise ValueError(f"the calibration's {name} are damaged")
+        levels = {k.removeprefix(_LEVEL): v for k, v in tensors.items() if k.startswith(_LEVEL)}
+        try:
+            return cls(tensors["image_scores"], tensors["pixel_values"], levels)
+        except KeyError as error:
+            raise ValueError(f"the calibration lacks {error}") from error
 
     @property
     def num_images(self) -> int:
@@ -50,12 +71,17 @@ class Calibration:
     @property
     def typical(self) -> float:
         """Median pixel of good images' maps: the low end of a heat map's scale."""
-        return float(self.pixel_values[np.searchsorted(-_TAILS, -0.5)])
+        return self.exceeded_by(0.5)
 
     @property
     def highest(self) -> float:
         """The highest score, which is the highest pixel, of a good image."""
         return float(self.image_scores[-1])
+
+    def level_of_alarm(self, values: Mapping[str, float]) -> str:
+        """The level whose value stands out most from what its own map reaches on good images."""
+        highest = {name: float(scores[-1]) for name, scores in self.level_scores.items()}
+        return max(values, key=lambda name: values[name] / max(highest[name], 1e-30))
 
     def threshold(self, false_alarm_rate: float) -> float:
         """Image score that a new good image exceeds with at most this probability.
@@ -75,8 +101,12 @@ class Calibration:
         self._check_rate(false_alarm_rate)
         # With a share of 1 assumed of the new image, the mean over all N + 1 is still the rate.
         allowed = (false_alarm_rate * (self.num_images + 1) - 1) / self.num_images
+        return self.exceeded_by(max(allowed, 0.0))
+
+    def exceeded_by(self, share: float) -> float:
+        """Map value that no more than this share of the good images' pixels exceeds."""
         tails = np.append(_TAILS, 0.0)
-        return float(self.pixel_values[np.argmax(tails <= max(allowed, 0.0) + 1e-12)])
+        return float(self.pixel_values[np.argmax(tails <= share + 1e-12)])
 
     def p_values(self, image_scores: Tensor | npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """How probable a good image scores so high, [N'] for image scores [N'].
@@ -116,27 +146,28 @@ def calibrate(
     if num_images < 2:
         return None
     height, width = image_shape
-    queries = {
-        level: bank.embeddings.view(num_images, *level.grid_shape(height, width), bank.dim)
+    embeddings = [
+        bank.embeddings.view(num_images, *level.grid_shape(height, width), bank.dim)
         for level, bank in banks.items()
-    }
+    ]
+    groups = next(iter(banks.values())).groups
     step = max(1, math.isqrt(num_images * height * width // _MOST_PIXELS))
-    scores, pixels = [], []
-    for numbers in torch.arange(num_images).split(_IMAGES_PER_PASS):
-        maps = {}
-        for level, bank in banks.items():
-            there = numbers.to(bank.device)
-            mine = queries[level][there].float()  # [n, I, J, D]
-            own = bank.groups[there][:, None, None].expand(mine.shape[:-1])
-            distances, _ = bank.nearest(mine, exclude_same_group=own)
-            maps[str(level)] = score_map(distances, level.size, level.stride, height, width)
-        combined = combine(maps, combination).cpu().double()
-        scores.append(combined.amax(dim=(1, 2)))
-        pixels.append(combined[:, ::step, ::step].flatten())
+    scores: dict[str, list[Tensor]] = {}
+    pixels = []
+    for numbers in torch.arange(num_images).split(max(1, PIXELS_PER_PASS // (height * width))):
+        mine = [values[numbers.to(values.device)].float() for values in embeddings]
+        there = groups[numbers.to(groups.device)]
+        result = search_levels(banks, mine, image_shape, combination, there)
+        maps = result.level_maps | {_COMBINED: result.anomaly_map}
+        for name, values in maps.items():
+            scores.setdefault(name, []).append(values.double().amax(dim=(1, 2)))
+        pixels.append(result.anomaly_map.double()[:, ::step, ::step].flatten())
         if progress is not None:
             progress((int(numbers[-1]) + 1) / num_images)
-    image_scores = torch.cat(scores).sort().values
-    return Calibration(image_scores, _upper_quantiles(torch.cat(pixels), image_scores[-1:]))
+    ordered = {name: torch.cat(parts).sort().values for name, parts in scores.items()}
+    image_scores = ordered.pop(_COMBINED)
+    quantiles = _upper_quantiles(torch.cat(pixels), image_scores[-1:])
+    return Calibration(image_scores, quantiles, ordered)
 
 
 def _upper_quantiles(values: Tensor, largest: Tensor) -> Tensor:

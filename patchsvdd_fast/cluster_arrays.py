@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, bincount, float16, float32, int8, int32, int64
+from torch import Tensor, arange, bincount, float16, float32, int8, int32, int64
 
 from . import _native
 
+MOST_CLUSTERS = 4096
+"""Bounds the matrix of distances between centroids to 64 MiB."""
+
+_MOST_AXES = 4096  # of embeddings, too
 _LARGEST = 1e16  # coordinates of centroids: beyond, squares might overflow
+_LARGEST_RADIUS = 1e18  # of coordinates of up to _LARGEST
+_SMALLEST_SCALE = 0.99e-30  # clusters.cpp makes none smaller
+_MOST_BIAS = 1 << 15  # per code: half its square and 128 of it
+_NOTHING = 2**31 - 1  # the bias of what fills up a block (csrc/cpu/search_kernels.h)
 _DTYPES = {
     "data": (float32, float16),
     "ids": (int64,),
@@ -60,7 +68,12 @@ class ClusterArrays(NamedTuple):
     """[C, C padded to 16] float32: distances between centroids, rounded up."""
 
     def check(self) -> None:
-        """Raise ValueError unless the arrays fit together, so that a search stays within them."""
+        """Raise ValueError unless the arrays fit together, so that a search stays within them.
+
+        Arrays may come from a forged file: nothing in them may lead the native code outside of
+        them, or to memory out of proportion to the file. Radii, errors or a basis that do not
+        belong to the rows are not noticed: the answers are wrong then, no worse.
+        """
         for name, tensor in self._asdict().items():
             expected = _DTYPES.get(name, (float32,))
             if tensor.dtype not in expected or not tensor.is_contiguous():
@@ -71,16 +84,16 @@ class ClusterArrays(NamedTuple):
             raise ValueError("a bank's data, centroids and codes must have 2, 2 and 4 dimensions")
         rows, dim = self.data.shape
         count, axes = self.centroids.shape
-        groups = self.codes.shape[1]
-        num_blocks = len(self.block_radius)
+        groups, num_blocks = self.codes.shape[1], self.block_radius.numel()
         shapes = {
             "ids": (rows,),
             "starts": (count + 1,),
             "blocks": (count + 1,),
             "codes": (num_blocks, groups, 16, 4),
             "bias": (num_blocks * 16,),
+            "block_radius": (num_blocks,),
             "mean": (dim,),
-            "basis": (dim if len(self.basis) else 0, axes),
+            "basis": (dim if self.basis.numel() else 0, axes),
             "scales": (count,),
             "slack": (count,),
             "code_slack": (count,),
@@ -92,24 +105,75 @@ class ClusterArrays(NamedTuple):
                     f"a bank's {name} must have shape {list(shape)}, "
                     f"got {list(getattr(self, name).shape)}"
                 )
-        sizes, blocks = self.starts.diff(), self.blocks.diff()
-        whole = (
-            count >= 1
-            and axes >= 16
+        if not (
+            1 <= dim <= _MOST_AXES
+            and 1 <= count <= MOST_CLUSTERS
+            and 16 <= axes <= _MOST_AXES
             and axes % 16 == 0
-            and (
-                4 * groups == axes if len(self.basis) else 4 * groups == (dim + 3) // 4 * 4 <= axes
+            and groups == (axes // 4 if len(self.basis) else (dim + 3) // 4)
+            and 4 * groups <= axes
+        ):
+            raise ValueError(
+                f"a bank of D = {dim} cannot have {count} clusters of {axes} coordinates "
+                f"and {4 * groups} codes a row"
             )
-            and float(self.centroids.abs().max()) < _LARGEST  # false for NaN
-            and bool((sizes >= 1).all())
-            and bool((blocks == (sizes + 15) // 16).all())
+        if not self._covers_rows():
+            raise ValueError("a bank's clusters do not cover its rows")
+        self._check_values()
+
+    def _covers_rows(self) -> bool:
+        """Whether clusters and blocks divide the rows, each of which has one number."""
+        rows, num_blocks = len(self.data), len(self.block_radius)
+        # Differences may wrap around unless all are known to be in range.
+        if not (_within(self.starts, 0, rows) and _within(self.blocks, 0, num_blocks)):
+            return False
+        sizes = self.starts.diff()
+        return (
+            bool((sizes >= 1).all())
+            and bool((self.blocks.diff() == (sizes + 15) // 16).all())
             and [int(self.starts[0]), int(self.starts[-1])] == [0, rows]
             and [int(self.blocks[0]), int(self.blocks[-1])] == [0, num_blocks]
-            and 0 <= int(self.ids.min()) <= int(self.ids.max()) < rows
+            and _within(self.ids, 0, rows - 1)
             and bool((bincount(self.ids, minlength=rows) == 1).all())
+            and _within(self.centroids, -_LARGEST, _LARGEST)
         )
-        if not whole:
-            raise ValueError("a bank's clusters do not cover its rows")
+
+    def _check_values(self) -> None:
+        """Raise ValueError for numbers that no bank has."""
+        axes, groups = self.basis.shape[1], self.codes.shape[1]
+        limits = {
+            "mean": (-_LARGEST, _LARGEST),
+            "scales": (_SMALLEST_SCALE, _LARGEST),
+            "slack": (0.0, _LARGEST),
+            "code_slack": (0.0, _LARGEST),
+            "reach": (0.0, _LARGEST_RADIUS),
+            "block_radius": (0.0, _LARGEST_RADIUS),
+        }
+        for name, (low, high) in limits.items():
+            if not _within(getattr(self, name), low, high):
+                raise ValueError(f"a bank's {name} must be in [{low:g}, {high:g}]")
+        # A query far outside would be nearest to what fills up the last tile of centroids, which is
+        # no cluster. Axes have length 1.
+        if not float(self.basis.double().norm()) <= 2 * axes**0.5:  # true for NaN
+            raise ValueError("a bank's basis must be orthonormal")
+        rises = self.block_radius.diff() >= 0
+        rises[self.blocks[1:-1] - 1] = True  # from one cluster to the next
+        if not bool(rises.all()):
+            raise ValueError("a bank's block_radius must not fall within a cluster")
+        # Sums of products must not overflow, nor must what fills up a block look like a row.
+        last = self.blocks[1:] - 1
+        in_last = self.starts.diff() - 16 * (self.blocks.diff() - 1)  # rows, 1 to 16
+        fills_up = arange(16) >= in_last[:, None]  # [C, 16]
+        bias = self.bias.view(-1, 16)
+        padding, codes = bias[last][fills_up], self.codes[last].transpose(1, 2)[fills_up]
+        limit = _MOST_BIAS * 4 * groups
+        if (
+            int(self.bias.min()) < -limit
+            or int((self.bias > limit).sum()) != len(padding)
+            or bool((padding != _NOTHING).any())
+            or bool(codes.any())
+        ):
+            raise ValueError("a bank's bias does not fit its codes")
 
     def native(self, stretch: float) -> _native.cpu.ClusteredBank:
         """The struct of pointers; valid as long as this object lives."""
@@ -137,3 +201,9 @@ def native_projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cp
         basis=basis.data_ptr() if len(basis) else 0,
         stretch=stretch,
     )
+
+
+def _within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all are in [low, high]; false for NaN."""
+    smallest, largest = values.aminmax()
+    return low <= smallest.item() and largest.item() <= high

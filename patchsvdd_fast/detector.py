@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from . import _native, recipes, store
+from . import recipes, updating
 from .bank import NormalBank
 from .calibration import Calibration, calibrate
-from .checkpoints import CheckpointKeeper, encoder_tensors, resume_from
-from .encoder import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
+from .checkpoints import CheckpointKeeper, resume_from
+from .devices import resolve_device
+from .encoder import SMALL_PATCH, HierarchicalEncoder
+from .explain import Region, find_regions, highest_place
+from .gallery import Gallery
 from .images import (
     ILLUMINATIONS,
-    load_images,
+    ImageSet,
+    PreparedImage,
+    load_image_set,
     match_illumination,
     mean_colour,
     mean_image,
+    name_of,
     parse_size,
+    prepare_image,
 )
 from .levels import DEFAULT_LEVELS, PatchLevel
+from .model_files import load_detector, save_detector
+from .pipeline import Stream
 from .recipes import training_settings
-from .score import ScoreResult, combinations_of, fill_banks, score_images
+from .results import ImageResult, image_results
+from .score import ScoreResult, combinations_of, encode_images, search_levels
 from .selection import DefectCheck
-from .store import below
 from .training import (
     Trainer,
     TrainingRecord,
     TrainingSettings,
     TrainingStep,
     is_collapsed,
-    record_of,
     warn_of_collapse,
 )
 from .workers import joined_workers, local_device
@@ -68,6 +77,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             `training.TrainingSettings`; None: what the mode and the surface say (recipes.json).
             check_every=0: no checks.
         embedding_dim: D.
+        keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
@@ -75,7 +85,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     array, [N, 3, H, W] as a tensor.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the training images' mean colour),
-    `banks_` (a NormalBank per level), `calibration_`, `record_` (what training reported).
+    `banks_` (a NormalBank per level), `calibration_`, `gallery_` (the training images' names,
+    figures and pictures; None in files of before), `record_` (what training reported).
     """
 
     def __init__(
@@ -102,6 +113,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         check_every: int | None = None,
         patience: int | None = None,
         embedding_dim: int = 64,
+        keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -126,6 +138,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self.check_every = check_every
         self.patience = patience
         self.embedding_dim = embedding_dim
+        self.keep_images = keep_images
         self.device = device
         self.seed = seed
 
@@ -157,12 +170,12 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ValueError for unusable images or parameters, and for a checkpoint of another run;
         warns (CollapseWarning) if all embeddings are alike.
         """
-        self._check_parameters()
+        self.check_parameters()
         settings = self._training_settings()
         device = local_device(resolve_device(self.device))
-        images = load_images(X, parse_size(self.image_size), self._largest_patch())
-        light = mean_colour(images)
-        images = match_illumination(images, self._usual(light))
+        loaded = self.load_images(X)
+        light = mean_colour(loaded.pixels)
+        images = match_illumination(loaded.pixels, self._usual(light))
         mean = mean_image(images, self.mean)
         record = TrainingRecord()
         if encoder is None:
@@ -178,7 +191,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 if resume and checkpoint is not None and workers.agreed(found):
                     resume_from(trainer, checkpoint)
                 keeper = CheckpointKeeper(
-                    trainer, mean, self._header(), checkpoint, checkpoint_minutes
+                    trainer, mean, self.header(), checkpoint, checkpoint_minutes
                 )
 
                 def after_step(step: TrainingStep) -> None:
@@ -196,8 +209,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 keeper.write()
                 if not workers.is_first:
                     return self
-        self._fill_banks(encoder.to(device).eval(), images, mean)
-        self.light_ = light
+        self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
+        self._fill_banks(loaded)
         self.record_ = record
         return self
 
@@ -209,16 +222,79 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             initialization = self._training_settings().initialization
             return HierarchicalEncoder(self.embedding_dim, depth, initialization).eval()
 
-    def _fill_banks(self, encoder: HierarchicalEncoder, images: Tensor, mean: Tensor) -> None:
-        self.encoder_ = encoder
-        self.mean_ = mean
-        self.banks_ = fill_banks(encoder, images, mean, self.levels, self.seed)
-        for level, bank in self.banks_.items():
+    def load_images(self, X: Any) -> ImageSet:  # noqa: N803
+        """Images as they are prepared for this detector, but for the light."""
+        return load_image_set(X, parse_size(self.image_size), self._largest_patch())
+
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Embed uint8 images [N, 3, H, W] in their own light: one [N, I, J, D] per level.
+
+        Raises ValueError for images of another size than in training, unless mean="channel".
+        """
+        matched = match_illumination(pixels, self.usual_light())
+        return encode_images(self.encoder_, matched, self._mean_for(pixels), self.levels)
+
+    def _fill_banks(self, images: ImageSet) -> None:
+        banks = {
+            level: NormalBank(embeddings, seed=self.seed)
+            for level, embeddings in zip(self.levels, self.encode(images.pixels), strict=True)
+        }
+        for level, bank in banks.items():
             if is_collapsed(bank.embeddings):
                 warn_of_collapse(f"at {level}")
-        self.calibration_ = calibrate(self.banks_, self._image_shape(), self.combination)
+        self.take_over(banks, Gallery.of(images, self.keep_images))
 
-    def _check_parameters(self) -> None:
+    def take_over(self, banks: Mapping[PatchLevel, NormalBank], gallery: Gallery | None) -> None:
+        """Score against these banks from now on, calibrated; nothing is changed if that fails."""
+        calibration = calibrate(banks, self.image_shape(), self.combination)
+        self.banks_, self.gallery_, self.calibration_ = dict(banks), gallery, calibration
+
+    # --- changing what is normal ------------------------------------------------------------------
+
+    def add(self, X: Any) -> PatchSVDD:  # noqa: N803
+        """Add good images to the banks and calibrate anew; encoder, mean and light stay.
+
+        Raises ValueError for unusable images; the detector then stays as it was.
+        """
+        self._require_fitted()
+        self.take_over(*updating.with_images(self, X))
+        return self
+
+    def remove(self, images: Sequence[str | int]) -> PatchSVDD:
+        """Take training images out of the banks, by name or number, and calibrate anew.
+
+        Names are those of `gallery_`, or their last part where that is unmistakable. Raises
+        ValueError for an image that is not there, and if none would be left.
+        """
+        self._require_fitted()
+        self.take_over(*updating.without_images(self, images))
+        return self
+
+    def merge(self, other: PatchSVDD) -> PatchSVDD:
+        """Add the training images of a detector with the same encoder, and calibrate anew.
+
+        Both must embed a patch alike: one encoder, mean, light and levels, as `refit` makes them.
+        Raises ValueError if they differ.
+        """
+        self._require_fitted()
+        other._require_fitted()
+        self.take_over(*updating.merged(self, other))
+        return self
+
+    def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
+        """A new detector with this one's encoder, mean and light, and banks of other images alone.
+
+        As for the same product of another line. The two can be merged.
+        """
+        self._require_fitted()
+        twin = type(self)(**self.get_params())
+        twin.encoder_, twin.mean_, twin.light_ = self.encoder_, self.mean_, self.light_
+        twin.record_ = self.record_
+        twin._fill_banks(twin.load_images(X))
+        return twin
+
+    def check_parameters(self) -> None:
+        """Raise ValueError for parameters that cannot be used."""
         if not self.levels:
             raise ValueError("levels must name at least one patch level")
         if self.combination not in combinations_of(self.levels):
@@ -248,24 +324,113 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def _illumination(self) -> str:
         return self.illumination or recipes.illumination_of(self.mode)
 
+    def usual_light(self) -> Tensor | None:
+        """What images are brought to, [3]; None if they stay as they are."""
+        return self._usual(self.light_)
+
     def _usual(self, light: Tensor) -> Tensor | None:
-        """What images are to be matched to."""
         return light if self._illumination() == "matched" else None
 
     def _largest_patch(self) -> int:
         return max(level.size for level in self.levels)
 
-    def _image_shape(self) -> tuple[int, int]:
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the training images as they were encoded, in pixels."""
         return self.mean_.shape[1], self.mean_.shape[2]
+
+    @property
+    def num_images(self) -> int:
+        """How many training images the banks hold."""
+        self._require_fitted()
+        return len(next(iter(self.banks_.values())).groups)
+
+    def _mean_for(self, pixels: Tensor) -> Tensor:
+        """The mean to subtract from images [..., 3, H, W]; raises ValueError for another size."""
+        shape = pixels.shape[-2:]
+        if shape == self.image_shape():
+            return self.mean_
+        if self.mean == "channel":
+            return self.mean_[:, :1, :1].expand(3, *shape).contiguous()
+        raise ValueError(
+            f"images must have {self.image_shape()[1]}x{self.image_shape()[0]} pixels as in "
+            f'training (or mean="channel"), got {shape[1]}x{shape[0]}'
+        )
 
     # --- scoring ----------------------------------------------------------------------------------
 
     def score(self, X: Any) -> ScoreResult:  # noqa: N803
         """Anomaly maps and image scores of new images. Raises NotFittedError before `fit`."""
         self._require_fitted()
-        images = load_images(X, parse_size(self.image_size), self._largest_patch())
-        images = match_illumination(images, self._usual(self.light_))
-        return score_images(self.encoder_, self.banks_, images, self.mean_, self.combination)
+        pixels = self.load_images(X).pixels
+        shape = pixels.shape[2], pixels.shape[3]
+        return search_levels(self.banks_, self.encode(pixels), shape, self.combination)
+
+    def score_stream(
+        self,
+        sources: Iterable[Any],
+        *,
+        false_alarm_rate: float | None = None,
+        on_error: Callable[[Any, Exception], None] | None = None,
+    ) -> Stream[ImageResult]:
+        """Score images one after another, as many as there are: an iterator of `ImageResult`.
+
+        For `for` and `async for`. Reading, encoding, searching and what the caller does with a
+        result overlap, in bounded memory. Scores are those of `score`.
+
+        sources: paths, PIL images or arrays [H, W, 3]; may be endless. They are drawn, some ahead,
+            in a thread of their own.
+        false_alarm_rate: sets the threshold; default: `threshold_`.
+        on_error: called with an image that cannot be read, and why; it is then skipped. None: the
+            error is raised, and ends the stream.
+        """
+        self._require_fitted()
+        threshold = self.threshold_or_none(false_alarm_rate)
+        # As it is now: what is done to the detector meanwhile does not reach the stream.
+        fitted = copy.copy(self)
+
+        def read(item: Any, number: int) -> PreparedImage:
+            size, smallest = parse_size(fitted.image_size), fitted._largest_patch()
+            image = prepare_image(item, name_of(item, number), size, smallest)
+            fitted._mean_for(image.pixels)  # refuses what cannot be encoded
+            return image
+
+        def encode(images: list[PreparedImage]) -> tuple[list[PreparedImage], list[Tensor]]:
+            return images, fitted.encode(torch.stack([image.pixels for image in images]))
+
+        def search(encoded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
+            images, embeddings = encoded
+            height, width = images[0].pixels.shape[1:]
+            scores = search_levels(fitted.banks_, embeddings, (height, width), fitted.combination)
+            return image_results(images, scores, fitted.calibration_, threshold, fitted.gallery_)
+
+        return Stream(sources, read, encode, search, on_error)
+
+    def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
+        """The anomalous regions of an image, each with the normal patch most like it.
+
+        The most anomalous first; none where the image is not anomalous. result: of
+        `score_stream`. false_alarm_rate: sets the threshold; default: `threshold_`.
+        """
+        self._require_fitted()
+        threshold = self.threshold_or_none(false_alarm_rate)
+        return find_regions(
+            result.scores, self.levels, self.calibration_, threshold, self._image_names()
+        )
+
+    def highest_place(self, result: ImageResult) -> Region:
+        """Where an image looks least normal, anomalous or not, as `explain` gives regions."""
+        self._require_fitted()
+        return highest_place(result.scores, self.levels, self.calibration_, self._image_names())
+
+    def match_picture(self, region: Region) -> Image.Image | None:
+        """The training image that holds a region's nearest normal patch, if it was kept."""
+        self._require_fitted()
+        if self.gallery_ is None:
+            return None
+        return self.gallery_.picture(region.match_image, self.image_shape())
+
+    def _image_names(self) -> tuple[str, ...]:
+        return () if self.gallery_ is None else self.gallery_.names
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
         """Normality of each image, [N]: the negative image score, higher is more normal."""
@@ -297,6 +462,15 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         if there are too few of these for so low a rate (1 % takes 99).
         """
         return self._calibration().threshold(false_alarm_rate)
+
+    def threshold_or_none(self, false_alarm_rate: float | None = None) -> float | None:
+        """`threshold` of the rate given, else `threshold_`; None of a single training image.
+
+        Raises ValueError for a rate that cannot be promised.
+        """
+        if false_alarm_rate is not None:
+            return self.threshold(false_alarm_rate)
+        return None if self.calibration_ is None else self.threshold_
 
     def pixel_threshold(self, false_alarm_rate: float) -> float:
         """Map value above which at most this share of a good image's pixels lies, on average.
@@ -331,99 +505,20 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
         self._require_fitted()
-        tensors = encoder_tensors(self.encoder_) | {"mean": self.mean_, "light": self.light_}
-        for level, bank in self.banks_.items():
-            tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
-        if self.calibration_ is not None:
-            tensors |= {f"calibration.{k}": v for k, v in vars(self.calibration_).items()}
-        store.save(path, "detector", tensors, self._header() | {"record": asdict(self.record_)})
+        save_detector(self, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> PatchSVDD:
-        """Read a detector written by `save`. Raises ValueError if the file holds no detector."""
-        tensors, header = store.load(path)
-        if header["kind"] != "detector":
-            raise ValueError(
-                f"{path} is a training {header['kind']}, not a fitted detector: finish it with "
-                f"`patchsvdd train --encoder {path}`"
-            )
-        parameters = dict(header["parameters"])
-        parameters["levels"] = tuple(PatchLevel(*level) for level in parameters["levels"])
-        if isinstance(parameters["image_size"], list):
-            parameters["image_size"] = tuple(parameters["image_size"])
-        detector = cls(**{**parameters, "device": device})
-        target = resolve_device(device)
-        detector.encoder_ = _encoder_of(tensors, header).to(target)
-        detector.mean_ = tensors["mean"]
-        # Files of before illumination mattered lack it: then it is as it is.
-        detector.light_ = tensors.get("light", detector.mean_.mean(dim=(1, 2)))
-        detector.banks_ = {
-            level: NormalBank.from_state_dict(below(tensors, f"bank.{level}.")).to(target)
-            for level in detector.levels
-        }
-        if header.get("calibration") is not None:  # of schema 2: a threshold without the scores
-            detector.calibration_ = calibrate(
-                detector.banks_, detector._image_shape(), detector.combination
-            )
-        else:
-            calibration = below(tensors, "calibration.")
-            detector.calibration_ = Calibration(**calibration) if calibration else None
-        detector.record_ = record_of(header["record"])
-        return detector
+        """Open a detector written by `save`; the file is mapped, not copied.
 
-    def _header(self) -> dict[str, Any]:
+        Files of schema 2 and 3 are calibrated anew, which takes a while: save it to keep that.
+        Raises ValueError if the file holds no detector, is damaged, or of a newer version.
+        """
+        return load_detector(cls, path, device, resolve_device(device))
+
+    def header(self) -> dict[str, Any]:
+        """The parameters as a file's header has them."""
         parameters = self.get_params()
         parameters["levels"] = [(level.size, level.stride) for level in self.levels]
         parameters["illumination"] = self._illumination()  # whatever the mode's will be one day
         return {"parameters": parameters}
-
-
-def load_encoder(path: str | Path) -> HierarchicalEncoder:
-    """Read the encoder of a detector, a training checkpoint, or an official checkpoint (.pkl, .pt).
-
-    Raises ValueError if the file is none of these.
-    """
-    if Path(path).suffix in (".pkl", ".pt", ".pth"):
-        return load_official_checkpoint(path)
-    return _encoder_of(*store.load(path))
-
-
-def preparation_of(path: str | Path) -> dict[str, str]:
-    """How images were prepared for the encoder of a file: `illumination` and `mean`."""
-    if Path(path).suffix in (".pkl", ".pt", ".pth"):
-        return {"illumination": "as_is", "mean": "pixel"}
-    _, header = store.load(path)
-    parameters = header["parameters"]
-    illumination = parameters.get("illumination")
-    return {
-        "illumination": illumination or recipes.illumination_of(parameters.get("mode", "faithful")),
-        "mean": parameters.get("mean", "pixel"),
-    }
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device to run on; "auto" prefers a GPU that this build has kernels for."""
-    if device == "auto":
-        usable = _native.cuda is not None and torch.cuda.is_available()
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}'
-        ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch finds no GPU")
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device!r}")
-    return resolved
-
-
-def _encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
-    sizes = [size for size, _ in header["parameters"]["levels"]]
-    depth = (max(sizes) // SMALL_PATCH).bit_length()
-    encoder = HierarchicalEncoder(header["parameters"]["embedding_dim"], depth)
-    # Of a training run with checks, the best weights so far.
-    best = below(tensors, "training.best.")
-    encoder.load_state_dict(best or below(tensors, "encoder."))
-    return encoder.eval()

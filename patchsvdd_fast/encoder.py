@@ -27,6 +27,7 @@ TRUNK_STRIDE = 2
 LEAKY_SLOPE = 0.1
 _SMALL_CHANNELS = (3, 32, 64, 128, 128, 64, 32, 32)
 _HEAD_CHANNELS = 128
+_LEAST_PATCHES = 64  # joined at once: on a CPU fewer than 16 are summed in another order
 _QUADRANTS_IN_CACHE = 256  # of 32 pixels; measured: 128 as good, 64 and 1,280 a tenth slower
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
 
@@ -74,7 +75,11 @@ class QuadrantHead(nn.Module):
 
     def forward(self, quadrants: Tensor) -> Tensor:
         """[B, D, 2, 2] -> [B, D, 1, 1]."""
-        return torch.tanh(self.project(self.activation(self.join(quadrants))))
+        count = len(quadrants)
+        if not torch.is_grad_enabled() and 0 < count < _LEAST_PATCHES:
+            quadrants = torch.cat([quadrants, quadrants[:1].expand(_LEAST_PATCHES, -1, -1, -1)])
+        joined: Tensor = torch.tanh(self.project(self.activation(self.join(quadrants))))
+        return joined[:count]
 
 
 class HierarchicalEncoder(nn.Module):

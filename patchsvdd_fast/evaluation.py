@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from . import metrics
 from .detector import PatchSVDD
 from .files import written_whole
-from .images import Category, LabelledImage, read_mask
-from .score import ScoreResult, combinations_of
+from .folders import Category, LabelledImage
+from .images import read_mask
+from .results import ImageResult
+from .score import combinations_of, combine
 
 METRICS = {
     "detection": "det. AUROC",
@@ -37,11 +41,13 @@ class CategoryResult:
 
 
 def evaluate_category(
-    detector: PatchSVDD, category: Category, result: ScoreResult | None = None
+    detector: PatchSVDD,
+    category: Category,
+    on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
-    result: the scores of `category.test_images()`, if they are known already.
+    on_result: called with each test image and what was found, as it is found.
     Raises ValueError if there are no test images, or they are all good or all anomalous.
     """
     tests = category.test_images()
@@ -50,13 +56,18 @@ def evaluate_category(
         raise ValueError(
             f"{category.root / 'test'} needs good and anomalous images, got only one kind"
         )
-    if result is None:
-        result = detector.score([image.path for image in tests])
-    height, width = result.anomaly_map.shape[1:]
-    masks = read_masks(tests, (height, width))
+    parts: dict[str, list[Tensor]] = {}
+    with detector.score_stream(image.path for image in tests) as stream:
+        for image, result in zip(tests, stream, strict=True):
+            for name, level_map in result.scores.level_maps.items():
+                parts.setdefault(name, []).append(level_map)
+            if on_result is not None:
+                on_result(image, result)
+    level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
+    masks = read_masks(tests, detector.image_shape())
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels):
-        maps = result.map(combination).numpy()
+        maps = combine(level_maps, combination).numpy()
         percent[combination] = {
             "detection": 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), labels),
             "segmentation": None
@@ -71,16 +82,16 @@ def read_masks(
     tests: Sequence[LabelledImage], size: tuple[int, int]
 ) -> npt.NDArray[np.bool_] | None:
     """What is anomalous, [N, height, width]; None if an anomalous image has no mask."""
-    if any(image.mask is None for image in tests if image.is_anomalous):
-        return None
-    return np.stack(
-        [
-            np.zeros(size, dtype=bool)
-            if image.mask is None or not image.is_anomalous
-            else read_mask(image.mask, size)
-            for image in tests
-        ]
-    )
+    masks = [mask_of(image, size) for image in tests]
+    known = [mask for mask in masks if mask is not None]
+    return np.stack(known) if len(known) == len(masks) else None
+
+
+def mask_of(image: LabelledImage, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """What is anomalous in a test image, [height, width]; None if that is not known."""
+    if not image.is_anomalous:
+        return np.zeros(size, dtype=bool)
+    return None if image.mask is None else read_mask(image.mask, size)
 
 
 def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:

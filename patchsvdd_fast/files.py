@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
+
+_PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
@@ -15,8 +19,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     It does so only when complete and on disk; after a failure what was there before still is.
     Raises OSError naming `path` if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{_prefix(path)}{os.getpid()}{_PARTIAL}")
     try:
+        partial.unlink(missing_ok=True)  # of a killed process that had this one's number
         partial.touch()
         yield partial
         with partial.open("rb+") as file:
@@ -28,6 +33,36 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes of this machine that were killed while writing `path` have left.
+
+    Looks through the folder: for large files, of which there are few.
+    """
+    if os.name != "posix":
+        return  # elsewhere asking after a process might end it
+    prefix = _prefix(path)
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
+        number = leftover.name.removeprefix(prefix).removesuffix(_PARTIAL)
+        if number.isdecimal() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def _prefix(path: Path) -> str:
+    """Of the names that `path` has while it is written: a folder may be that of many machines."""
+    return f".{path.name}.{platform.node()}."
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading images: folders of good ones, categories in MVTec layout, arrays; any mode, any size."""
+"""Reading images: files, arrays and batches; any mode, any size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+from .folders import training_paths
+
 MASK_THRESHOLD = 128
 
 ILLUMINATIONS = ("as_is", "matched")
@@ -23,90 +24,6 @@ MEANS = ("pixel", "channel")
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """A test image of a category."""
-
-    path: Path
-    defect: str
-    """Name of its folder; "good" for a normal image."""
-    mask: Path | None
-    """Image whose pixels above 128 are anomalous, if the category has one."""
-
-    @property
-    def is_anomalous(self) -> bool:
-        """Whether the image lies in any folder but "good"."""
-        return self.defect != "good"
-
-
-@dataclass(frozen=True)
-class Category:
-    """A data set in MVTec layout: train/good, test/good, test/<defect>, ground_truth/<defect>."""
-
-    root: Path
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.root.resolve().name
-
-    def train_paths(self) -> list[Path]:
-        """Good training images. Raises ValueError if there are none."""
-        return find_images(self.root / "train" / "good")
-
-    def test_images(self) -> list[LabelledImage]:
-        """Test images in the order of their paths. Raises ValueError if there are none."""
-        paths = find_images(self.root / "test")
-        return [
-            LabelledImage(path, path.relative_to(self.root / "test").parts[0], self._mask(path))
-            for path in paths
-        ]
-
-    def _mask(self, path: Path) -> Path | None:
-        inside = path.relative_to(self.root / "test").with_suffix("")
-        for ending in ("_mask.png", ".png", "_mask.bmp", ".bmp", "_mask.tif", ".tif"):
-            mask = self.root / "ground_truth" / f"{inside}{ending}"
-            if mask.is_file():
-                return mask
-        return None
-
-
-def is_category(folder: Path) -> bool:
-    """Whether the folder has MVTec's train/good."""
-    return (folder / "train" / "good").is_dir()
-
-
-def find_categories(folder: Path) -> list[Category]:
-    """The folder itself if it is a category, else the categories directly inside it."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    candidates = [folder] if is_category(folder) else sorted(folder.iterdir())
-    categories = [Category(path) for path in candidates if is_category(path)]
-    if not categories:
-        raise ValueError(f"{folder} holds no category in MVTec layout (train/good inside)")
-    return categories
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All images below a folder, in the order of their paths.
-
-    Raises ValueError if the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return paths
-
-
-def training_paths(folder: Path) -> list[Path]:
-    """The good images of a category, or all images below any other folder."""
-    return Category(folder).train_paths() if is_category(folder) else find_images(folder)
 
 
 def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
@@ -124,19 +41,22 @@ def read_image(path: str | Path) -> Image.Image:
 
     Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
     samples are scaled to 8 bits, and the camera's rotation (EXIF) is applied. Raises ValueError
-    naming the file if it is no image, is damaged, or has samples of another kind.
+    naming the file if it is no image, is damaged, has samples of another kind, or more pixels than
+    Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may unfold to
+    gigabytes.
     """
     try:
         with Image.open(path) as image:
+            _check_pixels(image)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that can be read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
@@ -145,17 +65,71 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(gray) > MASK_THRESHOLD
 
 
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the encoder wants it, but for the light."""
+
+    name: str
+    """Its path as given, or "image 3"."""
+    pixels: Tensor
+    """uint8 [3, H, W], resized."""
+    original_size: tuple[int, int]
+    """(height, width) before resizing."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Prepared images of one size."""
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    """uint8 [N, 3, H, W]."""
+    original_sizes: tuple[tuple[int, int], ...]
+    """(height, width) of each before resizing."""
+
+
+def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> PreparedImage:
+    """Read one image: a path, a PIL image, or an array [H, W] or [H, W, 3] uint8.
+
+    size: resize with Pillow's default filter (bicubic), or None to keep. smallest: refuse an image
+    below this many pixels on a side. Raises ValueError, TypeError or OSError naming it.
+    """
+    image = _as_image(item, name)
+    original = image.height, image.width
+    if min(original) < smallest:
+        raise ValueError(
+            f"{name} has {image.width}x{image.height} pixels, less than one patch of "
+            f"{smallest}x{smallest}"
+        )
+    if size is not None:
+        image = image.resize((size[1], size[0]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return PreparedImage(name, pixels, original)
+
+
+def name_of(item: Any, number: int) -> str:
+    """What to call an image: its path, or its number."""
+    return str(item) if isinstance(item, str | Path) else f"image {number}"
+
+
 def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
-    """Load images as uint8 [N, 3, H, W].
+    """The pixels of `load_image_set`, uint8 [N, 3, H, W]."""
+    return load_image_set(source, size, smallest).pixels
+
+
+def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
+    """Load images of one size.
 
     source: a folder (a category's good training images, or every image below it), one image file,
     a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
-    as a NumPy array, [N, 3, H, W] as a tensor. size: resize with Pillow's default filter
-    (bicubic), or None to keep. smallest: refuse images below this many pixels on a side.
+    as a NumPy array, [N, 3, H, W] as a tensor. size, smallest: as `prepare_image`. The names of
+    images in a folder are relative to it.
     """
+    folder: Path | None = None
     if isinstance(source, str | Path):
         path = Path(source)
-        source = training_paths(path) if path.is_dir() else [path]
+        folder = path if path.is_dir() else None
+        source = [path] if folder is None else training_paths(folder)
     if isinstance(source, Tensor):
         source = _batch_of_tensor(source)
     if not isinstance(source, Sequence | np.ndarray):
@@ -165,30 +139,23 @@ def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
         )
     if len(source) == 0:
         raise ValueError("no images given")
-    names = [
-        str(item) if isinstance(item, str | Path) else f"image {i}" for i, item in enumerate(source)
-    ]
+    names, sizes = [], []
     batch: Tensor | None = None
-    for index, (name, item) in enumerate(zip(names, source, strict=True)):
-        image = _as_image(item, name)
-        if min(image.size) < smallest:
-            raise ValueError(
-                f"{name} has {image.width}x{image.height} pixels, less than one patch of "
-                f"{smallest}x{smallest}"
-            )
-        if size is not None:
-            image = image.resize((size[1], size[0]))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
+    for index, item in enumerate(source):
+        image = prepare_image(item, name_of(item, index), size, smallest)
+        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
+        sizes.append(image.original_size)
         if batch is None:
-            batch = torch.empty(len(names), *pixels.shape, dtype=torch.uint8)
-        if pixels.shape != batch.shape[1:]:
+            batch = torch.empty(len(source), *image.pixels.shape, dtype=torch.uint8)
+        if image.pixels.shape != batch.shape[1:]:
+            height, width = image.pixels.shape[1:]
             raise ValueError(
                 f"images must all have one size unless they are resized: {names[0]} has "
-                f"{batch.shape[3]}x{batch.shape[2]} pixels, {name} has {image.width}x{image.height}"
+                f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
             )
-        batch[index] = pixels
+        batch[index] = image.pixels
     assert batch is not None
-    return batch
+    return ImageSet(tuple(names), batch, tuple(sizes))
 
 
 def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
@@ -237,7 +204,10 @@ def _as_image(item: Any, name: str) -> Image.Image:
     if isinstance(item, str | Path):
         return read_image(item)
     if isinstance(item, Image.Image):
-        return _to_rgb(item)
+        try:
+            return _to_rgb(item)
+        except Exception as error:  # one that was only opened is decoded now
+            raise ValueError(f"cannot read {name}: {_reason(error)}") from error
     if isinstance(item, np.ndarray) and item.dtype == np.uint8:
         if item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (1, 3, 4)):
             return _to_rgb(Image.fromarray(item.squeeze(2) if item.shape[2:] == (1,) else item))
@@ -252,6 +222,23 @@ def _batch_of_tensor(batch: Tensor) -> Sequence[np.ndarray]:
     if batch.ndim != 4 or batch.shape[1] != 3:
         raise ValueError(f"images must have shape [N, 3, H, W], got {list(batch.shape)}")
     return list(batch.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def _check_pixels(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {_pixel_limit()}")
+
+
+def _pixel_limit() -> str:
+    return f"the limit of {Image.MAX_IMAGE_PIXELS:,} (--max-pixels; PIL.Image.MAX_IMAGE_PIXELS)"
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in words."""
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's words name no way out
+        return f"its pixels are more than {_pixel_limit()}"
+    return str(error) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .images import Category
+from .folders import Category
 from .synthetic_defects import Array, Mask, blend, blob, cut, smooth_noise
 
 SIDE = 256

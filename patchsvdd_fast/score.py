@@ -7,6 +7,7 @@ Usable without the detector, with any embeddings::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,9 +30,10 @@ __all__ = [
     "nearest",
     "score_images",
     "score_map",
+    "search_levels",
 ]
 
-_IMAGES_PER_PASS = 8  # bounds the encoder's memory
+PIXELS_PER_PASS = 1 << 19  # bounds the encoder's memory, to some 250 MiB: 8 images of 256x256
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class ScoreResult:
     matches: dict[str, Tensor] = field(repr=False)
     """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
     and column in its grid of patches (times the level's stride: top and left in pixels)."""
+
+    def image(self, number: int) -> ScoreResult:
+        """The scores of one image alone, with N = 1."""
+        one = slice(number, number + 1)
+        parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
+        return ScoreResult(
+            self.combination, *({name: t[one] for name, t in part.items()} for part in parts)
+        )
 
     def map(self, combination: str | None = None) -> Tensor:
         """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
@@ -90,7 +100,8 @@ def encode_images(
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
-    mean: [3, H, W] float32. The result lies on the encoder's device.
+    mean: [3, H, W] float32. The result lies on the encoder's device. Several images go through the
+    encoder together, large ones in tiles: the same embeddings in bounded memory.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -99,12 +110,56 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
+    height, width = images.shape[-2:]
     with computing_in("float32", device):
-        passes = [
-            encoder.dense(normalize(chunk.to(device), mean), levels)
-            for chunk in images.split(_IMAGES_PER_PASS)
+        if height * width > PIXELS_PER_PASS:
+            passes = [_encode_in_tiles(encoder, image, mean, levels) for image in images]
+        else:
+            passes = [
+                encoder.dense(normalize(chunk.to(device), mean), levels)
+                for chunk in images.split(PIXELS_PER_PASS // (height * width))
+            ]
+    if not passes:
+        return [
+            torch.empty(0, *level.grid_shape(height, width), encoder.embedding_dim, device=device)
+            for level in levels
         ]
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
+
+
+def _encode_in_tiles(
+    encoder: HierarchicalEncoder, image: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+) -> list[Tensor]:
+    """The embeddings of one image [3, H, W], one [1, I, J, D] per level.
+
+    A tile holds every patch that begins in its first `step` rows and columns, a multiple of all
+    strides: so each patch is encoded once, from the pixels it would have in the whole image.
+    """
+    height, width = image.shape[-2:]
+    strides = math.lcm(*(level.stride for level in levels))
+    overlap = max(level.size for level in levels)
+    step = max(1, (math.isqrt(PIXELS_PER_PASS) - overlap) // strides) * strides
+    whole = [
+        torch.empty(1, *level.grid_shape(height, width), encoder.embedding_dim, device=mean.device)
+        for level in levels
+    ]
+    smallest = min(level.size for level in levels)
+    for top in range(0, height - smallest + 1, step):
+        for left in range(0, width - smallest + 1, step):
+            rows, columns = slice(top, top + step + overlap), slice(left, left + step + overlap)
+            part = image[None, :, rows, columns].to(mean.device)
+            inside = [
+                level
+                for level in levels
+                if part.shape[2] >= level.size and part.shape[3] >= level.size
+            ]
+            encoded = encoder.dense(normalize(part, mean[:, rows, columns]), inside)
+            for level, found in zip(inside, encoded, strict=True):
+                cells = step // level.stride
+                target = whole[levels.index(level)]
+                i, j = top // level.stride, left // level.stride
+                target[:, i : i + cells, j : j + cells] = found[:, :cells, :cells]
+    return whole
 
 
 def fill_banks(
@@ -132,17 +187,34 @@ def score_images(
     combination: str = "mult",
 ) -> ScoreResult:
     """Score uint8 images [N, 3, H, W] against a bank per level; results lie on the CPU."""
-    levels = list(banks)
-    if combination not in combinations_of(levels):
+    encoded = encode_images(encoder, images, mean, list(banks))
+    return search_levels(banks, encoded, (images.shape[2], images.shape[3]), combination)
+
+
+def search_levels(
+    banks: Mapping[PatchLevel, NormalBank],
+    encoded: Sequence[Tensor],
+    image_shape: tuple[int, int],
+    combination: str = "mult",
+    groups: Tensor | None = None,
+) -> ScoreResult:
+    """Scores from embeddings, one [N, I, J, D] per level of the banks and in their order.
+
+    image_shape: (height, width) in pixels. groups: [N] int64; an image does not match rows of its
+    own group. Results lie on the CPU.
+    """
+    if combination not in combinations_of(list(banks)):
         raise ValueError(
-            f"combination must be one of {combinations_of(levels)}, got {combination!r}"
+            f"combination must be one of {combinations_of(list(banks))}, got {combination!r}"
         )
-    height, width = images.shape[-2:]
     maps, distances, rows, matches = {}, {}, {}, {}
-    for level, embeddings in zip(levels, encode_images(encoder, images, mean, levels), strict=True):
-        found, row = banks[level].nearest(embeddings)  # [N, I, J]
+    for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
+        own = None
+        if groups is not None:
+            own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
+        found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
         name = str(level)
-        maps[name] = score_map(found, level.size, level.stride, height, width).cpu()
+        maps[name] = score_map(found, level.size, level.stride, *image_shape).cpu()
         distances[name], rows[name] = found.cpu(), row.cpu()
-        matches[name] = banks[level].source(row).cpu()
+        matches[name] = bank.source(row).cpu()
     return ScoreResult(combination, maps, distances, rows, matches)

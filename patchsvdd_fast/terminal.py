@@ -24,6 +24,19 @@ from .training import TrainingStep
 console = Console()
 errors = Console(stderr=True)
 
+
+def print_error(message: str) -> None:
+    """One line on standard error, whatever the message holds."""
+    errors.print("[bold red]error:[/] ", end="")
+    errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_warning(message: str) -> None:
+    """Likewise, for what does not stop anything."""
+    errors.print("[bold yellow]warning:[/] ", end="")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 _TIMED_STEPS = 12  # shown before saying how long it will take
 
 

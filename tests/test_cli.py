@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsvdd_fast import PatchSVDD, cli, train_command
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.commands import training_sets as commands
+from patchsvdd_fast.commands.training_sets import TrainingSet, training_sets
 from patchsvdd_fast.evaluation import evaluate_category
 from patchsvdd_fast.files import written_whole
-from patchsvdd_fast.images import Category
-from patchsvdd_fast.train_command import TrainingSet, training_sets
+from patchsvdd_fast.folders import Category
 
 FAST = [
     *("--mode", "faithful", "--resize", "96", "--steps", "2", "--batch-size", "4"),
@@ -67,9 +68,9 @@ def test_train_score_evaluate(model, category_folder, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6
     assert {row["verdict"] for row in rows if "/spot/" in row["image"]} == {"anomalous"}
-    pictures = sorted(out.glob("*.png"))
-    assert [p.name for p in pictures] == [
-        f"{d}_{i}.png" for d in ("good", "spot") for i in range(3)
+    pictures = sorted((out / "heat-maps").rglob("*.png"))
+    assert [str(p.relative_to(out)) for p in pictures] == [
+        f"heat-maps/{d}/{i}.png" for d in ("good", "spot") for i in range(3)
     ]
     overlay = np.asarray(Image.open(pictures[-1]))
     assert overlay.shape == (96, 192, 3)
@@ -269,25 +270,11 @@ def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
         assert message in one_line_error(run(*arguments, cwd=tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["x.png", "y.png"], ["x", "y"]),
-        (["a/x.png", "a/y.png"], ["x", "y"]),
-        (["a/x.png", "b/x.png"], ["a_x", "b_x"]),
-        (["c/a/x.png", "d/a/x.png", "d/b/x.png"], ["c_a_x", "d_a_x", "d_b_x"]),
-        (["x.png", "x.jpg"], ["00000_x", "00001_x"]),
-    ],
-)
-def test_overlays_have_names_of_their_own(paths, names):
-    assert cli._distinct_names([Path(path) for path in paths]) == names
-
-
 def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_path, capsys):
     detector = PatchSVDD(image_size=96, steps=1, batch_size=2).fit(category_folder)
     missing = tmp_path / "gone" / "model.safetensors"
     with pytest.raises(OSError, match="cannot write"):
-        train_command._save_or_rescue(detector, TrainingSet(category_folder, missing))
+        commands._save_or_rescue(detector, TrainingSet(category_folder, missing))
     kept = Path("".join(capsys.readouterr().err.split()).removeprefix("themodeliskeptin"))
     assert PatchSVDD.load(kept).threshold_ == detector.threshold_
 

@@ -5,17 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
+from patchsvdd_fast.folders import Category, find_categories, find_images, training_paths
 from patchsvdd_fast.images import (
-    Category,
-    find_categories,
-    find_images,
     load_images,
     match_illumination,
     mean_colour,
     mean_image,
     read_image,
     read_mask,
-    training_paths,
 )
 
 RAMP = np.linspace(0, 255, 80 * 70).astype(np.uint8).reshape(80, 70)

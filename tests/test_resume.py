@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from patchsvdd_fast import PatchSVDD, store
-from patchsvdd_fast.detector import load_encoder
 from patchsvdd_fast.interrupts import Terminated
+from patchsvdd_fast.model_files import load_encoder
 from patchsvdd_fast.selection import DefectCheck, Quality
 
 MODES = {

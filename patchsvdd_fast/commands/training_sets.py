@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .detector import PatchSVDD
-from .encoder import HierarchicalEncoder
-from .evaluation import CategoryResult, evaluate_category
-from .images import Category, is_category
-from .terminal import console, errors, fit_with_progress, results_table
-from .training_log import FileLog, Log, LogOrWarning, TensorBoardLog
-from .workers import Workers
+from ..detector import PatchSVDD
+from ..encoder import HierarchicalEncoder
+from ..evaluation import CategoryResult, evaluate_category
+from ..folders import Category, is_category
+from ..terminal import console, errors, fit_with_progress, results_table
+from ..training_log import FileLog, Log, LogOrWarning, TensorBoardLog
+from ..workers import Workers
+from .options import require_writable
 
 
 @dataclass(frozen=True)
@@ -201,11 +202,3 @@ def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
             detector.save(rescued)
             errors.print(f"the model is kept in {rescued}", soft_wrap=True)
         raise
-
-
-def require_writable(output: Path, option: str = "--output") -> None:
-    """Refuse before hours of training what could only fail after them."""
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; {option} names a file")
-    if not output.parent.is_dir():
-        raise ValueError(f"the folder of {option} does not exist: {output.parent}")

@@ -1,0 +1,105 @@
+"""Where images to score come from: files, folders, globs, a list, a folder being filled."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import BinaryIO, TextIO
+
+from .folders import SUFFIXES, walk_images
+
+_GLOB_SIGNS = frozenset("*?[")
+_LONGEST_LINE = 1 << 16  # bytes, of a list
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image to score."""
+
+    path: Path
+    inner: PurePath
+    """What its outputs are named after: its path within the folder given, or as given."""
+
+
+def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
+    """The images of files, folders and globs ("**" is any depth), in their order.
+
+    "-" stands for the paths in `listed`, one a line, which may be endless. A file that is missing
+    is a source, too, and fails when it is read. Raises ValueError for a folder or a glob without
+    images, and for a list that is none, when it is its turn.
+    """
+    alone = len(given) == 1
+    for argument in given:
+        path = Path(argument)
+        if argument == "-":
+            for name in _listed_paths(listed.buffer):
+                yield Source(Path(name), PurePath(name))
+        elif os.path.isdir(argument):  # noqa: PTH112 (which raises nothing)
+            yield from _some(
+                argument,
+                (
+                    Source(image, image.relative_to(path) if alone else image)
+                    for image in walk_images(path)
+                ),
+            )
+        elif _GLOB_SIGNS & set(argument) and not os.path.exists(argument):  # noqa: PTH110
+            found = (Path(name) for name in sorted(glob.iglob(argument, recursive=True)))  # noqa: PTH207
+            images = (p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+            yield from _some(argument, (Source(image, image) for image in images))
+        else:
+            yield Source(path, PurePath(path.name) if alone else path)
+
+
+def _listed_paths(lines: BinaryIO) -> Iterator[str]:
+    while line := lines.readline(_LONGEST_LINE):
+        if b"\0" in line or len(line) == _LONGEST_LINE:
+            raise ValueError(f"a list of images has one path a line, got {line[:60]!r}...")
+        name = os.fsdecode(line.rstrip(b"\r\n"))  # which need not be text in any encoding
+        if name:
+            yield name
+
+
+def arriving_images(
+    folder: Path, is_done: Callable[[Path], bool], interval: float
+) -> Iterator[Source]:
+    """The images of a folder, those that are there and those that come, for ever.
+
+    Looks every `interval` seconds; a file is taken when its size and time have not changed between
+    two looks, so that it is whole, and again when they have changed later. is_done: whether one
+    that is there at the start was taken in an earlier run.
+    """
+    taken = {path: state for path, state in _files(folder) if is_done(path)}
+    seen: dict[Path, tuple[int, int]] = {}
+    while True:
+        now: dict[Path, tuple[int, int]] = {}
+        for path, state in _files(folder):
+            now[path] = state
+            if state != taken.get(path) and state == seen.get(path):
+                taken[path] = state
+                yield Source(path, path.relative_to(folder))
+        seen = now
+        taken = {path: state for path, state in taken.items() if path in now}
+        time.sleep(interval)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """The images below a folder, each with its size in bytes and time of change."""
+    for path in walk_images(folder):
+        try:
+            status = path.stat()
+        except OSError:  # gone again
+            continue
+        yield path, (status.st_size, status.st_mtime_ns)
+
+
+def _some(argument: str, sources: Iterable[Source]) -> Iterator[Source]:
+    found = False
+    for source in sources:
+        found = True
+        yield source
+    if not found:
+        raise ValueError(f"{argument} holds no images ({', '.join(SUFFIXES)})")
