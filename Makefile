@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 
-.PHONY: demo test test-slow browser lint format sanitize bench build-gpu test-gpu bench-gpu clean
+.PHONY: demo test test-slow browser lint format docs sanitize bench build-gpu test-gpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
@@ -38,6 +38,9 @@ lint: $(VENV)/installed-dev  ## style, types, formatting, what nvcc makes of the
 format: $(VENV)/installed-dev  ## bring the sources into shape
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+docs: $(VENV)/installed-dev  ## the documentation as HTML, in build/docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
 
 # Installed editable either way, so that the two share one environment.
 $(VENV)/installed: $(NATIVE_SOURCES) | $(BIN)/python

@@ -172,7 +172,8 @@ class TrainingRecord:
     collapsed: bool = False
     """Whether all embeddings became alike. With checks that ends the training, and the weights that
     are kept are of before."""
-    final_loss: float = math.nan
+    final_loss: float | None = None
+    """None without training."""
     accuracy: dict[int, float] = field(default_factory=dict)
     """By patch size, share of positions told right in the last step; empty in mode dense."""
     best_step: int | None = None
@@ -481,6 +482,8 @@ def record_of(values: Mapping[str, Any]) -> TrainingRecord:
     record = dict(values)
     accuracy = record.pop("position_accuracy", None) or record.get("accuracy", {})
     record["accuracy"] = {int(size): value for size, value in accuracy.items()}
+    loss = record.get("final_loss")
+    record["final_loss"] = None if loss is None or math.isnan(loss) else loss  # earlier files: NaN
     record["qualities"] = [(step, value) for step, value in record.get("qualities", [])]
     return TrainingRecord(**record)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..detector import PatchSVDD
+
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
 ResizeOption = Annotated[
     str, typer.Option(help='Resize images: pixels of a square, "HEIGHTxWIDTH", or "none".')
@@ -49,6 +51,14 @@ def parse_resize(text: str) -> int | tuple[int, int] | None:
         raise typer.BadParameter(f'--resize takes pixels, "HEIGHTxWIDTH" or "none", got {text!r}')
     sizes = [int(part) for part in parts]
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def threshold_in_words(detector: PatchSVDD) -> str:
+    """What a calibrated detector's threshold is, and promises."""
+    return (
+        f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
+        f"{detector.false_alarm_rate_:.2g} of good images like these"
+    )
 
 
 def require_writable(output: Path, option: str = "--output") -> None:

@@ -16,7 +16,7 @@ from ..folders import Category, is_category
 from ..terminal import console, errors, fit_with_progress, results_table
 from ..training_log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..workers import Workers
-from .options import require_writable
+from .options import require_writable, threshold_in_words
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,7 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
             soft_wrap=True,
         )
     if detector.calibration_ is not None:
-        console.print(
-            f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
-            f"{detector.false_alarm_rate_:.2g} of good images like these",
-            soft_wrap=True,
-        )
+        console.print(threshold_in_words(detector), soft_wrap=True)
 
 
 def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:

@@ -1,0 +1,64 @@
+"""Settings of the documentation; its option tables are made from the command line itself."""
+
+import re
+
+import typer
+
+from patchsvdd_fast import __version__
+from patchsvdd_fast.cli import app
+
+project = "patchsvdd_fast"
+release = __version__
+html_title = f"patchsvdd_fast {release}"
+html_theme = "furo"
+html_show_copyright = False
+smartquotes = False  # would make dashes of the options in "--resume"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+myst_enable_extensions = ["substitution"]
+myst_heading_anchors = 3
+default_role = "literal"  # docstrings have code in single backticks
+autodoc_typehints = "none"  # docstrings say more: shapes, dtypes, units
+autodoc_member_order = "bysource"
+
+
+def options_table(command):
+    """The arguments and options of a command as a table in Markdown."""
+    rows = ["| | default | |", "|---|---|---|"]
+    for parameter in command.params:
+        names = [*parameter.opts, *parameter.secondary_opts]
+        if parameter.param_type_name == "argument":
+            names = [f"{parameter.name.upper()}{'...' if parameter.nargs < 0 else ''}"]
+        default = "" if parameter.default is None else f"`{parameter.default}`"
+        if isinstance(parameter.show_default, str):
+            default = parameter.show_default
+        elif isinstance(parameter.default, bool):
+            default = "on" if parameter.default else "off"
+        text = parameter.help.replace("<", "&lt;").replace("|", r"\|")
+        shown = " ".join(f"`{name}`" for name in names)
+        rows.append(f"| {shown} | {default} | {text} |")
+    return "\n".join(rows)
+
+
+commands = typer.main.get_command(app)
+myst_substitutions = {
+    f"options_{name}": options_table(command)
+    for name, command in {"all": commands, **commands.commands}.items()
+}
+
+
+NAME = r"^( *)([a-z_]+(?:,\s+[a-z_]+)*): "
+FIELD = re.compile(rf"{NAME}(.*?)(?=\n\n|\n{NAME[1:]}|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def list_arguments(app, what, name, obj, options, lines):
+    """Make a list of what a docstring says as "name: what it is" or "name, name: ..."."""
+    text = FIELD.sub(
+        lambda m: f"\n{m[1]}- `{' '.join(m[2].split())}`: {' '.join(m[3].split())}",
+        "\n".join(lines),
+    )
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", list_arguments)

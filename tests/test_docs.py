@@ -1,0 +1,293 @@
+"""The documentation: its examples run and print what the pages show, and the site builds."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import html
+import io
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+
+from conftest import ROOT, texture
+from patchsvdd_fast import PatchSVDD, cli, drift, outputs, recipes, store, terminal
+from patchsvdd_fast.explain import Region
+from patchsvdd_fast.results import ImageResult
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SIDE = 128
+LONGEST_WAIT = 30  # seconds, for what is to be there before Ctrl-C
+
+# onnx.md is run by test_export.py, which also compares what it computes.
+PAGES = [
+    page.name
+    for page in sorted(DOCS.glob("*.md"))
+    if page.name != "onnx.md" and BLOCK.search(page.read_text(encoding="utf-8"))
+]
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+@pytest.fixture(scope="module")
+def example_files(tmp_path_factory):
+    """What the examples find in the folder they run in: images, two categories and a model."""
+    root = tmp_path_factory.mktemp("examples")
+    rng = np.random.default_rng(0)
+    spot = np.s_[40:60, 60:90]
+
+    def good():
+        return texture(rng, SIDE)
+
+    def spotted():
+        image = good()
+        image[spot] = 85, 77, 68
+        return image
+
+    for i in range(9):
+        write(root / f"images/good/{i:03}.png", good())
+    write(root / "images/new/ok.png", good())
+    write(root / "images/new/dark.png", (0.7 * good()).astype(np.uint8))
+    write(root / "images/new/spot.png", spotted())
+    for i in range(3):
+        write(root / f"images/more/{i:03}.png", good())
+        write(root / f"images/line2/{i:03}.png", good())
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[spot] = 255
+    for category in ("leather", "tile"):
+        for i in range(4):
+            write(root / f"mvtec/{category}/train/good/{i:03}.png", good())
+        for i in range(2):
+            write(root / f"mvtec/{category}/test/good/{i:03}.png", good())
+            write(root / f"mvtec/{category}/test/spot/{i:03}.png", spotted())
+            write(root / f"mvtec/{category}/ground_truth/spot/{i:03}_mask.png", mask)
+    detector = PatchSVDD(mode="dense", image_size=SIDE, device="cpu")
+    detector.fit(root / "images/good", encoder=detector.untrained_encoder())
+    detector.save(root / "model.safetensors")
+    return root
+
+
+@pytest.fixture
+def example_folder(example_files, tmp_path, monkeypatch):
+    """The working directory of one page's examples, on a CPU, with trainings of two steps."""
+    folder = shutil.copytree(example_files, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(
+        recipes._RECIPES["modes"],
+        "dense",
+        recipes._RECIPES["modes"]["dense"] | {"steps": 2, "batch_size": 1},
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(terminal.console, "width", 80)
+    return folder
+
+
+def blocks(page):
+    """Kind, first line and text of each block of a page."""
+    text = read(DOCS / page)
+    return [
+        (found[1], text.count("\n", 0, found.start(2)), found[2]) for found in BLOCK.finditer(text)
+    ]
+
+
+def looks_like(shown, printed):
+    """Whether it is what a page shows, where "..." stands for anything."""
+    parts = (re.escape(part) for part in _trimmed(shown).split("..."))
+    return re.fullmatch(".*?".join(parts), _trimmed(printed), re.DOTALL) is not None
+
+
+def _trimmed(text):
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+
+
+class Shell:
+    """Runs the lines of a console; `patchsvdd` in this process, which has PyTorch loaded."""
+
+    status = 0
+
+    def run(self, command, shown):
+        """Returns what the command prints; `shown` may hold "^C" where it is interrupted."""
+        if command == "echo $?":
+            status, self.status = self.status, 0
+            return f"{status}\n"
+        assert self.status == 0, f"exit status {self.status} before: {command}"
+        *before, last = command.split(" | ")
+        if not last.startswith("patchsvdd "):
+            return _bash(command)
+        output = io.StringIO()
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(sys, "argv", shlex.split(last))
+            given = _bash(before[0]) if before else ""
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            stack.enter_context(contextlib.redirect_stdout(output))
+            stack.enter_context(contextlib.redirect_stderr(output))
+            if "^C" in shown:
+                ended = threading.Event()
+                stack.callback(ended.set)
+                arguments = shown.partition("^C")[0], output, ended
+                threading.Thread(target=_interrupt_after, args=arguments, daemon=True).start()
+            exits = stack.enter_context(pytest.raises(SystemExit))
+            cli.main()
+        self.status = exits.value.code
+        return output.getvalue()
+
+
+def _bash(command):
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _interrupt_after(shown, output, ended):
+    deadline = time.monotonic() + LONGEST_WAIT
+    while not ended.wait(0.05):
+        if looks_like(shown, output.getvalue()) or time.monotonic() > deadline:
+            _thread.interrupt_main()
+            break
+
+
+def run_console(shell, block):
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        printed = shell.run(command, shown)
+        shown = shown.replace("^C", "")
+        assert looks_like(shown, printed), f"$ {command}\n{printed}\nis not\n{shown}"
+
+
+def test_wildcards():
+    assert looks_like("wrote ..., 3 images\n", "wrote scores.csv, 3 images  \n")
+    assert looks_like("a\n...\nd", "a\nb\nc\nd")
+    assert not looks_like("wrote ..., 3 images", "wrote scores.csv, 4 images")
+    assert not looks_like("normal", "normal\nanomalous")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples(page, example_folder):
+    shell, namespace, printed = Shell(), {}, ""
+    for kind, line, text in blocks(page):
+        if "patchsvdd demo" in text:  # takes minutes
+            continue
+        if kind == "console":
+            run_console(shell, text)
+        elif kind == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile("\n" * line + text, page, "exec"), namespace)
+            printed = output.getvalue()
+        else:
+            assert looks_like(text, printed), f"{page}:{line}:\n{printed}\nis not\n{text}"
+    assert shell.status == 0
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(terminal.console, "width", 80)
+    (demo,) = (text for _, _, text in blocks("command-line.md") if "patchsvdd demo" in text)
+    run_console(Shell(), demo)
+
+
+def test_file_format_has_every_tensor(example_folder):
+    """The tables of tensors are those of a model that has a bank with clusters."""
+    tensors, header = store.load("model.safetensors")
+    page = read(DOCS / "file-format.md")
+    table = {
+        name: (dtype, shape.split(", "))
+        for name, dtype, shape in re.findall(
+            r"^\| `([\w.]+)` \| (\w+) \| \[(.*?)\] \|", page, re.MULTILINE
+        )
+    }
+    found = set()
+    for name, tensor in tensors.items():
+        level = next(iter(re.findall(r"K\d+", name)), "K32")
+        general = re.sub(r"(small|heads)\.\d+", r"\1.NUMBER", name.replace(level, "LEVEL"))
+        found.add(general)
+        dtype, shape = table[general]
+        assert tensor.dtype == getattr(torch, dtype), name
+        sizes = sizes_of(tensors, level)
+        for size, term in zip(tensor.shape, shape, strict=True):
+            assert term in ("bytes", "in", "out") or eval(term, sizes) == size, name
+    assert found == table.keys()
+    assert f"schema {store.SCHEMA_VERSION}" in page
+    assert [field for field in header if f"`{field}`" not in page] == []
+
+
+def sizes_of(tensors, level):
+    """What the letters in the shapes of the page stand for, in the bank of a level."""
+    bank = store.below(tensors, f"bank.{level}.")
+    sizes = {"N": len(bank["groups"]), "H": SIDE, "W": SIDE}
+    sizes["M"], sizes["D"] = bank["data"].shape
+    if "centroids" in bank:
+        sizes["C"], sizes["A"] = bank["centroids"].shape
+        sizes["B"] = len(bank["block_radius"])
+    return sizes
+
+
+def test_pages_name_every_field():
+    """Tables of fields and columns cannot go stale."""
+    for page, names in {
+        "streaming.md": [*outputs.COLUMNS, *(field.name for field in fields(ImageResult))],
+        "explaining.md": [field.name for field in fields(Region)],
+        "calibration.md": drift.STATISTICS,
+    }.items():
+        text = read(DOCS / page)
+        assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages as HTML, built as `make docs` does, with the network out of reach."""
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    from sphinx.cmd.build import build_main
+
+    def refuse(*_):
+        raise OSError("the documentation must build without a network")
+
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(socket.socket, "connect", refuse)
+        warnings.simplefilter("ignore")  # what myst_parser calls will go in a later Sphinx
+        assert build_main(["-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]) == 0
+    return folder
+
+
+def test_site_has_every_page(site):
+    for page in DOCS.glob("*.md"):
+        assert page.name == "index.md" or f'href="{page.stem}.html"' in read(site / "index.html")
+    assert "PatchSVDD.score_stream" in read(site / "reference.html")
+
+
+def test_command_line_lists_every_option(site):
+    text = html.unescape(re.sub("<[^>]+>", "", read(site / "command-line.html")))
+    commands = typer.main.get_command(cli.app)
+    for command in (commands, *commands.commands.values()):
+        assert command is commands or f"$ patchsvdd {command.name}" in text
+        for option in command.params:
+            assert option.help.replace("`", "") in text
+            if option.param_type_name == "option":
+                for name in [*option.opts, *option.secondary_opts]:
+                    assert re.search(rf"(?<![\w-]){name}(?![\w-])", text), name
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
