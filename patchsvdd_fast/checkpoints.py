@@ -63,6 +63,13 @@ def resume_from(trainer: Trainer, path: str | Path) -> None:
     Raises ValueError if the file is no checkpoint, or one of other settings or other images.
     """
     tensors, header = store.load(path)
+    with store.naming(path):
+        _resume(trainer, path, tensors, header)
+
+
+def _resume(
+    trainer: Trainer, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
     if header["kind"] != "checkpoint":
         raise ValueError(f"{path} is a {header['kind']}, not a checkpoint of a training run")
     if "training" not in header:

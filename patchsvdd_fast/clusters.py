@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
-from .cluster_arrays import ClusterArrays, native_projection
+from .cluster_arrays import MOST_CLUSTERS, ClusterArrays, native_projection
 
 LANES = 16
 """Rows per block and multiple of the projected coordinates, as in the native kernels."""
@@ -55,7 +55,8 @@ def build_clusters(
     banks, and where a trial finds that searches look at much of the bank nevertheless.
     """
     rows = embeddings.shape[0]
-    wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
+    wanted = default_clusters(rows) if num_clusters is None else num_clusters
+    wanted = min(wanted, rows, MOST_CLUSTERS)
     if wanted < 1 or not can_be_clustered(embeddings):
         return None
     generator = torch.Generator("cpu").manual_seed(seed)

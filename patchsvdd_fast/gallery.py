@@ -27,7 +27,7 @@ class Gallery:
     names: tuple[str, ...]
     statistics: Tensor
     """[N, 7] float64, see `drift.image_statistics`."""
-    pictures: tuple[bytes, ...] | None
+    pictures: tuple[bytes | memoryview, ...] | None
     """JPEG files of at most 1,024 pixels a side; None if they were not to be kept."""
 
     def __post_init__(self) -> None:
@@ -50,11 +50,21 @@ class Gallery:
         )
 
     def picture(self, number: int, size: tuple[int, int]) -> Image.Image | None:
-        """The training image of this number at (height, width) pixels, if it was kept."""
+        """The training image of this number at (height, width) pixels, if it was kept.
+
+        Raises ValueError for a picture from a damaged file.
+        """
         if self.pictures is None:
             return None
-        with Image.open(io.BytesIO(self.pictures[number]), formats=("JPEG",)) as picture:
-            return picture.convert("RGB").resize((size[1], size[0]))
+        try:
+            with Image.open(io.BytesIO(self.pictures[number]), formats=("JPEG",)) as picture:
+                if max(picture.size) > _LONGEST_SIDE:
+                    raise ValueError(f"it has {picture.width}x{picture.height} pixels")
+                return picture.convert("RGB").resize((size[1], size[0]))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"the picture of training image {self.names[number]} is damaged: {error}"
+            ) from error
 
     def only(self, numbers: Sequence[int]) -> Gallery:
         """Those of these numbers."""
@@ -90,18 +100,21 @@ class Gallery:
         """From what `tensors` gave. Raises ValueError if they do not fit together."""
         try:
             names = json.loads(tensors["names"].numpy().tobytes())
-            statistics = tensors["statistics"].double()
+            statistics = tensors["statistics"]
         except (KeyError, ValueError) as error:
             raise ValueError("what is kept of the training images is damaged") from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("the training images' names must be a list of strings")
+        if statistics.dtype != torch.float64 or not bool(statistics.isfinite().all()):
+            raise ValueError("the training images' statistics are damaged")
         pictures = None
         if "pictures" in tensors:
-            joined, ends = tensors["pictures"], tensors.get("ends", torch.empty(0)).tolist()
+            joined, offsets = tensors["pictures"], tensors.get("ends", torch.empty(0))
+            ends = offsets.flatten().tolist() if offsets.dtype == torch.int64 else []
             fits = ends[:1] == [0] and ends[-1:] == [len(joined)] and ends == sorted(ends)
             if joined.dtype != torch.uint8 or joined.ndim != 1 or not fits:
                 raise ValueError("the training images' pictures are damaged")
-            whole = joined.numpy().tobytes()
+            whole = joined.numpy().data  # of the file: not copied
             pictures = tuple(whole[a:b] for a, b in pairwise(ends))
         return cls(tuple(names), statistics, pictures)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,8 +18,9 @@ from .checkpoints import encoder_tensors
 from .drift import STATISTICS, usual_range
 from .encoder import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
 from .gallery import Gallery
+from .images import parse_size
 from .levels import PatchLevel
-from .store import below
+from .store import below, naming
 from .training import record_of
 
 if TYPE_CHECKING:
@@ -54,11 +56,8 @@ def load_detector(
             f"{path} is a training {header['kind']}, not a fitted detector: finish it with "
             f"`patchsvdd train --encoder {path}`"
         )
-    try:
+    with naming(path):
         return _detector_of(cls, tensors, header, device, target)
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is damaged, or no detector of this version: {what}") from error
 
 
 def _detector_of(
@@ -81,6 +80,10 @@ def _detector_of(
     height, width = detector.image_shape()
     _check("mean", detector.mean_, (3, height, width))
     _check("light", detector.light_, (3,))
+    if parse_size(detector.image_size) not in (None, (height, width)):
+        raise ValueError(
+            f"its images are of {detector.image_size} pixels, its mean of {width}x{height}"
+        )
     detector.banks_ = {}
     for level in detector.levels:
         bank = NormalBank.from_state_dict(below(tensors, f"bank.{level}."))
@@ -92,6 +95,7 @@ def _detector_of(
     else:
         stored = below(tensors, "calibration.")
         detector.calibration_ = Calibration.from_tensors(stored) if stored else None
+        _check_calibration(detector.calibration_, detector.levels, count)
     gallery = below(tensors, "training.")
     detector.gallery_ = Gallery.from_tensors(gallery) if gallery else None
     if detector.gallery_ is not None and len(detector.gallery_.names) != count:
@@ -125,6 +129,16 @@ def _check_bank(
         raise ValueError("the banks are not of the same images")
 
 
+def _check_calibration(
+    calibration: Calibration | None, levels: Sequence[PatchLevel], num_images: int
+) -> None:
+    calibrated = 1 if calibration is None else calibration.num_images
+    if calibrated != num_images:
+        raise ValueError(f"{num_images} training images cannot have {calibrated} scores")
+    if calibration is not None and set(calibration.level_scores) != set(map(str, levels)):
+        raise ValueError(f"the calibration must have scores of {', '.join(map(str, levels))}")
+
+
 def load_encoder(path: str | Path) -> HierarchicalEncoder:
     """Read the encoder of a detector, a training checkpoint, or an official checkpoint (.pkl, .pt).
 
@@ -132,7 +146,9 @@ def load_encoder(path: str | Path) -> HierarchicalEncoder:
     """
     if Path(path).suffix in _FOREIGN_SUFFIXES:
         return load_official_checkpoint(path)
-    return encoder_of(*store.load(path))
+    tensors, header = store.load(path)
+    with naming(path):
+        return encoder_of(tensors, header)
 
 
 def preparation_of(path: str | Path) -> dict[str, str]:
@@ -141,11 +157,12 @@ def preparation_of(path: str | Path) -> dict[str, str]:
         return {"illumination": "as_is", "mean": "pixel"}
     _, header = store.load(path)
     parameters = header["parameters"]
-    illumination = parameters.get("illumination")
-    return {
-        "illumination": illumination or recipes.illumination_of(parameters.get("mode", "faithful")),
-        "mean": parameters.get("mean", "pixel"),
-    }
+    with naming(path):
+        mode = parameters.get("mode", "faithful")
+        return {
+            "illumination": parameters.get("illumination") or recipes.illumination_of(mode),
+            "mean": parameters.get("mean", "pixel"),
+        }
 
 
 def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
@@ -157,24 +174,30 @@ def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Hier
     dim = header["parameters"]["embedding_dim"]
     largest = max(level.size for level in _levels(header["parameters"]))
     depth = (largest // SMALL_PATCH).bit_length()
-    # Before anything is made as large as a header says.
-    joints = sum(name.endswith("join.weight") for name in stored)
-    widths = {len(value) for name, value in stored.items() if name.endswith("project.bias")}
-    if joints != depth - 1 or widths - {dim}:
+    with torch.device("meta"):  # takes no memory, however large a header says it is
+        encoder = HierarchicalEncoder(dim, depth)
+    wanted = {name: value.shape for name, value in encoder.state_dict().items()}
+    found = {name: value.shape for name, value in stored.items()}
+    sizes = {level.size for level in _levels(header["parameters"])}
+    if (
+        found != wanted
+        or sizes - {*encoder.patch_sizes}
+        or any(value.dtype != torch.float32 for value in stored.values())
+    ):
         raise ValueError(f"its encoder is not one for patches of {largest} pixels and D = {dim}")
-    encoder = HierarchicalEncoder(dim, depth)
-    try:
-        encoder.load_state_dict(stored)
-    except RuntimeError as error:
-        raise ValueError("the encoder's weights do not fit") from error
+    encoder.load_state_dict(stored, assign=True)
     return encoder.eval()
 
 
 def describe(path: str | Path) -> dict[str, str]:
     """What a model file or checkpoint holds, by name, in words. Raises ValueError as `load`."""
     tensors, header = store.load(path)
+    with naming(path):
+        return _facts(tensors, header, Path(path).stat().st_size)
+
+
+def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
     parameters, record = header["parameters"], record_of(header.get("record", {}))
-    size = Path(path).stat().st_size
     facts = {
         "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
@@ -207,6 +230,7 @@ def describe(path: str | Path) -> dict[str, str]:
         facts["usual"] = ", ".join(
             f"{name} {a:.4g} to {b:.4g}"
             for name, a, b in zip(STATISTICS, low.tolist(), high.tolist(), strict=True)
+            if b < math.inf
         )
         kept = "names" if gallery.pictures is None else "names and pictures"
         facts["training images"] = f"{kept} of {len(gallery.names):,}"

@@ -45,8 +45,8 @@ _DTYPES = {  # that models have, and their names in files
 # of header.
 _MOST_HEADER_BYTES = 1 << 22
 _MOST_TENSORS = 4096
-_PART_BYTES = 1 << 22  # that a thread takes the checksum of at once
-_THREADS = 4
+_PART_BYTES = 1 << 22  # that a thread takes the checksum of at once; part of the format
+_THREADS = 2
 
 
 def save(
@@ -179,7 +179,8 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         raise ValueError(f"its header must be a JSON object, got {text[:40]}")
     for name, kind in {"kind": str, "schema_version": int, "parameters": dict}.items():
         if type(header.get(name)) is not kind:  # a bool is no number
-            raise ValueError(f"{name} must be of type {kind.__name__}, got {header.get(name)!r}")
+            given = repr(header.get(name))[:40]
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {given}")
     schema = header["schema_version"]
     if schema < _OLDEST_SCHEMA:
         raise ValueError(
@@ -192,7 +193,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
             f"{schema}, this version reads up to {SCHEMA_VERSION})"
         )
     if header["kind"] not in _KINDS:
-        raise ValueError(f"kind must be one of {_KINDS}, got {header['kind']!r}")
+        raise ValueError(f"kind must be one of {_KINDS}, got {header['kind'][:40]!r}")
     return header
 
 
