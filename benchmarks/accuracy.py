@@ -34,12 +34,12 @@ from torch import Tensor
 
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder, metrics
-from patchsvdd_fast.model_files import load_encoder
 from patchsvdd_fast.evaluation import read_masks
 from patchsvdd_fast.files import written_whole
 from patchsvdd_fast.folders import Category, find_categories
 from patchsvdd_fast.images import load_images, match_illumination, mean_colour, mean_image
 from patchsvdd_fast.levels import PatchLevel
+from patchsvdd_fast.model_files import load_encoder
 from patchsvdd_fast.recipes import training_settings
 from patchsvdd_fast.runtime import describe
 from patchsvdd_fast.score import combinations_of, fill_banks, score_images

@@ -14,6 +14,7 @@ from .commands import demo, evaluate, model, score, train
 from .terminal import errors, print_error, print_warning
 
 INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
+_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's, which --max-pixels changes
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +44,7 @@ def limits(
             help="Refuse images of more pixels than this, which a small file may unfold to; "
             "0: no limit.",
             min=0,
-            show_default=f"{Image.MAX_IMAGE_PIXELS:,}",
+            show_default=_USUAL_LIMIT,
         ),
     ] = None,
 ) -> None:

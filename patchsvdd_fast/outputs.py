@@ -63,7 +63,7 @@ class Table:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; what it lacks of the columns stays empty."""
-        size, rest = self._file.tell(), memoryview(self._line(row))
+        size, rest = self._file.seek(0, os.SEEK_END), memoryview(self._line(row))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

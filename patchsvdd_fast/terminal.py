@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .detector import PatchSVDD
 from .evaluation import METRICS, CategoryResult, mean_result
+from .report_text import shown
 from .training import TrainingStep
 
 console = Console()
@@ -28,13 +29,14 @@ errors = Console(stderr=True)
 def print_error(message: str) -> None:
     """One line on standard error, whatever the message holds."""
     errors.print("[bold red]error:[/] ", end="")
-    errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    line = shown(" ".join(message.split()))
+    errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
     """Likewise, for what does not stop anything."""
     errors.print("[bold yellow]warning:[/] ", end="")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
 
 
 _TIMED_STEPS = 12  # shown before saying how long it will take

@@ -1,5 +1,9 @@
 """Reading images of every kind, and refusing what cannot be read."""
 
+import io
+import random
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +11,13 @@ from PIL import Image
 
 from patchsvdd_fast.folders import Category, find_categories, find_images, training_paths
 from patchsvdd_fast.images import (
+    load_image_set,
     load_images,
     match_illumination,
     mean_colour,
     mean_image,
+    name_of,
+    prepare_image,
     read_image,
     read_mask,
 )
@@ -147,6 +154,128 @@ def test_bad_files_are_named(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, MemoryError, EOFError])
+def test_whatever_a_decoder_raises_is_the_images_error(tmp_path, monkeypatch, kind):
+    path = tmp_path / "image.png"
+    Image.fromarray(COLOUR).save(path)
+
+    def fail(*_):
+        raise kind
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ValueError, match=f"cannot read image .*image.png: {kind.__name__}"):
+        read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files_are_read_or_refused(tmp_path, monkeypatch):
+    """Bytes changed at random, in files of each kind: an image or a ValueError that names it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # so that it takes no time
+    wholes = []
+    for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP"):
+        content = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}
+        Image.fromarray(COLOUR).save(content, kind, **options)
+        wholes.append(content.getvalue())
+    generator, path = random.Random(0), tmp_path / "image"
+    outcomes = set()
+    for number in range(600):
+        damaged = bytearray(wholes[number % len(wholes)])
+        for _ in range(generator.choice((1, 1, 4))):
+            position = generator.randrange(min(len(damaged), generator.choice((60, 400, 10**6))))
+            damaged[position] = generator.choice((0, 255, generator.randrange(256)))
+        path.write_bytes(damaged[: generator.choice((len(damaged), len(damaged) * 2 // 3))])
+        try:
+            outcomes.add(read_image(path).mode)
+        except ValueError as error:
+            assert str(path) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"RGB", "refused"}
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "gif", "bmp"])
+def test_images_of_too_many_pixels_are_refused_unread(tmp_path, monkeypatch, kind):
+    """Before Pillow warns (above the limit) and where it refuses (above twice of it)."""
+    path = tmp_path / f"image.{kind}"
+    Image.new("L", (100, 90)).save(path)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("it was decoded"))
+    for limit in (8_999, 4_499, 1):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        expected = rf"cannot read image .*image.{kind}: .* more than the limit of {limit:,} "
+        with (
+            pytest.raises(ValueError, match=expected + r"\(--max-pixels; PIL.Image.MAX_IMAGE"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            read_image(path)
+    monkeypatch.undo()
+    for limit in (9_000, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert read_image(path).size == (100, 90)
+
+
+def test_prepared_images(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(COLOUR).save(path)
+    for item in (path, str(path), COLOUR, Image.fromarray(COLOUR)):
+        kept = prepare_image(item, name_of(item, 3), None, 1)
+        resized = prepare_image(item, name_of(item, 3), (32, 64), 1)
+        assert kept.name == (str(path) if isinstance(item, type(path) | str) else "image 3")
+        assert kept.original_size == resized.original_size == (80, 70)
+        assert torch.equal(kept.pixels, torch.from_numpy(COLOUR).permute(2, 0, 1))
+        assert torch.equal(resized.pixels, load_images([COLOUR], (32, 64), 1)[0])
+    gray = prepare_image(RAMP, "gray", None, 1).pixels
+    assert torch.equal(gray, torch.from_numpy(RAMP).expand(3, 80, 70))
+    assert torch.equal(prepare_image(RAMP[..., None], "gray", None, 1).pixels, gray)
+    alpha = np.dstack([COLOUR, RAMP])
+    assert torch.equal(prepare_image(alpha, "", None, 1).pixels, kept.pixels)
+    turned = prepare_image(COLOUR[::-2, ::-1], "", None, 1).pixels
+    assert torch.equal(turned, torch.from_numpy(COLOUR[::-2, ::-1].copy()).permute(2, 0, 1))
+
+
+def test_images_that_cannot_be_prepared_are_named(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(COLOUR).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    cases = [
+        (Image.open(path), ValueError, "cannot read image 3: "),  # decoded only now
+        (Image.new("F", (80, 80)), ValueError, "cannot read image 3: floating-point"),
+        (np.zeros((0, 80, 3), np.uint8), ValueError, "image 3 has 80x0 pixels"),
+        (np.zeros((80, 80, 2), np.uint8), ValueError, r"image 3 must have shape .*\[80, 80, 2\]"),
+        (np.zeros(80, np.uint8), ValueError, r"image 3 must have shape .*\[80\]"),
+        (np.zeros((80, 80, 3)), TypeError, "image 3 must be .* got float64 array"),
+        (None, TypeError, "image 3 must be .* got NoneType"),
+        (b"image.png", TypeError, "image 3 must be .* got bytes"),
+        ("nul\0.png", ValueError, "cannot read image nul"),
+        (tmp_path, IsADirectoryError, "Is a directory"),
+        (tmp_path / "missing.png", FileNotFoundError, "missing.png"),
+    ]
+    for item, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            prepare_image(item, "image 3", None, 1)
+
+
+def test_sets_keep_names_and_sizes(tmp_path, category_folder):
+    sizes = {"a.png": (80, 70), "b/c.png": (64, 90), "z.png": (70, 70)}
+    for name, (height, width) in sizes.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, height)).save(tmp_path / "in" / name)
+    images = load_image_set(tmp_path / "in", (64, 64), 1)
+    assert images.names == tuple(sizes)
+    assert images.original_sizes == tuple(sizes.values())
+    assert images.pixels.shape == (3, 3, 64, 64)
+    one = load_image_set(tmp_path / "in" / "a.png", None, 1)
+    assert (one.names, one.original_sizes) == ((str(tmp_path / "in" / "a.png"),), ((80, 70),))
+    assert load_image_set([COLOUR, RAMP], None, 1).names == ("image 0", "image 1")
+    batch = torch.zeros(2, 3, 64, 48, dtype=torch.uint8)
+    assert load_image_set(batch, (32, 32), 1).original_sizes == ((64, 48), (64, 48))
+    names = load_image_set(category_folder, None, 1).names
+    assert names == tuple(f"train/good/{number}.png" for number in range(4))
 
 
 def test_bad_sets_are_named(tmp_path):

@@ -81,7 +81,8 @@ def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path)
     with open_report(folder, detector, threshold, title=category.name) as page:
 
         def add(image: LabelledImage, result: ImageResult) -> None:
-            mask = mask_of(image, detector.image_shape())
+            height, width = result.anomaly_map.shape
+            mask = mask_of(image, (height, width))
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 

@@ -20,6 +20,7 @@ from ..files import written_whole
 from ..folders import walk_images
 from ..model_files import describe
 from ..outputs import inner_path
+from ..report_text import shown
 from ..results import ImageResult
 from ..sources import Source, image_sources
 from ..terminal import console, print_error
@@ -30,7 +31,10 @@ from .options import (
     ModelArgument,
     RateOption,
     require_writable,
+    threshold_in_words,
 )
+
+_MOST_PICTURES = 20  # of an image: a map above the threshold everywhere may fall into hundreds
 
 
 def info(
@@ -88,17 +92,9 @@ def update(
     for other in merge or []:
         detector.merge(PatchSVDD.load(other, device=device))
     detector.save(output)
-    console.print(
-        f"wrote {output}: {before:,} training images before, {detector.num_images:,} now",
-        soft_wrap=True,
-        markup=False,
-    )
+    _print(f"wrote {output}: {before:,} training images before, {detector.num_images:,} now")
     if detector.calibration_ is not None:
-        console.print(
-            f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
-            f"{detector.false_alarm_rate_:.2g} of good images like these",
-            soft_wrap=True,
-        )
+        _print(threshold_in_words(detector))
 
 
 def _all_images(given: list[Path]) -> list[Path]:
@@ -139,14 +135,17 @@ def explain(
         for result in stream:
             inner = waiting.popleft().inner
             regions = detector.explain(result, false_alarm_rate)
-            console.print(f"{result.name}: {_verdict(result)}", soft_wrap=True, markup=False)
-            for number, region in enumerate(regions or [detector.highest_place(result)], start=1):
+            _print(f"{result.name}: {_verdict(result)}")
+            shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
+            for number, region in enumerate(shown_regions, start=1):
                 path = output / inner_path(inner, f"-{number}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture = side_by_side(result.picture, region, detector.match_picture(region))
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
-                console.print(f"  {_in_words(region)}; {path}", soft_wrap=True, markup=False)
+                _print(f"  {_in_words(region)}; {path}")
+            if len(regions) > _MOST_PICTURES:
+                _print(f"  and {len(regions) - _MOST_PICTURES:,} less anomalous regions")
     if failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -181,4 +180,9 @@ def export(
     checked = "not checked: onnxruntime is not installed"
     if difference is not None:
         checked = f"its embeddings differ from PyTorch's by {difference:.1e} at the most"
-    console.print(f"wrote {output}; {checked}", soft_wrap=True, markup=False)
+    _print(f"wrote {output}; {checked}")
+
+
+def _print(line: str) -> None:
+    """Print one line, whatever names in it hold."""
+    console.print(shown(line), soft_wrap=True, markup=False, highlight=False)

@@ -215,7 +215,7 @@ def score_all(
             table.add({"image": str(path), "error": message})
             if page is not None:
                 page.add_failure(str(path), message)
-            print_error(shown(message if str(path) in message else f"{path}: {message}"))
+            print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
             detector.score_stream(paths(), false_alarm_rate=false_alarm_rate, on_error=note_failure)
