@@ -20,10 +20,11 @@ from torch import Tensor
 
 from .bank import NormalBank
 from .levels import PatchLevel
-from .score import PIXELS_PER_PASS, search_levels
+from .score import search_levels
 
 _COMBINED = "combined"
 _LEVEL = "level."
+_PIXELS_AT_ONCE = 1 << 19  # of the maps that are made together: 8 of 256x256
 _MOST_PIXELS = 1 << 22  # of all maps together, that quantiles are taken of
 _TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels above each of the values that are kept
 
@@ -47,16 +48,15 @@ class Calibration:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
         """From what `tensors` gave. Raises ValueError if they cannot be a calibration."""
+        if "image_scores" not in tensors or "pixel_values" not in tensors:
+            raise ValueError("the calibration is incomplete")
         for name, values in tensors.items():
             count = len(_TAILS) + 1 if name == "pixel_values" else len(tensors["image_scores"])
             fits = values.dtype == torch.float64 and values.shape == (count,) and count > 1
             if not (fits and bool(values.isfinite().all()) and bool((values.diff() >= 0).all())):
                 raise ValueError(f"the calibration's {name} are damaged")
         levels = {k.removeprefix(_LEVEL): v for k, v in tensors.items() if k.startswith(_LEVEL)}
-        try:
-            return cls(tensors["image_scores"], tensors["pixel_values"], levels)
-        except KeyError as error:
-            raise ValueError(f"the calibration lacks {error}") from error
+        return cls(tensors["image_scores"], tensors["pixel_values"], levels)
 
     @property
     def num_images(self) -> int:
@@ -154,7 +154,7 @@ def calibrate(
     step = max(1, math.isqrt(num_images * height * width // _MOST_PIXELS))
     scores: dict[str, list[Tensor]] = {}
     pixels = []
-    for numbers in torch.arange(num_images).split(max(1, PIXELS_PER_PASS // (height * width))):
+    for numbers in torch.arange(num_images).split(max(1, _PIXELS_AT_ONCE // (height * width))):
         mine = [values[numbers.to(values.device)].float() for values in embeddings]
         there = groups[numbers.to(groups.device)]
         result = search_levels(banks, mine, image_shape, combination, there)

@@ -247,7 +247,15 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def take_over(self, banks: Mapping[PatchLevel, NormalBank], gallery: Gallery | None) -> None:
         """Score against these banks from now on, calibrated; nothing is changed if that fails."""
         calibration = calibrate(banks, self.image_shape(), self.combination)
-        self.banks_, self.gallery_, self.calibration_ = dict(banks), gallery, calibration
+        if calibration is not None and calibration.image_scores[0] == 0:
+            twice = int((calibration.image_scores == 0).sum())
+            warnings.warn(
+                f"{twice} training images look exactly like others, as if they were there twice: "
+                "they score 0, and thresholds are too low for new images",
+                stacklevel=3,
+            )
+        # In one step, which Ctrl-C cannot divide.
+        self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
 
     # --- changing what is normal ------------------------------------------------------------------
 
@@ -260,7 +268,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self.take_over(*updating.with_images(self, X))
         return self
 
-    def remove(self, images: Sequence[str | int]) -> PatchSVDD:
+    def remove(self, images: Sequence[str | Path | int]) -> PatchSVDD:
         """Take training images out of the banks, by name or number, and calibrate anew.
 
         Names are those of `gallery_`, or their last part where that is unmistakable. Raises
@@ -284,13 +292,19 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
         """A new detector with this one's encoder, mean and light, and banks of other images alone.
 
-        As for the same product of another line. The two can be merged.
+        As for the same product of another line. The two can be merged. Raises ValueError for
+        unusable images, as for those of another size unless mean="channel".
         """
         self._require_fitted()
         twin = type(self)(**self.get_params())
-        twin.encoder_, twin.mean_, twin.light_ = self.encoder_, self.mean_, self.light_
+        images = twin.load_images(X)
+        twin.encoder_, twin.mean_, twin.light_ = (
+            self.encoder_,
+            self._mean_for(images.pixels),
+            self.light_,
+        )
         twin.record_ = self.record_
-        twin._fill_banks(twin.load_images(X))
+        twin._fill_banks(images)
         return twin
 
     def check_parameters(self) -> None:
@@ -350,7 +364,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         if shape == self.image_shape():
             return self.mean_
         if self.mean == "channel":
-            return self.mean_[:, :1, :1].expand(3, *shape).contiguous()
+            return self.mean_[:, :1, :1].expand(3, *shape)
         raise ValueError(
             f"images must have {self.image_shape()[1]}x{self.image_shape()[0]} pixels as in "
             f'training (or mean="channel"), got {shape[1]}x{shape[0]}'

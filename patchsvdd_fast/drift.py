@@ -7,6 +7,7 @@ the training images did, is said to be unusual, in words.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -24,16 +25,21 @@ _NAMES = {
     "red": ("less red", "redder", 3),
     "blue": ("less blue", "bluer", 3),
     "width": ("narrower", "wider", 0),
-    "height": ("lower", "higher", 0),
+    "height": ("shorter", "taller", 0),
 }
 STATISTICS = tuple(_NAMES)
 """Names of the figures, in their order."""
 
 _SIZES = 2  # the last of them, in pixels: any other than the training images' is unusual
-_WIDENING = 0.25  # of the training images' range, on either side
-_FLOOR = 0.02  # of the median, at least: images of one lamp differ by less than what matters
+_FEWEST = 4  # training images that have a range
+_WIDENING = 0.25  # of the training images' range, on either side, at least
+_WIDENING_OF_FEW = 6.0  # over the number of images, likewise: few show little of what there is
+_FLOOR = 0.02  # of the median, likewise: images of one lamp differ by less than what matters
 _SURE = 1e-6  # probability of a stream's figures, were its images like the training images
+_RETURNED = 1e-2  # likewise, when it is no longer said to have drifted
 _EVERY = 10  # images between looks at a stream
+_PIXELS_AT_ONCE = 1 << 20
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def image_statistics(images: Tensor, original_sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -44,32 +50,52 @@ def image_statistics(images: Tensor, original_sizes: Sequence[tuple[int, int]]) 
     that of all. Width and height: of the file, before resizing, in pixels; original_sizes gives
     (height, width).
     """
-    weights = torch.tensor([0.299, 0.587, 0.114])
-    rows = []
-    for image, (height, width) in zip(images, original_sizes, strict=True):
-        pixels = image.float()
-        luma = torch.einsum("c,chw->hw", weights, pixels)
+    rows = [
+        [*_figures(image), width, height]
+        for image, (height, width) in zip(images, original_sizes, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(STATISTICS))
+
+
+def _figures(image: Tensor) -> tuple[float, ...]:
+    """The figures of one image but for the size, looking at some rows at a time."""
+    height, width = image.shape[1:]
+    channels = torch.zeros(3, dtype=torch.float64)
+    squares = laplacian = 0.0
+    step = max(1, _PIXELS_AT_ONCE // width)
+    for top in range(0, height, step):
+        above = min(top, 1)  # the rows beside them are needed, too
+        pixels = image[:, top - above : top + step + 1].float()
+        luma = torch.einsum("c,chw->hw", _LUMA, pixels)
+        own = slice(above, above + step)
+        channels += pixels[:, own].sum(dim=(1, 2), dtype=torch.float64)
+        squares += float(luma[own].square().sum(dtype=torch.float64))
         inner = luma[1:-1, 1:-1]
         around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
-        brightness = luma.mean().clamp(min=1e-6)
-        channels = pixels.mean(dim=(1, 2))
-        red, _, blue = channels / channels.mean().clamp(min=1e-6)
-        sharpness = 100 * (around - 4 * inner).abs().mean() / brightness
-        rows.append([brightness, luma.std(), sharpness, red, blue, width, height])
-    return torch.tensor(rows, dtype=torch.float64).view(-1, len(STATISTICS))
+        laplacian += float((around - 4 * inner).abs().sum(dtype=torch.float64))
+    channels /= height * width
+    brightness = float(_LUMA.double() @ channels)
+    contrast = math.sqrt(max(0.0, squares / (height * width) - brightness**2))
+    sharpness = 100 * laplacian / ((height - 2) * (width - 2)) / max(brightness, 1e-6)
+    red, _, blue = (channels / channels.mean().clamp(min=1e-6)).tolist()
+    return brightness, contrast, sharpness, red, blue
 
 
 def usual_range(training: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest usual value of each figure, [7] and [7], for training images' [N, 7].
 
-    Their range, widened by a quarter on either side, or by 2 % of the median where they are all
-    alike; not so the size.
+    Their range, widened on either side by a quarter, with fewer than 24 images by 6 / N, and by 2 %
+    of the median at least; not so the size. Fewer than four images have no range but of the size:
+    there it is infinite.
     """
     low, high = training.amin(dim=0), training.amax(dim=0)
+    widening = max(_WIDENING, _WIDENING_OF_FEW / len(training))
     floor = _FLOOR * training.median(dim=0).values.abs()
-    margin = torch.maximum(_WIDENING * (high - low), floor)
+    margin = torch.maximum(widening * (high - low), floor)
+    if len(training) < _FEWEST:
+        margin[:] = math.inf
     margin[-_SIZES:] = 0
-    return low - margin, high + margin
+    return (low - margin).clamp(min=0), high + margin
 
 
 def unusual(statistics: Tensor, training: Tensor) -> tuple[str, ...]:
@@ -86,7 +112,8 @@ class StreamDrift:
     """Compares the last 50 images of a stream with the training images, figure by figure.
 
     By the Kolmogorov-Smirnov test: each image may lie within the training images' range and the
-    stream still have moved, as when a lamp ages. training: their figures, [N, 7].
+    stream still have moved, as when a lamp ages; by 2 % of the median at least. Five training
+    images are the fewest that can be compared so. training: their figures, [N, 7].
     """
 
     def __init__(self, training: Tensor) -> None:
@@ -107,13 +134,16 @@ class StreamDrift:
         from scipy.stats import ks_2samp
 
         recent = torch.stack(tuple(self._recent))
+        middle, usual = recent.median(dim=0).values, self._training.median(dim=0).values
+        least = _FLOOR * usual.abs()
+        least[-_SIZES:] = 0
         drifted = set()
         for index in range(len(STATISTICS)):
-            test = ks_2samp(recent[:, index], self._training[:, index], method="asymp")
-            if test.pvalue < _SURE:
+            test = ks_2samp(recent[:, index], self._training[:, index], method="exact")
+            unlikely = test.pvalue < (_RETURNED if index in self._said else _SURE)
+            if unlikely and abs(middle[index] - usual[index]) > least[index]:
                 drifted.add(index)
         new, self._said = drifted - self._said, drifted
-        middle, usual = recent.median(dim=0).values, self._training.median(dim=0).values
         return tuple(
             f"the last {WINDOW} images are "
             + _comparison(index, float(middle[index]), float(usual[index]))
@@ -132,8 +162,6 @@ def _departure(index: int, value: float, low: float, high: float) -> str:
 def _comparison(index: int, value: float, usual: float) -> str:
     name = STATISTICS[index]
     below, above, digits = _NAMES[name]
-    if value == usual:
-        return f"spread otherwise in {name} than the training images (median {value:.{digits}f})"
     word = below if value < usual else above
     return (
         f"{word} than the training images (median {name} {value:.{digits}f}, "

@@ -48,7 +48,8 @@ def evaluate_category(
     """Score every test image of the category and compare with its labels and masks.
 
     on_result: called with each test image and what was found, as it is found.
-    Raises ValueError if there are no test images, or they are all good or all anomalous.
+    Raises ValueError if there are no test images, they are all good or all anomalous, or their maps
+    are not of one size.
     """
     tests = category.test_images()
     labels = np.array([image.is_anomalous for image in tests])
@@ -63,8 +64,13 @@ def evaluate_category(
                 parts.setdefault(name, []).append(level_map)
             if on_result is not None:
                 on_result(image, result)
+    shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{width}x{height}" for height, width in sorted(shapes))
+        raise ValueError(f"test images must have one size to be evaluated, got {sizes}")
+    ((height, width),) = shapes
     level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
-    masks = read_masks(tests, detector.image_shape())
+    masks = read_masks(tests, (height, width))
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels):
         maps = combine(level_maps, combination).numpy()

@@ -7,8 +7,10 @@ Usable without the detector, with any embeddings::
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -31,9 +33,29 @@ __all__ = [
     "score_images",
     "score_map",
     "search_levels",
+    "use_encoding_limit",
 ]
 
-PIXELS_PER_PASS = 1 << 19  # bounds the encoder's memory, to some 250 MiB: 8 images of 256x256
+_encoding_limit = ContextVar("encoding_limit", default=1 << 28)
+_BYTES_PER_PIXEL = 512  # of scratch; measured: 450 to 600, whatever the levels
+_SMALL_IMAGE = 1 << 14  # pixels; larger ones have more than 20,480 values at every layer
+
+
+@contextlib.contextmanager
+def use_encoding_limit(num_bytes: int) -> Iterator[None]:
+    """Within the context, encoding keeps its scratch memory near `num_bytes`.
+
+    The default is 256 MiB, which 8 images of 256x256 pixels take. Less means fewer images at once
+    and smaller tiles of large ones, and on a CPU the same embeddings to the bit. A tile holds at
+    least one patch of each level. What is returned comes on top: 4 D bytes a patch.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
+    token = _encoding_limit.set(num_bytes)
+    try:
+        yield
+    finally:
+        _encoding_limit.reset(token)
 
 
 @dataclass(frozen=True)
@@ -53,11 +75,12 @@ class ScoreResult:
     and column in its grid of patches (times the level's stride: top and left in pixels)."""
 
     def image(self, number: int) -> ScoreResult:
-        """The scores of one image alone, with N = 1."""
+        """The scores of one image alone, with N = 1; a copy, which does not keep all in memory."""
         one = slice(number, number + 1)
         parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
         return ScoreResult(
-            self.combination, *({name: t[one] for name, t in part.items()} for part in parts)
+            self.combination,
+            *({name: t[one].clone() for name, t in part.items()} for part in parts),
         )
 
     def map(self, combination: str | None = None) -> Tensor:
@@ -101,7 +124,8 @@ def encode_images(
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
     mean: [3, H, W] float32. The result lies on the encoder's device. Several images go through the
-    encoder together, large ones in tiles: the same embeddings in bounded memory.
+    encoder together, large ones in tiles, in bounded memory (see `use_encoding_limit`): on a CPU
+    the same embeddings to the bit.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -111,55 +135,71 @@ def encode_images(
     device = next(encoder.parameters()).device
     mean = mean.to(device)
     height, width = images.shape[-2:]
+    shapes = [
+        (len(images), *level.grid_shape(height, width), encoder.embedding_dim) for level in levels
+    ]
+    whole = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    at_once = max(1, _encoding_limit.get() // _BYTES_PER_PIXEL)
     with computing_in("float32", device):
-        if height * width > PIXELS_PER_PASS:
-            passes = [_encode_in_tiles(encoder, image, mean, levels) for image in images]
+        if height * width > at_once:
+            for number in range(len(images)):
+                one = slice(number, number + 1)
+                _encode_in_tiles(
+                    encoder, images[one], mean, levels, at_once, [values[one] for values in whole]
+                )
         else:
-            passes = [
-                encoder.dense(normalize(chunk.to(device), mean), levels)
-                for chunk in images.split(PIXELS_PER_PASS // (height * width))
-            ]
-    if not passes:
-        return [
-            torch.empty(0, *level.grid_shape(height, width), encoder.embedding_dim, device=device)
-            for level in levels
-        ]
-    return [torch.cat(parts) for parts in zip(*passes, strict=True)]
+            count = at_once // (height * width)
+            for first in range(0, len(images), count):
+                some = slice(first, first + count)
+                encoded = _dense(encoder, images[some], mean, levels)
+                for values, found in zip(whole, encoded, strict=True):
+                    values[some] = found
+    return whole
 
 
 def _encode_in_tiles(
-    encoder: HierarchicalEncoder, image: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
-) -> list[Tensor]:
-    """The embeddings of one image [3, H, W], one [1, I, J, D] per level.
+    encoder: HierarchicalEncoder,
+    image: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    at_once: int,
+    whole: Sequence[Tensor],
+) -> None:
+    """Write the embeddings of one image [1, 3, H, W] into `whole`, one [1, I, J, D] per level.
 
     A tile holds every patch that begins in its first `step` rows and columns, a multiple of all
     strides: so each patch is encoded once, from the pixels it would have in the whole image.
     """
     height, width = image.shape[-2:]
     strides = math.lcm(*(level.stride for level in levels))
-    overlap = max(level.size for level in levels)
-    step = max(1, (math.isqrt(PIXELS_PER_PASS) - overlap) // strides) * strides
-    whole = [
-        torch.empty(1, *level.grid_shape(height, width), encoder.embedding_dim, device=mean.device)
-        for level in levels
-    ]
-    smallest = min(level.size for level in levels)
+    smallest, overlap = min(level.size for level in levels), max(level.size for level in levels)
+    step = max(1, (math.isqrt(at_once) - overlap) // strides) * strides
     for top in range(0, height - smallest + 1, step):
         for left in range(0, width - smallest + 1, step):
             rows, columns = slice(top, top + step + overlap), slice(left, left + step + overlap)
-            part = image[None, :, rows, columns].to(mean.device)
-            inside = [
-                level
-                for level in levels
-                if part.shape[2] >= level.size and part.shape[3] >= level.size
-            ]
-            encoded = encoder.dense(normalize(part, mean[:, rows, columns]), inside)
+            tile = image[:, :, rows, columns]
+            inside = [level for level in levels if level.size <= min(tile.shape[2:])]
+            encoded = _dense(encoder, tile, mean[:, rows, columns], inside)
             for level, found in zip(inside, encoded, strict=True):
                 cells = step // level.stride
                 target = whole[levels.index(level)]
                 i, j = top // level.stride, left // level.stride
                 target[:, i : i + cells, j : j + cells] = found[:, :cells, :cells]
-    return whole
+
+
+def _dense(
+    encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+) -> list[Tensor]:
+    """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
+
+    On a CPU, PyTorch gives a layer's input to another library, which sums in another order, if it
+    is that of one image and has no more than 20,480 values. So a small image is encoded twice.
+    """
+    count, _, height, width = images.shape
+    normalized = normalize(images.to(mean.device), mean)
+    if count == 1 and height * width < _SMALL_IMAGE and mean.device.type == "cpu":
+        normalized = normalized.repeat(2, 1, 1, 1)
+    return [found[:count] for found in encoder.dense(normalized, levels)]
 
 
 def fill_banks(

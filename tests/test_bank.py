@@ -243,6 +243,32 @@ def test_add_remove_merge(patches, queries, clusters):
     assert len(bank) == 6250
 
 
+@pytest.mark.parametrize("clusters", [0, 30])
+def test_merged_rows_may_get_other_groups(patches, queries, clusters):
+    """As where both banks count their groups from 0; the other bank stays as it is."""
+    bank, other = (NormalBank(part, clusters=clusters) for part in (patches[:3], patches[3:5]))
+    bank.merge(other, torch.tensor([3, 4]))
+    fresh = NormalBank(patches[:5], clusters=0)
+    assert torch.equal(bank.groups, fresh.groups)
+    own = torch.full(queries.shape[:-1], 4)
+    for some, others in zip(
+        bank.nearest(queries, exclude_same_group=own),
+        fresh.nearest(queries, exclude_same_group=own),
+        strict=True,
+    ):
+        assert torch.equal(some, others)
+    assert other.groups.tolist() == [0, 1]
+    bank.merge(bank, torch.arange(5) + 5)
+    assert torch.equal(bank.embeddings, torch.cat([fresh.embeddings] * 2))
+    before = bank.embeddings
+    with pytest.raises(ValueError, match=r"groups must have shape \[2\], got \[3\]"):
+        bank.merge(other, torch.arange(3))
+    with pytest.raises(TypeError, match="groups must be int64"):
+        bank.merge(other, torch.rand(2))
+    assert torch.equal(bank.embeddings, before)
+    assert bank.groups.tolist() == list(range(10))
+
+
 def test_a_bank_that_grew_is_clustered_anew(patches):
     bank = NormalBank(patches[:4], clusters=10)
     before = bank._clusters.centroids

@@ -116,6 +116,73 @@ def test_pixel_values_are_upper_quantiles():
         assert 0.9 * allowed < share <= allowed
 
 
+def test_exceeded_by_is_a_pixel_value_that_no_more_exceed():
+    generator = torch.Generator().manual_seed(3)
+    banks, _ = _banks(12, generator)
+    calibration = calibrate(banks, (SIDE, SIDE), str(LEVEL))
+    own = torch.arange(12)[:, None, None].expand(12, *GRID)
+    mine = banks[LEVEL].embeddings.view(12, *GRID, 4)
+    distances, _ = banks[LEVEL].nearest(mine, exclude_same_group=own)
+    maps = score_map(distances, LEVEL.size, LEVEL.stride, SIDE, SIDE).double()
+    shares = [float((maps > calibration.exceeded_by(share)).double().mean()) for share in _SHARES]
+    assert all(found <= share for found, share in zip(shares, _SHARES, strict=True))
+    # Of 16 x 16 pixels each, the blocks of a map are alike.
+    block = 256 / maps.numel()
+    assert all(found > 0.9 * share - block for found, share in zip(shares, _SHARES, strict=True))
+    assert calibration.exceeded_by(0.0) == calibration.highest
+    assert calibration.exceeded_by(1.0) <= float(maps.min())
+
+
+_SHARES = (0.9, 0.5, 0.1, 0.01, 0.001)
+LEVELS = (PatchLevel(64, 32), PatchLevel(32, 16))
+
+
+@pytest.fixture(scope="module")
+def of_two_levels():
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(9, *level.grid_shape(96, 96), 4) for level in LEVELS]
+    banks = {
+        level: NormalBank(torch.randn(shape, generator=generator))
+        for level, shape in zip(LEVELS, shapes, strict=True)
+    }
+    return {name: calibrate(banks, (96, 96), name) for name in ("mult", "sum", "K64", "K32")}
+
+
+def test_levels_have_scores_of_their_own(of_two_levels):
+    """Those of a detector that has this level alone, however they are joined."""
+    for calibration in of_two_levels.values():
+        for level in ("K64", "K32"):
+            alone = of_two_levels[level].image_scores
+            assert torch.equal(calibration.level_scores[level], alone)
+    for level in ("K64", "K32"):
+        assert of_two_levels["sum"].level_of_alarm({level: 1.0}) == level
+
+
+def test_tensors_bring_a_calibration_back(of_two_levels):
+    for calibration in of_two_levels.values():
+        again = Calibration.from_tensors(calibration.tensors())
+        assert again.tensors().keys() == calibration.tensors().keys()
+        for name, values in again.tensors().items():
+            assert torch.equal(values, calibration.tensors()[name])
+
+
+@pytest.mark.parametrize("name", ["image_scores", "pixel_values", "level.K32"])
+def test_damaged_tensors_are_refused(of_two_levels, name):
+    tensors = of_two_levels["mult"].tensors()
+    good = tensors[name]
+    bad = good.clone()
+    bad[3] = torch.nan
+    for values in (good.flip(0), good[:-1], good.float(), good[None], bad, good[:0]):
+        with pytest.raises(ValueError, match=r"the calibration's .* are damaged"):
+            Calibration.from_tensors(tensors | {name: values})
+    del tensors[name]
+    if name.startswith("level."):
+        assert Calibration.from_tensors(tensors).level_scores.keys() == {"K64"}
+    else:
+        with pytest.raises(ValueError, match="the calibration is incomplete"):
+            Calibration.from_tensors(tensors)
+
+
 def test_progress_is_told_and_one_image_is_not_enough():
     generator = torch.Generator().manual_seed(2)
     banks, _ = _banks(20, generator)

@@ -68,7 +68,8 @@ def evaluate(
             if report is None:
                 results.append(evaluate_category(detector, category))
             else:
-                folder = report / category.name if len(categories) > 1 else report
+                # Its own name, not what it may be a link to, as two of them might be.
+                folder = report / category.root.name if len(categories) > 1 else report
                 results.append(_evaluate_with_report(detector, category, folder))
     console.print(results_table(results))
     if json_path is not None:

@@ -17,7 +17,7 @@ from ..detector import PatchSVDD
 from ..explain import Region, side_by_side
 from ..export import export_detector
 from ..files import written_whole
-from ..folders import walk_images
+from ..folders import training_paths
 from ..model_files import describe
 from ..outputs import inner_path
 from ..report_text import shown
@@ -98,7 +98,9 @@ def update(
 
 
 def _all_images(given: list[Path]) -> list[Path]:
-    return [image for path in given for image in (walk_images(path) if path.is_dir() else [path])]
+    return [
+        image for path in given for image in (training_paths(path) if path.is_dir() else [path])
+    ]
 
 
 def explain(

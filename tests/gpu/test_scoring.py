@@ -143,6 +143,7 @@ class FixedEncoder(torch.nn.Module):
             ]
             for count in counts
         }
+        self.embedding_dim = self.known[counts[0]][0].shape[-1]
 
     def dense(self, images, levels):
         assert tuple(levels) == LEVELS
