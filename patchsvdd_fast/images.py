@@ -188,10 +188,12 @@ def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     if colour is None:
         return images
     matched = torch.empty_like(images)
-    for number, image in enumerate(images):  # one by one, for the memory
-        own = image.double().mean(dim=(1, 2)).clamp(min=1e-6)
-        factor = (colour.to(own) / own).clamp(0.5, 2)
-        matched[number] = (image * factor[:, None, None]).round().clamp(0, 255).byte()
+    for number, image in enumerate(images):
+        # Channel by channel, for the memory.
+        for channel, usual, out in zip(image, colour, matched[number], strict=True):
+            own = channel.double().mean().clamp(min=1e-6)
+            factor = (usual.to(own) / own).clamp(0.5, 2)
+            out.copy_((channel * factor).round_().clamp_(0, 255))
     return matched
 
 

@@ -65,7 +65,7 @@ def test_tiles_give_the_bits_of_the_whole(name, request):
     encoder = encoder_for(levels)
     largest = max(level.size for level in levels)
     strides = math.lcm(*(level.stride for level in levels))
-    for _ in range(20 if request.config.getoption("--slow") else 2):
+    for _ in range(20 if request.config.getoption("--slow") else 1):
         height, width = (largest + rng.randint(0, strides + 30) for _ in range(2))
         images, mean = image_and_mean(height, width)
         whole = encoded(encoder, images, mean, levels, WHOLE)
