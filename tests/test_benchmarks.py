@@ -1,16 +1,32 @@
-"""The benchmarks' own logic: what they write, and that a wrong answer is scored as wrong."""
+"""The benchmarks' own logic: what they write, and that what is wrong is shown as wrong."""
 
 import json
 import os
 import subprocess
 import sys
 
+import calibration
+import numpy as np
+import pipeline
 import pytest
+import search
 import torch
 
 import common
 from conftest import ROOT
-from patchsvdd_fast import nearest
+from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, nearest, score_map
+from patchsvdd_fast.levels import DEFAULT_LEVELS
+from patchsvdd_fast.score import encode_images
+
+SHAPE = (96, 96)
+
+
+@pytest.fixture
+def small_and_without_data(monkeypatch):
+    """Images of 96x96 for the benchmarks of whole images, none but the built-in ones."""
+    monkeypatch.delenv("PATCHSVDD_TEST_DATA", raising=False)
+    monkeypatch.setattr(pipeline, "SHAPE", SHAPE)
+    monkeypatch.setattr(calibration, "SHAPE", SHAPE)
 
 
 def test_the_gpu_benchmark_runs_on_the_cpu_in_little(tmp_path):
@@ -117,3 +133,194 @@ def test_contenders_are_measured_and_what_fails_has_the_reason():
     assert failed["reason"] == "RuntimeError: out of something"
     with pytest.raises(RuntimeError, match="out of something"):
         common.measure(workload, 1)
+
+
+# --- pipeline -------------------------------------------------------------------------------------
+
+
+def test_the_usual_way_encodes_and_spreads_as_the_library_does():
+    encoder = HierarchicalEncoder(initialization="kaiming").eval()
+    images = torch.randint(256, (1, 3, 96, 112), dtype=torch.uint8)
+    mean = torch.full((3, 96, 112), 120.0)
+    standardised = ((images[0] - mean) / 255).numpy()
+    for level, ours in zip(
+        DEFAULT_LEVELS, encode_images(encoder, images, mean, DEFAULT_LEVELS), strict=True
+    ):
+        embeddings = pipeline.encode_each_patch(encoder, standardised, level)
+        torch.testing.assert_close(embeddings, ours[0], rtol=0, atol=1e-6)
+        distances = torch.rand(1, *embeddings.shape[:2])
+        spread = pipeline.spread(distances[0].numpy(), level, (96, 112))
+        expected = score_map(distances, level.size, level.stride, 96, 112)[0]
+        np.testing.assert_allclose(spread, expected, rtol=1e-6)
+
+
+def test_the_pipeline_benchmark_in_little(tmp_path, monkeypatch, small_and_without_data):
+    monkeypatch.setitem(pipeline.SEARCHES, 32, search.sklearn_kd_tree)
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--quick", "--output", str(tmp_path)])
+    pipeline.main()
+    result = json.loads((tmp_path / "pipeline.json").read_text())
+    assert result["commit"]
+    assert result["quick"] is True
+    assert "PyTorch" in result["machine"]
+    rows = {"K64": 6 * 3 * 3, "K32": 6 * 17 * 17}
+    assert result["bank"] == {"images": 6, "rows": rows, "bytes": 4 * 64 * sum(rows.values())}
+
+    ours, usual = result["ours"], result["usual"]
+    assert (ours["images"], usual["images"]) == (3, 2)
+    assert set(usual["stages"]) == {"read", "encode", "search", "map"}
+    assert sum(usual["stages"].values()) == pytest.approx(usual["seconds_per_image"], rel=0.5)
+    assert usual["encoding_difference"] < 1e-6
+    (process,) = ours["fresh_processes"]
+    assert process["images"] == 3
+    assert ours["peak_bytes"] == process["peak_bytes"] > process["bytes_before"] > 2**20
+    for figure in result["agreement"].values():  # the searches are exact here
+        assert figure["worst"] < 1e-5
+        assert figure["rank_correlation"] == pytest.approx(1)
+        assert figure.get("same_distances", 1) == 1
+
+    faster = usual["seconds_per_image"] / ours["seconds_per_image"]
+    assert [figure["measured"] for figure in result["figures"]][:2] == pytest.approx(
+        [1e3 * ours["seconds_per_image"], faster]
+    )
+    assert all(figure["reached"] in (True, False) for figure in result["figures"])
+    assert "≥ 30 times as fast" in (tmp_path / "pipeline.md").read_text()
+
+
+def test_without_the_usual_ways_search_the_reason_stands_in_the_table(
+    tmp_path, monkeypatch, small_and_without_data
+):
+    def not_installed(bank):
+        raise ImportError("no such library")
+
+    monkeypatch.setitem(pipeline.SEARCHES, 32, not_installed)
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--quick", "--output", str(tmp_path)])
+    pipeline.main()
+    result = json.loads((tmp_path / "pipeline.json").read_text())
+    assert result["usual"] == {"reason": "ImportError: no such library"}
+    assert result["agreement"] is None
+    ratio = result["figures"][1]
+    assert (ratio["measured"], ratio["reached"]) == (None, None)
+    assert "is missing: ImportError: no such library" in (tmp_path / "pipeline.md").read_text()
+
+
+def test_an_approximate_search_shows_in_the_agreement(category_folder, small_and_without_data):
+    def every_hundredth_row(bank):
+        return lambda queries: nearest(queries, bank[::100].contiguous())
+
+    measured = pipeline.measure(
+        sorted(category_folder.glob("train/good/*")),
+        sorted(category_folder.glob("test/*/*")),
+        HierarchicalEncoder(initialization="kaiming").eval(),
+        {64: search.sklearn_kd_tree, 32: every_hundredth_row},
+        usual_images=2,
+        repeats=1,
+    )
+    assert measured["agreement"]["K64"]["same_distances"] == 1
+    assert measured["agreement"]["K32"]["same_distances"] < 0.5
+    assert measured["agreement"]["K32"]["worst"] > 0.01
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+LEVEL = PatchLevel(32, stride=16)
+
+
+def _embeddings(images, spread_between=1.0):
+    """[N, 5, 5, 4]: images of a level offset each."""
+    offsets = spread_between * torch.randn(images, 1, 1, 4)
+    return offsets + torch.randn(images, *LEVEL.grid_shape(*SHAPE), 4)
+
+
+def _trial(alarms):
+    return calibration.Trial(19, 10, {0.1: alarms}, {0.1: alarms}, 0.3)
+
+
+def test_the_calibration_benchmark_in_little(tmp_path, monkeypatch, small_and_without_data):
+    arguments = [*("--splits", "8"), *("--fits", "2"), *("--steps", "1")]
+    monkeypatch.setattr(sys, "argv", ["calibration.py", *arguments, "--output", str(tmp_path)])
+    earlier = calibration.record("another", "all", "earlier", [_trial(0.1)])
+    (tmp_path / "calibration.json").write_text(json.dumps({"records": [earlier]}))
+    calibration.main()
+    kept, *records = json.loads((tmp_path / "calibration.json").read_text())["records"]
+    assert kept == json.loads(json.dumps(earlier))
+    assert [
+        (one["division"], one["way"], one["calibrated"], one["new"], one["splits"])
+        for one in records
+    ] == [
+        ("train", "encoded once", 17, 3, 8),
+        ("train + test", "encoded once", 25, 5, 8),
+        ("halves", "encoded once", 15, 15, 2),
+        ("halves", "fitted, pixel mean", 15, 15, 2),
+        ("halves", "fitted, channel mean", 15, 15, 2),
+        ("halves", "fitted, pixel mean, 1 steps", 15, 15, 1),
+        ("train, then test", "encoded once", 20, 10, 1),
+        ("train, then test", "fitted, pixel mean", 20, 10, 1),
+    ]
+    rates = [[entry["rate"] for entry in one["rates"]] for one in records]
+    assert rates == [[0.1], [0.05, 0.1], *[[0.1]] * 4, *[[0.05, 0.1]] * 2]
+    for one in records:
+        assert one["commit"]
+        for entry in one["rates"]:
+            assert 0 <= entry["alarms"]["low"] <= entry["alarms"]["share"] <= 1
+            assert 0 <= entry["pixels"]["share"] <= 1
+            assert entry["attainable"] <= entry["rate"]
+    markdown = (tmp_path / "calibration.md").read_text()
+    assert all(f"| {one['way']} |" in markdown for one in (kept, *records))
+
+
+def test_pairs_of_images_give_what_calibrate_gives(small_and_without_data):
+    embeddings = {LEVEL: _embeddings(20)}
+    distances = {LEVEL: calibration.pair_distances(embeddings[LEVEL])}
+    images = torch.randperm(20)[:12]
+    calibration.check_against_calibrate(embeddings, distances, images)
+    new = torch.tensor([i for i in range(20) if i not in images])
+    found, _ = NormalBank(embeddings[LEVEL][images]).nearest(embeddings[LEVEL][new])
+    expected = score_map(found, LEVEL.size, LEVEL.stride, *SHAPE)
+    assert torch.equal(calibration.maps_against(distances, images, new), expected)
+    with pytest.raises(RuntimeError, match="other scores"):
+        calibration.check_against_calibrate({LEVEL: _embeddings(20)}, distances, images)
+
+
+def test_random_splits_of_random_images_keep_to_the_rate(small_and_without_data):
+    distances = {LEVEL: calibration.pair_distances(_embeddings(24))}
+    splits = calibration.random_splits(torch.arange(24), new=4, splits=150, seed=0)
+    trials = [calibration.encoded_once(distances, split) for split in splits]
+    result = calibration.record("random", "all", "encoded once", trials)
+    assert (result["calibrated"], result["new"]) == (20, 4)
+    assert result["p_value"]["share"] == pytest.approx(22 / 42, abs=0.06)
+    for entry in result["rates"]:
+        assert entry["attainable"] / 3 < entry["alarms"]["share"]
+        assert entry["alarms"]["low"] <= entry["rate"]
+        assert entry["pixels"]["low"] <= entry["rate"]
+
+
+def test_a_broken_promise_is_shown_as_one():
+    kept = calibration.record("a", "all", "kept", [_trial(a) for a in (0.0, 0.1, 0.2)] * 9)
+    broken = calibration.record("a", "all", "broken", [_trial(a) for a in (0.3, 0.4)] * 9)
+    unlucky = calibration.record("a", "all", "unlucky", [_trial(0.3)])
+    single = calibration.record("a", "all", "single", [_trial(0.8)])
+    assert [one["rates"][0]["attainable"] for one in (kept, broken)] == [0.1, 0.1]
+    assert broken["rates"][0]["alarms"]["low"] > 0.3
+    # Ten more of 29 alike above the 18th of 19: three in one of twelve cases, eight hardly ever.
+    assert 0.025 < unlucky["rates"][0]["by_chance"] < 0.2
+    assert single["rates"][0]["by_chance"] < 1e-4
+    rows = calibration.table([kept, broken, unlucky, single]).splitlines()
+    bold = {row.split(" | ")[2]: "**" in row for row in rows if row.startswith("| a |")}
+    assert bold == {"kept": False, "broken": True, "unlucky": False, "single": True}
+
+
+def test_folders_that_differ_do_not_mix():
+    in_second = torch.arange(24) >= 16
+    alike = _embeddings(24, spread_between=0)
+    apart = alike + 2.0 * in_second[:, None, None, None]
+    apart[1] = apart[0] + 1e-3
+    mixed, separate = (
+        calibration.mixing(calibration.pair_distances(values), in_second)
+        for values in (alike, apart)
+    )
+    assert mixed["own_folder"] == pytest.approx(mixed["by_chance"], abs=0.05)
+    assert mixed["p_value"] > 0.01
+    assert mixed["one_image"] < 0.5
+    assert separate["own_folder"] > 0.8
+    assert separate["p_value"] < 0.001
+    assert separate["one_image"] == 1
