@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 _encoding_limit: ContextVar[int | None] = ContextVar("encoding_limit", default=None)
-# On a CPU few images at once leave more of a layer's input in the caches: measured, 2 of 256x256 take
-# three quarters of the time per image that 8 do.
+# On a CPU few images at once leave more of a layer's input in the caches: measured, 2 of 256x256
+# take three quarters of the time per image that 8 do.
 _DEFAULT_LIMITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 _BYTES_PER_PIXEL = 512  # of scratch; measured: 450 to 600, whatever the levels
 _SMALL_IMAGE = 1 << 14  # pixels; larger ones have more than 20,480 values at every layer
@@ -48,10 +48,10 @@ _SMALL_IMAGE = 1 << 14  # pixels; larger ones have more than 20,480 values at ev
 def use_encoding_limit(num_bytes: int) -> Iterator[None]:
     """Within the context, encoding keeps its scratch memory near `num_bytes`.
 
-    The default is 64 MiB on a CPU and 256 MiB on a GPU, which 2 and 8 images of 256x256 pixels take:
-    on a CPU the fastest of those tried. Less means fewer images at once
-    and smaller tiles of large ones, and on a CPU the same embeddings to the bit. A tile holds at
-    least one patch of each level. What is returned comes on top: 4 D bytes a patch.
+    The default is 64 MiB on a CPU and 256 MiB on a GPU, which 2 and 8 images of 256x256 take. Less
+    means fewer images at once and smaller tiles of large ones, and on a CPU the same embeddings to
+    the bit. A tile holds at least one patch of each level. What is returned comes on top: 4 D bytes
+    a patch.
     """
     if num_bytes < 1:
         raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
