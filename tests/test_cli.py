@@ -253,7 +253,11 @@ def test_mixed_sizes_end_in_one_line_unless_resized(good_folder, tmp_path):
     assert run("train", good_folder, "-o", output, *FAST).returncode == 0
 
 
-def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
+def test_other_bad_input_ends_in_one_line(
+    here, ready_model, category_folder, tmp_path, monkeypatch
+):
+    model = ready_model
+    monkeypatch.chdir(tmp_path)
     other = tmp_path / "other.safetensors"
     other.write_text("not a model")
     cases = [
@@ -271,7 +275,7 @@ def test_other_bad_input_ends_in_one_line(model, category_folder, tmp_path):
         (("nonsense",), "nonsense"),
     ]
     for arguments, message in cases:
-        assert message in one_line_error(run(*arguments, cwd=tmp_path))
+        assert message in one_line_error(here(*arguments))
 
 
 def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_path, capsys):
