@@ -293,3 +293,21 @@ def plot(panels: Iterable[tuple[str, dict[str, float]]], unit: str, path: Path) 
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel(unit)
     figure.savefig(path, dpi=110)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a workload is meant to reach, and what it did."""
+
+    workload: str
+    what: str
+    target: float
+    measured: float | None
+    at_most: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether it was; None if nothing was measured."""
+        if self.measured is None:
+            return None
+        return self.measured <= self.target if self.at_most else self.measured >= self.target

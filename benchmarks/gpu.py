@@ -32,6 +32,7 @@ from common import (
     CHECKED,
     Clock,
     Contender,
+    Figure,
     Search,
     Workload,
     cdist_min,
@@ -54,24 +55,6 @@ SIDE = 256
 PATIENCE = 3.0  # seconds after which a peer is not timed again
 ON_CPU, ON_GPU = IMAGE, 16_384  # queries given to peers that would take long
 FAISS_GPU, CDIST = "FAISS GPU flat", "torch.cdist + min"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number that a workload is meant to reach, and what it did."""
-
-    workload: str
-    what: str
-    target: float
-    measured: float | None
-    at_most: bool = False
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether it was; None if nothing was measured."""
-        if self.measured is None:
-            return None
-        return self.measured <= self.target if self.at_most else self.measured >= self.target
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import Figure
 from scipy.stats import spearmanr
 from search import ngt_graph, sklearn_kd_tree
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import Prepare, Search, commit
+from common import Figure, Prepare, Search, commit
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, PatchSVDD
 from patchsvdd_fast.calibration import calibrate
 from patchsvdd_fast.encoder import SMALL_PATCH

@@ -90,13 +90,20 @@ def use_workspace_limit(num_bytes: int) -> Iterator[None]:
     The default is 1 GiB; less means more and smaller chunks, and the same answer. A search needs
     at least one chunk, 1 MiB or so.
     """
+    with byte_limit(workspace_limit, num_bytes):
+        yield
+
+
+@contextlib.contextmanager
+def byte_limit(setting: ContextVar[Any], num_bytes: int) -> Iterator[None]:
+    """Within the context, the setting is this number of bytes. Raises ValueError below 1."""
     if num_bytes < 1:
         raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
-    token = workspace_limit.set(num_bytes)
+    token = setting.set(num_bytes)
     try:
         yield
     finally:
-        workspace_limit.reset(token)
+        setting.reset(token)
 
 
 def new_workspace(like: Tensor, num_bytes: int) -> Tensor:

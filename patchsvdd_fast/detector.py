@@ -41,7 +41,7 @@ from .model_files import load_detector, save_detector
 from .pipeline import Stream
 from .recipes import training_settings
 from .results import ImageResult, image_results
-from .score import ScoreResult, combinations_of, encode_images, search_levels
+from .score import ScoreResult, banks_of, combinations_of, encode_images, search_levels
 from .selection import DefectCheck
 from .training import (
     Trainer,
@@ -235,10 +235,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         return encode_images(self.encoder_, matched, self._mean_for(pixels), self.levels)
 
     def _fill_banks(self, images: ImageSet) -> None:
-        banks = {
-            level: NormalBank(embeddings, seed=self.seed)
-            for level, embeddings in zip(self.levels, self.encode(images.pixels), strict=True)
-        }
+        banks = banks_of(self.levels, self.encode(images.pixels), self.seed)
         for level, bank in banks.items():
             if is_collapsed(bank.embeddings):
                 warn_of_collapse(f"at {level}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .backends import byte_limit
 from .bank import NormalBank
 from .encoder import HierarchicalEncoder
 from .images import normalize
@@ -53,13 +54,8 @@ def use_encoding_limit(num_bytes: int) -> Iterator[None]:
     the bit. A tile holds at least one patch of each level. What is returned comes on top: 4 D bytes
     a patch.
     """
-    if num_bytes < 1:
-        raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
-    token = _encoding_limit.set(num_bytes)
-    try:
+    with byte_limit(_encoding_limit, num_bytes):
         yield
-    finally:
-        _encoding_limit.reset(token)
 
 
 @dataclass(frozen=True)
@@ -218,7 +214,13 @@ def fill_banks(
 
     seed: of the banks' clustering, which changes no answer.
     """
-    encoded = encode_images(encoder, images, mean, levels)
+    return banks_of(levels, encode_images(encoder, images, mean, levels), seed)
+
+
+def banks_of(
+    levels: Sequence[PatchLevel], encoded: Sequence[Tensor], seed: int = 0
+) -> dict[PatchLevel, NormalBank]:
+    """A bank per level of embeddings, one [N, I, J, D] per level; seed as of `fill_banks`."""
     return {
         level: NormalBank(values, seed=seed) for level, values in zip(levels, encoded, strict=True)
     }

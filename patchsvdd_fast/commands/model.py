@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +20,7 @@ from ..model_files import describe
 from ..outputs import inner_path
 from ..report_text import shown
 from ..results import ImageResult
-from ..sources import Source, image_sources
+from ..sources import image_sources
 from ..terminal import console, print_error
 from .options import (
     SOME_FAILED,
@@ -33,6 +31,7 @@ from .options import (
     require_writable,
     threshold_in_words,
 )
+from .source_stream import scored_sources
 
 _MOST_PICTURES = 20  # of an image: a map above the threshold everywhere may fall into hundreds
 
@@ -117,30 +116,21 @@ def explain(
     Of an image that is not anomalous, the place with the highest score.
     """
     detector = PatchSVDD.load(model, device=device)
-    waiting: deque[Source] = deque()
     failed = 0
-
-    def paths() -> Iterator[Path]:
-        for source in image_sources(images, sys.stdin):
-            waiting.append(source)
-            yield source.path
 
     def note_failure(_: Path, error: Exception) -> None:
         nonlocal failed
-        waiting.popleft()
         failed += 1
         print_error(str(error))
 
-    with detector.score_stream(
-        paths(), false_alarm_rate=false_alarm_rate, on_error=note_failure
-    ) as stream:
-        for result in stream:
-            inner = waiting.popleft().inner
+    sources = image_sources(images, sys.stdin)
+    with scored_sources(detector, sources, false_alarm_rate, note_failure) as stream:
+        for source, result in stream:
             regions = detector.explain(result, false_alarm_rate)
             _print(f"{result.name}: {_verdict(result)}")
             shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
             for number, region in enumerate(shown_regions, start=1):
-                path = output / inner_path(inner, f"-{number}.png")
+                path = output / inner_path(source.inner, f"-{number}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture = side_by_side(result.picture, region, detector.match_picture(region))
                 with written_whole(path) as partial:

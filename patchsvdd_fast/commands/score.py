@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from ..results import ImageResult
 from ..sources import Source, arriving_images, image_sources
 from ..terminal import console, print_error, print_warning
 from .options import SOME_FAILED, DeviceOption, ImagesArgument, ModelArgument, RateOption
+from .source_stream import scored_sources
 from .train import TERMINATED
 
 OutputOption = Annotated[
@@ -192,7 +192,6 @@ def score_all(
     threshold = detector.threshold_or_none(false_alarm_rate)
     outputs.folder.mkdir(parents=True, exist_ok=True)
     started, counts = time.perf_counter(), _Counts()
-    waiting: deque[Source] = deque()  # those that are in the stream, in their order
     drift = None if detector.gallery_ is None else StreamDrift(detector.gallery_.statistics)
     with ExitStack() as stack:
         table = stack.enter_context(Table(outputs.table, threshold, resume))
@@ -200,16 +199,14 @@ def score_all(
         if report is not None:
             page = stack.enter_context(open_report(report, detector, threshold))
 
-        def paths() -> Iterator[Path]:
+        def to_score() -> Iterator[Source]:
             written = [os.path.realpath(folder) for folder in outputs.pictures]
             for source in sources(table.done):
                 place = Path(os.path.realpath(source.path))
                 if not any(place.is_relative_to(folder) for folder in written):
-                    waiting.append(source)
-                    yield source.path
+                    yield source
 
         def note_failure(path: Path, error: Exception) -> None:
-            waiting.popleft()
             counts.failed += 1
             message = str(error) or type(error).__name__
             table.add({"image": str(path), "error": message})
@@ -218,13 +215,12 @@ def score_all(
             print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
-            detector.score_stream(paths(), false_alarm_rate=false_alarm_rate, on_error=note_failure)
+            scored_sources(detector, to_score(), false_alarm_rate, note_failure)
         )
         status = stack.enter_context(console.status("scoring"))
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)
-        for result in stream:
-            source = waiting.popleft()
+        for source, result in stream:
             regions = detector.explain(result, false_alarm_rate)
             _write_pictures(outputs, source, result, detector)
             if page is not None:
