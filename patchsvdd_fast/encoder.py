@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .levels import DEFAULT_LEVELS, PatchLevel
 
@@ -49,15 +50,21 @@ class SmallEncoder(nn.Sequential):
         layers: list[nn.Module] = []
         for index, (c_in, c_out) in enumerate(pairwise(channels)):
             if index:
-                layers.append(nn.LeakyReLU(LEAKY_SLOPE))
+                layers.append(nn.LeakyReLU(LEAKY_SLOPE, inplace=True))
             layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, stride=2 if index == 0 else 1))
         layers.append(nn.Tanh())
         super().__init__(*layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D, h, w]."""
-        embedded: Tensor = super().forward(images.contiguous(memory_format=self.memory_format))
-        return embedded
+    def forward(self, images: Tensor, step: int = 1) -> Tensor:
+        """[B, 3, H, W] -> [B, D, h, w]; step: of the dense map, take each so manieth cell.
+
+        The last convolution leaves the other cells out, to the same bits.
+        """
+        values = images.contiguous(memory_format=self.memory_format)
+        for layer in list(self)[:-2]:
+            values = layer(values)
+        last = self.convolutions()[-1]
+        return torch.tanh(F.conv2d(values, last.weight, last.bias, stride=step))
 
     def convolutions(self) -> list[nn.Conv2d]:
         """The eight convolutions in order, for initialisation and for loading foreign weights."""
@@ -165,7 +172,8 @@ class HierarchicalEncoder(nn.Module):
             level.grid_shape(height, width)
             if level.stride % TRUNK_STRIDE:
                 raise ValueError(f"dense encoding needs an even stride, got {level}")
-        maps: dict[PatchLevel, Tensor] = {PatchLevel(SMALL_PATCH, TRUNK_STRIDE): self.small(images)}
+        finest = PatchLevel(SMALL_PATCH, math.gcd(*(level.stride for level in levels), SMALL_PATCH))
+        maps = {finest: self.small(images, finest.stride // TRUNK_STRIDE)}
         dense = []
         for level in levels:
             rows, columns = level.grid_shape(height, width)
@@ -177,9 +185,9 @@ class HierarchicalEncoder(nn.Module):
         """The level's embeddings [N, D, >=I, >=J], built on the maps of the levels below it."""
         if level not in maps:
             if level.size == SMALL_PATCH:
-                step = level.stride // TRUNK_STRIDE
-                trunk = maps[PatchLevel(SMALL_PATCH, TRUNK_STRIDE)]
-                maps[level] = trunk[:, :, ::step, ::step]
+                finest = next(iter(maps))
+                step = level.stride // finest.stride
+                maps[level] = maps[finest][:, :, ::step, ::step]
             else:
                 # The quadrants stand half a patch apart, the patches a stride: the coarsest grid
                 # of quadrants that holds both has their greatest common divisor as its stride.
