@@ -60,8 +60,10 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     Parameters:
         illumination: "as_is", or "matched": each image's colours are scaled to the training images'
             mean, so that the light they were taken in matters less; None: the mode's own.
-        mean: what is subtracted from images: the training images' mean image ("pixel"), or one mean
-            per channel ("channel"), for things that lie anywhere.
+        mean: what is subtracted from images: the training images' mean image ("pixel"; from each
+            training image that of the others), or one mean per channel ("channel"), for things that
+            lie anywhere. "paper": one mean image for all, as in the paper's implementation; with
+            few training images thresholds are then too low, see the documentation on calibration.
         image_size: resize images to this many pixels (a square), or (height, width); None keeps
             their own size, which must then be one for all.
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
@@ -177,6 +179,11 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         light = mean_colour(loaded.pixels)
         images = match_illumination(loaded.pixels, self._usual(light))
         mean = mean_image(images, self.mean)
+        if self.mean != "channel" and len(images) == 1:
+            raise ValueError(
+                "one training image is its own mean image, which leaves nothing of it: give more, "
+                'or mean="channel" (--mean channel)'
+            )
         record = TrainingRecord()
         if encoder is None:
             encoder = self.untrained_encoder().to(device)
@@ -210,7 +217,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 if not workers.is_first:
                     return self
         self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
-        self._fill_banks(loaded)
+        # The mean image holds a part of each of these, as it does not of a new one.
+        self._fill_banks(loaded, among=len(images) if self.mean == "pixel" else None)
         self.record_ = record
         return self
 
@@ -231,11 +239,14 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises ValueError for images of another size than in training, unless mean="channel".
         """
-        matched = match_illumination(pixels, self.usual_light())
-        return encode_images(self.encoder_, matched, self._mean_for(pixels), self.levels)
+        return self._encode(pixels)
 
-    def _fill_banks(self, images: ImageSet) -> None:
-        banks = banks_of(self.levels, self.encode(images.pixels), self.seed)
+    def _encode(self, pixels: Tensor, among: int | None = None) -> list[Tensor]:
+        matched = match_illumination(pixels, self.usual_light())
+        return encode_images(self.encoder_, matched, self._mean_for(pixels), self.levels, among)
+
+    def _fill_banks(self, images: ImageSet, among: int | None = None) -> None:
+        banks = banks_of(self.levels, self._encode(images.pixels, among), self.seed)
         for level, bank in banks.items():
             if is_collapsed(bank.embeddings):
                 warn_of_collapse(f"at {level}")

@@ -19,8 +19,13 @@ MASK_THRESHOLD = 128
 ILLUMINATIONS = ("as_is", "matched")
 """Whether images are brought to the training images' light, see `match_illumination`."""
 
-MEANS = ("pixel", "channel")
-"""What is subtracted from images: their mean image, or one mean of each channel."""
+MEANS = ("pixel", "channel", "paper")
+"""What is subtracted from images: their mean image, or one mean of each channel.
+
+The mean image holds a part of each training image and of a new one none. So with "pixel" the mean
+of the others is subtracted from a training image when it is embedded for the banks; with "paper"
+the mean of all, as in the paper's implementation.
+"""
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -197,9 +202,17 @@ def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     return matched
 
 
-def normalize(images: Tensor, mean: Tensor) -> Tensor:
-    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W]."""
-    return (images - mean) / 255
+def normalize(images: Tensor, mean: Tensor, among: int | None = None) -> Tensor:
+    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
+
+    among: the images are among so many that `mean` is the mean image of. It holds a part of each of
+    them, and of a new image none; so from each the mean of the others is taken.
+    """
+    normalized = (images - mean) / 255
+    if among is not None:
+        # pixel - (among * mean - pixel) / (among - 1)
+        normalized *= among / (among - 1)
+    return normalized
 
 
 def _as_image(item: Any, name: str) -> Image.Image:

@@ -154,7 +154,7 @@ def load_encoder(path: str | Path) -> HierarchicalEncoder:
 def preparation_of(path: str | Path) -> dict[str, str]:
     """How images were prepared for the encoder of a file: `illumination` and `mean`."""
     if Path(path).suffix in _FOREIGN_SUFFIXES:
-        return {"illumination": "as_is", "mean": "pixel"}
+        return {"illumination": "as_is", "mean": "paper"}
     _, header = store.load(path)
     parameters = header["parameters"]
     with naming(path):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,13 +120,17 @@ def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
 
 @torch.no_grad()
 def encode_images(
-    encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+    encoder: HierarchicalEncoder,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    among: int | None = None,
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
-    mean: [3, H, W] float32. The result lies on the encoder's device. Several images go through the
-    encoder together, large ones in tiles, in bounded memory (see `use_encoding_limit`): on a CPU
-    the same embeddings to the bit.
+    mean: [3, H, W] float32. among: as of `images.normalize`, for images that the mean is of. The
+    result lies on the encoder's device. Several images go through the encoder together, large ones
+    in tiles, in bounded memory (see `use_encoding_limit`): on a CPU the same embeddings to the bit.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -134,6 +139,7 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
+    dense = partial(_dense, encoder, among)
     height, width = images.shape[-2:]
     shapes = [
         (len(images), *level.grid_shape(height, width), encoder.embedding_dim) for level in levels
@@ -146,20 +152,20 @@ def encode_images(
             for number in range(len(images)):
                 one = slice(number, number + 1)
                 _encode_in_tiles(
-                    encoder, images[one], mean, levels, at_once, [values[one] for values in whole]
+                    dense, images[one], mean, levels, at_once, [values[one] for values in whole]
                 )
         else:
             count = at_once // (height * width)
             for first in range(0, len(images), count):
                 some = slice(first, first + count)
-                encoded = _dense(encoder, images[some], mean, levels)
+                encoded = dense(images[some], mean, levels)
                 for values, found in zip(whole, encoded, strict=True):
                     values[some] = found
     return whole
 
 
 def _encode_in_tiles(
-    encoder: HierarchicalEncoder,
+    dense: Callable[[Tensor, Tensor, Sequence[PatchLevel]], list[Tensor]],
     image: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
@@ -180,7 +186,7 @@ def _encode_in_tiles(
             rows, columns = slice(top, top + step + overlap), slice(left, left + step + overlap)
             tile = image[:, :, rows, columns]
             inside = [level for level in levels if level.size <= min(tile.shape[2:])]
-            encoded = _dense(encoder, tile, mean[:, rows, columns], inside)
+            encoded = dense(tile, mean[:, rows, columns], inside)
             for level, found in zip(inside, encoded, strict=True):
                 cells = step // level.stride
                 target = whole[levels.index(level)]
@@ -189,7 +195,11 @@ def _encode_in_tiles(
 
 
 def _dense(
-    encoder: HierarchicalEncoder, images: Tensor, mean: Tensor, levels: Sequence[PatchLevel]
+    encoder: HierarchicalEncoder,
+    among: int | None,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
 ) -> list[Tensor]:
     """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
 
@@ -197,7 +207,7 @@ def _dense(
     is that of one image and has no more than 20,480 values. So a small image is encoded twice.
     """
     count, _, height, width = images.shape
-    normalized = normalize(images.to(mean.device), mean)
+    normalized = normalize(images.to(mean.device), mean, among)
     if count == 1 and height * width < _SMALL_IMAGE and mean.device.type == "cpu":
         normalized = normalized.repeat(2, 1, 1, 1)
     return [found[:count] for found in encoder.dense(normalized, levels)]

@@ -19,6 +19,7 @@ from patchsvdd_fast.evaluation import evaluate_category
 from patchsvdd_fast.folders import Category
 from patchsvdd_fast.images import load_images
 from patchsvdd_fast.model_files import load_encoder
+from patchsvdd_fast.samples import woven_cloth
 from patchsvdd_fast.score import combine, score_images
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
@@ -42,7 +43,7 @@ def test_official_checkpoints_reach_the_reference_auroc(
     reference_dir, reference_summary, categories_dir, category
 ):
     encoder = load_encoder(reference_dir / "official_checkpoints" / f"{category}_enchier.pkl")
-    detector = PatchSVDD().fit(categories_dir / category, encoder=encoder)
+    detector = PatchSVDD(mean="paper").fit(categories_dir / category, encoder=encoder)
     result = evaluate_category(detector, Category(categories_dir / category))
     for combination, expected in reference_summary[category]["auroc_det_seg"].items():
         percent = result.percent[combination]
@@ -55,7 +56,7 @@ def test_distances_and_maps_match_the_reference(reference_dir, categories_dir, c
     """Distances and maps of three test images against float64 distances of the reference."""
     reference = np.load(reference_dir / f"{category}.npz")
     encoder = load_encoder(reference_dir / "official_checkpoints" / f"{category}_enchier.pkl")
-    detector = PatchSVDD().fit(categories_dir / category, encoder=encoder)
+    detector = PatchSVDD(mean="paper").fit(categories_dir / category, encoder=encoder)
     mean = torch.from_numpy(reference["mean"]).permute(2, 0, 1)
     assert torch.equal(detector.mean_, mean)
     images = torch.from_numpy(reference["image_uint8"]).permute(0, 3, 1, 2)
@@ -81,9 +82,40 @@ def test_result_holds_together(fitted, good_folder):
     assert torch.equal(result.anomaly_map, result.map("K64") * result.map("K32"))
     assert torch.equal(result.map("sum"), result.map("K64") + result.map("K32"))
     assert torch.equal(result.image_scores, result.anomaly_map.flatten(1).max(dim=1).values)
-    # Training patches are in the bank themselves.
+
+
+@pytest.mark.parametrize("mean", ["channel", "paper"])
+def test_training_images_find_themselves(good_folder, mean):
+    result = PatchSVDD(**FAST, mean=mean).fit(good_folder).score(good_folder)
     assert result.distances["K32"].max() == 0
     assert torch.equal(result.bank_rows["K64"].flatten(), torch.arange(4 * 9))
+
+
+@pytest.mark.parametrize(("mean", "low", "high"), [("pixel", 0.45, 0.75), ("paper", 0, 0.35)])
+def test_few_training_images_keep_their_promise(mean, low, high):
+    """New images' mean p-value is (N + 2) / (2 N + 2) if they are like the training images.
+
+    With one mean image for all it is lower: the training images have a part in it, new ones none.
+    """
+    generator = np.random.default_rng(0)
+    images = np.stack([woven_cloth(generator)[:96, :96].astype(np.uint8) for _ in range(40)])
+    detector = PatchSVDD(**FAST | {"mode": "dense", "mean": mean, "embedding_dim": 64})
+    encoder = detector.untrained_encoder()
+    p_values = [
+        detector.fit(images[first : first + 10], encoder=encoder).p_values(
+            detector.score(np.delete(images, slice(first, first + 10), axis=0)).image_scores
+        )
+        for first in range(0, 40, 10)
+    ]
+    assert low < np.mean(p_values) < high
+
+
+def test_one_image_has_no_mean_image(good_folder):
+    image = sorted(good_folder.rglob("*.png"))[:1]
+    for mean in ("pixel", "paper"):
+        with pytest.raises(ValueError, match=r'its own mean image.*mean="channel"'):
+            PatchSVDD(**FAST, mean=mean).fit(image)
+    assert PatchSVDD(**FAST, mean="channel").fit(image).num_images == 1
 
 
 def test_scores_do_not_depend_on_the_company(fitted, category_folder):
@@ -150,7 +182,7 @@ def test_calibration_leaves_each_image_out(fitted, good_folder):
 
 
 def test_one_training_image_has_no_threshold(category_folder):
-    detector = PatchSVDD(**FAST).fit(category_folder / "train/good/0.png")
+    detector = PatchSVDD(**FAST, mean="channel").fit(category_folder / "train/good/0.png")
     assert detector.calibration_ is None
     assert detector.score(category_folder / "test").image_scores.shape == (6,)
     with pytest.raises(ValueError, match="at least two training images"):

@@ -136,7 +136,7 @@ def test_metadata_say_how_to_prepare_images(tmp_path):
     assert (metadata["illumination"], metadata["light"]) == ("as_is", "null")
 
 
-@pytest.mark.parametrize(("mode", "mean"), [("dense", "pixel"), ("faithful", "channel")])
+@pytest.mark.parametrize(("mode", "mean"), [("dense", "paper"), ("faithful", "channel")])
 def test_recipes_give_the_maps_of_the_detector(
     tmp_path, monkeypatch, good_folder, category_folder, mode, mean
 ):

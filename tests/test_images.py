@@ -17,6 +17,7 @@ from patchsvdd_fast.images import (
     mean_colour,
     mean_image,
     name_of,
+    normalize,
     prepare_image,
     read_image,
     read_mask,
@@ -302,6 +303,15 @@ def test_mean_image_is_exact():
     assert channels.shape == (3, 5, 6)
     expected = images.double().mean(dim=(0, 2, 3), keepdim=True)[0].expand(3, 5, 6)
     torch.testing.assert_close(channels, expected.float())
+
+
+def test_an_image_among_others_is_compared_with_the_mean_of_the_others():
+    images = torch.randint(256, (5, 3, 5, 6), dtype=torch.uint8)
+    normalized = normalize(images, mean_image(images), among=5)
+    for number, found in enumerate(normalized):
+        others = torch.cat([images[:number], images[number + 1 :]])
+        expected = (images[number].double() - others.double().mean(dim=0)) / 255
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_matched_images_do_not_depend_on_the_light():

@@ -45,6 +45,12 @@ def original(paths):
     return fit(paths[:4])
 
 
+@pytest.fixture(scope="module")
+def one_mean(paths):
+    """As `original`, with one mean image for the training images as for new ones."""
+    return fit(paths[:4], mean="paper")
+
+
 @pytest.fixture
 def fitted(original, paths):
     return original.refit(paths[:4])
@@ -90,9 +96,23 @@ def assert_alike(one, other, images):
 # --- as if fitted afresh --------------------------------------------------------------------------
 
 
-def test_refit_on_the_same_images_is_the_detector_itself(original, fitted, new_images):
+@pytest.mark.parametrize("mean", ["channel", "paper"])
+def test_refit_on_the_same_images_is_the_detector_itself(paths, new_images, mean):
+    original = fit(paths[:4], mean=mean)
+    fitted = original.refit(paths[:4])
     assert fitted is not original
     assert_alike(fitted, original, new_images)
+
+
+def test_a_refit_takes_its_images_for_new_ones(original, paths):
+    """Only those that it was fitted on have a part in the mean image, and had it taken out."""
+    fitted = original.refit(paths[:5])
+    level = LEVELS[1]
+    pixels = original.load_images(paths[:4]).pixels
+    for made, scale in [(original, 4 / 3), (fitted, 1.0)]:
+        (expected,) = original.encoder_.dense((pixels - original.mean_) * scale / 255, [level])
+        found = made.banks_[level].embeddings[: expected[..., 0].numel()]
+        torch.testing.assert_close(found, expected.flatten(0, 2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("clusters", [0, 20])
@@ -269,25 +289,26 @@ def test_an_interruption_changes_nothing(
     assert_alike(fitted.add(paths[4:]), original.refit(paths), new_images)
 
 
-def test_only_detectors_that_embed_alike_are_merged(original, paths):
+def test_only_detectors_that_embed_alike_are_merged(one_mean, paths):
     """What does not matter to that may differ."""
-    given = {"encoder": original.encoder_}
-    shorter = PatchSVDD(**FAST | {"levels": LEVELS[:1], "combination": "K64"}).fit(
+    given = {"encoder": one_mean.encoder_}
+    shorter = PatchSVDD(mean="paper", **FAST | {"levels": LEVELS[:1], "combination": "K64"}).fit(
         paths[:4], **given
     )
     same = PatchSVDD(
-        **FAST | {"levels": list(LEVELS), "image_size": (96, 96), "combination": "sum"}
+        mean="paper",
+        **FAST | {"levels": list(LEVELS), "image_size": (96, 96), "combination": "sum"},
     ).fit(paths[:4], **given)
-    matched = PatchSVDD(**FAST | {"illumination": "matched"}).fit(paths[:4], **given)
-    larger = PatchSVDD(**FAST | {"image_size": 128}).fit(paths[:4], **given)
+    matched = PatchSVDD(mean="paper", **FAST | {"illumination": "matched"}).fit(paths[:4], **given)
+    larger = PatchSVDD(mean="paper", **FAST | {"image_size": 128}).fit(paths[:4], **given)
     with pytest.warns(UserWarning, match="look exactly like others"):  # they are the same images
-        assert original.refit(paths[:4]).merge(same).combination == "mult"
+        assert one_mean.refit(paths[:4]).merge(same).combination == "mult"
     for other, what in [
         (shorter, "levels or embedding_dim"),
         (larger, "image_size, mean"),
         (matched, "light"),
     ]:
-        for one, another in [(original, other), (other, original)]:
+        for one, another in [(one_mean, other), (other, one_mean)]:
             with pytest.raises(ValueError, match=f"these differ in {what}; refit"):
                 one.merge(another)
 
@@ -327,19 +348,19 @@ def older(path, schema):
 
 
 @pytest.mark.parametrize("schema", [2, 3])
-def test_earlier_files_can_be_changed(original, paths, new_images, tmp_path, schema):
+def test_earlier_files_can_be_changed(one_mean, paths, new_images, tmp_path, schema):
     path = tmp_path / "model.safetensors"
-    original.save(path)
+    one_mean.save(path)
     older(path, schema)
     loaded = PatchSVDD.load(path, device="cpu")
     assert loaded.gallery_ is None
     with pytest.raises(ValueError, match=r"names of the training images are not known.*a number"):
         loaded.remove(["0.png"])
     loaded.add(paths[4:6]).remove([0])
-    fresh = original.refit(paths[1:6])
+    fresh = one_mean.refit(paths[1:6])
     assert torch.equal(loaded.score(new_images).anomaly_map, fresh.score(new_images).anomaly_map)
     assert torch.equal(loaded.calibration_.image_scores, fresh.calibration_.image_scores)
-    loaded.merge(original.refit(paths[6:]))
+    loaded.merge(one_mean.refit(paths[6:]))
     assert loaded.gallery_ is None  # it would name some of its images only
     loaded.save(path)
     assert PatchSVDD.load(path, device="cpu").num_images == 9

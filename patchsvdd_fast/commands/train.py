@@ -93,7 +93,10 @@ def train(
     ] = None,
     mean: Annotated[
         str | None,
-        typer.Option(help='Subtract the mean image ("pixel") or one mean per channel ("channel").'),
+        typer.Option(
+            help='Subtract the mean image ("pixel"), one mean per channel ("channel"), or the mean '
+            'image as the paper does ("paper"). Default: "pixel", or as for the encoder given.'
+        ),
     ] = None,
     resize: ResizeOption = "256",
     combination: CombinationOption = "mult",
