@@ -51,7 +51,13 @@ from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, score_map
 from patchsvdd_fast.calibration import Calibration, _upper_quantiles, calibrate
 from patchsvdd_fast.files import written_whole
 from patchsvdd_fast.folders import Category, find_categories, find_images
-from patchsvdd_fast.images import load_images, match_illumination, mean_colour, mean_image
+from patchsvdd_fast.images import (
+    MEANS,
+    load_images,
+    match_illumination,
+    mean_colour,
+    mean_image,
+)
 from patchsvdd_fast.levels import DEFAULT_LEVELS
 from patchsvdd_fast.runtime import describe
 from patchsvdd_fast.samples import write_sample_category
@@ -286,7 +292,7 @@ def records_of(
     halves = list(random_splits(everything, len(raw) // 2, fits, seed=1))
     trials = [encoded_once(distances, half) for half in halves]
     yield record(category.name, "halves", ENCODED_ONCE, trials)
-    for mean in ("pixel", "channel"):
+    for mean in MEANS:
         trials = [fitted(raw, half, mean) for half in halves]
         yield record(category.name, "halves", f"fitted, {mean} mean", trials)
     trials = [fitted(raw, half, "pixel", steps) for half in halves[:trained_fits]]

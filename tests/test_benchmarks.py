@@ -252,6 +252,7 @@ def test_the_calibration_benchmark_in_little(tmp_path, monkeypatch, small_and_wi
         ("halves", "encoded once", 15, 15, 2),
         ("halves", "fitted, pixel mean", 15, 15, 2),
         ("halves", "fitted, channel mean", 15, 15, 2),
+        ("halves", "fitted, paper mean", 15, 15, 2),
         ("halves", "fitted, pixel mean, 1 steps", 15, 15, 1),
         ("train, then test", "encoded once", 20, 10, 1),
         ("train, then test", "fitted, pixel mean", 20, 10, 1),
