@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, load_official_checkpoint
+from patchsvdd_fast import encoder as encoder_module
 from patchsvdd_fast.reference import dense_embeddings_patchwise
 
 CATEGORIES = ("hazelnut", "leather")
@@ -42,6 +43,25 @@ def test_dense_equals_patch_by_patch(levels, initialization):
         assert embeddings.shape == (2, *level.grid_shape(*images.shape[-2:]), 16)
         # 0 where the convolution library sums in one order, 1e-6 where it picks several
         torch.testing.assert_close(embeddings, patchwise, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(encoder_module._convolution_in_onednn is None, reason="not an x86 CPU")
+@pytest.mark.parametrize("shape", [(2, 33, 40), (3, 64, 96), (2, 256, 256), (64, 32, 32)])
+@pytest.mark.parametrize("dim", [5, 64])
+@pytest.mark.parametrize("step", [1, 2, 8])
+def test_the_layout_of_onednn_changes_no_bit(monkeypatch, shape, dim, step):
+    torch.manual_seed(0)
+    small = HierarchicalEncoder(embedding_dim=dim, initialization="kaiming").eval().small
+    count, height, width = shape
+    # Not one alone: PyTorch gives the layers of a small one to another library.
+    images = torch.rand(count, 3, height, width) - 0.5
+    with torch.no_grad():
+        assert small._stays_in_onednn(images)
+        found = small(images, step)
+        monkeypatch.setattr(encoder_module, "_convolution_in_onednn", None)
+        assert not small._stays_in_onednn(images)
+        assert torch.equal(found, small(images, step))
+        assert torch.equal(found, small(images)[:, :, ::step, ::step])
 
 
 def test_sizes_together_are_sizes_apart():
