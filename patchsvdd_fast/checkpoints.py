@@ -80,10 +80,10 @@ def _resume(
         trainer.load_state(store.below(tensors, "training."), header["training"])
         trainer.encoder.load_state_dict(store.below(tensors, "encoder."))
     except ValueError as error:
-        raise ValueError(f"cannot resume from {path}: {error}") from error
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
     except (RuntimeError, KeyError) as error:
         raise ValueError(
-            f"cannot resume from {path}: its weights do not fit, embedding_dim or levels differ"
+            f"{path} cannot be resumed: its weights do not fit, embedding_dim or levels differ"
         ) from error
 
 

@@ -8,6 +8,7 @@ never interrupted.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import time
@@ -424,7 +425,7 @@ class Trainer:
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; the encoder's weights are to be loaded by the caller.
 
-        Raises ValueError if it was of a run with other settings or other images.
+        Raises ValueError if it was of a run with other settings or other images, or is damaged.
         """
         ours = asdict(self.settings)
         other = {k: v for k, v in values["settings"].items() if ours.get(k, v) != v}
@@ -434,18 +435,38 @@ class Trainer:
         if values["images"] != self._fingerprint:
             raise ValueError("the checkpoint was trained on other images")
         self._objective.classifiers.load_state_dict(below(tensors, "classifier."))
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in below(tensors, "adam.").items():
-            index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self._load_optimizer(below(tensors, "adam."))
         self._best = below(tensors, "best.") or None
+        if self._best is not None:
+            copy.deepcopy(self.encoder).load_state_dict(self._best)  # raises if they do not fit
         self.total = values["total"]
+        if self.total is not None:
+            _check_count("total", self.total)
         self.record = record_of(values["record"])
-        self._checks_since_best = values["checks_since_best"]
-        self._collapsed_steps = values["collapsed_steps"]
-        self._seconds_of_check = values.get("seconds_of_check", 0.0)
+        _check_count("steps", self.record.steps)
+        self.record.seconds = float(self.record.seconds)
+        self._checks_since_best = _check_count("checks_since_best", values["checks_since_best"])
+        self._collapsed_steps = _check_count("collapsed_steps", values["collapsed_steps"])
+        self._seconds_of_check = float(values.get("seconds_of_check", 0.0))
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Adam's averages; tensors: named <number of the parameter>.<slot>."""
+        groups = self._optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        shapes: dict[str, torch.Size] = {}
+        for index in {int(name.split(".")[0]) for name in tensors}:
+            shape = parameters[index].shape
+            shapes |= {f"{index}.{slot}": shape for slot in ("exp_avg", "exp_avg_sq")}
+            shapes[f"{index}.step"] = torch.Size()
+        if {name: value.shape for name, value in tensors.items()} != shapes or any(
+            value.dtype != torch.float32 for value in tensors.values()
+        ):
+            raise ValueError("the state of its optimizer does not fit")
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            number, slot = name.split(".")
+            slots.setdefault(int(number), {})[slot] = value
+        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
     def _make_objective(self) -> Objective:
         settings = self.settings
@@ -475,6 +496,13 @@ class Trainer:
             settings.svdd_weight,
             settings.redraw_clipped,
         )
+
+
+def _check_count(name: str, value: Any) -> int:
+    """A count as JSON has it; raises ValueError for what is none."""
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name} must be a count, got {value!r}")
+    return value
 
 
 def record_of(values: Mapping[str, Any]) -> TrainingRecord:

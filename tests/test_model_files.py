@@ -24,14 +24,18 @@ from conftest import ROOT, texture
 from patchsvdd_fast import NormalBank, PatchSVDD, store
 from patchsvdd_fast.cluster_arrays import MOST_CLUSTERS
 from patchsvdd_fast.files import remove_leftovers, written_whole
+from patchsvdd_fast.model_files import load_encoder
 
 HUGE = 2**63 - 1
 HEADER, CHECKSUMS = "patchsvdd_fast", "checksums"  # in the metadata
-MODEL, IMAGE = "model.safetensors", "image.npy"
+MODEL, CHECKPOINT, IMAGES = "model.safetensors", "model.checkpoint", "images.npy"
 
 
 def make_model(folder):
-    """A complete detector file of one clustered and one plain bank, and an image to score."""
+    """A complete detector file of one clustered and one plain bank, a checkpoint, and images.
+
+    The last of the images is one to score, the others are those of the training.
+    """
     rng = np.random.default_rng(0)
     images = np.stack([texture(rng) for _ in range(5)])
     detector = PatchSVDD(image_size=96)
@@ -40,7 +44,19 @@ def make_model(folder):
     embeddings = detector.banks_[small].embeddings.view(4, *small.grid_shape(96, 96), -1)
     detector.banks_[small] = NormalBank(embeddings, clusters=20)
     detector.save(folder / MODEL)
-    np.save(folder / IMAGE, images[4:])
+    np.save(folder / IMAGES, images)
+    with pytest.raises(KeyboardInterrupt):
+        train(images[:4], folder / CHECKPOINT, on_step=interrupt)
+
+
+def train(images, checkpoint, **options):
+    """A training run of two steps."""
+    detector = PatchSVDD(image_size=96, steps=2, batch_size=2, embedding_dim=8, device="cpu")
+    return detector.fit(images, checkpoint=checkpoint, **options)
+
+
+def interrupt(step):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +82,17 @@ def packed(tensors, header, **changed):
 
 
 def answers(path, folder):
-    """All that a file decides of one image: what is found, and the threshold."""
+    """All that a file decides: of one image what is found, and the threshold.
+
+    Of a checkpoint, the weights in it and those after another step.
+    """
+    *training, new = np.load(folder / IMAGES)
+    if path.suffix == Path(CHECKPOINT).suffix:
+        encoder = load_encoder(path)
+        resumed = train(training, path, resume=True).encoder_
+        return [*encoder.state_dict().values(), *resumed.state_dict().values()]
     detector = PatchSVDD.load(path)
-    result = detector.score(np.load(folder / IMAGE))
+    result = detector.score([new])
     found = [*result.distances.values(), *result.bank_rows.values(), result.anomaly_map]
     return [*found, torch.tensor(detector.threshold_)]
 
@@ -121,7 +145,7 @@ HOSTILE_VALUES = (
 
 def forge_tensor(tensors, rng):
     # The arrays of the clustered bank steer the search, so they get half of the attention.
-    steering = [name for name in tensors if name.startswith("bank.K32.")]
+    steering = [name for name in tensors if name.startswith("bank.K32.")] or list(tensors)
     name = rng.choice(steering if rng.random() < 0.5 else list(tensors))
     other = rng.choice(steering if name in steering else list(tensors))
     tensor = tensors[name].contiguous().clone()
@@ -206,14 +230,15 @@ def forge_header(header, rng):
     parent[key] = rng.choice((*others, [96, 96], [[32, 4]], [[64, 16], [32, 4], [2**40, 2]]))
 
 
-def open_mutants(folder, is_forged, first, count):
-    """Open and score with mutants of a model; prints their numbers, then the outcomes as JSON.
+def open_mutants(folder, name, is_forged, first, count):
+    """Open and score with mutants of a file; prints their numbers, then the outcomes as JSON.
 
     For a process of its own: it may crash, and its memory is limited.
     """
-    expected = answers(folder / MODEL, folder)
-    whole = (folder / MODEL).read_bytes()
-    mutant = folder / f"mutant-{os.getpid()}.safetensors"
+    whole = (folder / name).read_bytes()
+    mutant = (folder / f"mutant-{os.getpid()}").with_suffix(Path(name).suffix)
+    mutant.write_bytes(whole)
+    expected = answers(mutant, folder)
     before = status("VmHWM")
     limit = status("VmSize") + 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -226,7 +251,7 @@ def open_mutants(folder, is_forged, first, count):
         mutant.write_bytes((forged if is_forged else damaged)(whole, rng))
         try:
             found = answers(mutant, folder)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             outcomes["refused"] += 1
             assert "allocate" not in str(error), error
             continue
@@ -260,9 +285,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @needs_proc
 @pytest.mark.parametrize("is_forged", [False, True])
-def test_mutants_are_refused_or_harmless(folder, is_forged, request):
-    count = 4000 if request.config.getoption("--slow") else 200
-    done = run(__file__, folder, int(is_forged), 0, count)
+@pytest.mark.parametrize(("name", "few", "many"), [(MODEL, 200, 4000), (CHECKPOINT, 50, 1000)])
+def test_mutants_are_refused_or_harmless(folder, name, few, many, is_forged, request):
+    count = many if request.config.getoption("--slow") else few
+    done = run(__file__, folder, name, int(is_forged), 0, count)
     *_, last = done.stdout.splitlines()
     assert done.returncode == 0, f"mutant {last}: {done.stderr[-3000:]}"
     outcomes = json.loads(last)
@@ -680,9 +706,9 @@ def test_no_module_runs_what_it_reads(source):
 
 
 if __name__ == "__main__":
-    where, is_forged, *numbers = sys.argv[1:]
+    where, name, is_forged, *numbers = sys.argv[1:]
     try:
-        open_mutants(Path(where), bool(int(is_forged)), *map(int, numbers))
+        open_mutants(Path(where), name, bool(int(is_forged)), *map(int, numbers))
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -120,7 +120,7 @@ def test_a_checkpoint_gives_the_best_encoder_so_far(monkeypatch, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(changed, message, tmp_path):
     checkpoint = tmp_path / "run.checkpoint"
     _detector("faithful").fit(_images(), checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=rf"cannot resume from .*{message}"):
+    with pytest.raises(ValueError, match=rf"^{checkpoint} cannot be resumed: .*{message}"):
         _detector("faithful", **changed).fit(_images(), checkpoint=checkpoint, resume=True)
     with pytest.raises(ValueError, match="other images"):
         _detector("faithful").fit(_images()[:3], checkpoint=checkpoint, resume=True)
