@@ -9,10 +9,11 @@ each point is what a run of that length would give. What labels say never reache
 Published weights (`--published`, files named <category>_*) are scored beside them.
 
 Patches of 32 pixels are scored at stride 8 instead of 4, which saves most of the evaluation's time
-and moves AUROC by up to a point or two; one mean image is taken from all (mean="paper"). Time is that of the process over its threads (CPU time), so
-that runs on a busy machine compare; on two idle cores a minute of it passes in half a minute. Runs
-that accuracy.json in the output folder holds already are not repeated, so a long series can be done
-in parts; a longer run replaces a shorter one. Writes accuracy.json, accuracy.md and accuracy.png.
+and moves AUROC by up to a point or two; one mean image is taken from all (mean="paper"). Time is
+that of the process over its threads (CPU time), so that runs on a busy machine compare; on two idle
+cores a minute of it passes in half a minute. Runs that accuracy.json in the output folder holds
+already are not repeated, so a long series can be done in parts; a longer run replaces a shorter
+one. Writes accuracy.json, accuracy.md and accuracy.png.
 """
 
 from __future__ import annotations

@@ -439,9 +439,10 @@ class Trainer:
         self._best = below(tensors, "best.") or None
         if self._best is not None:
             copy.deepcopy(self.encoder).load_state_dict(self._best)  # raises if they do not fit
-        self.total = values["total"]
-        if self.total is not None:
-            _check_count("total", self.total)
+        total = values["total"]
+        if self.settings.minutes is None and total != self.total:
+            raise ValueError(f"it has {total} steps in all, not {self.total}")
+        self.total = None if total is None else _check_count("total", total)
         self.record = record_of(values["record"])
         _check_count("steps", self.record.steps)
         self.record.seconds = float(self.record.seconds)
