@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import store
 from .encoder import HierarchicalEncoder
-from .training import Trainer
+from .training import Trainer, all_float32
 
 
 class CheckpointKeeper:
@@ -57,18 +58,22 @@ class CheckpointKeeper:
         self.written = time.monotonic()
 
 
-def resume_from(trainer: Trainer, path: str | Path) -> None:
+def resume_from(trainer: Trainer, mean: Tensor, path: str | Path) -> None:
     """Bring a trainer to the state in a checkpoint.
 
-    Raises ValueError if the file is no checkpoint, or one of other settings or other images.
+    Raises ValueError if the file is no checkpoint, or one of other settings, mean or images.
     """
     tensors, header = store.load(path)
     with store.naming(path):
-        _resume(trainer, path, tensors, header)
+        _resume(trainer, mean, path, tensors, header)
 
 
 def _resume(
-    trainer: Trainer, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+    trainer: Trainer,
+    mean: Tensor,
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
 ) -> None:
     if header["kind"] != "checkpoint":
         raise ValueError(f"{path} is a {header['kind']}, not a checkpoint of a training run")
@@ -78,7 +83,9 @@ def _resume(
         )
     try:
         trainer.load_state(store.below(tensors, "training."), header["training"])
-        trainer.encoder.load_state_dict(store.below(tensors, "encoder."))
+        if not torch.equal(tensors["mean"], mean):
+            raise ValueError("another mean was subtracted from the images")
+        trainer.encoder.load_state_dict(all_float32(store.below(tensors, "encoder.")))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     except (RuntimeError, KeyError) as error:

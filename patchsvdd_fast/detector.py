@@ -26,6 +26,7 @@ from .explain import Region, find_regions, highest_place
 from .gallery import Gallery
 from .images import (
     ILLUMINATIONS,
+    MEANS,
     ImageSet,
     PreparedImage,
     load_image_set,
@@ -196,7 +197,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 trainer = Trainer(encoder, images, mean, settings, check, workers)
                 found = checkpoint is not None and Path(checkpoint).exists()
                 if resume and checkpoint is not None and workers.agreed(found):
-                    resume_from(trainer, checkpoint)
+                    resume_from(trainer, mean, checkpoint)
                 keeper = CheckpointKeeper(
                     trainer, mean, self.header(), checkpoint, checkpoint_minutes
                 )
@@ -255,11 +256,14 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def take_over(self, banks: Mapping[PatchLevel, NormalBank], gallery: Gallery | None) -> None:
         """Score against these banks from now on, calibrated; nothing is changed if that fails."""
         calibration = calibrate(banks, self.image_shape(), self.combination)
-        if calibration is not None and calibration.image_scores[0] == 0:
-            twice = int((calibration.image_scores == 0).sum())
+        # Embeddings of one image differ if the mean of the others was taken from it but once.
+        twice = 0 if gallery is None else gallery.num_alike()
+        if calibration is not None:
+            twice = max(twice, int((calibration.image_scores == 0).sum()))
+        if twice:
             warnings.warn(
                 f"{twice} training images look exactly like others, as if they were there twice: "
-                "they score 0, and thresholds are too low for new images",
+                "they score next to nothing, and thresholds are too low for new images",
                 stacklevel=3,
             )
         # In one step, which Ctrl-C cannot divide.
@@ -270,6 +274,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def add(self, X: Any) -> PatchSVDD:  # noqa: N803
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
+        The images are to be others than those of `fit`, which have a part in the mean image.
         Raises ValueError for unusable images; the detector then stays as it was.
         """
         self._require_fitted()
@@ -300,8 +305,9 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
         """A new detector with this one's encoder, mean and light, and banks of other images alone.
 
-        As for the same product of another line. The two can be merged. Raises ValueError for
-        unusable images, as for those of another size unless mean="channel".
+        As for the same product of another line. The two can be merged. The images are to be others
+        than those of `fit`, which have a part in the mean image: to leave some out, use `remove`.
+        Raises ValueError for unusable images, as for those of another size unless mean="channel".
         """
         self._require_fitted()
         twin = type(self)(**self.get_params())
@@ -313,6 +319,16 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         )
         twin.record_ = self.record_
         twin._fill_banks(images)
+        again = 0
+        if self.mean == "pixel" and self.gallery_ is not None and twin.gallery_ is not None:
+            again = twin.gallery_.num_alike(self.gallery_)
+        if again:
+            warnings.warn(
+                f"{again} of the images are training images of the detector, and may have a part "
+                "in its mean image, which makes thresholds too low: leave images out with "
+                "`remove` (patchsvdd update --remove) instead",
+                stacklevel=2,
+            )
         return twin
 
     def check_parameters(self) -> None:
@@ -328,6 +344,8 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"illumination must be one of {ILLUMINATIONS}, got {self.illumination!r}"
             )
+        if self.mean not in MEANS:
+            raise ValueError(f"mean must be one of {tuple(MEANS)}, got {self.mean!r}")
         if not 0 <= self.contamination < 1:
             raise ValueError(f"contamination must be in [0, 1), got {self.contamination}")
         size = parse_size(self.image_size)

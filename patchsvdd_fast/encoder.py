@@ -66,7 +66,7 @@ class SmallEncoder(nn.Sequential):
     def forward(self, images: Tensor, step: int = 1) -> Tensor:
         """[B, 3, H, W] -> [B, D, h, w]; step: of the dense map, take each so manieth cell.
 
-        The last convolution leaves the other cells out, to the same bits.
+        The last convolution leaves the other cells out; with oneDNN to the same bits.
         """
         if self._stays_in_onednn(images):
             return self._forward_in_onednn(images, step)
@@ -83,9 +83,11 @@ class SmallEncoder(nn.Sequential):
             and self.memory_format is torch.contiguous_format
             and images.device.type == "cpu"
             and images.dtype == self.convolutions()[0].weight.dtype == torch.float32
+            and images.ndim == 4
             and images.numel() > 0
-            and not torch.is_grad_enabled()
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         )
 
     def _forward_in_onednn(self, images: Tensor, step: int) -> Tensor:
@@ -266,8 +268,9 @@ def _in_onednn(
 ) -> Tensor:
     """A convolution and what comes after it, of a tensor in oneDNN's layout, in that layout."""
     assert _convolution_in_onednn is not None
+    weight, bias, no_padding, groups = layer.weight, layer.bias, [0, 0], 1
     found: Tensor = _convolution_in_onednn(
-        *(values, layer.weight, layer.bias, [0, 0], stride, [1, 1], 1, activation, scalars, "")
+        values, weight, bias, no_padding, stride, [1, 1], groups, activation, scalars, ""
     )
     return found
 

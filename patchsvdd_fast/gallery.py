@@ -49,6 +49,17 @@ class Gallery:
             tuple(_as_jpeg(pixels) for pixels in images.pixels) if with_pictures else None,
         )
 
+    def num_alike(self, others: Gallery | None = None) -> int:
+        """How many images look exactly like another one here, or like one of `others`."""
+        rows = (
+            self.statistics if others is None else torch.cat([self.statistics, others.statistics])
+        )
+        _, kinds, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+        mine = kinds[: len(self.names)]
+        if others is None:
+            return int((counts[mine] > 1).sum())
+        return int(torch.isin(mine, kinds[len(self.names) :]).sum())
+
     def picture(self, number: int, size: tuple[int, int]) -> Image.Image | None:
         """The training image of this number at (height, width) pixels, if it was kept.
 

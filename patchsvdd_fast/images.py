@@ -19,7 +19,11 @@ MASK_THRESHOLD = 128
 ILLUMINATIONS = ("as_is", "matched")
 """Whether images are brought to the training images' light, see `match_illumination`."""
 
-MEANS = ("pixel", "channel", "paper")
+MEANS = {
+    "pixel": "a mean image, of the others from training images",
+    "channel": "a mean of each channel",
+    "paper": "one mean image from all",
+}
 """What is subtracted from images: their mean image, or one mean of each channel.
 
 The mean image holds a part of each training image and of a new one none. So with "pixel" the mean
@@ -169,7 +173,7 @@ def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
     Raises ValueError for another kind of mean.
     """
     if of not in MEANS:
-        raise ValueError(f"mean must be one of {MEANS}, got {of!r}")
+        raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
     if of == "channel":
         return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
     total = torch.zeros(images.shape[1:], dtype=torch.int64)

@@ -18,7 +18,7 @@ from .checkpoints import encoder_tensors
 from .drift import STATISTICS, usual_range
 from .encoder import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
 from .gallery import Gallery
-from .images import parse_size
+from .images import MEANS, parse_size
 from .levels import PatchLevel
 from .store import below, naming
 from .training import record_of
@@ -71,6 +71,8 @@ def _detector_of(
     parameters["levels"] = _levels(parameters)
     if isinstance(parameters["image_size"], list):
         parameters["image_size"] = tuple(parameters["image_size"])
+    if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
+        parameters["mean"] = "paper"  # then the only one
     detector = cls(**{**parameters, "device": device})
     detector.check_parameters()
     detector.encoder_ = encoder_of(tensors, header).to(target)
@@ -203,8 +205,8 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
         "mode": str(parameters.get("mode")),
         "steps": f"{record.steps or header.get('steps', 0):,}",
-        "images": f"{_sides(tensors['mean'])}, light {parameters.get('illumination')}, "
-        f"mean per {parameters.get('mean', 'pixel')}",
+        "images": f"{_sides(tensors['mean'])}, light {parameters.get('illumination')}",
+        "subtracted": MEANS[parameters.get("mean", "pixel")],
         "joined by": str(parameters.get("combination")),
     }
     if record.best_step is not None:

@@ -436,7 +436,7 @@ class Trainer:
             raise ValueError("the checkpoint was trained on other images")
         self._objective.classifiers.load_state_dict(below(tensors, "classifier."))
         self._load_optimizer(below(tensors, "adam."))
-        self._best = below(tensors, "best.") or None
+        self._best = all_float32(below(tensors, "best.")) or None
         if self._best is not None:
             copy.deepcopy(self.encoder).load_state_dict(self._best)  # raises if they do not fit
         total = values["total"]
@@ -444,24 +444,23 @@ class Trainer:
             raise ValueError(f"it has {total} steps in all, not {self.total}")
         self.total = None if total is None else _check_count("total", total)
         self.record = record_of(values["record"])
-        _check_count("steps", self.record.steps)
-        self.record.seconds = float(self.record.seconds)
+        if _check_count("steps", self.record.steps) > (self._end or math.inf):
+            raise ValueError(f"it has made {self.record.steps} of {self._end} steps")
+        if not 0 <= float(self.record.seconds) < math.inf:
+            raise ValueError(f"its seconds must be finite, got {self.record.seconds}")
         self._checks_since_best = _check_count("checks_since_best", values["checks_since_best"])
         self._collapsed_steps = _check_count("collapsed_steps", values["collapsed_steps"])
         self._seconds_of_check = float(values.get("seconds_of_check", 0.0))
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Adam's averages; tensors: named <number of the parameter>.<slot>."""
         groups = self._optimizer.state_dict()["param_groups"]
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         shapes: dict[str, torch.Size] = {}
-        for index in {int(name.split(".")[0]) for name in tensors}:
-            shape = parameters[index].shape
-            shapes |= {f"{index}.{slot}": shape for slot in ("exp_avg", "exp_avg_sq")}
+        for index, parameter in enumerate(parameters):
+            shapes |= {f"{index}.{slot}": parameter.shape for slot in ("exp_avg", "exp_avg_sq")}
             shapes[f"{index}.step"] = torch.Size()
-        if {name: value.shape for name, value in tensors.items()} != shapes or any(
-            value.dtype != torch.float32 for value in tensors.values()
-        ):
+        if {name: value.shape for name, value in all_float32(tensors).items()} != shapes:
             raise ValueError("the state of its optimizer does not fit")
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -497,6 +496,14 @@ class Trainer:
             settings.svdd_weight,
             settings.redraw_clipped,
         )
+
+
+def all_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are; raises ValueError for one that is not float32."""
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {value.dtype}")
+    return tensors
 
 
 def _check_count(name: str, value: Any) -> int:

@@ -24,6 +24,7 @@ FAST = {
     "embedding_dim": 16,
     "initialization": "kaiming",
     "device": "cpu",
+    "mean": "paper",  # a refit then is a fresh fit, whatever the images
 }
 
 
@@ -92,7 +93,8 @@ def test_info_says_what_a_model_holds(model, fitted):
     assert shown["file"].startswith("detector, schema 4, ")
     assert shown["bank K32"] == "324 x 16, 4 images, stride 8"
     assert shown["bank K64"] == "36 x 16, 4 images, stride 16"
-    assert shown["images"] == "96x96 pixels, light as_is, mean per pixel"
+    assert shown["images"] == "96x96 pixels, light as_is"
+    assert shown["subtracted"] == "one mean image from all"
     assert shown["threshold"] == f"{fitted.threshold_:.6g}, exceeded by at most 0.2 of good images"
     assert shown["training images"] == "names and pictures of 4"
     assert "brightness" in shown["usual"]

@@ -122,6 +122,8 @@ def test_a_checkpoint_of_another_run_is_refused(changed, message, tmp_path):
     _detector("faithful").fit(_images(), checkpoint=checkpoint)
     with pytest.raises(ValueError, match=rf"^{checkpoint} cannot be resumed: .*{message}"):
         _detector("faithful", **changed).fit(_images(), checkpoint=checkpoint, resume=True)
+    with pytest.raises(ValueError, match="another mean was subtracted"):
+        _detector("faithful", mean="channel").fit(_images(), checkpoint=checkpoint, resume=True)
     with pytest.raises(ValueError, match="other images"):
         _detector("faithful").fit(_images()[:3], checkpoint=checkpoint, resume=True)
 

@@ -20,6 +20,7 @@ FAST = {
     "embedding_dim": 16,
     "initialization": "kaiming",
     "device": "cpu",
+    "mean": "paper",  # a refit then is a fresh fit, whatever the images
 }
 
 
@@ -43,12 +44,6 @@ def new_images():
 def original(paths):
     """Fitted on the first four images; not to be changed."""
     return fit(paths[:4])
-
-
-@pytest.fixture(scope="module")
-def one_mean(paths):
-    """As `original`, with one mean image for the training images as for new ones."""
-    return fit(paths[:4], mean="paper")
 
 
 @pytest.fixture
@@ -104,15 +99,27 @@ def test_refit_on_the_same_images_is_the_detector_itself(paths, new_images, mean
     assert_alike(fitted, original, new_images)
 
 
-def test_a_refit_takes_its_images_for_new_ones(original, paths):
-    """Only those that it was fitted on have a part in the mean image, and had it taken out."""
-    fitted = original.refit(paths[:5])
+def test_only_the_images_of_the_fit_are_less_the_mean_of_the_others(paths):
+    """Only they have a part in the mean image."""
+    changed = fit(paths[:4], mean="pixel")
+    changed.add(paths[4:6]).remove([1]).merge(changed.refit(paths[6:8]))
+    scales = [4 / 3, 4 / 3, 4 / 3, 1, 1, 1, 1]
     level = LEVELS[1]
-    pixels = original.load_images(paths[:4]).pixels
-    for made, scale in [(original, 4 / 3), (fitted, 1.0)]:
-        (expected,) = original.encoder_.dense((pixels - original.mean_) * scale / 255, [level])
-        found = made.banks_[level].embeddings[: expected[..., 0].numel()]
-        torch.testing.assert_close(found, expected.flatten(0, 2), rtol=0, atol=1e-5)
+    pixels = changed.load_images([paths[i] for i in (0, 2, 3, 4, 5, 6, 7)]).pixels
+    normalized = (pixels - changed.mean_) / 255 * torch.tensor(scales)[:, None, None, None]
+    (expected,) = changed.encoder_.dense(normalized, [level])
+    found = changed.banks_[level].embeddings
+    torch.testing.assert_close(found, expected.flatten(0, 2), rtol=0, atol=1e-5)
+
+
+def test_images_of_the_fit_are_noticed_when_they_come_again(paths):
+    """Even though they are embedded in another way then."""
+    detector = fit(paths[:4], mean="pixel")
+    with pytest.warns(UserWarning, match="2 of the images are training images .*--remove"):
+        detector.refit(paths[2:6])
+    with pytest.warns(UserWarning, match="4 training images look exactly like others"):
+        detector.add(paths[2:4])
+    assert detector.calibration_.image_scores[0] > 0
 
 
 @pytest.mark.parametrize("clusters", [0, 20])
@@ -289,26 +296,25 @@ def test_an_interruption_changes_nothing(
     assert_alike(fitted.add(paths[4:]), original.refit(paths), new_images)
 
 
-def test_only_detectors_that_embed_alike_are_merged(one_mean, paths):
+def test_only_detectors_that_embed_alike_are_merged(original, paths):
     """What does not matter to that may differ."""
-    given = {"encoder": one_mean.encoder_}
-    shorter = PatchSVDD(mean="paper", **FAST | {"levels": LEVELS[:1], "combination": "K64"}).fit(
+    given = {"encoder": original.encoder_}
+    shorter = PatchSVDD(**FAST | {"levels": LEVELS[:1], "combination": "K64"}).fit(
         paths[:4], **given
     )
     same = PatchSVDD(
-        mean="paper",
         **FAST | {"levels": list(LEVELS), "image_size": (96, 96), "combination": "sum"},
     ).fit(paths[:4], **given)
-    matched = PatchSVDD(mean="paper", **FAST | {"illumination": "matched"}).fit(paths[:4], **given)
-    larger = PatchSVDD(mean="paper", **FAST | {"image_size": 128}).fit(paths[:4], **given)
+    matched = PatchSVDD(**FAST | {"illumination": "matched"}).fit(paths[:4], **given)
+    larger = PatchSVDD(**FAST | {"image_size": 128}).fit(paths[:4], **given)
     with pytest.warns(UserWarning, match="look exactly like others"):  # they are the same images
-        assert one_mean.refit(paths[:4]).merge(same).combination == "mult"
+        assert original.refit(paths[:4]).merge(same).combination == "mult"
     for other, what in [
         (shorter, "levels or embedding_dim"),
         (larger, "image_size, mean"),
         (matched, "light"),
     ]:
-        for one, another in [(one_mean, other), (other, one_mean)]:
+        for one, another in [(original, other), (other, original)]:
             with pytest.raises(ValueError, match=f"these differ in {what}; refit"):
                 one.merge(another)
 
@@ -348,19 +354,19 @@ def older(path, schema):
 
 
 @pytest.mark.parametrize("schema", [2, 3])
-def test_earlier_files_can_be_changed(one_mean, paths, new_images, tmp_path, schema):
+def test_earlier_files_can_be_changed(original, paths, new_images, tmp_path, schema):
     path = tmp_path / "model.safetensors"
-    one_mean.save(path)
+    original.save(path)
     older(path, schema)
     loaded = PatchSVDD.load(path, device="cpu")
     assert loaded.gallery_ is None
     with pytest.raises(ValueError, match=r"names of the training images are not known.*a number"):
         loaded.remove(["0.png"])
     loaded.add(paths[4:6]).remove([0])
-    fresh = one_mean.refit(paths[1:6])
+    fresh = original.refit(paths[1:6])
     assert torch.equal(loaded.score(new_images).anomaly_map, fresh.score(new_images).anomaly_map)
     assert torch.equal(loaded.calibration_.image_scores, fresh.calibration_.image_scores)
-    loaded.merge(one_mean.refit(paths[6:]))
+    loaded.merge(original.refit(paths[6:]))
     assert loaded.gallery_ is None  # it would name some of its images only
     loaded.save(path)
     assert PatchSVDD.load(path, device="cpu").num_images == 9

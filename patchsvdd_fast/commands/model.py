@@ -68,7 +68,7 @@ def update(
     ] = None,
     replace: Annotated[
         Path | None,
-        typer.Option(help="Folder of good images to use instead of all there are."),
+        typer.Option(help="Folder of good images, others than these, to use instead of all."),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
