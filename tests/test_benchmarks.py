@@ -258,7 +258,7 @@ def test_the_calibration_benchmark_in_little(tmp_path, monkeypatch, small_and_wi
         ("train, then test", "fitted, pixel mean", 20, 10, 1),
     ]
     rates = [[entry["rate"] for entry in one["rates"]] for one in records]
-    assert rates == [[0.1], [0.05, 0.1], *[[0.1]] * 4, *[[0.05, 0.1]] * 2]
+    assert rates == [[0.1], [0.05, 0.1], *[[0.1]] * 5, *[[0.05, 0.1]] * 2]
     for one in records:
         assert one["commit"]
         for entry in one["rates"]:
