@@ -455,9 +455,8 @@ class Trainer:
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Adam's averages; tensors: named <number of the parameter>.<slot>."""
         groups = self._optimizer.state_dict()["param_groups"]
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         shapes: dict[str, torch.Size] = {}
-        for index, parameter in enumerate(parameters):
+        for index, parameter in enumerate(self._parameters):
             shapes |= {f"{index}.{slot}": parameter.shape for slot in ("exp_avg", "exp_avg_sq")}
             shapes[f"{index}.step"] = torch.Size()
         if {name: value.shape for name, value in all_float32(tensors).items()} != shapes:

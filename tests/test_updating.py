@@ -303,7 +303,7 @@ def test_only_detectors_that_embed_alike_are_merged(original, paths):
         paths[:4], **given
     )
     same = PatchSVDD(
-        **FAST | {"levels": list(LEVELS), "image_size": (96, 96), "combination": "sum"},
+        **FAST | {"levels": list(LEVELS), "image_size": (96, 96), "combination": "sum"}
     ).fit(paths[:4], **given)
     matched = PatchSVDD(**FAST | {"illumination": "matched"}).fit(paths[:4], **given)
     larger = PatchSVDD(**FAST | {"image_size": 128}).fit(paths[:4], **given)
