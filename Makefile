@@ -73,4 +73,4 @@ bench-gpu: build-gpu  ## the library on a card against its peers: gpu.json, gpu.
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) benchmarks/gpu.py --output "$(OUT)"
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*.so
+	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*/*.so

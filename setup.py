@@ -37,6 +37,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("patchsvdd_fast._native", sources=[])],
+    ext_modules=[Extension("patchsvdd_fast.ops._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -34,18 +34,19 @@ import torch
 from torch import Tensor
 
 from common import commit
-from patchsvdd_fast import HierarchicalEncoder, metrics
-from patchsvdd_fast.evaluation import read_masks
-from patchsvdd_fast.files import written_whole
-from patchsvdd_fast.folders import Category, find_categories
-from patchsvdd_fast.images import load_images, match_illumination, mean_colour, mean_image
-from patchsvdd_fast.levels import PatchLevel
-from patchsvdd_fast.model_files import load_encoder
-from patchsvdd_fast.recipes import training_settings
-from patchsvdd_fast.runtime import describe
-from patchsvdd_fast.score import combinations_of, fill_banks, score_images
-from patchsvdd_fast.selection import DefectCheck, Quality
-from patchsvdd_fast.training import Trainer, TrainingStep
+from patchsvdd_fast import HierarchicalEncoder
+from patchsvdd_fast.detector.evaluation import read_masks
+from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.encoders.levels import PatchLevel
+from patchsvdd_fast.files.folders import Category, find_categories
+from patchsvdd_fast.files.whole import written_whole
+from patchsvdd_fast.images.prepare import load_images, match_illumination, mean_colour, mean_image
+from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.score import metrics
+from patchsvdd_fast.score.encoding import combinations_of, fill_banks, score_images
+from patchsvdd_fast.training.defect_check import DefectCheck, Quality
+from patchsvdd_fast.training.settings import training_settings
+from patchsvdd_fast.training.trainer import Trainer, TrainingStep
 
 SIDE = (256, 256)
 LEVELS = (PatchLevel(64, stride=16), PatchLevel(32, stride=8))

@@ -45,10 +45,11 @@ from common import (
     real_embeddings,
     wall_clock,
 )
-from patchsvdd_fast import HierarchicalEncoder, NormalBank, ScoreResult, nearest, ops, reference
-from patchsvdd_fast.levels import DEFAULT_LEVELS
-from patchsvdd_fast.runtime import describe
-from patchsvdd_fast.score import encode_images, score_images
+from patchsvdd_fast import HierarchicalEncoder, NormalBank, ScoreResult, nearest, ops
+from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
+from patchsvdd_fast.ops import reference
+from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.score.encoding import encode_images, score_images
 
 IMAGE = 3_249  # K=32 patches of a 256x256 image
 SIDE = 256

@@ -42,13 +42,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import Figure, Prepare, Search, commit
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, PatchSVDD
-from patchsvdd_fast.calibration import calibrate
-from patchsvdd_fast.encoder import SMALL_PATCH
-from patchsvdd_fast.folders import Category, find_images
-from patchsvdd_fast.images import read_image
-from patchsvdd_fast.model_files import load_encoder
-from patchsvdd_fast.runtime import describe
-from patchsvdd_fast.samples import write_sample_category
+from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.encoders.patch_svdd import SMALL_PATCH
+from patchsvdd_fast.files.folders import Category, find_images
+from patchsvdd_fast.images.prepare import read_image
+from patchsvdd_fast.images.sample_cloth import write_sample_category
+from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.score.calibration import calibrate
 
 SHAPE = (256, 256)
 BATCH = 2_048  # patches encoded together in the usual way

@@ -5,7 +5,7 @@ import re
 import typer
 
 from patchsvdd_fast import __version__
-from patchsvdd_fast.cli import app
+from patchsvdd_fast.cli.app import app
 
 project = "patchsvdd_fast"
 release = __version__

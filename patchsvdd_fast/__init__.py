@@ -9,10 +9,10 @@ result.image_scores, result.anomaly_map
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .detector import PatchSVDD
-from .encoder import HierarchicalEncoder, load_official_checkpoint
-from .levels import PatchLevel
-from .score import NormalBank, ScoreResult, nearest, score_map
+from .detector.patch_svdd import PatchSVDD
+from .encoders.levels import PatchLevel
+from .encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
+from .score.encoding import NormalBank, ScoreResult, nearest, score_map
 
 try:
     __version__ = version("patchsvdd-fast")

@@ -1,6 +1,6 @@
 """`python -m patchsvdd_fast` is the `patchsvdd` command."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

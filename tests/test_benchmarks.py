@@ -15,8 +15,8 @@ import torch
 import common
 from conftest import ROOT
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, nearest, score_map
-from patchsvdd_fast.levels import DEFAULT_LEVELS
-from patchsvdd_fast.score import encode_images
+from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
+from patchsvdd_fast.score.encoding import encode_images
 
 SHAPE = (96, 96)
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchsvdd_fast import PatchLevel
-from patchsvdd_fast.calibration import Calibration, calibrate
 from patchsvdd_fast.score import NormalBank, score_map
+from patchsvdd_fast.score.calibration import Calibration, calibrate
 
 LEVEL = PatchLevel(32, stride=16)
 SIDE = 64

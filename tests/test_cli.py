@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from conftest import texture
-from patchsvdd_fast import PatchLevel, PatchSVDD, cli
-from patchsvdd_fast.commands import training_sets as commands
-from patchsvdd_fast.commands.training_sets import TrainingSet, training_sets
-from patchsvdd_fast.evaluation import evaluate_category
-from patchsvdd_fast.files import written_whole
-from patchsvdd_fast.folders import Category
+from patchsvdd_fast import PatchLevel, PatchSVDD
+from patchsvdd_fast.cli import app as cli
+from patchsvdd_fast.cli import training_sets as commands
+from patchsvdd_fast.cli.training_sets import TrainingSet, training_sets
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.whole import written_whole
 
 FAST = [
     *("--mode", "faithful", "--resize", "96", "--steps", "2", "--batch-size", "4"),

@@ -7,8 +7,10 @@ import torch
 
 from equality import assert_same
 from grids import GRIDS, PAIRS
-from patchsvdd_fast import NormalBank, backends, ops, reference, segments
-from patchsvdd_fast import bank as bank_module
+from patchsvdd_fast import NormalBank, ops
+from patchsvdd_fast.ops import backends, reference
+from patchsvdd_fast.search import bank as bank_module
+from patchsvdd_fast.search import gpu_clusters as segments
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel
-from patchsvdd_fast.dense_pairs import draw_neighbours, embed_cells
-from patchsvdd_fast.encoder import TRUNK_STRIDE
-from patchsvdd_fast.objectives import mixed_seed
-from patchsvdd_fast.recipes import training_settings
-from patchsvdd_fast.training import Trainer
+from patchsvdd_fast.encoders.patch_svdd import TRUNK_STRIDE
+from patchsvdd_fast.training.dense_pairs import draw_neighbours, embed_cells
+from patchsvdd_fast.training.objectives import mixed_seed
+from patchsvdd_fast.training.settings import training_settings
+from patchsvdd_fast.training.trainer import Trainer
 
 PAIRS = 20_000
 

@@ -12,15 +12,16 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, store
-from patchsvdd_fast.bank import NormalBank
-from patchsvdd_fast.devices import resolve_device
-from patchsvdd_fast.evaluation import evaluate_category
-from patchsvdd_fast.folders import Category
-from patchsvdd_fast.images import load_images
-from patchsvdd_fast.model_files import load_encoder
-from patchsvdd_fast.samples import woven_cloth
-from patchsvdd_fast.score import combine, score_images
+from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.files import store
+from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.images.prepare import load_images
+from patchsvdd_fast.images.sample_cloth import woven_cloth
+from patchsvdd_fast.ops.devices import resolve_device
+from patchsvdd_fast.score.encoding import combine, score_images
+from patchsvdd_fast.search.bank import NormalBank
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
 FAST = {

@@ -24,9 +24,15 @@ import typer
 from PIL import Image
 
 from conftest import ROOT, texture
-from patchsvdd_fast import PatchSVDD, cli, drift, outputs, recipes, store, terminal
-from patchsvdd_fast.explain import Region
-from patchsvdd_fast.results import ImageResult
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.cli import app as cli
+from patchsvdd_fast.cli import terminal
+from patchsvdd_fast.files import store
+from patchsvdd_fast.images import drift
+from patchsvdd_fast.report import table as outputs
+from patchsvdd_fast.score.image_result import ImageResult
+from patchsvdd_fast.score.regions import Region
+from patchsvdd_fast.training import settings as recipes
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

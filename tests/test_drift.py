@@ -6,9 +6,15 @@ import torch
 from PIL import Image, ImageFilter
 
 from conftest import texture
-from patchsvdd_fast import drift
-from patchsvdd_fast.drift import STATISTICS, StreamDrift, image_statistics, unusual, usual_range
-from patchsvdd_fast.images import load_image_set
+from patchsvdd_fast.images import drift
+from patchsvdd_fast.images.drift import (
+    STATISTICS,
+    StreamDrift,
+    image_statistics,
+    unusual,
+    usual_range,
+)
+from patchsvdd_fast.images.prepare import load_image_set
 
 SIZE = (256, 256)
 

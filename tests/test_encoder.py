@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, load_official_checkpoint
-from patchsvdd_fast import encoder as encoder_module
-from patchsvdd_fast.reference import dense_embeddings_patchwise
+from patchsvdd_fast.encoders import patch_svdd as encoder_module
+from patchsvdd_fast.ops.reference import dense_embeddings_patchwise
 
 CATEGORIES = ("hazelnut", "leather")
 

@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
 
 from conftest import ROOT
-from patchsvdd_fast import (
-    HierarchicalEncoder,
-    PatchLevel,
-    PatchSVDD,
-    export,
-    load_official_checkpoint,
-)
-from patchsvdd_fast.export import export_detector, export_onnx
-from patchsvdd_fast.levels import DEFAULT_LEVELS
-from patchsvdd_fast.score import encode_images
+from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, load_official_checkpoint
+from patchsvdd_fast.detector import onnx as export
+from patchsvdd_fast.detector.onnx import export_detector, export_onnx
+from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
+from patchsvdd_fast.score.encoding import encode_images
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from conftest import texture
-from patchsvdd_fast import PatchSVDD, store
-from patchsvdd_fast.drift import image_statistics
-from patchsvdd_fast.gallery import Gallery
-from patchsvdd_fast.images import ImageSet
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.files import store
+from patchsvdd_fast.images.drift import image_statistics
+from patchsvdd_fast.images.gallery import Gallery
+from patchsvdd_fast.images.prepare import ImageSet
 
 NAMES = ("a.png", 'sub/"b"\n.png', "\udcff ü <script>.png")
 

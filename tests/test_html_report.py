@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from conftest import texture
-from patchsvdd_fast import html_report, report_charts
-from patchsvdd_fast.heat_maps import colour_scale
-from patchsvdd_fast.html_report import Finding, ReportEntry, ReportWriter
-from patchsvdd_fast.report_text import shown
+from patchsvdd_fast.report import charts as report_charts
+from patchsvdd_fast.report import html as html_report
+from patchsvdd_fast.report.heat_maps import colour_scale
+from patchsvdd_fast.report.html import Finding, ReportEntry, ReportWriter
+from patchsvdd_fast.report.text import shown
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 SIDE = 96

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsvdd_fast.folders import Category, find_categories, find_images, training_paths
-from patchsvdd_fast.images import (
+from patchsvdd_fast.files.folders import Category, find_categories, find_images, training_paths
+from patchsvdd_fast.images.prepare import (
     load_image_set,
     load_images,
     match_illumination,

@@ -16,10 +16,10 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
-from patchsvdd_fast.evaluation import evaluate_category
-from patchsvdd_fast.folders import Category
-from patchsvdd_fast.levels import DEFAULT_LEVELS
-from patchsvdd_fast.score import _BYTES_PER_PIXEL, encode_images, use_encoding_limit
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
+from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.score.encoding import _BYTES_PER_PIXEL, encode_images, use_encoding_limit
 
 LEVELS = {
     "default": DEFAULT_LEVELS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from patchsvdd_fast.metrics import aupro, detection_auroc, segmentation_auroc
+from patchsvdd_fast.score.metrics import aupro, detection_auroc, segmentation_auroc
 
 
 def _aupro_by_thresholds(maps, masks, limit):

@@ -11,12 +11,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import texture
-from patchsvdd_fast import PatchLevel, PatchSVDD, detector, metrics, store
-from patchsvdd_fast.cli import app
-from patchsvdd_fast.commands import demo
-from patchsvdd_fast.commands import model as model_commands
-from patchsvdd_fast.evaluation import evaluate_category
-from patchsvdd_fast.folders import Category
+from patchsvdd_fast import PatchLevel, PatchSVDD
+from patchsvdd_fast.cli import demo
+from patchsvdd_fast.cli import model as model_commands
+from patchsvdd_fast.cli.app import app
+from patchsvdd_fast.detector import patch_svdd as detector
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.files import store
+from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.score import metrics
 
 FAST = {
     "image_size": 96,

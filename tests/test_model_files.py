@@ -21,10 +21,11 @@ import safetensors.torch
 import torch
 
 from conftest import ROOT, texture
-from patchsvdd_fast import NormalBank, PatchSVDD, store
-from patchsvdd_fast.cluster_arrays import MOST_CLUSTERS
-from patchsvdd_fast.files import remove_leftovers, written_whole
-from patchsvdd_fast.model_files import load_encoder
+from patchsvdd_fast import NormalBank, PatchSVDD
+from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.files import store
+from patchsvdd_fast.files.whole import remove_leftovers, written_whole
+from patchsvdd_fast.ops.cpu_bank import MOST_CLUSTERS
 
 HUGE = 2**63 - 1
 HEADER, CHECKSUMS = "patchsvdd_fast", "checksums"  # in the metadata
@@ -603,7 +604,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from patchsvdd_fast import store
+from patchsvdd_fast.files import store
 
 path = Path(sys.argv[1])
 models = [{"a": torch.full((1 << 21,), value)} for value in (0.0, 1.0)]
@@ -636,7 +637,7 @@ def test_saving_may_be_killed_at_any_moment(tmp_path):
 FULL = """
 import resource, signal, sys
 import torch
-from patchsvdd_fast import store
+from patchsvdd_fast.files import store
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

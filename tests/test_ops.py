@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grids import GRIDS, PAIRS
-from patchsvdd_fast import NormalBank, _native, backends, ops, reference
-from patchsvdd_fast.validation import check_finite_rows, first_bad_row
+from patchsvdd_fast import NormalBank, ops
+from patchsvdd_fast.ops import _native, backends, reference
+from patchsvdd_fast.ops.checks import check_finite_rows, first_bad_row
 
 
 @pytest.mark.parametrize(("size", "stride", "height", "width"), GRIDS)

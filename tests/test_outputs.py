@@ -17,10 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchsvdd_fast import outputs
-from patchsvdd_fast.calibration import Calibration
-from patchsvdd_fast.heat_maps import colour_scale, heat_map_overlay, scale_map, write_heat_map
-from patchsvdd_fast.outputs import (
+from patchsvdd_fast.report import table as outputs
+from patchsvdd_fast.report.heat_maps import (
+    colour_scale,
+    heat_map_overlay,
+    scale_map,
+    write_heat_map,
+)
+from patchsvdd_fast.report.table import (
     COLUMNS,
     MAP_UNIT,
     Table,
@@ -30,6 +34,7 @@ from patchsvdd_fast.outputs import (
     write_map,
     write_parquet,
 )
+from patchsvdd_fast.score.calibration import Calibration
 
 SUFFIXES = ("csv", "jsonl")
 ODD_NAMES = (

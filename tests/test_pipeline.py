@@ -19,8 +19,8 @@ from sklearn.exceptions import NotFittedError
 
 from conftest import texture
 from patchsvdd_fast import PatchLevel, PatchSVDD
-from patchsvdd_fast.images import PreparedImage
-from patchsvdd_fast.pipeline import Stream
+from patchsvdd_fast.images.prepare import PreparedImage
+from patchsvdd_fast.score.stream import Stream
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
 MOST_AHEAD = 60

@@ -2,8 +2,8 @@
 
 import pytest
 
-from patchsvdd_fast.recipes import MODES, SURFACES, training_settings
-from patchsvdd_fast.training import TrainingSettings
+from patchsvdd_fast.training.settings import MODES, SURFACES, training_settings
+from patchsvdd_fast.training.trainer import TrainingSettings
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import time
 import pytest
 import torch
 
-from patchsvdd_fast import PatchSVDD, store
-from patchsvdd_fast.interrupts import Terminated
-from patchsvdd_fast.model_files import load_encoder
-from patchsvdd_fast.selection import DefectCheck, Quality
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.files import store
+from patchsvdd_fast.training.defect_check import DefectCheck, Quality
+from patchsvdd_fast.training.interrupts import Terminated
 
 MODES = {
     "faithful": {"batch_size": 3, "initialization": "kaiming"},

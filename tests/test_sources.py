@@ -6,10 +6,10 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from patchsvdd_fast import sources
-from patchsvdd_fast.folders import find_images, walk_images
-from patchsvdd_fast.images import read_image
-from patchsvdd_fast.sources import Source, arriving_images, image_sources
+from patchsvdd_fast.files import sources
+from patchsvdd_fast.files.folders import find_images, walk_images
+from patchsvdd_fast.files.sources import Source, arriving_images, image_sources
+from patchsvdd_fast.images.prepare import read_image
 
 NAMES = ("a.png", "b/c.JPG", "b/deep/d.tiff", "b.bmp", "e.jpeg", "z.tif")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchsvdd_fast import ops
-from patchsvdd_fast.streaming import nearest_streamed
+from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 100, 1000])

@@ -12,11 +12,11 @@ import scipy.stats
 import torch
 
 from patchsvdd_fast import HierarchicalEncoder, ops
-from patchsvdd_fast.encoder import from_official_names
-from patchsvdd_fast.losses import PositionClassifier
-from patchsvdd_fast.objectives import DrawnPairs, embedding_spread, patch_losses
-from patchsvdd_fast.sampling import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
-from patchsvdd_fast.training import (
+from patchsvdd_fast.encoders.patch_svdd import from_official_names
+from patchsvdd_fast.ops.pair_protocol import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
+from patchsvdd_fast.training.losses import PositionClassifier
+from patchsvdd_fast.training.objectives import DrawnPairs, embedding_spread, patch_losses
+from patchsvdd_fast.training.trainer import (
     CROPS_PER_IMAGE,
     CollapseWarning,
     Trainer,

@@ -8,10 +8,10 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from patchsvdd_fast.objectives import LevelMetrics
-from patchsvdd_fast.selection import Quality
-from patchsvdd_fast.training import TrainingStep
-from patchsvdd_fast.training_log import FileLog, LogOrWarning, TensorBoardLog
+from patchsvdd_fast.training.defect_check import Quality
+from patchsvdd_fast.training.log import FileLog, LogOrWarning, TensorBoardLog
+from patchsvdd_fast.training.objectives import LevelMetrics
+from patchsvdd_fast.training.trainer import TrainingStep
 
 
 def _step(number, quality=None):

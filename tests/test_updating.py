@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from conftest import texture
-from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, detector, store
+from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
+from patchsvdd_fast.detector import patch_svdd as detector
+from patchsvdd_fast.files import store
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
 FAST = {

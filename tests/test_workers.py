@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchsvdd_fast.workers import Workers
+from patchsvdd_fast.training.workers import Workers
 
 # One process of two: trains on its share and writes its weights.
 TRAIN = """

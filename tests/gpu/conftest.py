@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchsvdd_fast import _native
+from patchsvdd_fast.ops import _native
 
 
 def _unusable(device: torch.device) -> str | None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from equality import assert_same, to
-from patchsvdd_fast import ops, reference
+from patchsvdd_fast import ops
+from patchsvdd_fast.ops import reference
 
 METHODS = ["plain", "screened", "auto"]
 

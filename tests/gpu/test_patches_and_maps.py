@@ -5,7 +5,8 @@ import torch
 
 from equality import assert_same, to
 from grids import GRIDS, PAIRS
-from patchsvdd_fast import ops, reference
+from patchsvdd_fast import ops
+from patchsvdd_fast.ops import reference
 
 BACKWARD = torch.ops.patchsvdd_fast.extract_patches_backward
 

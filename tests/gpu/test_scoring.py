@@ -6,8 +6,8 @@ import torch
 
 from equality import assert_same, to
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, ops
-from patchsvdd_fast.score import score_images
-from patchsvdd_fast.streaming import nearest_streamed
+from patchsvdd_fast.score.encoding import score_images
+from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 4))
 SIDE = 96

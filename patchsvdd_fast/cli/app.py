@@ -1,0 +1,86 @@
+"""The `patchsvdd` command; what its commands do is in `commands`."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from . import demo, evaluate, model, score, train
+from .terminal import errors, print_error, print_warning
+
+INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
+_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's, which --max-pixels changes
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Patch SVDD anomaly detection with exact nearest-neighbour search.",
+)
+for command in (
+    train.train,
+    score.score,
+    score.watch,
+    evaluate.evaluate,
+    model.explain,
+    model.update,
+    model.info,
+    model.export,
+    demo.demo,
+):
+    app.command()(command)
+
+
+@app.callback()
+def limits(
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Refuse images of more pixels than this, which a small file may unfold to; "
+            "0: no limit.",
+            min=0,
+            show_default=_USUAL_LIMIT,
+        ),
+    ] = None,
+) -> None:
+    """Options of all commands."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels or None
+
+
+def main() -> None:
+    """Entry point: errors in one line, exit status 1; 2 for wrong usage, 130 for Ctrl-C."""
+    warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = app(standalone_mode=False)  # Typer turns Ctrl-C into an exit status or an Abort
+    except typer.Abort:
+        status = INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        _fail(str(error) or type(error).__name__, status=1)
+    except Exception as error:
+        # Usage errors of Typer know how to show themselves; everything else is a bug.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), status=2)
+    if status == INTERRUPTED:
+        errors.print("[bold red]interrupted[/]")
+    if status == train.TERMINATED:
+        errors.print("[bold red]terminated[/]")
+    sys.exit(status or 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print_error(message)
+    sys.exit(status)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print_warning(str(message))

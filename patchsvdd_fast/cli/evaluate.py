@@ -1,0 +1,106 @@
+"""`patchsvdd evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..detector.evaluation import CategoryResult, evaluate_category, mask_of, write_json
+from ..detector.model_file import load_encoder, preparation_of
+from ..detector.patch_svdd import PatchSVDD
+from ..files.folders import Category, LabelledImage, find_categories
+from ..report.entries import open_report, report_entry
+from ..score.image_result import ImageResult
+from .options import DeviceOption, ResizeOption, parse_resize, require_writable
+from .terminal import console, results_table
+
+
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="A category in MVTec layout, or a folder of them.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Model file, or folder of <category>.safetensors.")
+    ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Encoder file, or folder of <category>*; banks are built from train/good."
+        ),
+    ] = None,
+    untrained: Annotated[bool, typer.Option(help="Use a fresh encoder, as a baseline.")] = False,
+    mode: Annotated[
+        str, typer.Option(help="Whose untrained encoder, in whose light: faithful's or dense's.")
+    ] = "faithful",
+    seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
+    resize: ResizeOption = "256",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the results as JSON to this file.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML report to this folder; of several categories, one each."),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure detection and segmentation AUROC and AUPRO; several categories give a table."""
+    if sum((model is not None, encoder is not None, untrained)) != 1:
+        raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
+    if json_path is not None:
+        require_writable(json_path, "--json")
+    categories = find_categories(data)
+    results = []
+    for category in categories:
+        with console.status(f"evaluating {category.name}"):
+            if model is not None:
+                detector = PatchSVDD.load(_file_for(model, category), device=device)
+            else:
+                detector = PatchSVDD(
+                    image_size=parse_resize(resize), mode=mode, seed=seed, device=device
+                )
+                ready = detector.untrained_encoder()
+                if encoder is not None:
+                    file = _file_for(encoder, category)
+                    ready = load_encoder(file)
+                    detector.set_params(**preparation_of(file))
+                detector.fit(category.root, encoder=ready)
+            if report is None:
+                results.append(evaluate_category(detector, category))
+            else:
+                # Its own name, not what it may be a link to, as two of them might be.
+                folder = report / category.root.name if len(categories) > 1 else report
+                results.append(_evaluate_with_report(detector, category, folder))
+    console.print(results_table(results))
+    if json_path is not None:
+        write_json(results, json_path, version=__version__)
+        console.print(f"wrote {json_path}", soft_wrap=True)
+
+
+def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path) -> CategoryResult:
+    threshold = detector.threshold_or_none()
+    with open_report(folder, detector, threshold, title=category.name) as page:
+
+        def add(image: LabelledImage, result: ImageResult) -> None:
+            height, width = result.anomaly_map.shape
+            mask = mask_of(image, (height, width))
+            regions = detector.explain(result)
+            page.add(report_entry(detector, result, regions, image.defect, mask))
+
+        evaluated = evaluate_category(detector, category, add)
+        page.close(evaluated.percent)
+    console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+    return evaluated
+
+
+def _file_for(path: Path, category: Category) -> Path:
+    """The file itself, or in a folder the one file whose name starts with the category's."""
+    if not path.is_dir():
+        return path
+    exact = path / f"{category.name}.safetensors"
+    if exact.is_file():
+        return exact
+    found = sorted(file for file in path.glob(f"{category.name}*") if file.is_file())
+    if len(found) != 1:
+        raise ValueError(f"{path} needs one file for {category.name}, found {len(found)}")
+    return found[0]

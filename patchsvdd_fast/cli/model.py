@@ -1,0 +1,180 @@
+"""`patchsvdd info`, `update`, `explain` and `export`: what one does with a model file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..detector.model_file import describe
+from ..detector.onnx import export_detector
+from ..detector.patch_svdd import PatchSVDD
+from ..files.folders import training_paths
+from ..files.sources import image_sources
+from ..files.whole import written_whole
+from ..ops import runtime
+from ..report.table import inner_path
+from ..report.text import shown
+from ..score.image_result import ImageResult
+from ..score.regions import Region, side_by_side
+from .options import (
+    SOME_FAILED,
+    DeviceOption,
+    ImagesArgument,
+    ModelArgument,
+    RateOption,
+    require_writable,
+    threshold_in_words,
+)
+from .source_stream import scored_sources
+from .terminal import console, print_error
+
+_MOST_PICTURES = 20  # of an image: a map above the threshold everywhere may fall into hundreds
+
+
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="A model file or training checkpoint to describe.")
+    ] = None,
+) -> None:
+    """Versions, backends, instruction sets and GPU; or what a model file holds."""
+    table = Table(show_header=False, box=None)
+    for name, value in (runtime.describe() if model is None else describe(model)).items():
+        table.add_row(f"[bold]{name}[/]", Text(value))
+    console.print(table)
+
+
+def update(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Model file to write; default: MODEL itself."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(help="Training image to take out, by name or number; may be repeated."),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="Good image or folder of them to add; may be repeated."),
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="Model file of the same encoder whose images to add; may be repeated."),
+    ] = None,
+    replace: Annotated[
+        Path | None,
+        typer.Option(help="Folder of good images, others than these, to use instead of all."),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Change what a model holds to be normal, without training; thresholds are calibrated anew.
+
+    In the order: --replace, --remove, --add, --merge. `patchsvdd info MODEL` counts the images.
+    """
+    if not (remove or add or merge or replace):
+        raise typer.BadParameter("give at least one of --replace, --remove, --add and --merge")
+    output = output or model
+    require_writable(output)
+    detector = PatchSVDD.load(model, device=device)
+    before = detector.num_images
+    if replace is not None:
+        detector = detector.refit(replace)
+    if remove:
+        detector.remove([int(name) if name.isdecimal() else name for name in remove])
+    if add:
+        detector.add(add[0] if len(add) == 1 else _all_images(add))
+    for other in merge or []:
+        detector.merge(PatchSVDD.load(other, device=device))
+    detector.save(output)
+    _print(f"wrote {output}: {before:,} training images before, {detector.num_images:,} now")
+    if detector.calibration_ is not None:
+        _print(threshold_in_words(detector))
+
+
+def _all_images(given: list[Path]) -> list[Path]:
+    return [
+        image for path in given for image in (training_paths(path) if path.is_dir() else [path])
+    ]
+
+
+def explain(
+    model: ModelArgument,
+    images: ImagesArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "explanations"
+    ),
+    false_alarm_rate: RateOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Show, for each anomalous region, the normal patch most like it, side by side.
+
+    Of an image that is not anomalous, the place with the highest score.
+    """
+    detector = PatchSVDD.load(model, device=device)
+    failed = 0
+
+    def note_failure(_: Path, error: Exception) -> None:
+        nonlocal failed
+        failed += 1
+        print_error(str(error))
+
+    sources = image_sources(images, sys.stdin)
+    with scored_sources(detector, sources, false_alarm_rate, note_failure) as stream:
+        for source, result in stream:
+            regions = detector.explain(result, false_alarm_rate)
+            _print(f"{result.name}: {_verdict(result)}")
+            shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
+            for number, region in enumerate(shown_regions, start=1):
+                path = output / inner_path(source.inner, f"-{number}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture = side_by_side(result.picture, region, detector.match_picture(region))
+                with written_whole(path) as partial:
+                    picture.save(partial, format="PNG")
+                _print(f"  {_in_words(region)}; {path}")
+            if len(regions) > _MOST_PICTURES:
+                _print(f"  and {len(regions) - _MOST_PICTURES:,} less anomalous regions")
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _verdict(result: ImageResult) -> str:
+    score = f"score {result.score:.4g}"
+    if result.anomalous is None:
+        return score
+    if not result.anomalous:
+        return f"normal, {score}; its highest place is"
+    return f"anomalous, {score}"
+
+
+def _in_words(region: Region) -> str:
+    left, top, size = region.match
+    return (
+        f"{region.width}x{region.height} at {region.left},{region.top}: {region.peak:.4g}, "
+        f"by {region.level}; nearest at distance {region.distance:.4g} is "
+        f"{region.match_name} {size}x{size} at {left},{top}"
+    )
+
+
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
+        "encoder.onnx"
+    ),
+) -> None:
+    """Write the encoder as an ONNX model, checked with onnxruntime where that is installed."""
+    require_writable(output)
+    difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
+    checked = "not checked: onnxruntime is not installed"
+    if difference is not None:
+        checked = f"its embeddings differ from PyTorch's by {difference:.1e} at the most"
+    _print(f"wrote {output}; {checked}")
+
+
+def _print(line: str) -> None:
+    """Print one line, whatever names in it hold."""
+    console.print(shown(line), soft_wrap=True, markup=False, highlight=False)

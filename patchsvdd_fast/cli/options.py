@@ -1,0 +1,69 @@
+"""Options that several commands have, and what their values mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..detector.patch_svdd import PatchSVDD
+
+DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
+ResizeOption = Annotated[
+    str, typer.Option(help='Resize images: pixels of a square, "HEIGHTxWIDTH", or "none".')
+]
+CombinationOption = Annotated[
+    str, typer.Option(help='How the levels join into one map: "mult", "sum", "K64" or "K32".')
+]
+EncoderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Use this encoder instead of training one: a model, a training checkpoint, or an "
+        "official .pkl."
+    ),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of good images that may be called anomalous; default: as in training "
+        "(--contamination), or the least that the number of training images can promise."
+    ),
+]
+SOME_FAILED = 3
+"""Exit status when images could not be read, and all others were scored."""
+
+ImagesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help='Images, folders, globs in quotes, or "-" for a list of paths on standard input.'
+    ),
+]
+ModelArgument = Annotated[Path, typer.Argument(help="Model file written by `patchsvdd train`.")]
+
+
+def parse_resize(text: str) -> int | tuple[int, int] | None:
+    """What --resize says, as `image_size`. Raises typer.BadParameter."""
+    if text.lower() == "none":
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f'--resize takes pixels, "HEIGHTxWIDTH" or "none", got {text!r}')
+    sizes = [int(part) for part in parts]
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def threshold_in_words(detector: PatchSVDD) -> str:
+    """What a calibrated detector's threshold is, and promises."""
+    return (
+        f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
+        f"{detector.false_alarm_rate_:.2g} of good images like these"
+    )
+
+
+def require_writable(output: Path, option: str = "--output") -> None:
+    """Refuse before hours of training what could only fail after them."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; {option} names a file")
+    if not output.parent.is_dir():
+        raise ValueError(f"the folder of {option} does not exist: {output.parent}")

@@ -1,0 +1,140 @@
+"""What the command line shows in the terminal: progress of training, tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ..detector.evaluation import METRICS, CategoryResult, mean_result
+from ..detector.patch_svdd import PatchSVDD
+from ..report.text import shown
+from ..training.trainer import TrainingStep
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def print_error(message: str) -> None:
+    """One line on standard error, whatever the message holds."""
+    errors.print("[bold red]error:[/] ", end="")
+    line = shown(" ".join(message.split()))
+    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_warning(message: str) -> None:
+    """Likewise, for what does not stop anything."""
+    errors.print("[bold yellow]warning:[/] ", end="")
+    errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
+
+
+_TIMED_STEPS = 12  # shown before saying how long it will take
+
+
+def fit_with_progress(
+    detector: PatchSVDD,
+    data: Path,
+    logs: Sequence[Callable[[TrainingStep], None]] = (),
+    **fit_options: Any,
+) -> None:
+    """Fit the detector under a progress bar with the figures that tell how training goes.
+
+    Shown, smoothed over some 20 steps: the loss and, per level, the share of positions told right
+    (chance is 12.5 %; not in mode dense); the embeddings' spread in the last step; and what the
+    last check found.
+    logs: called after each step, too. Further options go to `PatchSVDD.fit`.
+    """
+    with _training_progress() as show:
+
+        def on_step(step: TrainingStep) -> None:
+            for log in logs:
+                log(step)
+            show(step)
+
+        detector.fit(data, on_step=on_step, **fit_options)
+
+
+@contextmanager
+def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
+    columns = (
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=None)
+        means: dict[str, float] = {}
+        shown = 0
+        checked = ""
+
+        def smooth(name: str, value: float) -> float:
+            means[name] = value if name not in means else 0.95 * means[name] + 0.05 * value
+            return means[name]
+
+        def show(step: TrainingStep) -> None:
+            nonlocal shown, checked
+            shown += 1
+            if shown == _TIMED_STEPS and step.seconds_left is not None:
+                left = _duration(step.seconds_left)
+                console.print(f"{step.total_steps:,} steps, about {left} to go")
+            if step.quality is not None:
+                checked = f"  defects {step.quality.criterion:.1f}"
+            figures = [f"loss {smooth('loss', step.loss):.3g}"]
+            for size, level in sorted(step.levels.items(), reverse=True):
+                figures.append(f"K{size}")
+                if level.accuracy is not None:
+                    figures[-1] += f" right {smooth(f'accuracy {size}', level.accuracy):.0%}"
+                figures[-1] += f" spread {level.spread:.0e}"
+            progress.update(
+                task,
+                completed=step.step,
+                total=step.total_steps,
+                description="  ".join(figures) + checked,
+            )
+
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
+    """One row per category and one column per combination, as in the paper; a line per metric."""
+    combinations = list(results[0].percent)
+    table = Table(
+        caption="detection and segmentation AUROC, AUPRO up to 30 % false positives; percent",
+        show_lines=True,
+    )
+    table.add_column("category")
+    table.add_column("good+bad")
+    table.add_column("metric", no_wrap=True)  # its lines stand beside the figures'
+    for combination in combinations:
+        table.add_column(combination, justify="right", no_wrap=True)
+    rows = list(results)
+    if with_mean and len(rows) > 1:
+        rows.append(mean_result(results))
+    labels = "\n".join(METRICS.values())
+    for result in rows:
+        cells = []
+        for combination in combinations:
+            values = [result.percent[combination][metric] for metric in METRICS]
+            cells.append("\n".join("-" if value is None else f"{value:.1f}" for value in values))
+        table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", labels, *cells)
+    return table

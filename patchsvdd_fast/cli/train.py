@@ -1,0 +1,202 @@
+"""`patchsvdd train`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..detector.model_file import load_encoder, preparation_of
+from ..detector.patch_svdd import PatchSVDD
+from ..encoders.levels import DEFAULT_LEVELS
+from ..images.prepare import ImageSize, parse_size
+from ..ops.devices import resolve_device
+from ..training.dense_pairs import smallest_crop
+from ..training.interrupts import Terminated
+from ..training.workers import joined_workers, local_device
+from .options import CombinationOption, DeviceOption, EncoderOption, ResizeOption, parse_resize
+from .terminal import console
+from .training_sets import Keeping, train_all, training_sets
+
+TERMINATED = 143  # exit status after SIGTERM, by the shell's convention
+_DENSE_SIDE = smallest_crop(max(level.size for level in DEFAULT_LEVELS))
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(help="Folder of good images, an MVTec category, or a folder of categories."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Model file to write, model.safetensors; for several categories a folder, models.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help='"faithful": the paper\'s protocol; "dense": neighbours from dense maps, for '
+            'little time. "auto": faithful on a GPU, dense on a CPU.'
+        ),
+    ] = "auto",
+    surface: Annotated[
+        str | None, typer.Option(help='"texture" or "object": a lambda that suits it (faithful).')
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train for about so long instead of the mode's length.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over 100 x the number of images.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs of each kind (faithful) or crops (dense) per step.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
+    svdd_weight: Annotated[
+        float | None,
+        typer.Option("--lambda", help="Weight of SVDD' against the position loss (faithful)."),
+    ] = None,
+    initialization: Annotated[
+        str | None,
+        typer.Option(help='"default": the paper\'s; "kaiming": learns positions at once.'),
+    ] = None,
+    train_last_layer: Annotated[
+        bool | None,
+        typer.Option(help="Train the classifier's last layer (faithful; the paper's is fixed)."),
+    ] = None,
+    redraw_clipped: Annotated[
+        bool, typer.Option(help="Draw pairs that leave the image again, do not clip (faithful).")
+    ] = False,
+    precision: Annotated[
+        str, typer.Option(help='On a GPU: "float32", "tf32" or "bfloat16".')
+    ] = "float32",
+    check_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checks on drawn defects, the best are kept; 0: none."),
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many checks without an improvement.")
+    ] = None,
+    illumination: Annotated[
+        str | None,
+        typer.Option(
+            help='"matched": scale colours to the usual light; "as_is". Default: the mode\'s.'
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help='Subtract the mean image ("pixel"), one mean per channel ("channel"), or the mean '
+            'image as the paper does ("paper"). Default: "pixel", or as for the encoder given.'
+        ),
+    ] = None,
+    resize: ResizeOption = "256",
+    combination: CombinationOption = "mult",
+    contamination: Annotated[
+        float, typer.Option(help="Share of good images that may be called anomalous.")
+    ] = 0.01,
+    keep_images: Annotated[
+        bool, typer.Option(help="Keep small pictures of the images, for explanations.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of weights and pairs.")] = 0,
+    device: DeviceOption = "auto",
+    encoder: EncoderOption = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between training checkpoints.")
+    ] = 5.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUTPUT.checkpoint if there is one.")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="Write each step's figures to this .jsonl or .csv file.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write them for TensorBoard to this folder.")
+    ] = None,
+) -> None:
+    """Train on good images and write a model file.
+
+    The state of training is kept in OUTPUT.checkpoint: after Ctrl-C, a kill or a full disk the same
+    command with --resume goes on from there. Several GPUs or processes: torchrun
+    --nproc-per-node N -m patchsvdd_fast train ...
+    """
+    target = local_device(resolve_device(device))
+    if encoder is not None:
+        mode = "faithful" if mode == "auto" else mode
+        prepared = preparation_of(encoder)
+        illumination, mean = illumination or prepared["illumination"], mean or prepared["mean"]
+    if mode == "auto":
+        size = parse_size(parse_resize(resize))
+        length = minutes or epochs or steps
+        mode = _mode_for(target, size, "" if length else ", a few minutes")
+
+    def make_detector() -> PatchSVDD:
+        return PatchSVDD(
+            image_size=parse_resize(resize),
+            combination=combination,
+            contamination=contamination,
+            illumination=illumination,
+            mean=mean or "pixel",
+            mode=mode,
+            surface=surface,
+            epochs=epochs,
+            steps=steps,
+            minutes=minutes,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            svdd_weight=svdd_weight,
+            initialization=initialization,
+            train_last_layer=train_last_layer,
+            redraw_clipped=redraw_clipped,
+            precision=precision,
+            check_every=check_every,
+            patience=patience,
+            keep_images=keep_images,
+            seed=seed,
+            device=device,
+        )
+
+    sets = training_sets(data, output)
+    ready = None if encoder is None else load_encoder(encoder)
+    with joined_workers(target) as workers:
+        if not workers.is_first:
+            console.quiet = True
+            warnings.simplefilter("ignore")  # the first one says the same
+        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers)
+        try:
+            failed = train_all(sets, make_detector, keeping, ready)
+        except Terminated:
+            raise typer.Exit(TERMINATED) from None
+        if failed:
+            raise typer.Exit(1)
+
+
+def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
+    """The mode that suits the machine; says what was chosen, and how long the dense one lasts."""
+    if device.type != "cpu":
+        return "faithful"
+    if size is not None and min(size) < _DENSE_SIDE:
+        _say_once(
+            f"images of less than {_DENSE_SIDE} pixels: training in mode faithful, the paper's "
+            "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
+        )
+        return "faithful"
+    _say_once(
+        f"no GPU: training in mode dense on {torch.get_num_threads()} threads{lasting} "
+        "(--mode faithful is the paper's protocol, a day or more here)"
+    )
+    return "dense"
+
+
+def _say_once(message: str) -> None:
+    """Under torchrun in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(message, soft_wrap=True)

@@ -1,0 +1,200 @@
+"""What `patchsvdd train` does: one training set or several, with checkpoints, logs and a table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..detector.evaluation import CategoryResult, evaluate_category
+from ..detector.patch_svdd import PatchSVDD
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..files.folders import Category, is_category
+from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
+from ..training.workers import Workers
+from .options import require_writable, threshold_in_words
+from .terminal import console, errors, fit_with_progress, results_table
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Good images to train on and the model file to make of them."""
+
+    data: Path
+    output: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of training is kept meanwhile."""
+        return self.output.with_name(self.output.name + ".checkpoint")
+
+    def is_done(self) -> bool:
+        """Whether there is a model, and no training of it was left unfinished."""
+        return self.output.exists() and not self.checkpoint.exists()
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a training run is kept safe and written down."""
+
+    checkpoint_minutes: float = 5.0
+    resume: bool = False
+    log: Path | None = None
+    """A .jsonl or .csv file; for several training sets, NAME.jsonl beside each model."""
+    tensorboard: Path | None = None
+    workers: Workers = field(default_factory=Workers)
+
+
+def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
+    """The folder itself; or the categories in it, with a model each in the folder `output`.
+
+    output: None is "model.safetensors", or the folder "models", in the working directory. Raises
+    ValueError where a model could not be written.
+    """
+    categories: list[Path] = []
+    if data.is_dir() and not is_category(data):
+        categories = [path for path in sorted(data.iterdir()) if is_category(path)]
+    if not categories:
+        output = output or Path("model.safetensors")
+        require_writable(output)
+        return [TrainingSet(data, output)]
+    output = output or Path("models")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{data} holds several categories; --output must name a folder for models")
+    output.mkdir(parents=True, exist_ok=True)
+    return [TrainingSet(path, output / f"{path.name}.safetensors") for path in categories]
+
+
+def train_all(
+    sets: Sequence[TrainingSet],
+    make_detector: Callable[[], PatchSVDD],
+    keeping: Keeping,
+    encoder: HierarchicalEncoder | None = None,
+) -> int:
+    """Train on each set; of several, evaluate those with test images. Returns how many failed.
+
+    With several sets an error ends only that set's training. Several sets log to files beside
+    their models, in the format of `keeping.log`.
+    """
+    results: list[CategoryResult] = []
+    failed = 0
+    for one in sets:
+        if len(sets) > 1:
+            console.print(f"[bold]{one.data.name}[/]")
+        try:
+            detector = make_detector()
+            if len(sets) > 1 and keeping.resume and one.is_done():
+                console.print(f"{one.output} is done already", soft_wrap=True)
+                detector = PatchSVDD.load(one.output, device=detector.device)
+            else:
+                _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if len(sets) == 1 or keeping.workers.count > 1:  # the others would go on without it
+                raise
+            errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            failed += 1
+            continue
+        if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
+            try:
+                results.append(evaluate_category(detector, Category(one.data)))
+            except ValueError as error:  # such as good images alone
+                console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
+    if results:
+        console.print(results_table(results))
+    return failed
+
+
+def _train_one(
+    one: TrainingSet,
+    detector: PatchSVDD,
+    keeping: Keeping,
+    encoder: HierarchicalEncoder | None,
+    several: bool,
+) -> None:
+    started = time.perf_counter()
+    leftover = keeping.workers.is_first and one.checkpoint.exists()
+    if leftover and not keeping.resume and encoder is None:
+        raise ValueError(
+            f"{one.checkpoint} is there from a training that did not end: --resume goes on, "
+            "or remove it to begin anew"
+        )
+    if keeping.resume and encoder is None:
+        found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
+        console.print(f"{found} {one.checkpoint}", soft_wrap=True)
+    try:
+        with ExitStack() as stack:
+            fit_with_progress(
+                detector,
+                one.data,
+                encoder=encoder,
+                logs=_open_logs(one, keeping, several, stack),
+                checkpoint=one.checkpoint,
+                checkpoint_minutes=keeping.checkpoint_minutes,
+                resume=keeping.resume,
+            )
+        if not keeping.workers.is_first:
+            return
+        _save_or_rescue(detector, one)
+    except (KeyboardInterrupt, OSError, RuntimeError):
+        if encoder is None and one.checkpoint.exists() and keeping.workers.is_first:
+            errors.print(
+                f"training is kept in {one.checkpoint}: the same command with --resume goes on, "
+                "--encoder makes a model of it as it is",
+                soft_wrap=True,
+            )
+        raise
+    if encoder is None:
+        one.checkpoint.unlink(missing_ok=True)
+    _say_what_was_made(detector, one.output, time.perf_counter() - started)
+
+
+def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitStack) -> list[Log]:
+    logs: list[Log] = []
+    if not keeping.workers.is_first:
+        return logs
+    if keeping.log is not None:
+        logs.append(FileLog(one.output.with_suffix(keeping.log.suffix) if several else keeping.log))
+    if keeping.tensorboard is not None:
+        folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard
+        logs.append(TensorBoardLog(folder))
+    lasting: list[Log] = [LogOrWarning(log) for log in logs]
+    for log in lasting:
+        stack.callback(log.close)
+    return lasting
+
+
+def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> None:
+    record = detector.record_
+    banks = " and ".join(f"{len(bank):,}" for bank in detector.banks_.values())
+    console.print(
+        f"wrote {output}: {record.steps:,} training steps, banks of {banks} patches, "
+        f"{seconds:.0f} s",
+        soft_wrap=True,
+    )
+    if record.collapsed and record.best_step is not None:
+        console.print(f"training ended at step {record.steps:,}, where all embeddings were alike")
+    if record.best_step is not None:
+        untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
+        console.print(
+            f"kept the weights of step {record.best_step:,}: they find drawn defects at "
+            f"{best:.1f}, untrained ones at {untrained:.1f} (AUROC, that of images counted twice)",
+            soft_wrap=True,
+        )
+    if detector.calibration_ is not None:
+        console.print(threshold_in_words(detector), soft_wrap=True)
+
+
+def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
+    """Save the model; if that fails after training, save it elsewhere."""
+    try:
+        detector.save(one.output)
+    except OSError:
+        if detector.record_.steps:
+            rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
+            detector.save(rescued)
+            errors.print(f"the model is kept in {rescued}", soft_wrap=True)
+        raise

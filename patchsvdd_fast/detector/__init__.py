@@ -1,0 +1,1 @@
+"""The detector: fit on good images, score new ones, save, load, change, evaluate, export."""

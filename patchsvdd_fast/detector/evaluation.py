@@ -1,0 +1,126 @@
+"""Evaluating a detector on a category in MVTec layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..files.folders import Category, LabelledImage
+from ..files.whole import written_whole
+from ..images.prepare import read_mask
+from ..score import metrics
+from ..score.encoding import combinations_of, combine
+from ..score.image_result import ImageResult
+from .patch_svdd import PatchSVDD
+
+METRICS = {
+    "detection": "det. AUROC",
+    "segmentation": "seg. AUROC",
+    "aupro": "AUPRO",
+}
+"""Metrics by the key they have in results, with the name to show."""
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """What a detector reaches on one category's test images."""
+
+    category: str
+    num_good: int
+    num_anomalous: int
+    percent: dict[str, dict[str, float | None]]
+    """By combination ("K64", "K32", "sum", "mult"), then metric: detection AUROC, segmentation
+    AUROC, AUPRO up to 0.3 false positives, in percent. None where labels or masks are missing."""
+
+
+def evaluate_category(
+    detector: PatchSVDD,
+    category: Category,
+    on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
+) -> CategoryResult:
+    """Score every test image of the category and compare with its labels and masks.
+
+    on_result: called with each test image and what was found, as it is found.
+    Raises ValueError if there are no test images, they are all good or all anomalous, or their maps
+    are not of one size.
+    """
+    tests = category.test_images()
+    labels = np.array([image.is_anomalous for image in tests])
+    if labels.all() or not labels.any():
+        raise ValueError(
+            f"{category.root / 'test'} needs good and anomalous images, got only one kind"
+        )
+    parts: dict[str, list[Tensor]] = {}
+    with detector.score_stream(image.path for image in tests) as stream:
+        for image, result in zip(tests, stream, strict=True):
+            for name, level_map in result.scores.level_maps.items():
+                parts.setdefault(name, []).append(level_map)
+            if on_result is not None:
+                on_result(image, result)
+    shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{width}x{height}" for height, width in sorted(shapes))
+        raise ValueError(f"test images must have one size to be evaluated, got {sizes}")
+    ((height, width),) = shapes
+    level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
+    masks = read_masks(tests, (height, width))
+    percent: dict[str, dict[str, float | None]] = {}
+    for combination in combinations_of(detector.levels):
+        maps = combine(level_maps, combination).numpy()
+        percent[combination] = {
+            "detection": 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), labels),
+            "segmentation": None
+            if masks is None
+            else 100 * metrics.segmentation_auroc(maps, masks),
+            "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
+        }
+    return CategoryResult(category.name, int((~labels).sum()), int(labels.sum()), percent)
+
+
+def read_masks(
+    tests: Sequence[LabelledImage], size: tuple[int, int]
+) -> npt.NDArray[np.bool_] | None:
+    """What is anomalous, [N, height, width]; None if an anomalous image has no mask."""
+    masks = [mask_of(image, size) for image in tests]
+    known = [mask for mask in masks if mask is not None]
+    return np.stack(known) if len(known) == len(masks) else None
+
+
+def mask_of(image: LabelledImage, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """What is anomalous in a test image, [height, width]; None if that is not known."""
+    if not image.is_anomalous:
+        return np.zeros(size, dtype=bool)
+    return None if image.mask is None else read_mask(image.mask, size)
+
+
+def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
+    """The mean over categories, per combination and metric; None where a category has none."""
+    percent: dict[str, dict[str, float | None]] = {}
+    for combination in results[0].percent:
+        percent[combination] = {}
+        for metric in METRICS:
+            values = [result.percent[combination][metric] for result in results]
+            known = [value for value in values if value is not None]
+            percent[combination][metric] = (
+                sum(known) / len(known) if len(known) == len(values) else None
+            )
+    return CategoryResult(
+        "mean",
+        sum(result.num_good for result in results),
+        sum(result.num_anomalous for result in results),
+        percent,
+    )
+
+
+def write_json(results: Sequence[CategoryResult], path: Path, **extra: object) -> None:
+    """Write the results, and what else is given, as JSON; the file appears when complete."""
+    text = json.dumps({**extra, "results": [asdict(result) for result in results]}, indent=2)
+    with written_whole(path) as partial:
+        partial.write_text(text + "\n")

@@ -1,0 +1,1 @@
+"""Files and folders: whole writes, the format of models, where images lie."""

@@ -1,0 +1,142 @@
+"""The training images behind a bank: their names, figures, and small pictures for explanations."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .drift import STATISTICS, image_statistics
+from .prepare import ImageSet
+
+_LONGEST_SIDE = 1024  # of a picture, in pixels
+_QUALITY = 90  # of JPEG
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What is kept of N training images, in the order of the banks' first axis."""
+
+    names: tuple[str, ...]
+    statistics: Tensor
+    """[N, 7] float64, see `drift.image_statistics`."""
+    pictures: tuple[bytes | memoryview, ...] | None
+    """JPEG files of at most 1,024 pixels a side; None if they were not to be kept."""
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if self.statistics.shape != (count, len(STATISTICS)):
+            raise ValueError(
+                f"statistics must have shape [{count}, {len(STATISTICS)}], "
+                f"got {list(self.statistics.shape)}"
+            )
+        if self.pictures is not None and len(self.pictures) != count:
+            raise ValueError(f"{count} training images cannot have {len(self.pictures)} pictures")
+
+    @classmethod
+    def of(cls, images: ImageSet, with_pictures: bool = True) -> Gallery:
+        """The gallery of prepared images, in their own light."""
+        return cls(
+            images.names,
+            image_statistics(images.pixels, images.original_sizes),
+            tuple(_as_jpeg(pixels) for pixels in images.pixels) if with_pictures else None,
+        )
+
+    def num_alike(self, others: Gallery | None = None) -> int:
+        """How many images look exactly like another one here, or like one of `others`."""
+        rows = (
+            self.statistics if others is None else torch.cat([self.statistics, others.statistics])
+        )
+        _, kinds, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+        mine = kinds[: len(self.names)]
+        if others is None:
+            return int((counts[mine] > 1).sum())
+        return int(torch.isin(mine, kinds[len(self.names) :]).sum())
+
+    def picture(self, number: int, size: tuple[int, int]) -> Image.Image | None:
+        """The training image of this number at (height, width) pixels, if it was kept.
+
+        Raises ValueError for a picture from a damaged file.
+        """
+        if self.pictures is None:
+            return None
+        try:
+            with Image.open(io.BytesIO(self.pictures[number]), formats=("JPEG",)) as picture:
+                if max(picture.size) > _LONGEST_SIDE:
+                    raise ValueError(f"it has {picture.width}x{picture.height} pixels")
+                return picture.convert("RGB").resize((size[1], size[0]))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"the picture of training image {self.names[number]} is damaged: {error}"
+            ) from error
+
+    def only(self, numbers: Sequence[int]) -> Gallery:
+        """Those of these numbers."""
+        pictures = self.pictures
+        return Gallery(
+            tuple(self.names[i] for i in numbers),
+            self.statistics[list(numbers)],
+            None if pictures is None else tuple(pictures[i] for i in numbers),
+        )
+
+    def with_others(self, other: Gallery) -> Gallery:
+        """Those of both; without pictures unless both have them."""
+        pictures = None
+        if self.pictures is not None and other.pictures is not None:
+            pictures = self.pictures + other.pictures
+        return Gallery(
+            self.names + other.names, torch.cat([self.statistics, other.statistics]), pictures
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, for `from_tensors`."""
+        tensors = {"names": _as_bytes(json.dumps(self.names)), "statistics": self.statistics}
+        if self.pictures is not None:
+            tensors["pictures"] = torch.from_numpy(
+                np.frombuffer(b"".join(self.pictures), dtype=np.uint8).copy()
+            )
+            ends = np.cumsum([0, *map(len, self.pictures)])
+            tensors["ends"] = torch.from_numpy(ends.astype(np.int64))
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Gallery:
+        """From what `tensors` gave. Raises ValueError if they do not fit together."""
+        try:
+            names = json.loads(tensors["names"].numpy().tobytes())
+            statistics = tensors["statistics"]
+        except (KeyError, ValueError) as error:
+            raise ValueError("what is kept of the training images is damaged") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the training images' names must be a list of strings")
+        if statistics.dtype != torch.float64 or not bool(statistics.isfinite().all()):
+            raise ValueError("the training images' statistics are damaged")
+        pictures = None
+        if "pictures" in tensors:
+            joined, offsets = tensors["pictures"], tensors.get("ends", torch.empty(0))
+            ends = offsets.flatten().tolist() if offsets.dtype == torch.int64 else []
+            fits = ends[:1] == [0] and ends[-1:] == [len(joined)] and ends == sorted(ends)
+            if joined.dtype != torch.uint8 or joined.ndim != 1 or not fits:
+                raise ValueError("the training images' pictures are damaged")
+            whole = joined.numpy().data  # of the file: not copied
+            pictures = tuple(whole[a:b] for a, b in pairwise(ends))
+        return cls(tuple(names), statistics, pictures)
+
+
+def _as_jpeg(pixels: Tensor) -> bytes:
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=_QUALITY)
+    return file.getvalue()
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

@@ -1,0 +1,271 @@
+"""Reading images: files, arrays and batches; any mode, any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..files.folders import training_paths
+
+MASK_THRESHOLD = 128
+
+ILLUMINATIONS = ("as_is", "matched")
+"""Whether images are brought to the training images' light, see `match_illumination`."""
+
+MEANS = {
+    "pixel": "a mean image, of the others from training images",
+    "channel": "a mean of each channel",
+    "paper": "one mean image from all",
+}
+"""What is subtracted from images: their mean image, or one mean of each channel.
+
+The mean image holds a part of each training image and of a new one none. So with "pixel" the mean
+of the others is subtracted from a training image when it is embedded for the banks; with "paper"
+the mean of all, as in the paper's implementation.
+"""
+
+ImageSize = tuple[int, int] | None
+"""(height, width) to resize to, in pixels, or None to keep each image's own."""
+
+
+def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
+    """Bring an `image_size` argument to (height, width) or None. One number means a square."""
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size must be positive, got {height}x{width}")
+    return height, width
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
+    samples are scaled to 8 bits, and the camera's rotation (EXIF) is applied. Raises ValueError
+    naming the file if it is no image, is damaged, has samples of another kind, or more pixels than
+    Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may unfold to
+    gigabytes.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_pixels(image)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read") from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask as a boolean array of (height, width); pixels above 128 are anomalous."""
+    gray = read_image(path).convert("L").resize((size[1], size[0]))
+    return np.asarray(gray) > MASK_THRESHOLD
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the encoder wants it, but for the light."""
+
+    name: str
+    """Its path as given, or "image 3"."""
+    pixels: Tensor
+    """uint8 [3, H, W], resized."""
+    original_size: tuple[int, int]
+    """(height, width) before resizing."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Prepared images of one size."""
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    """uint8 [N, 3, H, W]."""
+    original_sizes: tuple[tuple[int, int], ...]
+    """(height, width) of each before resizing."""
+
+
+def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> PreparedImage:
+    """Read one image: a path, a PIL image, or an array [H, W] or [H, W, 3] uint8.
+
+    size: resize with Pillow's default filter (bicubic), or None to keep. smallest: refuse an image
+    below this many pixels on a side. Raises ValueError, TypeError or OSError naming it.
+    """
+    image = _as_image(item, name)
+    original = image.height, image.width
+    if min(original) < smallest:
+        raise ValueError(
+            f"{name} has {image.width}x{image.height} pixels, less than one patch of "
+            f"{smallest}x{smallest}"
+        )
+    if size is not None:
+        image = image.resize((size[1], size[0]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return PreparedImage(name, pixels, original)
+
+
+def name_of(item: Any, number: int) -> str:
+    """What to call an image: its path, or its number."""
+    return str(item) if isinstance(item, str | Path) else f"image {number}"
+
+
+def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
+    """The pixels of `load_image_set`, uint8 [N, 3, H, W]."""
+    return load_image_set(source, size, smallest).pixels
+
+
+def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
+    """Load images of one size.
+
+    source: a folder (a category's good training images, or every image below it), one image file,
+    a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
+    as a NumPy array, [N, 3, H, W] as a tensor. size, smallest: as `prepare_image`. The names of
+    images in a folder are relative to it.
+    """
+    folder: Path | None = None
+    if isinstance(source, str | Path):
+        path = Path(source)
+        folder = path if path.is_dir() else None
+        source = [path] if folder is None else training_paths(folder)
+    if isinstance(source, Tensor):
+        source = _batch_of_tensor(source)
+    if not isinstance(source, Sequence | np.ndarray):
+        raise TypeError(
+            "images must be a folder, a file, a sequence of files, PIL images or arrays, or a "
+            f"batch, got {type(source).__name__}"
+        )
+    if len(source) == 0:
+        raise ValueError("no images given")
+    names, sizes = [], []
+    batch: Tensor | None = None
+    for index, item in enumerate(source):
+        image = prepare_image(item, name_of(item, index), size, smallest)
+        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
+        sizes.append(image.original_size)
+        if batch is None:
+            batch = torch.empty(len(source), *image.pixels.shape, dtype=torch.uint8)
+        if image.pixels.shape != batch.shape[1:]:
+            height, width = image.pixels.shape[1:]
+            raise ValueError(
+                f"images must all have one size unless they are resized: {names[0]} has "
+                f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
+            )
+        batch[index] = image.pixels
+    assert batch is not None
+    return ImageSet(tuple(names), batch, tuple(sizes))
+
+
+def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
+    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32; of: see `MEANS`.
+
+    Raises ValueError for another kind of mean.
+    """
+    if of not in MEANS:
+        raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
+    if of == "channel":
+        return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
+    total = torch.zeros(images.shape[1:], dtype=torch.int64)
+    for image in images:
+        total += image
+    return (total.double() / len(images)).float()
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    """The mean of each channel of uint8 images [N, C, H, W], as [C] float32."""
+    return mean_image(images).double().mean(dim=(1, 2)).float()
+
+
+def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
+    """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
+
+    So an image taken in brighter light, or light of another colour, becomes what it would have been
+    in the usual one, but for pixels at the end of their range. Factors are kept between 1/2 and 2:
+    beyond, it is not the light. With None the images stay as they are.
+    """
+    if colour is None:
+        return images
+    matched = torch.empty_like(images)
+    for number, image in enumerate(images):
+        # Channel by channel, for the memory.
+        for channel, usual, out in zip(image, colour, matched[number], strict=True):
+            own = channel.double().mean().clamp(min=1e-6)
+            factor = (usual.to(own) / own).clamp(0.5, 2)
+            out.copy_((channel * factor).round_().clamp_(0, 255))
+    return matched
+
+
+def normalize(images: Tensor, mean: Tensor, among: int | None = None) -> Tensor:
+    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
+
+    among: the images are among so many that `mean` is the mean image of. It holds a part of each of
+    them, and of a new image none; so from each the mean of the others is taken.
+    """
+    normalized = (images - mean) / 255
+    if among is not None:
+        # pixel - (among * mean - pixel) / (among - 1)
+        normalized *= among / (among - 1)
+    return normalized
+
+
+def _as_image(item: Any, name: str) -> Image.Image:
+    if isinstance(item, str | Path):
+        return read_image(item)
+    if isinstance(item, Image.Image):
+        try:
+            return _to_rgb(item)
+        except Exception as error:  # one that was only opened is decoded now
+            raise ValueError(f"cannot read {name}: {_reason(error)}") from error
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
+        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (1, 3, 4)):
+            return _to_rgb(Image.fromarray(item.squeeze(2) if item.shape[2:] == (1,) else item))
+        raise ValueError(f"{name} must have shape [H, W] or [H, W, 3], got {list(item.shape)}")
+    kind = f"{item.dtype} array" if isinstance(item, np.ndarray) else type(item).__name__
+    raise TypeError(f"{name} must be a path, a PIL image or a uint8 array, got {kind}")
+
+
+def _batch_of_tensor(batch: Tensor) -> Sequence[np.ndarray]:
+    if batch.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {str(batch.dtype).removeprefix('torch.')}")
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ValueError(f"images must have shape [N, 3, H, W], got {list(batch.shape)}")
+    return list(batch.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def _check_pixels(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {_pixel_limit()}")
+
+
+def _pixel_limit() -> str:
+    return f"the limit of {Image.MAX_IMAGE_PIXELS:,} (--max-pixels; PIL.Image.MAX_IMAGE_PIXELS)"
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in words."""
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's words name no way out
+        return f"its pixels are more than {_pixel_limit()}"
+    return str(error) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        samples = np.asarray(image).astype(np.int64)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise ValueError("32-bit integer samples are not supported, only 8 and 16 bits")
+        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point samples are not supported, only 8 and 16 bits")
+    return image.convert("RGB")

@@ -1,0 +1,197 @@
+"""Checks of user input whose errors name the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from ..encoders.levels import PatchLevel
+from . import _native
+from .pair_protocol import PairKind
+
+
+class DLPackArray(Protocol):
+    """An array of any library, CuPy's say, that hands over its memory by DLPack."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+FloatArray = npt.NDArray[np.floating[Any]] | DLPackArray
+IntArray = npt.NDArray[np.int64] | DLPackArray
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor over the memory of `value`: a tensor, a NumPy array, or any array with DLPack."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if hasattr(value, "__dlpack__"):
+        return from_dlpack(value)
+    raise TypeError(
+        f"{name} must be a torch tensor, a NumPy array or another array with __dlpack__ (CuPy), "
+        f"got {type(value).__name__}"
+    )
+
+
+def like_input(given: Any, *tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors as NumPy arrays if `given` is one, else as they are."""
+    return tuple(t.numpy() for t in tensors) if isinstance(given, np.ndarray) else tensors
+
+
+def check_shape(name: str, tensor: Tensor, axes: str) -> None:
+    """Require one dimension per axis named in `axes`, e.g. "N, C, H, W"."""
+    if tensor.ndim != len(axes.split(",")):
+        raise ValueError(f"{name} must have shape [{axes}], got {list(tensor.shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Require one of the `allowed` dtypes."""
+    if tensor.dtype not in allowed:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        given = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {expected}, got {given}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Require both tensors on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}"
+        )
+
+
+def check_finite_rows(name: str, tensor: Tensor) -> None:
+    """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row.
+
+    Nothing is checked while a CUDA graph is captured, since reading the answer would wait for the
+    card, which a capture forbids.
+    """
+    if tensor.device.type == "cpu":
+        values = tensor.contiguous()
+        row = _native.cpu.first_bad_row(
+            data=values.data_ptr(),
+            rows=values.shape[0],
+            dim=values.shape[1],
+            is_half=values.dtype == torch.float16,
+            context=torch.get_num_threads(),
+        )
+    elif torch.cuda.is_current_stream_capturing():
+        return
+    else:
+        row = first_bad_row(tensor)
+    if row >= 0:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+
+
+def first_bad_row(tensor: Tensor) -> int:
+    """The first row [rows, D] that holds NaN or infinity, -1 if none does: on any device."""
+    # Both survive addition, so that one pass over the memory finds all good rows; what else sums to
+    # infinity is looked at closely.
+    if torch.isfinite(tensor.sum(dim=1, dtype=torch.float32)).all():
+        return -1
+    finite = torch.isfinite(tensor).all(dim=1)
+    return -1 if finite.all() else int((~finite).nonzero()[0])
+
+
+def check_search_operands(queries: Tensor, bank: Tensor) -> None:
+    """Require queries [Q, D] and a bank [M, D], M >= 1, on one device; a bank may be float16."""
+    check_shape("queries", queries, "Q, D")
+    check_shape("bank", bank, "M, D")
+    if bank.shape[0] == 0 or bank.shape[1] == 0:
+        raise ValueError(f"bank must hold at least one embedding, got shape {list(bank.shape)}")
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"queries must have shape [Q, {bank.shape[1]}] to match the bank, "
+            f"got {list(queries.shape)}"
+        )
+    check_dtype("queries", queries, torch.float32)
+    check_dtype("bank", bank, torch.float32, torch.float16)
+    check_same_device("queries", queries, "bank", bank)
+
+
+def check_groups(
+    queries: Tensor,
+    bank_rows: int,
+    query_groups: Tensor | None,
+    bank_groups: Tensor | None,
+    rows_per_group: int,
+) -> None:
+    """Require both or neither of int64 query_groups [Q] and bank_groups [M / rows_per_group]."""
+    if query_groups is None and bank_groups is None:
+        return
+    if query_groups is None or bank_groups is None:
+        raise ValueError("excluding a group needs the groups of the queries and of the bank")
+    for name, groups, count in (
+        ("query_groups", query_groups, queries.shape[0]),
+        ("bank_groups", bank_groups, -(-bank_rows // rows_per_group)),
+    ):
+        check_dtype(name, groups, torch.int64)
+        check_same_device(name, groups, "queries", queries)
+        if tuple(groups.shape) != (count,):
+            raise ValueError(f"{name} must have shape [{count}], got {list(groups.shape)}")
+
+
+def check_indices(name: str, indices: Tensor, count: int) -> None:
+    """Require 0 <= index < count of an int64 tensor [B] on the CPU; names the first bad one."""
+    bad = ((indices < 0) | (indices >= count)).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise ValueError(
+            f"{name} must be at least 0 and less than {count}, "
+            f"got {int(indices[position])} at position {position}"
+        )
+
+
+def check_pairs(
+    images: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    step: int,
+    redraw_clipped: bool,
+    first_pair: int,
+) -> None:
+    """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; valid numbers."""
+    check_shape("image_of", image_of, "B")
+    check_dtype("image_of", image_of, torch.int64)
+    check_same_device("image_of", image_of, "images", images)
+    kinds = get_args(PairKind)
+    if kind not in kinds:
+        raise ValueError(f"kind must be {' or '.join(map(repr, kinds))}, got {kind!r}")
+    count, channels, height, width = images.shape
+    if count == 0:
+        raise ValueError(f"images must hold at least one image, got shape {list(images.shape)}")
+    smallest = {"position": 4, "neighbour": 32, "view": 1}  # smaller ones have no jitter to draw
+    if size < smallest[kind]:
+        raise ValueError(f"size must be at least {smallest[kind]} for {kind} pairs, got {size}")
+    PatchLevel(size, 1).grid_shape(height, width)  # refuses images smaller than a patch
+    if channels * size * size >= 2**32:
+        raise ValueError(
+            f"a patch must have fewer than 2^32 values, got size {size} with {channels} channels"
+        )
+    if 2 * image_of.shape[0] * channels >= 2**31:
+        raise ValueError(
+            f"image_of must be shorter than 2^30 / {channels} with {channels} channels, "
+            f"got {image_of.shape[0]}"
+        )
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step must be at least 0 and less than 2^32, got {step}")
+    pairs = image_of.shape[0]
+    if not 0 <= first_pair < 2**32 - pairs:
+        raise ValueError(
+            f"first_pair must be at least 0 and less than 2^32 - {pairs} for {pairs} pairs, "
+            f"got {first_pair}"
+        )
+    room = 2 * size - 1
+    if kind == "position" and redraw_clipped and min(height, width) < room:
+        raise ValueError(
+            f"redraw_clipped needs images of at least {room}x{room} pixels for patches of {size}, "
+            f"got {width}x{height}"
+        )

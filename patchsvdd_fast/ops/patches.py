@@ -1,0 +1,336 @@
+"""Patches and maps as torch ops: extract_patches, score_map, crop_pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..encoders.levels import PatchLevel
+from . import _native, backends
+from .backends import define_op
+from .checks import (
+    FloatArray,
+    as_tensor,
+    check_dtype,
+    check_indices,
+    check_pairs,
+    check_same_device,
+    check_shape,
+    like_input,
+)
+from .pair_protocol import COLOUR_SHIFT, MAX_REDRAWS, PIXEL_NOISE, PairKind
+
+_PIXEL_TYPES = {
+    torch.uint8: _native.PixelType.UINT8,
+    torch.float16: _native.PixelType.FLOAT16,
+    torch.float32: _native.PixelType.FLOAT32,
+}
+_COPY_DTYPES = (*_PIXEL_TYPES, torch.bfloat16, torch.float64)
+
+
+# --- extract_patches ------------------------------------------------------------------------------
+
+
+def _grid(images: Tensor, size: int, stride: int) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return PatchLevel(size, stride).grid_shape(height, width)
+
+
+def _native_grid(
+    images: int, channels: int, pixels: tuple[int, int], cells: tuple[int, int], *patch: int
+) -> _native.PatchGrid:
+    return _native.PatchGrid(images, channels, *pixels, *cells, *patch)
+
+
+def _check_extract_patches(images: Tensor, mean: Tensor | None) -> None:
+    check_shape("images", images, "N, C, H, W")
+    if mean is None:
+        check_dtype("images", images, *_COPY_DTYPES)
+        return
+    check_dtype("images", images, *_PIXEL_TYPES)
+    check_dtype("mean", mean, torch.float32)
+    check_same_device("mean", mean, "images", images)
+    if mean.shape != images.shape[1:]:
+        raise ValueError(
+            f"mean must have shape {list(images.shape[1:])} to match the images, "
+            f"got {list(mean.shape)}"
+        )
+
+
+def _extract_patches_fake(
+    images: Tensor, size: int, stride: int, mean: Tensor | None = None
+) -> Tensor:
+    _check_extract_patches(images, mean)
+    rows, columns = _grid(images, size, stride)
+    shape = (images.shape[0], rows, columns, images.shape[1], size, size)
+    return images.new_empty(shape, dtype=images.dtype if mean is None else torch.float32)
+
+
+def _extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
+    patches = _extract_patches_fake(images, size, stride, mean)
+    images = images.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    count, channels, height, width = images.shape
+    cells = _grid(images, size, stride)
+    with backends.backend_of(images) as (backend, context):
+        backend.extract_patches(
+            grid=_native_grid(count, channels, (height, width), cells, size, stride),
+            images=images.data_ptr(),
+            mean=0 if mean is None else mean.data_ptr(),
+            patches=patches.data_ptr(),
+            element_size=images.element_size(),
+            pixel_type=_PIXEL_TYPES.get(images.dtype, _native.PixelType.FLOAT32),
+            context=context,
+        )
+    return patches
+
+
+def _extract_patches_backward_fake(
+    patch_gradients: Tensor, stride: int, height: int, width: int
+) -> Tensor:
+    check_shape("patch_gradients", patch_gradients, "N, I, J, C, K, K")
+    check_dtype("patch_gradients", patch_gradients, torch.float32, torch.float64)
+    count, channels = patch_gradients.shape[0], patch_gradients.shape[3]
+    return patch_gradients.new_empty(count, channels, height, width)
+
+
+def _extract_patches_backward(
+    patch_gradients: Tensor, stride: int, height: int, width: int
+) -> Tensor:
+    image_gradients = _extract_patches_backward_fake(patch_gradients, stride, height, width)
+    patch_gradients = patch_gradients.contiguous()
+    count, rows, columns, channels, size, _ = patch_gradients.shape
+    with backends.backend_of(patch_gradients) as (backend, context):
+        backend.extract_patches_backward(
+            grid=_native_grid(count, channels, (height, width), (rows, columns), size, stride),
+            patch_gradients=patch_gradients.data_ptr(),
+            image_gradients=image_gradients.data_ptr(),
+            is_double=patch_gradients.dtype == torch.float64,
+            context=context,
+        )
+    return image_gradients
+
+
+def _extract_patches_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, _, stride, mean = inputs
+    ctx.stride = stride
+    ctx.pixels = images.shape[-2:]
+    ctx.dtype = images.dtype
+    ctx.normalized = mean is not None
+
+
+def _extract_patches_autograd(ctx: Any, patch_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    if patch_gradients.dtype not in (torch.float32, torch.float64):
+        patch_gradients = patch_gradients.float()  # halves are summed in float32
+    gradients = torch.ops.patchsvdd_fast.extract_patches_backward(
+        patch_gradients, ctx.stride, *ctx.pixels
+    )
+    mean_gradients = None
+    if ctx.normalized:
+        gradients = gradients / 255
+        mean_gradients = -gradients.sum(dim=0)
+    image_gradients = gradients.to(ctx.dtype) if ctx.dtype.is_floating_point else None
+    return image_gradients, None, None, mean_gradients
+
+
+define_op(
+    "extract_patches(Tensor images, int size, int stride, Tensor? mean=None) -> Tensor",
+    _extract_patches,
+    _extract_patches_fake,
+)
+define_op(
+    "extract_patches_backward(Tensor patch_gradients, int stride, int height, int width) -> Tensor",
+    _extract_patches_backward,
+    _extract_patches_backward_fake,
+)
+torch.library.register_autograd(
+    "patchsvdd_fast::extract_patches",
+    _extract_patches_autograd,
+    setup_context=_extract_patches_setup,
+    lib=backends.library,
+)
+
+
+def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
+    """Cut every `size` x `size` patch of a regular grid out of each image.
+
+    images: [N, C, H, W], uint8, float16 or float32 (bfloat16, float64 too without `mean`).
+    size, stride: pixels, `1 <= stride <= size`.
+    mean: [C, H, W] float32; if given, the patches hold `(pixel - mean) / 255` in float32.
+
+    Returns [N, I, J, C, K, K] with I = (H - K) // stride + 1, J alike. Differentiable with respect
+    to images and mean. Raises ValueError for a wrong shape, TypeError for a wrong dtype.
+    """
+    patches: Tensor = torch.ops.patchsvdd_fast.extract_patches(images, size, stride, mean)
+    return patches
+
+
+# --- score_map ------------------------------------------------------------------------------------
+
+
+def _score_map_fake(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    check_shape("distances", distances, "N, I, J")
+    check_dtype("distances", distances, torch.float32)
+    expected = PatchLevel(size, stride).grid_shape(height, width)
+    if tuple(distances.shape[1:]) != expected:
+        raise ValueError(
+            f"distances must have shape [N, {expected[0]}, {expected[1]}] for patches of {size} "
+            f"pixels at stride {stride} over {height}x{width} pixels, got {list(distances.shape)}"
+        )
+    return distances.new_empty(distances.shape[0], height, width)
+
+
+def _score_map(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    maps = _score_map_fake(distances, size, stride, height, width)
+    distances = distances.contiguous()
+    count, rows, columns = distances.shape
+    row_sums = distances.new_empty(count, rows, width, dtype=torch.float64)
+    with backends.backend_of(distances) as (backend, context):
+        backend.score_map(
+            grid=_native_grid(count, 1, (height, width), (rows, columns), size, stride),
+            distances=distances.data_ptr(),
+            row_sums=row_sums.data_ptr(),
+            maps=maps.data_ptr(),
+            context=context,
+        )
+    return maps
+
+
+define_op(
+    "score_map(Tensor distances, int size, int stride, int height, int width) -> Tensor",
+    _score_map,
+    _score_map_fake,
+)
+
+
+def score_map(
+    distances: Tensor | FloatArray, size: int, stride: int, height: int, width: int
+) -> Tensor:
+    """Spread patch distances over the pixels: each is the mean over the patches that cover it.
+
+    distances: [N, I, J] float32, one per patch of a grid of `size` and `stride` (pixels) over
+    images of `height` x `width`; a tensor, a NumPy array, or one with DLPack (CuPy). Returns
+    [N, H, W] float32, a NumPy array for one, else a tensor; sums are float64 inside. Pixels of a
+    margin that no patch reaches repeat the nearest covered pixel. Yi & Yoon (2020), section 3.4.
+    """
+    maps: Tensor = torch.ops.patchsvdd_fast.score_map(
+        as_tensor("distances", distances), size, stride, height, width
+    )
+    return like_input(distances, maps)[0]
+
+
+# --- crop_pairs -----------------------------------------------------------------------------------
+
+
+def _crop_pairs_fake(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+    first_pair: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_extract_patches(images, mean)
+    check_dtype("images", images, torch.uint8)
+    check_pairs(images, image_of, size, kind, step, redraw_clipped, first_pair)
+    pairs, channels = image_of.shape[0], images.shape[1]
+    return (
+        mean.new_empty(2, pairs, channels, size, size),
+        image_of.new_empty(2, pairs, 2),
+        image_of.new_empty(pairs),
+    )
+
+
+def _crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: str,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+    first_pair: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    patches, corners, labels = _crop_pairs_fake(
+        images, mean, image_of, size, kind, seed, step, redraw_clipped, first_pair
+    )
+    count, channels, height, width = images.shape
+    if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
+        check_indices("image_of", image_of, count)
+    images, mean, image_of = images.contiguous(), mean.contiguous(), image_of.contiguous()
+    with backends.backend_of(images) as (backend, context):
+        backend.crop_pairs(
+            images=count,
+            channels=channels,
+            height=height,
+            width=width,
+            pairs=image_of.shape[0],
+            size=size,
+            kind=getattr(_native.PairKind, kind.upper()),
+            first_pair=first_pair,
+            max_redraws=MAX_REDRAWS if redraw_clipped else 0,
+            seed=seed % 2**64,
+            step=step,
+            colour_shift=COLOUR_SHIFT,
+            pixel_noise=PIXEL_NOISE,
+            pixels=images.data_ptr(),
+            mean=mean.data_ptr(),
+            image_of=image_of.data_ptr(),
+            patches=patches.data_ptr(),
+            corners=corners.data_ptr(),
+            labels=labels.data_ptr(),
+            context=context,
+        )
+    return patches, corners, labels
+
+
+define_op(
+    "crop_pairs(Tensor images, Tensor mean, Tensor image_of, int size, str kind, int seed, "
+    "int step, bool redraw_clipped=False, int first_pair=0) -> (Tensor, Tensor, Tensor)",
+    _crop_pairs,
+    _crop_pairs_fake,
+)
+
+
+def crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: PairKind,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+    first_pair: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random pairs of patches to train on, after the protocol in `sampling`.
+
+    images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
+    that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32
+    for "neighbour" pairs, 1 for "view" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from
+    the seed. redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS`
+    times. first_pair: the number in the whole batch of the first pair given, so that a batch split
+    over processes has the same pairs; first_pair + B < 2^32.
+
+    Returns the first and the second patches as [2, B, C, K, K] float32, `(pixel - mean) / 255`,
+    those of position and view pairs shifted in colour and with noise; their corners [2, B, 2] int64
+    (top and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
+    clipping, as an index into `DIRECTIONS`, else 0.
+
+    A pair is a function of its image, the seed, the step, its number in the whole batch, the size
+    and the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError
+    for wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an
+    error on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3;
+    view pairs are not theirs.
+    """
+    signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes integers of 64 bits with a sign
+    patches, corners, labels = torch.ops.patchsvdd_fast.crop_pairs(
+        images, mean, image_of, size, kind, signed, step, redraw_clipped, first_pair
+    )
+    return patches, corners, labels

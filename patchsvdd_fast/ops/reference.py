@@ -1,0 +1,190 @@
+"""Each op in a few lines of plain torch: the truth that the kernels are tested against.
+
+Clear rather than fast, and never used for scoring.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..encoders.levels import PatchLevel
+from .pair_protocol import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, PairKind
+
+_PARTIAL_SUMS = 16
+# What random numbers are for.
+_PLACES, _SHIFTS, _NOISE = {"position": 0, "neighbour": 1, "view": 6}, 2, 4
+
+
+def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] -> [N, I, J, C, K, K]; with a mean, `(pixel - mean) / 255` in float32."""
+    if mean is not None:
+        images = (images.float() - mean) / 255
+    patches = images.unfold(2, size, stride).unfold(3, size, stride)  # [N, C, I, J, K, K]
+    return patches.permute(0, 2, 3, 1, 4, 5).contiguous()
+
+
+def score_map(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
+    """[N, I, J] -> [N, H, W] in float64: the mean over the patches that cover each pixel."""
+    rows, columns = distances.shape[1:]
+    total = torch.zeros(distances.shape[0], height, width, dtype=torch.float64)
+    count = torch.zeros(height, width, dtype=torch.float64)
+    for i in range(rows):
+        for j in range(columns):
+            patch = (slice(i * stride, i * stride + size), slice(j * stride, j * stride + size))
+            total[:, patch[0], patch[1]] += distances[:, i, j, None, None]
+            count[patch] += 1
+    # A margin that no patch reaches repeats the last covered row and column.
+    inside_y = torch.arange(height).clamp(max=(rows - 1) * stride + size - 1)
+    inside_x = torch.arange(width).clamp(max=(columns - 1) * stride + size - 1)
+    return (total / count)[:, inside_y][:, :, inside_x]
+
+
+def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Canonical distance and index of the nearest bank row: [Q, D], [M, D] -> [Q], [Q]."""
+    squared = canonical_squared_distances(queries, bank)
+    best = squared.min(dim=1).values
+    is_best = squared == best[:, None]
+    # Through float64, since torch's float32 root is not always the correctly rounded one.
+    return best.double().sqrt().float(), is_best.int().argmax(dim=1)  # the first of equals
+
+
+def canonical_squared_distances(queries: Tensor, bank: Tensor) -> Tensor:
+    """All pairs, [Q, D], [M, D] -> [Q, M], in the order of operations that defines the result.
+
+    Sixteen partial sums, acc[j % 16] = fma(t, t, acc[j % 16]) with t = q[j] - b[j] rounded to
+    float32, then acc[i] += acc[i + 8], + 4, + 2, + 1.
+    """
+    sums = [torch.zeros(queries.shape[0], bank.shape[0]) for _ in range(_PARTIAL_SUMS)]
+    for j in range(queries.shape[1]):
+        difference = queries[:, j, None] - bank[None, :, j]
+        sums[j % _PARTIAL_SUMS] = _fma_square(difference, sums[j % _PARTIAL_SUMS])
+    half = _PARTIAL_SUMS // 2
+    while half:
+        sums = [sums[i] + sums[i + half] for i in range(half)]
+        half //= 2
+    return sums[0]
+
+
+def _fma_square(difference: Tensor, addend: Tensor) -> Tensor:
+    """`fma(t, t, addend)` in float32: one rounding, of the exact value.
+
+    The square is exact in float64; the sum is rounded there to odd (towards zero, with the last
+    bit set if anything was lost), after which rounding to float32 equals rounding once.
+    """
+    square = difference.double() ** 2
+    addend = addend.double()
+    total = square + addend
+    part = total - square
+    lost = (square - (total - part)) + (addend - part)  # what `total` lacks, exactly (two-sum)
+    inexact_and_even = torch.isfinite(total) & (lost != 0) & (total.view(torch.int64) % 2 == 0)
+    step = torch.where(inexact_and_even, lost.sign().long(), 0)
+    return (total.view(torch.int64) + step).view(torch.float64).float()
+
+
+def dense_embeddings_patchwise(
+    encoder: torch.nn.Module, images: Tensor, level: PatchLevel
+) -> Tensor:
+    """Embed every patch of the grid by itself: [N, 3, H, W] -> [N, I, J, D]."""
+    patches = extract_patches(images, level.size, level.stride)
+    with torch.no_grad():
+        embeddings: Tensor = encoder(patches.flatten(0, 2))
+    return embeddings.view(*patches.shape[:3], -1)
+
+
+def philox(seed: int, *counter: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Philox4x32-10: the words [4, ...] of counters whose four words broadcast."""
+    a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    for r in range(10):
+        key = [np.uint64((seed + r * 0x9E3779B9) % 2**32)]
+        key.append(np.uint64(((seed >> 32) + r * 0xBB67AE85) % 2**32))
+        left, right = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+        a, b = (right >> half) ^ b ^ key[0], right & low
+        c, d = (left >> half) ^ d ^ key[1], left & low
+    return np.stack([a, b, c, d])
+
+
+def normals(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Box and Muller's normal numbers [4, ...] of words [4, ...]."""
+    radius = np.sqrt(-2 * np.log(((words[0::2] >> np.uint64(8)) + 1.0) / 2**24))
+    angle = words[1::2] * (2 * np.pi / 2**32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # [2, 2, ...]
+    return pairs.reshape(words.shape)
+
+
+def crop_pairs(
+    images: Tensor,
+    mean: Tensor,
+    image_of: Tensor,
+    size: int,
+    kind: PairKind,
+    seed: int,
+    step: int,
+    redraw_clipped: bool = False,
+    first_pair: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of patches [2, B, C, K, K] in float64, corners [2, B, 2] and labels [B]."""
+    channels, height, width = mean.shape
+    patches = torch.empty(2, len(image_of), channels, size, size, dtype=torch.float64)
+    corners = torch.empty(2, len(image_of), 2, dtype=torch.int64)
+    labels = torch.empty(len(image_of), dtype=torch.int64)
+    row = -(-size // 4)  # counters per row of a patch
+    quads = np.arange(channels * size * row)
+    for b, image in enumerate(image_of.tolist()):
+        counter = (first_pair + b, step)
+        corners[:, b], labels[b] = place_pair(
+            kind, size, height, width, seed, counter, redraw_clipped
+        )
+        for which, (top, left) in enumerate(corners[:, b].tolist()):
+            window = (slice(None), slice(top, top + size), slice(left, left + size))
+            patch = (images[image][window] - mean[window].double()) / 255
+            if kind != "neighbour":
+                what = (size << 3) + _SHIFTS + which
+                shift = torch.from_numpy(normals(philox(seed, np.arange(channels), what, *counter)))
+                what = (size << 3) + _NOISE + which
+                noise = torch.from_numpy(normals(philox(seed, quads, what, *counter)))
+                noise = noise.T.reshape(channels, size, 4 * row)[..., :size]
+                patch = patch + COLOUR_SHIFT * shift[0, :, None, None] + PIXEL_NOISE * noise
+            patches[which, b] = patch
+    return patches, corners, labels
+
+
+def place_pair(
+    kind: PairKind,
+    size: int,
+    height: int,
+    width: int,
+    seed: int,
+    counter: tuple[int, int],
+    redraw_clipped: bool,
+) -> tuple[Tensor, int]:
+    """Corners [2, 2] of a pair of patches, and its label. counter: number of the pair, step."""
+    limit = torch.tensor([height - size, width - size])
+
+    def draw(index: int, *counts: int) -> Tensor:
+        words = philox(seed, index, (size << 3) + _PLACES[kind], *counter)
+        return torch.tensor([int(words[i]) * count >> 32 for i, count in enumerate(counts)])
+
+    redraws = MAX_REDRAWS if redraw_clipped and kind == "position" else 0
+    for redraw in range(1 + redraws):
+        if kind == "neighbour":
+            reach = size // 32
+            side = 2 * reach + 1
+            top, left, cell = draw(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
+            cell += cell >= side**2 // 2  # passes over (0, 0)
+            label, offset = 0, torch.tensor([cell // side - reach, cell % side - reach])
+        elif kind == "view":
+            top, left = draw(0, height - size + 1, width - size + 1).tolist()
+            label, offset = 0, torch.zeros(2, dtype=torch.int64)
+        else:
+            top, left = draw(2 * redraw, height - size + 1, width - size + 1).tolist()
+            label, *jitter = draw(2 * redraw + 1, 8, size // 4, size // 4).tolist()
+            offset = DIRECTIONS[label] * (3 * size // 4 + torch.tensor(jitter))
+        first = torch.tensor([top, left])
+        second = (first + offset).clamp(min=torch.zeros(2).long(), max=limit)
+        if torch.equal(second, first + offset):
+            break
+    return torch.stack([first, second]), label

@@ -1,0 +1,1 @@
+"""What is made of scores: tables, maps, heat maps, an HTML page."""

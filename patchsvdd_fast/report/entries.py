@@ -1,0 +1,78 @@
+"""From a detector's results to the entries of an HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import __version__
+from ..detector.patch_svdd import PatchSVDD
+from ..score.image_result import ImageResult
+from ..score.regions import Region
+from .heat_maps import scale_map
+from .html import Finding, ReportEntry, ReportWriter
+
+_MOST_FINDINGS = 20  # of an image: a map above the threshold everywhere may fall into hundreds
+
+
+def open_report(
+    folder: Path, detector: PatchSVDD, threshold: float | None, title: str = "Anomaly scores"
+) -> ReportWriter:
+    """A report of images that this detector scores, in `folder`/index.html."""
+    banks = ", ".join(f"{level}: {len(bank):,}" for level, bank in detector.banks_.items())
+    facts = {"patches in the banks": banks, "maps are joined by": detector.combination}
+    scores: list[float] = []
+    if detector.calibration_ is not None:
+        scores = detector.calibration_.image_scores.tolist()
+        facts["training images"] = str(detector.calibration_.num_images)
+    if threshold is not None:
+        above = float(np.mean(np.array(scores) > threshold))
+        facts["training images above it"] = f"{above:.1%}"
+    facts["patchsvdd_fast"] = __version__
+    return ReportWriter(folder, title, facts, threshold, scores)
+
+
+def report_entry(
+    detector: PatchSVDD,
+    result: ImageResult,
+    regions: Sequence[Region],
+    label: str | None = None,
+    mask: npt.NDArray[np.bool_] | None = None,
+) -> ReportEntry:
+    """What the report shows of an image. label: "good" or its defect; mask: [H, W]."""
+    return ReportEntry(
+        name=result.name,
+        picture=result.picture,
+        heat=scale_map(result.anomaly_map.numpy(), detector.calibration_),
+        score=result.score,
+        p_value=result.p_value,
+        anomalous=result.anomalous,
+        label=label,
+        mask=mask,
+        findings=[_finding(detector, region) for region in regions[:_MOST_FINDINGS]],
+        notes=result.unusual,
+    )
+
+
+def _unique_name(detector: PatchSVDD, region: Region) -> str:
+    """The report keeps one picture per name, and a merged detector may have a name twice."""
+    names = () if detector.gallery_ is None else detector.gallery_.names
+    if names.count(region.match_name) > 1:
+        return f"{region.match_name} (image {region.match_image})"
+    return region.match_name
+
+
+def _finding(detector: PatchSVDD, region: Region) -> Finding:
+    return Finding(
+        box=(region.left, region.top, region.width, region.height),
+        peak=region.peak,
+        level=region.level,
+        distance=region.distance,
+        patch=region.patch,
+        match_name=_unique_name(detector, region),
+        match=region.match,
+        match_picture=detector.match_picture(region),
+    )

@@ -1,0 +1,449 @@
+"""A report of scored images as one HTML file that needs nothing else: no network, no folder.
+
+Each image's pictures lie in the page as inert JSON, and the page decodes them when they come near
+the screen. They are written to disk as they come, so that memory does not grow with their number.
+
+Names and labels may hold anything. Text passes through `shown`, then through `html_text` or
+`_json`; a content security policy allows the page its one script, its one style and `data:`
+pictures, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..detector.evaluation import METRICS
+from ..files.whole import written_whole
+from .charts import charts
+from .heat_maps import colour_scale
+from .text import html_text, shown
+
+_JPEG_QUALITY = 80
+_HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more cost space and look no different
+_PALETTE = colour_scale(_HEAT_LEVELS).tobytes()
+_OPACITY = (255 * (0.1 + 0.9 * _HEAT_LEVELS)).round().astype(np.uint8).tobytes()
+
+Metrics = Mapping[str, Mapping[str, float | None]]
+"""By combination ("K64", "K32", "sum", "mult"), then metric, in percent or None; see
+`evaluation.CategoryResult.percent`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One anomalous region and the normal patch most like it."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, width, height in pixels of the anomaly map."""
+    peak: float
+    """Highest map value inside."""
+    level: str
+    """Which level raised the alarm: "K64" or "K32"."""
+    distance: float
+    """L2 distance of the patch to its nearest normal patch."""
+    patch: tuple[int, int, int]
+    """Left, top, size of the patch in pixels of the anomaly map."""
+    match_name: str
+    """Training image that the nearest normal patch comes from."""
+    match: tuple[int, int, int]
+    """Left, top, size of that patch, in pixels of `match_picture`."""
+    match_picture: Image.Image | None
+    """That training image, or None if it was not kept."""
+
+
+@dataclass(frozen=True)
+class ReportEntry:
+    """A scored image."""
+
+    name: str
+    picture: Image.Image
+    """As large as the map."""
+    heat: npt.NDArray[np.float32]
+    """[H, W] in [0, 1], see `heat_maps.scale_map`."""
+    score: float
+    p_value: float | None
+    anomalous: bool | None
+    """The verdict; None if there is no threshold."""
+    label: str | None
+    """"good" or the defect's name; None where labels are unknown."""
+    mask: npt.NDArray[np.bool_] | None
+    """[H, W]: what is anomalous."""
+    findings: Sequence[Finding] = ()
+    notes: Sequence[str] = ()
+    """What else is worth knowing, a short sentence each."""
+
+
+class ReportWriter:
+    """Writes `folder`/index.html when closed, as a context manager at its end.
+
+    After an exception inside the context nothing is written, and an older report stays.
+
+    folder: made if it is missing. title: of the page. facts: what was scored with what, by name.
+    threshold: image score above which an image is called anomalous. good_scores: of the
+    calibration, [N]. tables: further tables by caption, each a row of headings and then its rows.
+    picture_side: larger pictures are shrunk to this many pixels on the longer side, heat maps to
+    half of it.
+
+    Raises ValueError if `folder` is a file or a number is not finite, OSError if nothing can be
+    written there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        facts: Mapping[str, str],
+        threshold: float | None,
+        good_scores: Sequence[float] = (),
+        tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
+        picture_side: int = 320,
+    ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; a report needs a folder")
+        if picture_side < 1:
+            raise ValueError(f"picture_side must be at least 1, got {picture_side}")
+        if threshold is not None:
+            _require_finite("threshold", threshold)
+        for score in good_scores:
+            _require_finite("good_scores", score)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "index.html"
+        self._title = title
+        self._facts = facts
+        self._threshold = threshold
+        self._good_scores = np.asarray(good_scores, dtype=np.float64)
+        self._tables = dict(tables or {})
+        self._side = picture_side
+        self._entries: list[_Entry] = []
+        self._failures: list[tuple[str, str]] = []
+        self._matches: dict[str, int] = {}
+        # Where the report goes, since there is the room: /tmp may lie in memory.
+        self._pictures = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
+
+    def __enter__(self) -> ReportWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        self._pictures.close()
+
+    def add(self, entry: ReportEntry) -> None:
+        """Write an image's pictures to disk and remember its figures.
+
+        Raises ValueError if sizes differ or numbers are not finite, and after `close`.
+        """
+        self._require_open()
+        _check(entry)
+        width, height = entry.picture.size
+        payload = {
+            "size": [width, height],
+            "picture": _jpeg(entry.picture, self._side),
+            "heat": _heat_png(entry.heat, self._side),
+            "mask": "" if entry.mask is None else _outline(entry.mask),
+            "notes": [shown(note) for note in entry.notes],
+            "findings": [
+                {
+                    "box": [int(value) for value in finding.box],
+                    "peak": float(finding.peak),
+                    "level": shown(finding.level),
+                    "distance": float(finding.distance),
+                    "patch": [int(value) for value in finding.patch],
+                    "matchName": shown(finding.match_name),
+                    "match": [int(value) for value in finding.match],
+                    "matchPicture": self._match_number(finding),
+                }
+                for finding in entry.findings
+            ],
+        }
+        self._write(f"entry-{len(self._entries)}", payload)
+        self._entries.append(_Entry.of(entry))
+
+    def add_failure(self, name: str, message: str) -> None:
+        """List an image that could not be scored. Raises ValueError after `close`."""
+        self._require_open()
+        self._failures.append((name, message))
+
+    def close(self, metrics: Metrics | None = None) -> Path:
+        """Write the page with what was added; returns its path. Once closed it does nothing more.
+
+        metrics: for a table. Raises OSError.
+        """
+        if self._pictures.closed:
+            return self.path
+        head, tail = _template(self._values(metrics))
+        with self._pictures, written_whole(self.path) as partial, partial.open("wb") as file:
+            file.write(head)
+            self._pictures.seek(0)
+            shutil.copyfileobj(self._pictures, file, 1 << 20)
+            file.write(tail)
+        return self.path
+
+    def _require_open(self) -> None:
+        if self._pictures.closed:
+            raise ValueError(f"the report {self.path} is closed already")
+
+    def _match_number(self, finding: Finding) -> int | None:
+        """Under which number the training image lies in the page, which holds each once."""
+        name, picture = finding.match_name, finding.match_picture
+        if name not in self._matches and picture is not None:
+            payload = {"size": list(picture.size), "picture": _jpeg(picture, self._side)}
+            self._write(f"match-{len(self._matches)}", payload)
+            self._matches[name] = len(self._matches)
+        return self._matches.get(name)
+
+    def _write(self, name: str, payload: Mapping[str, Any]) -> None:
+        block = f'<script type="application/json" id="{name}">{_json(payload)}</script>\n'
+        self._pictures.write(block.encode())
+
+    def _values(self, metrics: Metrics | None) -> dict[str, str]:
+        """What stands in the template's places."""
+        tables = dict(self._tables)
+        if metrics:
+            tables = {"Metrics, in %": _metric_rows(metrics)} | tables
+        entries = self._entries
+        index = {
+            "entries": [[e.name, e.score, e.p_value, e.anomalous, e.label] for e in entries],
+            "hasNotes": any(entry.has_notes for entry in entries),
+        }
+        return {
+            "title": html_text(self._title),
+            "figures": _definitions(_figures(entries, len(self._failures), self._threshold)),
+            "facts": _definitions(self._facts),
+            "charts": charts(
+                np.array([entry.score for entry in entries]),
+                [entry.is_defective for entry in entries],
+                self._threshold,
+                self._good_scores,
+            ),
+            "tables": "".join(_table(caption, rows) for caption, rows in tables.items()),
+            "failures": _failures(self._failures),
+            "scale": _png(_heat_image(_HEAT_LEVELS[None])),
+            "index": _json(index),
+        }
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What of an image is kept in memory."""
+
+    name: str
+    score: float
+    p_value: float | None
+    anomalous: bool | None
+    label: str | None
+    has_notes: bool
+
+    @classmethod
+    def of(cls, entry: ReportEntry) -> _Entry:
+        return cls(
+            shown(entry.name),
+            float(entry.score),
+            None if entry.p_value is None else float(entry.p_value),
+            None if entry.anomalous is None else bool(entry.anomalous),
+            None if entry.label is None else shown(entry.label),
+            bool(entry.notes),
+        )
+
+    @property
+    def is_defective(self) -> bool | None:
+        """By its label; None without one."""
+        return None if self.label is None else self.label != "good"
+
+
+def _check(entry: ReportEntry) -> None:
+    where = shown(entry.name)
+    width, height = entry.picture.size
+    _require_finite(f"score of {where}", entry.score)
+    if entry.p_value is not None and not 0 <= entry.p_value <= 1:
+        raise ValueError(f"p_value of {where} must lie between 0 and 1, got {entry.p_value}")
+    if entry.heat.shape != (height, width):
+        raise ValueError(
+            f"heat of {where} must have shape [{height}, {width}] as its picture, "
+            f"got {list(entry.heat.shape)}"
+        )
+    if not ((entry.heat >= 0) & (entry.heat <= 1)).all():
+        raise ValueError(
+            f"heat of {where} must lie between 0 and 1, got {entry.heat.min()} to "
+            f"{entry.heat.max()}"
+        )
+    if entry.mask is not None and entry.mask.shape != (height, width):
+        raise ValueError(
+            f"mask of {where} must have shape [{height}, {width}] as its picture, "
+            f"got {list(entry.mask.shape)}"
+        )
+    for finding in entry.findings:
+        _require_finite(f"peak of a finding in {where}", finding.peak)
+        _require_finite(f"distance of a finding in {where}", finding.distance)
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _json(value: Any) -> str:
+    """JSON in ASCII that cannot end the script element it stands in."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _definitions(pairs: Mapping[str, str]) -> str:
+    return "".join(
+        f"<div><dt>{html_text(name)}</dt><dd>{html_text(value)}</dd></div>"
+        for name, value in pairs.items()
+    )
+
+
+def _table(caption: str, rows: Sequence[Sequence[str]]) -> str:
+    """rows: the headings first; each row's first cell is its heading."""
+    head = "".join(f'<th scope="col">{html_text(cell)}</th>' for cell in rows[0])
+    body = "".join(
+        f'<tr><th scope="row">{html_text(row[0])}</th>'
+        + "".join(f"<td>{html_text(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows[1:]
+    )
+    return (
+        f'<div class="table"><table><caption>{html_text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _metric_rows(metrics: Metrics) -> list[list[str]]:
+    rows = [["map", *METRICS.values()]]
+    for combination, percent in metrics.items():
+        values = [percent.get(metric) for metric in METRICS]
+        rows.append([combination, *("-" if v is None else f"{v:.1f}" for v in values)])
+    return rows
+
+
+def _failures(failures: Sequence[tuple[str, str]]) -> str:
+    if not failures:
+        return ""
+    items = "".join(
+        f"<li><strong>{html_text(name)}</strong> {html_text(message)}</li>"
+        for name, message in failures
+    )
+    return (
+        f'<section class="failures"><h2>Not scored: {len(failures)}</h2><ul>{items}</ul></section>'
+    )
+
+
+def _figures(entries: Sequence[_Entry], failed: int, threshold: float | None) -> dict[str, str]:
+    """The figures at the head of the page, by name."""
+    figures = {"images": f"{len(entries):,}"}
+    if failed:
+        figures["not scored"] = f"{failed:,}"
+    judged = [entry for entry in entries if entry.anomalous is not None]
+    if judged:
+        figures["called anomalous"] = f"{sum(bool(entry.anomalous) for entry in judged):,}"
+    for name, is_defective in (("missed", True), ("false alarms", False)):
+        kind = [entry for entry in judged if entry.is_defective is is_defective]
+        if kind:
+            wrong = sum(entry.anomalous is not is_defective for entry in kind)
+            figures[name] = f"{wrong:,} of {len(kind):,}"
+    if threshold is not None:
+        figures["threshold"] = f"{threshold:.4g}"
+    return figures
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def _jpeg(picture: Image.Image, side: int) -> str:
+    small = picture.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    # Colour in full: patches are shown enlarged, and a stain may be all there is to see.
+    small.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _heat_png(heat: npt.NDArray[np.float32], side: int) -> str:
+    """Half as large as the picture: maps are smooth, a patch being much larger than two pixels."""
+    height, width = heat.shape
+    shrink = max(1.0, max(height, width) / max(1, side // 2))
+    size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
+    small = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    return _png(_heat_image(np.asarray(small)))
+
+
+def _heat_image(heat: npt.NDArray[np.float32]) -> Image.Image:
+    """[H, W] in [0, 1] in colours; the hotter, the more opaque."""
+    image = Image.fromarray((heat * (len(_HEAT_LEVELS) - 1)).round().astype(np.uint8))
+    image.putpalette(_PALETTE)
+    image.info["transparency"] = _OPACITY
+    return image
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _outline(mask: npt.NDArray[np.bool_]) -> str:
+    """The border of a mask [H, W] as an SVG path of straight pieces, in pixels."""
+    padded = np.pad(mask, 1)
+    across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # [H + 1, W]: borders between rows
+    down = (padded[1:-1, 1:] != padded[1:-1, :-1]).T  # [W + 1, H]: between columns
+    pieces = [f"M{start} {y}h{length}" for y, start, length in _runs(across)]
+    pieces += [f"M{x} {start}v{length}" for x, start, length in _runs(down)]
+    return "".join(pieces)
+
+
+def _runs(lines: npt.NDArray[np.bool_]) -> list[tuple[int, int, int]]:
+    """(line, start, length) of each run of True in [lines, N]."""
+    steps = np.diff(np.pad(lines, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    line, start = np.nonzero(steps == 1)
+    _, end = np.nonzero(steps == -1)
+    return list(zip(line.tolist(), start.tolist(), (end - start).tolist(), strict=True))
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _template(values: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """The page before and after its pictures, with `values` in the places of their names."""
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
+        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    filled = {**values, "policy": policy}
+    head, tail = (
+        # In one pass: what is filled in may itself look like a place.
+        re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], part).encode()
+        for part in text.split("{{pictures}}")
+    )
+    return head, tail
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

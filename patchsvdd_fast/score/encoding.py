@@ -1,0 +1,277 @@
+"""Scoring: distances to the nearest normal patch, spread into anomaly maps, and combined.
+
+Usable without the detector, with any embeddings::
+
+    from patchsvdd_fast.score import NormalBank, nearest, score_map
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..encoders.levels import PatchLevel
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..encoders.precision import computing_in
+from ..images.prepare import normalize
+from ..ops import nearest, score_map
+from ..ops.backends import byte_limit
+from ..search.bank import NormalBank
+
+__all__ = [
+    "NormalBank",
+    "ScoreResult",
+    "combine",
+    "encode_images",
+    "fill_banks",
+    "nearest",
+    "score_images",
+    "score_map",
+    "search_levels",
+    "use_encoding_limit",
+]
+
+_encoding_limit: ContextVar[int | None] = ContextVar("encoding_limit", default=None)
+# On a CPU few images at once leave more of a layer's input in the caches: measured, 2 of 256x256
+# take three quarters of the time per image that 8 do.
+_DEFAULT_LIMITS = {"cpu": 1 << 26, "cuda": 1 << 28}
+_BYTES_PER_PIXEL = 512  # of scratch; measured: 450 to 600, whatever the levels
+_SMALL_IMAGE = 1 << 14  # pixels; larger ones have more than 20,480 values at every layer
+
+
+@contextlib.contextmanager
+def use_encoding_limit(num_bytes: int) -> Iterator[None]:
+    """Within the context, encoding keeps its scratch memory near `num_bytes`.
+
+    The default is 64 MiB on a CPU and 256 MiB on a GPU, which 2 and 8 images of 256x256 take. Less
+    means fewer images at once and smaller tiles of large ones, and on a CPU the same embeddings to
+    the bit. A tile holds at least one patch of each level. What is returned comes on top: 4 D bytes
+    a patch.
+    """
+    with byte_limit(_encoding_limit, num_bytes):
+        yield
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of N images, from every patch to the whole image."""
+
+    combination: str
+    """How the levels' maps are joined: "mult", "sum", or one level, e.g. "K32"."""
+    level_maps: dict[str, Tensor]
+    """Per level ("K64", "K32"): anomaly map [N, H, W] float32."""
+    distances: dict[str, Tensor] = field(repr=False)
+    """Per level: L2 distance of each patch to its nearest normal patch, [N, I, J] float32."""
+    bank_rows: dict[str, Tensor] = field(repr=False)
+    """Per level: row of that normal patch in the bank, [N, I, J] int64."""
+    matches: dict[str, Tensor] = field(repr=False)
+    """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
+    and column in its grid of patches (times the level's stride: top and left in pixels)."""
+
+    def image(self, number: int) -> ScoreResult:
+        """The scores of one image alone, with N = 1; a copy, which does not keep all in memory."""
+        one = slice(number, number + 1)
+        parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
+        return ScoreResult(
+            self.combination,
+            *({name: t[one].clone() for name, t in part.items()} for part in parts),
+        )
+
+    def map(self, combination: str | None = None) -> Tensor:
+        """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
+        return combine(self.level_maps, combination or self.combination)
+
+    @property
+    def anomaly_map(self) -> Tensor:
+        """[N, H, W] float32; higher is more anomalous."""
+        return self.map()
+
+    @property
+    def image_scores(self) -> Tensor:
+        """[N] float32: the maximum of each anomaly map."""
+        return self.anomaly_map.amax(dim=(1, 2))
+
+
+def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
+    """Every way to turn the levels' maps into one: each alone, "sum" and "mult"."""
+    return [*(str(level) for level in levels), "sum", "mult"]
+
+
+def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
+    """Join the levels' maps [N, H, W]: their product ("mult"), sum ("sum"), or one by name."""
+    if combination in level_maps:
+        return level_maps[combination]
+    stacked = torch.stack(list(level_maps.values()))
+    if combination == "mult":
+        return stacked.prod(dim=0)
+    if combination == "sum":
+        return stacked.sum(dim=0)
+    raise ValueError(
+        f"combination must be one of {[*level_maps, 'sum', 'mult']}, got {combination!r}"
+    )
+
+
+@torch.no_grad()
+def encode_images(
+    encoder: HierarchicalEncoder,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    among: int | None = None,
+) -> list[Tensor]:
+    """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
+
+    mean: [3, H, W] float32. among: as of `images.normalize`, for images that the mean is of. The
+    result lies on the encoder's device. Several images go through the encoder together, large ones
+    in tiles, in bounded memory (see `use_encoding_limit`): on a CPU the same embeddings to the bit.
+    """
+    if images.shape[1:] != mean.shape:
+        raise ValueError(
+            f"images must have shape [N, {', '.join(map(str, mean.shape))}] as in training, "
+            f"got {list(images.shape)}"
+        )
+    device = next(encoder.parameters()).device
+    mean = mean.to(device)
+    dense = partial(_dense, encoder, among)
+    height, width = images.shape[-2:]
+    shapes = [
+        (len(images), *level.grid_shape(height, width), encoder.embedding_dim) for level in levels
+    ]
+    whole = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    limit = _encoding_limit.get() or _DEFAULT_LIMITS[device.type]
+    at_once = max(1, limit // _BYTES_PER_PIXEL)
+    with computing_in("float32", device):
+        if height * width > at_once:
+            for number in range(len(images)):
+                one = slice(number, number + 1)
+                _encode_in_tiles(
+                    dense, images[one], mean, levels, at_once, [values[one] for values in whole]
+                )
+        else:
+            count = at_once // (height * width)
+            for first in range(0, len(images), count):
+                some = slice(first, first + count)
+                encoded = dense(images[some], mean, levels)
+                for values, found in zip(whole, encoded, strict=True):
+                    values[some] = found
+    return whole
+
+
+def _encode_in_tiles(
+    dense: Callable[[Tensor, Tensor, Sequence[PatchLevel]], list[Tensor]],
+    image: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    at_once: int,
+    whole: Sequence[Tensor],
+) -> None:
+    """Write the embeddings of one image [1, 3, H, W] into `whole`, one [1, I, J, D] per level.
+
+    A tile holds every patch that begins in its first `step` rows and columns, a multiple of all
+    strides: so each patch is encoded once, from the pixels it would have in the whole image.
+    """
+    height, width = image.shape[-2:]
+    strides = math.lcm(*(level.stride for level in levels))
+    smallest, overlap = min(level.size for level in levels), max(level.size for level in levels)
+    step = max(1, (math.isqrt(at_once) - overlap) // strides) * strides
+    for top in range(0, height - smallest + 1, step):
+        for left in range(0, width - smallest + 1, step):
+            rows, columns = slice(top, top + step + overlap), slice(left, left + step + overlap)
+            tile = image[:, :, rows, columns]
+            inside = [level for level in levels if level.size <= min(tile.shape[2:])]
+            encoded = dense(tile, mean[:, rows, columns], inside)
+            for level, found in zip(inside, encoded, strict=True):
+                cells = step // level.stride
+                target = whole[levels.index(level)]
+                i, j = top // level.stride, left // level.stride
+                target[:, i : i + cells, j : j + cells] = found[:, :cells, :cells]
+
+
+def _dense(
+    encoder: HierarchicalEncoder,
+    among: int | None,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+) -> list[Tensor]:
+    """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
+
+    On a CPU, PyTorch gives a layer's input to another library, which sums in another order, if it
+    is that of one image and has no more than 20,480 values. So a small image is encoded twice.
+    """
+    count, _, height, width = images.shape
+    normalized = normalize(images.to(mean.device), mean, among)
+    if count == 1 and height * width < _SMALL_IMAGE and mean.device.type == "cpu":
+        normalized = normalized.repeat(2, 1, 1, 1)
+    return [found[:count] for found in encoder.dense(normalized, levels)]
+
+
+def fill_banks(
+    encoder: HierarchicalEncoder,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    seed: int = 0,
+) -> dict[PatchLevel, NormalBank]:
+    """A bank per level of all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32.
+
+    seed: of the banks' clustering, which changes no answer.
+    """
+    return banks_of(levels, encode_images(encoder, images, mean, levels), seed)
+
+
+def banks_of(
+    levels: Sequence[PatchLevel], encoded: Sequence[Tensor], seed: int = 0
+) -> dict[PatchLevel, NormalBank]:
+    """A bank per level of embeddings, one [N, I, J, D] per level; seed as of `fill_banks`."""
+    return {
+        level: NormalBank(values, seed=seed) for level, values in zip(levels, encoded, strict=True)
+    }
+
+
+def score_images(
+    encoder: HierarchicalEncoder,
+    banks: Mapping[PatchLevel, NormalBank],
+    images: Tensor,
+    mean: Tensor,
+    combination: str = "mult",
+) -> ScoreResult:
+    """Score uint8 images [N, 3, H, W] against a bank per level; results lie on the CPU."""
+    encoded = encode_images(encoder, images, mean, list(banks))
+    return search_levels(banks, encoded, (images.shape[2], images.shape[3]), combination)
+
+
+def search_levels(
+    banks: Mapping[PatchLevel, NormalBank],
+    encoded: Sequence[Tensor],
+    image_shape: tuple[int, int],
+    combination: str = "mult",
+    groups: Tensor | None = None,
+) -> ScoreResult:
+    """Scores from embeddings, one [N, I, J, D] per level of the banks and in their order.
+
+    image_shape: (height, width) in pixels. groups: [N] int64; an image does not match rows of its
+    own group. Results lie on the CPU.
+    """
+    if combination not in combinations_of(list(banks)):
+        raise ValueError(
+            f"combination must be one of {combinations_of(list(banks))}, got {combination!r}"
+        )
+    maps, distances, rows, matches = {}, {}, {}, {}
+    for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
+        own = None
+        if groups is not None:
+            own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
+        found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
+        name = str(level)
+        maps[name] = score_map(found, level.size, level.stride, *image_shape).cpu()
+        distances[name], rows[name] = found.cpu(), row.cpu()
+        matches[name] = bank.source(row).cpu()
+    return ScoreResult(combination, maps, distances, rows, matches)

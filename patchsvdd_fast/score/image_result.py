@@ -1,0 +1,77 @@
+"""What is said of one image of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..images.drift import image_statistics, unusual
+from ..images.gallery import Gallery
+from ..images.prepare import PreparedImage
+from .calibration import Calibration
+from .encoding import ScoreResult
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """Scores of one image, and how it compares with the training images."""
+
+    name: str
+    """Its path as given, or "image 3"."""
+    score: float
+    """Maximum of the anomaly map."""
+    p_value: float | None
+    """How probable it is that a good image scores so high; None without a calibration."""
+    anomalous: bool | None
+    """Whether the score exceeds the threshold; None without one."""
+    unusual: tuple[str, ...]
+    """In words, how its light, focus, colour or size leave the training images' range."""
+    pixels: Tensor = field(repr=False)
+    """uint8 [3, H, W]: the image as it was scored, in its own light."""
+    statistics: Tensor = field(repr=False)
+    """[7] float64: see `drift.STATISTICS`."""
+    scores: ScoreResult = field(repr=False)
+    """Maps, distances and matches, with N = 1."""
+
+    @property
+    def anomaly_map(self) -> Tensor:
+        """[H, W] float32; higher is more anomalous."""
+        return self.scores.anomaly_map[0]
+
+    @property
+    def picture(self) -> Image.Image:
+        """The image as it was scored."""
+        return Image.fromarray(self.pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def image_results(
+    images: Sequence[PreparedImage],
+    scores: ScoreResult,
+    calibration: Calibration | None,
+    threshold: float | None,
+    gallery: Gallery | None,
+) -> list[ImageResult]:
+    """One result per image, from the scores of all."""
+    results = []
+    for number, (image, value) in enumerate(zip(images, scores.image_scores, strict=True)):
+        score = float(value)
+        statistics = image_statistics(image.pixels[None], [image.original_size])[0]
+        results.append(
+            ImageResult(
+                name=image.name,
+                score=score,
+                p_value=None
+                if calibration is None
+                else float(calibration.p_values(np.float64(score))),
+                anomalous=None if threshold is None else score > threshold,
+                unusual=() if gallery is None else unusual(statistics, gallery.statistics),
+                pixels=image.pixels,
+                statistics=statistics,
+                scores=scores.image(number),
+            )
+        )
+    return results

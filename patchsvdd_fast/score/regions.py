@@ -1,0 +1,180 @@
+"""Why an image is anomalous: its regions, and the normal patch most like each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from ..encoders.levels import PatchLevel
+from .calibration import Calibration
+from .encoding import ScoreResult
+
+_PANEL = 256  # side of each part of a picture, in pixels
+_BORDER = 8
+_SMALLEST_MARK = 8  # side in pixels, of a small patch in a large image
+_MARK = (255, 40, 40)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of an image that looks anomalous. All positions are pixels of the anomaly map."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    area: int
+    """Pixels that belong to it."""
+    peak: float
+    """Highest value of the anomaly map in it."""
+    level: str
+    """The level that raised the alarm, "K64" or "K32": where the distances stand out most from
+    what they are on good images."""
+    distance: float
+    """L2 distance at that level from the patch at the peak to its nearest normal patch."""
+    patch: tuple[int, int, int]
+    """Left, top and size of that patch."""
+    match_image: int
+    """Number of the training image that holds the nearest normal patch."""
+    match_name: str
+    match: tuple[int, int, int]
+    """Left, top and size of it there."""
+
+
+def find_regions(
+    result: ScoreResult,
+    levels: Sequence[PatchLevel],
+    calibration: Calibration | None,
+    threshold: float | None,
+    names: Sequence[str],
+) -> list[Region]:
+    """The anomalous regions of one image, the most anomalous first.
+
+    A region is a connected part of the map above what one pixel in a thousand of good images
+    exceeds, that somewhere exceeds the threshold; so an image has one exactly where it is called
+    anomalous. Without a threshold, or with nothing above it, no regions; see `highest_place`.
+
+    result: of one image (N = 1); names: of the training images.
+    """
+    if calibration is None or threshold is None:
+        return []
+    anomaly_map = result.anomaly_map[0].double().numpy()
+    low = min(calibration.exceeded_by(0.001), threshold)
+    labels, count = ndimage.label(anomaly_map > low, structure=np.ones((3, 3)))
+    regions = []
+    for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
+        inside = np.where(labels[window] == number, anomaly_map[window], -np.inf)
+        if inside.max() > threshold:
+            y, x = np.unravel_index(inside.argmax(), inside.shape)
+            peak = int(window[0].start + y), int(window[1].start + x)
+            box = (window[1].start, window[0].start, inside.shape[1], inside.shape[0])
+            area = int((labels[window] == number).sum())
+            regions.append(_region(box, area, peak, result, levels, calibration, names))
+    return sorted(regions, key=lambda region: -region.peak)
+
+
+def highest_place(
+    result: ScoreResult,
+    levels: Sequence[PatchLevel],
+    calibration: Calibration | None,
+    names: Sequence[str],
+) -> Region:
+    """The pixel with the highest value of one image's map, anomalous or not, as a region."""
+    anomaly_map = result.anomaly_map[0].numpy()
+    y, x = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
+    return _region((int(x), int(y), 1, 1), 1, (int(y), int(x)), result, levels, calibration, names)
+
+
+def _region(
+    box: tuple[int, int, int, int],
+    area: int,
+    peak: tuple[int, int],
+    result: ScoreResult,
+    levels: Sequence[PatchLevel],
+    calibration: Calibration | None,
+    names: Sequence[str],
+) -> Region:
+    values = {name: float(maps[0][peak]) for name, maps in result.level_maps.items()}
+    if result.combination in values:
+        name = result.combination
+    else:
+        name = next(iter(values)) if calibration is None else calibration.level_of_alarm(values)
+    level = next(level for level in levels if str(level) == name)
+    distances = result.distances[name][0].numpy()  # [I, J]
+    i, j = _patch_at(peak, level, distances)
+    image, row, column = (int(value) for value in result.matches[name][0, i, j])
+    left, top, width, height = box
+    return Region(
+        left=left,
+        top=top,
+        width=width,
+        height=height,
+        area=area,
+        peak=float(result.anomaly_map[0][peak]),
+        level=name,
+        distance=float(distances[i, j]),
+        patch=(j * level.stride, i * level.stride, level.size),
+        match_image=image,
+        match_name=names[image] if image < len(names) else f"image {image}",
+        match=(column * level.stride, row * level.stride, level.size),
+    )
+
+
+def _patch_at(
+    pixel: tuple[int, int], level: PatchLevel, distances: npt.NDArray[np.float32]
+) -> tuple[int, int]:
+    """Of the patches that cover a pixel (nearly, at a margin) the one farthest from normal."""
+    first, last = [], []
+    for place, count in zip(pixel, distances.shape, strict=True):
+        last.append(min(place // level.stride, count - 1))
+        first.append(min(max(0, -(-(place - level.size + 1) // level.stride)), last[-1]))
+    window = distances[first[0] : last[0] + 1, first[1] : last[1] + 1]
+    i, j = np.unravel_index(window.argmax(), window.shape)
+    return first[0] + int(i), first[1] + int(j)
+
+
+def side_by_side(
+    image: Image.Image, region: Region, match_image: Image.Image | None
+) -> Image.Image:
+    """A picture of four parts: the image and its patch, the training image and its nearest patch.
+
+    Patches are marked in the images and enlarged beside them. image: as large as the anomaly map;
+    match_image: as large as the training images were when encoded. Without the latter the picture
+    has its first two parts alone.
+    """
+    parts = [*_with_patch(image, region.patch)]
+    if match_image is not None:
+        parts += _with_patch(match_image, region.match)
+    widths = [part.width for part in parts]
+    height = max(part.height for part in parts)
+    picture = Image.new(
+        "RGB", (sum(widths) + _BORDER * (len(parts) + 1), height + 2 * _BORDER), "white"
+    )
+    left = _BORDER
+    for part in parts:
+        picture.paste(part, (left, _BORDER))
+        left += part.width + _BORDER
+    return picture
+
+
+def _with_patch(image: Image.Image, patch: tuple[int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """The whole image with the patch marked, and the patch, each at a panel's size."""
+    left, top, size = patch
+    scale = _PANEL / max(image.size)
+    whole = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    side = max(size * scale, _SMALLEST_MARK)
+    middle = (left + size / 2) * scale, (top + size / 2) * scale
+    first = [round(value - side / 2) for value in middle]
+    last = [round(value + side / 2) - 1 for value in middle]
+    draw = ImageDraw.Draw(whole)
+    draw.rectangle([*(v - 1 for v in first), *(v + 1 for v in last)], outline="black")
+    draw.rectangle([*first, *last], outline=_MARK, width=2)
+    enlarged = image.crop((left, top, left + size, top + size)).resize(
+        (_PANEL, _PANEL), Image.Resampling.NEAREST
+    )
+    return whole, enlarged

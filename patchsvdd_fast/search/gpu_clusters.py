@@ -1,0 +1,131 @@
+"""Clustering a bank on a GPU, for `csrc/cuda/nearest_in_segments.cu`.
+
+As in `clusters`, nothing here can change an answer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.gpu_bank import SegmentArrays
+from .cpu_clusters import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
+
+_ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
+_TRIAL_RUNS = 8  # runs of neighbouring rows, as the patches of an image are
+_TRIAL_RUN = 256
+_WORTHWHILE = 0.5  # share of the segments that a tile of queries may look at
+
+
+def build_segments(
+    embeddings: Tensor, num_clusters: int | None = None, seed: int = 0
+) -> SegmentArrays | None:
+    """Cluster a bank [M, D], float32 or float16, finite, contiguous, where it lies.
+
+    None as number of clusters: chosen from the size, and None is returned if clusters would not
+    pay: for small banks, and where a trial finds that searches look at much of the bank.
+    """
+    rows = embeddings.shape[0]
+    wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
+    if wanted < 1 or not can_be_clustered(embeddings):
+        return None
+    generator = torch.Generator("cpu").manual_seed(seed)
+    centroids = find_centroids(embeddings, wanted, generator)
+    arrays = segments_about(embeddings, centroids[_neighbours_together(centroids)])
+    if num_clusters is None and _share_looked_at(arrays, embeddings, generator) > _WORTHWHILE:
+        return None
+    return arrays
+
+
+def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
+    """Assign every row to its nearest centroid and lay the rows out in segments."""
+    rows, dim = embeddings.shape
+    device = embeddings.device
+    found = [ops.nearest(part.float(), centroids) for part in embeddings.split(_ROWS_AT_ONCE)]
+    radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order, counts = in_order_of_clusters(nearest, radii, len(centroids))
+    used = counts > 0
+    centroids, counts = centroids[used].contiguous(), counts[used]
+
+    starts = counts.cumsum(0) - counts  # [C], first row of each cluster
+    per_cluster = -(-counts // ops.SEGMENT_ROWS)
+    first_segments = per_cluster.cumsum(0) - per_cluster
+    count = int(per_cluster.sum())
+    clusters = torch.repeat_interleave(torch.arange(len(counts), device=device), per_cluster)
+    within = torch.arange(count, device=device) - first_segments[clusters]
+    ends = starts.new_full((1,), rows)
+    segment_starts = torch.cat([starts[clusters] + ops.SEGMENT_ROWS * within, ends])
+    sorted_radii = radii[order]
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    padded_rows, padded = count * ops.SEGMENT_ROWS, ops.padded_code_dim(embeddings)
+    arrays = SegmentArrays(
+        data=embeddings[order],
+        ids=order,
+        segment_starts=segment_starts,
+        segment_clusters=clusters.int(),
+        cluster_segments=torch.cat([first_segments, first_segments.new_full((1,), count)]).int(),
+        least_radius=sorted_radii[segment_starts[:-1]],
+        largest_radius=sorted_radii[segment_starts[1:] - 1],
+        centroids=centroids,
+        gaps=_gaps(centroids),
+        centre=floats(dim),
+        largest=floats(1),
+        halves=torch.empty(padded_rows, padded, dtype=torch.float16, device=device),
+        squares=floats(padded_rows),
+        errors=floats(padded_rows),
+        segment_norms=floats(count),
+        segment_errors=floats(count),
+    )
+    ops.encode_segments(arrays)
+    return arrays
+
+
+def _neighbours_together(centroids: Tensor) -> Tensor:
+    """An order [C] in which centroids next to each other are near: halved again and again.
+
+    Each part is divided at the middle of its longest extent, or nearly: towards the point farthest
+    from the one that is farthest from the mean. Queries come in this order, and those that share a
+    list of segments then want much the same.
+    """
+    points = centroids.cpu()
+    order: list[Tensor] = []
+    parts = [torch.arange(len(points), device="cpu")]
+    while parts:
+        part = parts.pop()
+        if len(part) <= 2:
+            order.append(part)
+            continue
+        here = points[part]
+        end = here[(here - here.mean(dim=0)).norm(dim=1).argmax()]
+        away = here - end
+        along = away @ away[away.norm(dim=1).argmax()]
+        part = part[torch.argsort(along, stable=True)]
+        parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+    return torch.cat(order).to(centroids.device)
+
+
+def _gaps(centroids: Tensor) -> Tensor:
+    """[C, C] distances, from differences (a matrix product would cancel), rounded up."""
+    points = centroids.double()
+    gaps = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    return (gaps * (1 + 1e-6) + 1e-30).float()
+
+
+def _share_looked_at(
+    arrays: SegmentArrays, embeddings: Tensor, generator: torch.Generator
+) -> float:
+    """Share of the bank that a search for runs of its own rows, each itself excluded, looks at."""
+    rows, device = len(embeddings), embeddings.device
+    last = max(1, rows - _TRIAL_RUN)
+    firsts = torch.randint(last, (_TRIAL_RUNS, 1), generator=generator, device="cpu")
+    within = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
+    picked = (firsts + within).flatten().to(device)
+    visits = torch.zeros(1, dtype=torch.int64, device=device)
+    all_rows = torch.arange(rows, device=device)
+    ops.search_segments(embeddings[picked].float(), arrays, picked, all_rows, 1, visits=visits)
+    tiles = -(-len(picked) // ops.visit_tile(embeddings))
+    return int(visits) / (tiles * len(arrays.segment_clusters))

@@ -1,0 +1,117 @@
+"""Searching a bank that does not fit into a card's memory: it streams by in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.checks import FloatArray, IntArray, as_tensor, check_dtype, check_shape
+
+
+def nearest_streamed(
+    queries: Tensor,
+    bank: Tensor | FloatArray,
+    *,
+    rows_at_once: int = 1 << 20,
+    exclude_same_group: tuple[Tensor | IntArray, Tensor | IntArray] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ops.nearest` for queries on a device and a bank in the computer's memory.
+
+    queries: [Q, D] float32, on the device to search on; bank: [M, D] float32 or float16 on the
+    CPU, M >= 1 (a mapped file will do; pinned memory is copied from directly). rows_at_once: bank
+    rows of a chunk; the device holds two, so that one is copied while the other is searched.
+    exclude_same_group: int64 groups of the queries [Q] and of the bank rows [M]; rows of a query's
+    own group are passed over. progress: called after each chunk with the share done.
+
+    Returns distances [Q] float32 and bank rows [Q] int64 on the queries' device: the answer is the
+    minimum over the chunks, bit for bit that of one search. Raises as `ops.nearest` does, with
+    rows numbered within the bank.
+    """
+    rows = as_tensor("bank", bank)
+    check_shape("bank", rows, "M, D")
+    check_dtype("bank", rows, torch.float32, torch.float16)
+    if rows.device.type != "cpu":
+        raise ValueError(f"bank must be in the computer's memory to be streamed, got {rows.device}")
+    if rows_at_once < 1:
+        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
+    if len(rows) == 0:
+        raise ValueError(f"bank must hold at least one embedding, got shape {list(rows.shape)}")
+    query_groups = bank_groups = None
+    if exclude_same_group is not None:
+        query_groups = as_tensor("query_groups", exclude_same_group[0]).to(queries.device)
+        bank_groups = as_tensor("bank_groups", exclude_same_group[1])
+        if bank_groups.shape != rows.shape[:1]:
+            raise ValueError(
+                f"bank_groups must have shape [{len(rows)}], got {list(bank_groups.shape)}"
+            )
+
+    best = queries.new_full(queries.shape[:1], torch.inf)
+    nearest = torch.full_like(best, -1, dtype=torch.int64)
+    for first, chunk in _chunks_on(queries.device, rows, rows_at_once):
+        groups = None
+        if query_groups is not None and bank_groups is not None:
+            part = bank_groups[first : first + len(chunk)].to(queries.device)
+            groups = query_groups, part
+        try:
+            distances, indices = ops.nearest(queries, chunk, exclude_same_group=groups)
+        except ValueError as error:
+            raise ValueError(f"in bank rows from {first} on: {error}") from error
+        # Chunks come in the order of their rows: of equals the first stays.
+        closer = (distances < best) | ((nearest < 0) & (indices >= 0))
+        best = torch.where(closer, distances, best)
+        nearest = torch.where(closer, indices + first, nearest)
+        if progress is not None:
+            progress((first + len(chunk)) / len(rows))
+    return best, nearest
+
+
+def _chunks_on(
+    device: torch.device, rows: Tensor, rows_at_once: int
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and rows of each chunk, on the device; the next is copied meanwhile."""
+    firsts = range(0, len(rows), rows_at_once)
+    if device.type == "cpu":
+        for first in firsts:
+            yield first, rows[first : first + rows_at_once]
+        return
+    most = min(rows_at_once, len(rows))
+    buffers = [  # one, if there is but one chunk
+        torch.empty(most, *rows.shape[1:], dtype=rows.dtype, device=device) for _ in firsts[:2]
+    ]
+    staging = None if rows.is_pinned() else [_pinned_like(buffer) for buffer in buffers]
+    search = torch.cuda.current_stream(device)
+    copies = torch.cuda.Stream(device)
+    arrived = [torch.cuda.Event(), torch.cuda.Event()]
+    searched = [torch.cuda.Event(), torch.cuda.Event()]
+
+    def start_copy(first: int) -> None:
+        side = first // rows_at_once % 2
+        source = rows[first : first + rows_at_once]
+        if staging is not None:
+            arrived[side].synchronize()  # the copy before last has left the staging memory
+            source = staging[side][: len(source)].copy_(source)
+        with torch.cuda.stream(copies):
+            copies.wait_event(searched[side])
+            buffers[side][: len(source)].copy_(source, non_blocking=True)
+            arrived[side].record(copies)
+
+    copies.wait_stream(search)
+    try:
+        start_copy(0)
+        for first in firsts:
+            side = first // rows_at_once % 2
+            if first + rows_at_once < len(rows):
+                start_copy(first + rows_at_once)
+            search.wait_event(arrived[side])
+            yield first, buffers[side][: min(rows_at_once, len(rows) - first)]
+            searched[side].record(search)
+    finally:
+        search.wait_stream(copies)  # before the buffers' memory is used for something else
+
+
+def _pinned_like(buffer: Tensor) -> Tensor:
+    return torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)

@@ -1,0 +1,224 @@
+"""What a training step minimises: its losses, the images it draws from, and the paper's objective.
+
+An objective draws everything from (seed, step), so that a step can be repeated by itself: that is
+what makes resuming exact. It takes a share of the batch, so that several processes can divide it.
+The other one is in `dense_pairs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..ops import crop_pairs
+from ..ops.pair_protocol import PairKind
+from .losses import PositionClassifier, position_loss, svdd_loss
+
+
+@dataclass(frozen=True)
+class LevelMetrics:
+    """What one step measured at one patch size."""
+
+    svdd_loss: float
+    spread: float
+    """Standard deviation of the embeddings over a batch of patches, mean over dimensions."""
+    loss: float | None = None
+    """Cross-entropy of positions, nats; ln 8 = 2.079 is chance; None in mode dense."""
+    accuracy: float | None = None
+    """Share of right directions in the batch; 0.125 is chance; None in mode dense."""
+
+
+class LevelLoss(NamedTuple):
+    """The losses of one patch size as tensors, so that nothing waits for the device."""
+
+    total: Tensor
+    """What is minimised, with its graph."""
+    svdd: Tensor
+    embeddings: Tensor
+    """[P, D]: of the first patches of the neighbour pairs."""
+    classification: Tensor | None = None
+    right: Tensor | None = None
+    """[P], bool: whose direction was told right."""
+
+    def metrics(self) -> LevelMetrics:
+        """The figures to show."""
+        return LevelMetrics(
+            svdd_loss=float(self.svdd.detach()),
+            spread=embedding_spread(self.embeddings),
+            loss=None if self.classification is None else float(self.classification.detach()),
+            accuracy=None if self.right is None else float(self.right.float().mean()),
+        )
+
+
+class Objective(Protocol):
+    """What the trainer calls each step."""
+
+    classifiers: nn.ModuleDict
+    """What is trained besides the encoder, by patch size."""
+
+    def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
+        """By patch size, largest first.
+
+        image_of: [B] of the whole batch, on the CPU; share: the items to do. Losses are means over
+        the share.
+        """
+
+
+def embedding_spread(embeddings: Tensor) -> float:
+    """Standard deviation per dimension over embeddings [..., D], averaged over dimensions."""
+    return float(embeddings.detach().flatten(0, -2).double().std(dim=0, correction=0).mean())
+
+
+def pair_loss(
+    classifier: PositionClassifier,
+    positions: tuple[Tensor, Tensor],
+    labels: Tensor,
+    neighbours: tuple[Tensor, Tensor],
+    svdd_weight: float,
+) -> LevelLoss:
+    """CE + lambda * SVDD' of one patch size, from embeddings [P, D] and labels [P].
+
+    positions, neighbours: the first and the second patches of each pair.
+    """
+    logits = classifier(*positions)
+    position = position_loss(logits, labels)
+    svdd = svdd_loss(*neighbours)
+    total = position + svdd_weight * svdd
+    right = logits.detach().argmax(dim=1) == labels
+    return LevelLoss(total, svdd, neighbours[0].detach(), position, right)
+
+
+class DrawnPairs(NamedTuple):
+    """The patches of one size, [B, 3, K, K] each: position pairs, labels [B], neighbour pairs."""
+
+    first: Tensor
+    second: Tensor
+    labels: Tensor
+    near: Tensor
+    jittered: Tensor
+
+
+def patch_losses(
+    encoder: HierarchicalEncoder,
+    classifiers: Mapping[int, PositionClassifier],
+    drawn: Mapping[int, DrawnPairs],
+    svdd_weight: float,
+) -> dict[int, LevelLoss]:
+    """The losses by patch size from the patches themselves, all encoded in one pass."""
+    embedded = encoder.forward_sizes(
+        [
+            torch.cat([pairs.first, pairs.second, pairs.near, pairs.jittered])
+            for pairs in drawn.values()
+        ]
+    )
+    losses = {}
+    for (size, pairs), embeddings in zip(drawn.items(), embedded, strict=True):
+        counts = [len(part) for part in (pairs.first, pairs.second, pairs.near, pairs.jittered)]
+        first, second, near, jittered = embeddings.split(counts)
+        losses[size] = pair_loss(
+            classifiers[size], (first, second), pairs.labels, (near, jittered), svdd_weight
+        )
+    return losses
+
+
+class TrainingImages:
+    """The training set: on the device, or in the computer's memory if it would not fit there.
+
+    images: [N, 3, H, W] uint8; mean: [3, H, W] float32. From the computer's memory (pinned) the
+    images of each batch are copied over; the pairs drawn are the same.
+    """
+
+    def __init__(self, images: Tensor, mean: Tensor, device: torch.device) -> None:
+        self.mean = mean.to(device).contiguous()
+        self.device = device
+        self.images = images.contiguous()
+        self.images = self.images.to(device) if self._fits() else self.images.pin_memory()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _fits(self) -> bool:
+        if self.device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.images.nbytes <= free // 2
+
+    def crop_pairs(
+        self,
+        image_of: Tensor,
+        size: int,
+        kind: PairKind,
+        draw: tuple[int, int],
+        first_pair: int,
+        redraw_clipped: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`ops.crop_pairs` on the device; image_of: [B] on the CPU; draw: seed and step."""
+        images = self.images
+        if images.device != self.device:
+            images = images[image_of].pin_memory().to(self.device, non_blocking=True)
+            image_of = torch.arange(len(image_of))
+        return crop_pairs(
+            images,
+            self.mean,
+            image_of.to(self.device, non_blocking=True),
+            size,
+            kind,
+            *draw,
+            redraw_clipped,
+            first_pair,
+        )
+
+
+class PatchPairs:
+    """The paper's protocol: every patch of every pair is cut out and encoded by itself."""
+
+    def __init__(
+        self,
+        encoder: HierarchicalEncoder,
+        classifiers: nn.ModuleDict,
+        images: TrainingImages,
+        seed: int,
+        svdd_weight: float,
+        redraw_clipped: bool,
+    ) -> None:
+        self.encoder, self.classifiers, self.images = encoder, classifiers, images
+        self.seed, self.svdd_weight, self.redraw_clipped = seed, svdd_weight, redraw_clipped
+
+    def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
+        """See `Objective`; an item is a pair of each kind."""
+        sizes = self.encoder.patch_sizes[::-1]
+        drawn = {size: self._draw(size, image_of, step, share) for size in sizes}
+        classifiers = {size: classifier_of(self.classifiers, size) for size in sizes}
+        return patch_losses(self.encoder, classifiers, drawn, self.svdd_weight)
+
+    def _draw(self, size: int, image_of: Tensor, step: int, share: slice) -> DrawnPairs:
+        def draw(kind: PairKind) -> tuple[Tensor, Tensor, Tensor]:
+            (first, second), _, labels = self.images.crop_pairs(
+                image_of[share], size, kind, (self.seed, step), share.start, self.redraw_clipped
+            )
+            return first, second, labels
+
+        return DrawnPairs(*draw("position"), *draw("neighbour")[:2])
+
+
+def classifier_of(classifiers: nn.ModuleDict, size: int) -> PositionClassifier:
+    """The one of a patch size."""
+    classifier = classifiers[str(size)]
+    assert isinstance(classifier, PositionClassifier)
+    return classifier
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed of several numbers, all of which matter (the mixing of SplitMix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,556 @@
+"""Self-supervised training of the encoder: seeded, resumable to the bit, over one or more workers.
+
+A step is a function of the weights, the optimiser's state and the step's number alone: what is
+drawn for it comes from (seed, step). So a run that goes on from a checkpoint equals one that was
+never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..encoders.patch_svdd import INITIALIZATIONS, HierarchicalEncoder
+from ..encoders.precision import PRECISIONS, computing_in
+from ..files.store import below
+from ..ops import _native
+from .defect_check import Quality
+from .dense_pairs import DensePairs
+from .interrupts import delayed_interrupts, take_effect
+from .losses import PositionClassifier
+from .objectives import (
+    LevelLoss,
+    LevelMetrics,
+    Objective,
+    PatchPairs,
+    TrainingImages,
+    embedding_spread,
+    mixed_seed,
+)
+from .workers import Workers
+
+CROPS_PER_IMAGE = 100
+"""How often an epoch visits each training image."""
+
+MODES = ("faithful", "dense")
+SCHEDULES = ("constant", "cosine")
+
+_COLLAPSE_PATIENCE = 20  # consecutive measured steps
+_MEASURED_EVERY = 20  # steps on a GPU, where measuring waits for it; each step on a CPU
+_UNTIMED_STEPS, _FITTED_AFTER = 2, 10  # new steps, before the number is fitted to the minutes
+
+
+class CollapseWarning(UserWarning):
+    """The embeddings of all patches have become (nearly) one point."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What determines a training run besides the images. The defaults are the paper's protocol."""
+
+    mode: str = "faithful"
+    """"faithful": pairs of patches as in the paper; "dense": neighbours alone, from dense maps."""
+    epochs: int | None = 300
+    """Passes over CROPS_PER_IMAGE x the number of images; None: as many as `steps` take."""
+    steps: int | None = None
+    """Stop after this many steps, whatever `epochs` says."""
+    minutes: float | None = None
+    """Fit the number of steps to this time, measured in the first ten; never more than the above.
+    The other settings determine the result, this one leaves it to the machine."""
+    batch_size: int = 64
+    """Of a step. Faithful: pairs of each kind and patch size; dense: crops."""
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    """"constant", or "cosine": down to zero over the run."""
+    warmup_steps: int = 0
+    """Over which the learning rate rises from zero."""
+    svdd_weight: float = 1e-3
+    """Faithful only: lambda, the weight of SVDD' against the position loss."""
+    initialization: str = "default"
+    """See `HierarchicalEncoder`."""
+    train_last_layer: bool = False
+    """Faithful only: of the position classifier."""
+    redraw_clipped: bool = False
+    """Faithful only: draw clipped position pairs again."""
+    crop_size: int = 128
+    """Dense only: side of a crop, pixels; enough for a pair of the largest patches, and no more
+    than the image."""
+    pairs_per_crop: int = 256
+    """Dense only: pairs of neighbours per patch size."""
+    precision: str = "float32"
+    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; dense: "float32" alone."""
+    check_every: int | None = None
+    """Steps between checks of what has been learned, see `selection`; the best weights are kept.
+    None: never, the last weights are the result."""
+    patience: int | None = None
+    """Stop after so many checks without an improvement; None: go on to the end."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mode", MODES),
+            ("schedule", SCHEDULES),
+            ("initialization", INITIALIZATIONS),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.epochs is None and self.steps is None and self.minutes is None:
+            raise ValueError("one of epochs, steps and minutes must say how long to train")
+        for name in ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.mode == "dense" and self.precision != "float32":
+            raise ValueError(
+                f'mode dense needs precision "float32", in which alone neighbours differ, '
+                f"got {self.precision!r}"
+            )
+        if self.patience is not None and self.check_every is None:
+            raise ValueError("patience needs check_every: without checks nothing improves")
+        for name in ("learning_rate", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("svdd_weight", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def total_steps(self, num_images: int) -> int | None:
+        """Steps of the whole run; None where only `minutes` limits them."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            crops = self.epochs * num_images * CROPS_PER_IMAGE
+            limits.append(math.ceil(crops / self.batch_size))
+        return min(limits, default=None)
+
+    def learning_rate_at(self, step: int, total: int | None) -> float:
+        """Of step 1 .. total; None: the end is not in sight."""
+        rate = self.learning_rate
+        if self.warmup_steps:
+            rate *= min(1.0, step / self.warmup_steps)
+        if self.schedule == "cosine" and total is not None:
+            rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
+        return rate
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What a progress callback receives: after each step, on a GPU after every 20th."""
+
+    step: int
+    """Steps done, from 1."""
+    total_steps: int | None
+    """Of the whole run; None until it has been fitted to the minutes."""
+    loss: float
+    learning_rate: float
+    seconds: float
+    """Of training so far, interruptions left out."""
+    seconds_left: float | None
+    """At the speed so far; None until `total_steps` is known."""
+    levels: dict[int, LevelMetrics]
+    """By patch size in pixels."""
+    quality: Quality | None = None
+    """What a check after this step found, if there was one."""
+
+
+@dataclass
+class TrainingRecord:
+    """What a finished run reports; kept in the model file."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    collapsed: bool = False
+    """Whether all embeddings became alike. With checks that ends the training, and the weights that
+    are kept are of before."""
+    final_loss: float | None = None
+    """None without training."""
+    accuracy: dict[int, float] = field(default_factory=dict)
+    """By patch size, share of positions told right in the last step; empty in mode dense."""
+    best_step: int | None = None
+    """The step whose weights were kept, where checks decided; 0: the untrained ones."""
+    qualities: list[tuple[int, float]] = field(default_factory=list)
+    """Step and criterion of each check."""
+
+
+def is_collapsed(embeddings: Tensor) -> bool:
+    """Whether embeddings [..., D] differ by no more than float32 rounding noise.
+
+    Spreads of 1e-6 are still useful (a published leather encoder has less), a few units in the
+    last place are not: every patch then looks like every other and AUROC sits at 0.5.
+    """
+    magnitude = float(embeddings.detach().double().square().mean().sqrt())
+    return embedding_spread(embeddings) <= 4 * torch.finfo(torch.float32).eps * magnitude
+
+
+class Trainer:
+    """One training run.
+
+    images: [N, 3, H, W] uint8; mean: [3, H, W] float32, the per-pixel mean image. The encoder is
+    trained in place, on its device. The same settings, images and device give the same weights.
+    check: what judges the encoder every `settings.check_every` steps, see `selection`.
+    """
+
+    def __init__(
+        self,
+        encoder: HierarchicalEncoder,
+        images: Tensor,
+        mean: Tensor,
+        settings: TrainingSettings,
+        check: Callable[[HierarchicalEncoder], Quality] | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        self.device = next(encoder.parameters()).device
+        self.encoder = encoder
+        self.settings = settings
+        self.workers = workers or Workers()
+        self.check = check if settings.check_every is not None else None
+        self.record = TrainingRecord()
+        self._limit = settings.total_steps(len(images))
+        self.total = self._limit if settings.minutes is None else None
+        self._data = TrainingImages(images, mean, self.device)
+        self._fingerprint = _fingerprint(images)
+        self._share = self.workers.share(settings.batch_size)
+        self._objective = self._make_objective()
+        parameters = [*encoder.parameters(), *self._objective.classifiers.parameters()]
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._best: dict[str, Tensor] | None = None
+        self._checks_since_best = 0
+        self._collapsed_steps = 0
+        self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
+        self.is_between_steps = True
+        """Whether weights, optimiser and record belong together; not so in the midst of a step."""
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def run(self, on_step: Callable[[TrainingStep], None] | None = None) -> TrainingRecord:
+        """Train to the end of the schedule, from where `load_state` left it or the beginning.
+
+        `on_step` is called after every step (on a GPU every 20th, and the last). Ctrl-C and
+        SIGTERM take effect between two steps, as KeyboardInterrupt and `interrupts.Terminated`.
+        Raises FloatingPointError if the loss stops being finite. Warns (CollapseWarning) once if
+        the embeddings collapse.
+        """
+        record, before = self.record, self.record.seconds
+        self._first_step = record.steps
+        self.encoder.train()
+        self.encoder.small.memory_format = _memory_format(self.device, self.settings.mode)
+        try:
+            with delayed_interrupts() as interrupts, _flushed_denormals():
+                if self.check is not None and record.steps == 0:
+                    self._judge()
+                started = time.perf_counter()
+                while record.steps < (self._end or math.inf):
+                    take_effect(self.workers.largest(interrupts.arrived))
+                    if self._is_over():
+                        break
+                    self.is_between_steps = False
+                    losses = self._step(record.steps + 1)
+                    record.steps += 1
+                    record.seconds = before + time.perf_counter() - started
+                    self._fit_to_minutes(time.perf_counter() - started)
+                    step = self._measure(losses)
+                    self.is_between_steps = True
+                    if step is not None and on_step is not None:
+                        on_step(step)
+                take_effect(self.workers.largest(interrupts.arrived))
+        finally:
+            self.encoder.eval()
+            self.encoder.small.memory_format = torch.contiguous_format
+        if self._best is not None:
+            self.encoder.load_state_dict(self._best)
+        return record
+
+    @property
+    def _end(self) -> int | None:
+        """The last step, as far as it is known."""
+        return self.total or self._limit
+
+    def _step(self, number: int) -> dict[int, LevelLoss]:
+        settings = self.settings
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(number, self._end)
+        images = self._images_of(number)
+        with computing_in(settings.precision, self.device):
+            losses = self._objective.losses(images, number, self._share)
+            total = torch.stack([level.total for level in losses.values()]).sum()
+            if self.device.type == "cpu":  # elsewhere, looking would wait for the device
+                self._check_finite(float(total.detach()), number)
+            self._optimizer.zero_grad(set_to_none=True)
+            # A mean over the share; the shares' gradients add up to that of the whole batch.
+            (total * ((self._share.stop - self._share.start) / settings.batch_size)).backward()
+        self.workers.add_gradients(self._parameters)
+        self._optimizer.step()
+        return losses
+
+    def _images_of(self, step: int) -> Tensor:
+        """The images of a step's batch; an epoch visits each CROPS_PER_IMAGE times."""
+        crops = len(self._data) * CROPS_PER_IMAGE
+        missing = self.settings.batch_size
+        position, batch = (step - 1) * missing, []
+        while missing:
+            epoch, start = divmod(position, crops)
+            if epoch != self._epoch:
+                generator = Generator().manual_seed(mixed_seed(self.settings.seed, epoch))
+                self._order = torch.randperm(crops, generator=generator) % len(self._data)
+                self._epoch = epoch
+            batch.append(self._order[start : start + missing])
+            position += len(batch[-1])
+            missing -= len(batch[-1])
+        return torch.cat(batch)
+
+    def _fit_to_minutes(self, seconds: float) -> None:
+        """Set how many steps there will be, once it can be told; never again after that.
+
+        seconds: since this process began to train.
+        """
+        if self.settings.minutes is None or self.total is not None:
+            return
+        new_steps = self.record.steps - self._first_step
+        if self.device.type == "cuda" and new_steps in (_UNTIMED_STEPS, _FITTED_AFTER):
+            torch.cuda.synchronize(self.device)
+        if new_steps == _UNTIMED_STEPS:
+            self._timed_from = seconds
+        if new_steps == _FITTED_AFTER:
+            each = (seconds - self._timed_from) / (_FITTED_AFTER - _UNTIMED_STEPS)
+            if self.check is not None:
+                each += self._seconds_of_check / (self.settings.check_every or 1)
+            left = 60 * self.settings.minutes - self.record.seconds - self._seconds_of_check
+            fitting = self.record.steps + max(0, int(left / each))
+            self.total = int(self.workers.agreed(min(fitting, self._limit or fitting)))
+
+    def _measure(self, losses: dict[int, LevelLoss]) -> TrainingStep | None:
+        """What the step just made tells, and a check if one is due; None if nobody looks."""
+        record, number = self.record, self.record.steps
+        is_last = number == self._end
+        every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
+        is_checked = self.check is not None and (
+            is_last or number % (self.settings.check_every or 1) == 0
+        )
+        if not (is_last or is_checked or number % every == 0):
+            return None
+        loss = sum(float(level.total.detach()) for level in losses.values())
+        self._check_finite(loss, number)
+        quality = self._judge() if is_checked else None
+        levels = {size: level.metrics() for size, level in losses.items()}
+        self._watch_collapse(any(is_collapsed(level.embeddings) for level in losses.values()))
+        record.final_loss = loss
+        record.accuracy = {
+            size: level.accuracy for size, level in levels.items() if level.accuracy is not None
+        }
+        rate = self._optimizer.param_groups[0]["lr"]
+        left = None if self.total is None else self._seconds_left(self.total)
+        return TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
+
+    def _seconds_left(self, total: int) -> float:
+        return (total - self.record.steps) * self.record.seconds / self.record.steps
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {step}: lower the learning rate"
+            )
+
+    def _watch_collapse(self, collapsed: bool) -> None:
+        self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
+        if self._collapsed_steps >= _COLLAPSE_PATIENCE and not self.record.collapsed:
+            self.record.collapsed = True
+            if self.check is None:
+                warn_of_collapse(f"after {self.record.steps} steps")
+
+    # --- keeping the best -------------------------------------------------------------------------
+
+    def _judge(self) -> Quality:
+        assert self.check is not None
+        started = time.perf_counter()
+        self.encoder.eval()
+        quality = self.check(self.encoder) if self.workers.is_first else Quality(0.0, 0.0)
+        quality = Quality(*map(self.workers.agreed, astuple(quality)))
+        self.encoder.train()
+        self._seconds_of_check = time.perf_counter() - started
+        record = self.record
+        best = max((value for _, value in record.qualities), default=-math.inf)
+        record.qualities.append((record.steps, quality.criterion))
+        self._checks_since_best += 1
+        if quality.criterion > best:
+            self._checks_since_best = 0
+            record.best_step = record.steps
+            self._best = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+        return quality
+
+    def _is_over(self) -> bool:
+        if self.check is None:
+            return False
+        patience = self.settings.patience
+        # From a collapse there is no way back, and the best weights are those of an earlier check.
+        return self.record.collapsed or (
+            patience is not None and self._checks_since_best >= patience
+        )
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `load_state` needs to go on from here: tensors, and values for JSON.
+
+        The encoder's own weights are not among them.
+        """
+        tensors = {
+            f"classifier.{k}": v for k, v in self._objective.classifiers.state_dict().items()
+        }
+        for index, slots in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in slots.items()}
+        tensors |= {f"best.{name}": value for name, value in (self._best or {}).items()}
+        return tensors, {
+            "settings": asdict(self.settings),
+            "images": self._fingerprint,
+            "total": self.total,
+            "record": asdict(self.record),
+            "checks_since_best": self._checks_since_best,
+            "collapsed_steps": self._collapsed_steps,
+            "seconds_of_check": self._seconds_of_check,
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; the encoder's weights are to be loaded by the caller.
+
+        Raises ValueError if it was of a run with other settings or other images, or is damaged.
+        """
+        ours = asdict(self.settings)
+        other = {k: v for k, v in values["settings"].items() if ours.get(k, v) != v}
+        if other:
+            differences = ", ".join(f"{k} {v!r} instead of {ours[k]!r}" for k, v in other.items())
+            raise ValueError(f"the checkpoint was trained with other settings: {differences}")
+        if values["images"] != self._fingerprint:
+            raise ValueError("the checkpoint was trained on other images")
+        self._objective.classifiers.load_state_dict(below(tensors, "classifier."))
+        self._load_optimizer(below(tensors, "adam."))
+        self._best = all_float32(below(tensors, "best.")) or None
+        if self._best is not None:
+            copy.deepcopy(self.encoder).load_state_dict(self._best)  # raises if they do not fit
+        total = values["total"]
+        if self.settings.minutes is None and total != self.total:
+            raise ValueError(f"it has {total} steps in all, not {self.total}")
+        self.total = None if total is None else _check_count("total", total)
+        self.record = record_of(values["record"])
+        if _check_count("steps", self.record.steps) > (self._end or math.inf):
+            raise ValueError(f"it has made {self.record.steps} of {self._end} steps")
+        if not 0 <= float(self.record.seconds) < math.inf:
+            raise ValueError(f"its seconds must be finite, got {self.record.seconds}")
+        self._checks_since_best = _check_count("checks_since_best", values["checks_since_best"])
+        self._collapsed_steps = _check_count("collapsed_steps", values["collapsed_steps"])
+        self._seconds_of_check = float(values.get("seconds_of_check", 0.0))
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Adam's averages; tensors: named <number of the parameter>.<slot>."""
+        groups = self._optimizer.state_dict()["param_groups"]
+        shapes: dict[str, torch.Size] = {}
+        for index, parameter in enumerate(self._parameters):
+            shapes |= {f"{index}.{slot}": parameter.shape for slot in ("exp_avg", "exp_avg_sq")}
+            shapes[f"{index}.step"] = torch.Size()
+        if {name: value.shape for name, value in all_float32(tensors).items()} != shapes:
+            raise ValueError("the state of its optimizer does not fit")
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            number, slot = name.split(".")
+            slots.setdefault(int(number), {})[slot] = value
+        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+    def _make_objective(self) -> Objective:
+        settings = self.settings
+        if settings.mode == "dense":
+            return DensePairs(
+                self.encoder,
+                self._data,
+                settings.seed,
+                settings.crop_size,
+                settings.pairs_per_crop,
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            classifiers = nn.ModuleDict(
+                {
+                    str(size): PositionClassifier(
+                        self.encoder.embedding_dim, settings.train_last_layer
+                    )
+                    for size in self.encoder.patch_sizes
+                }
+            ).to(self.device)
+        return PatchPairs(
+            self.encoder,
+            classifiers,
+            self._data,
+            settings.seed,
+            settings.svdd_weight,
+            settings.redraw_clipped,
+        )
+
+
+def all_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are; raises ValueError for one that is not float32."""
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {value.dtype}")
+    return tensors
+
+
+def _check_count(name: str, value: Any) -> int:
+    """A count as JSON has it; raises ValueError for what is none."""
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name} must be a count, got {value!r}")
+    return value
+
+
+def record_of(values: Mapping[str, Any]) -> TrainingRecord:
+    """A record as JSON keeps it, read back."""
+    record = dict(values)
+    accuracy = record.pop("position_accuracy", None) or record.get("accuracy", {})
+    record["accuracy"] = {int(size): value for size, value in accuracy.items()}
+    loss = record.get("final_loss")
+    record["final_loss"] = None if loss is None or math.isnan(loss) else loss  # earlier files: NaN
+    record["qualities"] = [(step, value) for step, value in record.get("qualities", [])]
+    return TrainingRecord(**record)
+
+
+def warn_of_collapse(when: str) -> None:
+    """Warn that the embeddings are all alike, and say what helps."""
+    warnings.warn(
+        f"the embeddings have collapsed to one point {when}: scores will be no better than chance. "
+        "Try fewer steps, or in mode faithful a smaller svdd_weight (lambda), "
+        "initialization='kaiming' or train_last_layer=True",
+        CollapseWarning,
+        stacklevel=3,
+    )
+
+
+def _memory_format(device: torch.device, mode: str) -> torch.memory_format:
+    """The layout of convolutions that is fastest, as far as measured (ARCHITECTURE.md)."""
+    wide = any("avx512" in name for name in _native.cpu.instruction_sets())
+    if device.type == "cpu" and mode != "faithful" and not wide:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _fingerprint(images: Tensor) -> str:
+    return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
+
+
+@contextlib.contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Flush subnormals to zero: the vanishing gradients of early training are full of them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
