@@ -117,6 +117,12 @@ def category_folder(tmp_path):
     return root
 
 
+def script_environment(*folders, **variables):
+    """The environment of a process that runs a file of these tests; folders: to import from, too."""
+    path = [ROOT, ROOT / "tests", *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
+
+
 def build_native(folder, target, *options):
     """Build a target of CMakeLists.txt without CUDA; returns the build folder."""
     import pybind11

@@ -39,7 +39,7 @@ BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.D
 SIDE = 128
 LONGEST_WAIT = 30  # seconds, for what is to be there before Ctrl-C
 
-# onnx.md is run by test_export.py, which also compares what it computes.
+# onnx.md is run by detector/test_onnx.py, which also compares what it computes.
 PAGES = [
     page.name
     for page in sorted(DOCS.glob("*.md"))

@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ROOT, texture
+from conftest import ROOT, script_environment, texture
 from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.files import store
@@ -270,13 +270,12 @@ def status(field):
 
 
 def run(*command, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=script_environment(OMP_NUM_THREADS="1"),
         **options,
     )
 
@@ -584,12 +583,19 @@ def test_an_opened_file_is_mapped_not_copied(tmp_path):
 
 def test_two_processes_score_with_one_file(folder, model):
     code = (
-        "import sys, hashlib, test_model_files as t; from pathlib import Path\n"
+        "import sys, hashlib, test_model_file as t; from pathlib import Path\n"
         "found = t.answers(Path(sys.argv[1]), Path(sys.argv[1]).parent)\n"
         "print(t.digest(found))"
     )
     command = [sys.executable, "-c", code, str(model)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(ROOT),
+            str(Path(__file__).parent),
+            str(ROOT / "tests"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     environment = os.environ | {"PYTHONPATH": path}
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
     printed = [process.communicate()[0].decode().strip() for process in both]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import texture
+from conftest import script_environment, texture
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
@@ -248,6 +248,7 @@ def test_memory_keeps_to_the_limit(height, width, limit):
         capture_output=True,
         text=True,
         check=False,
+        env=script_environment(),
     )
     assert done.returncode == 0, done.stderr
     taken = json.loads(done.stdout)

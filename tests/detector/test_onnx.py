@@ -170,7 +170,7 @@ def test_official_weights_give_reference_embeddings(tmp_path, reference_dir, cat
     assert export_onnx(encoder, path, DEFAULT_LEVELS, mean) <= 1e-6
     images = np.ascontiguousarray(reference["image_uint8"].transpose(0, 3, 1, 2))
     for size, ours in zip((64, 32), opened(path).run(None, {"images": images}), strict=True):
-        # As near as PyTorch comes to it (tests/test_encoder.py).
+        # As near as PyTorch comes to it (tests/encoders/test_patch_svdd.py).
         assert np.abs(ours - reference[f"emb{size}"]).max() <= 5e-7
 
 
