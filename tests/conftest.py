@@ -118,7 +118,7 @@ def category_folder(tmp_path):
 
 
 def script_environment(*folders, **variables):
-    """The environment of a process that runs a file of these tests; folders: to import from, too."""
+    """For a process that runs a file of these tests; folders: to import from as well."""
     path = [ROOT, ROOT / "tests", *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
 
