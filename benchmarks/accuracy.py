@@ -41,7 +41,7 @@ from patchsvdd_fast.encoders.levels import PatchLevel
 from patchsvdd_fast.files.folders import Category, find_categories
 from patchsvdd_fast.files.whole import written_whole
 from patchsvdd_fast.images.prepare import load_images, match_illumination, mean_colour, mean_image
-from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score import metrics
 from patchsvdd_fast.score.encoding import combinations_of, fill_banks, score_images
 from patchsvdd_fast.training.defect_check import DefectCheck, Quality

@@ -59,7 +59,7 @@ from patchsvdd_fast.images.prepare import (
     mean_image,
 )
 from patchsvdd_fast.images.sample_cloth import write_sample_category
-from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score.calibration import Calibration, _upper_quantiles, calibrate
 from patchsvdd_fast.score.encoding import combine, encode_images
 

@@ -48,7 +48,7 @@ from common import (
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, ScoreResult, nearest, ops
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.ops import reference
-from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score.encoding import encode_images, score_images
 
 IMAGE = 3_249  # K=32 patches of a 256x256 image

@@ -47,7 +47,7 @@ from patchsvdd_fast.encoders.patch_svdd import SMALL_PATCH
 from patchsvdd_fast.files.folders import Category, find_images
 from patchsvdd_fast.images.prepare import read_image
 from patchsvdd_fast.images.sample_cloth import write_sample_category
-from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score.calibration import calibrate
 
 SHAPE = (256, 256)

@@ -41,7 +41,7 @@ from common import (
     real_embeddings,
 )
 from patchsvdd_fast import NormalBank, nearest, ops
-from patchsvdd_fast.ops.runtime import describe
+from patchsvdd_fast.ops.backends import describe
 
 SLOW_QUERIES = 3_249  # queries given to peers that would take minutes
 

@@ -37,8 +37,8 @@ from common import commit
 from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.images.prepare import load_images, mean_image
 from patchsvdd_fast.images.sample_cloth import write_sample_category
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.ops.pair_protocol import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
-from patchsvdd_fast.ops.runtime import describe
 from patchsvdd_fast.training.losses import PositionClassifier, position_loss, svdd_loss
 from patchsvdd_fast.training.settings import training_settings
 from patchsvdd_fast.training.trainer import CROPS_PER_IMAGE, Trainer

@@ -9,8 +9,10 @@ from equality import assert_same
 from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
+from patchsvdd_fast.ops.checks import Groups
+from patchsvdd_fast.ops.gpu_bank import visit_tile
 from patchsvdd_fast.search import bank as bank_module
-from patchsvdd_fast.search import gpu_clusters as segments
+from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
 
 CPU = torch.device("cpu")
 
@@ -246,9 +248,9 @@ def test_clusters_give_the_canonical_answer(
     cuda_on_host.cuda.set_schedule(schedule)
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels(), ops.use_workspace_limit(limit):
-        arrays = segments.build_segments(bank, 5)
-        found = ops.search_segments(queries, arrays, *groups, 1, visits=visits)
-        tiles = -(-300 // ops.visit_tile(bank))
+        arrays = build_segments(bank, 5)
+        found = ops.search_segments(queries, arrays, Groups(*groups), visits)
+        tiles = -(-300 // visit_tile(bank))
     expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
     assert_same(found, expected, CPU)
     count = len(arrays.segment_clusters)
@@ -262,11 +264,11 @@ def test_clusters_give_the_canonical_answer(
 def test_clusters_of_difficult_values(on_cuda_kernels, change):
     queries, bank = change(torch.randn(40, 20), torch.randn(300, 20))
     with on_cuda_kernels():
-        arrays = segments.build_segments(bank, 5)
+        arrays = build_segments(bank, 5)
         if arrays is None:
             assert change is _too_large_to_screen
             return
-        found = ops.search_segments(queries, arrays, None, None, 1)
+        found = ops.search_segments(queries, arrays)
     expected = ops.nearest(queries, bank)
     assert_same(found, expected, CPU)
 
@@ -280,16 +282,17 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     queries, query_groups = bank[::2] + 0.01, groups[::2]
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels():
-        arrays = segments.segments_about(bank, centroids)
-        found = ops.search_segments(queries, arrays, query_groups, groups, 1, visits=visits)
-        tiles = -(-len(queries) // ops.visit_tile(bank))
+        arrays = segments_about(bank, centroids)
+        found = ops.search_segments(queries, arrays, Groups(query_groups, groups), visits)
+        tiles = -(-len(queries) // visit_tile(bank))
     assert_same(found, ops.nearest(queries, bank, exclude_same_group=(query_groups, groups)), CPU)
     assert 0 < int(visits) < 0.4 * tiles * len(arrays.segment_clusters)
 
     # Where a query may have no row at all, there is nothing to visit for it.
     visits.zero_()
     with on_cuda_kernels():
-        none = ops.search_segments(queries, arrays, query_groups * 0, groups * 0, 1, visits=visits)
+        groups = Groups(query_groups * 0, groups * 0)
+        none = ops.search_segments(queries, arrays, groups, visits)
     assert torch.isinf(none[0]).all()
     assert (none[1] == -1).all()
     assert int(visits) == 0
@@ -301,8 +304,8 @@ def test_clusters_of_equal_rows(on_cuda_kernels):
     bank = centroids.repeat_interleave(300, dim=0)
     queries = torch.cat([centroids, centroids + 0.1 * torch.randn(4, 20), torch.randn(30, 20)])
     with on_cuda_kernels():
-        arrays = segments.segments_about(bank, centroids)
-        found = ops.search_segments(queries, arrays, None, None, 1)
+        arrays = segments_about(bank, centroids)
+        found = ops.search_segments(queries, arrays)
     assert len(arrays.segment_clusters) == 8
     assert_same(found, ops.nearest(queries, bank), CPU)
 
@@ -311,9 +314,9 @@ def test_no_queries_of_a_clustered_bank(on_cuda_kernels):
     bank = torch.randn(300, 9)
     nothing = torch.empty(0, dtype=torch.int64)
     with on_cuda_kernels():
-        arrays = segments.build_segments(bank, 3)
+        arrays = build_segments(bank, 3)
         for groups in ((None, None), (nothing, torch.arange(300))):
-            distances, indices = ops.search_segments(torch.empty(0, 9), arrays, *groups, 1)
+            distances, indices = ops.search_segments(torch.empty(0, 9), arrays, Groups(*groups))
             assert distances.shape == indices.shape == (0,)
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from ..detector.evaluation import CategoryResult, evaluate_category, mask_of, write_json
 from ..detector.model_file import load_encoder, preparation_of
 from ..detector.patch_svdd import PatchSVDD
 from ..files.folders import Category, LabelledImage, find_categories
+from ..ops.backends import installed_version
 from ..report.entries import open_report, report_entry
 from ..score.image_result import ImageResult
 from .options import DeviceOption, ResizeOption, parse_resize, require_writable
@@ -73,7 +73,7 @@ def evaluate(
                 results.append(_evaluate_with_report(detector, category, folder))
     console.print(results_table(results))
     if json_path is not None:
-        write_json(results, json_path, version=__version__)
+        write_json(results, json_path, version=installed_version())
         console.print(f"wrote {json_path}", soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from ..detector.patch_svdd import PatchSVDD
 from ..files.folders import training_paths
 from ..files.sources import image_sources
 from ..files.whole import written_whole
-from ..ops import runtime
+from ..ops import backends
 from ..report.table import inner_path
 from ..report.text import shown
 from ..score.image_result import ImageResult
@@ -43,7 +43,7 @@ def info(
 ) -> None:
     """Versions, backends, instruction sets and GPU; or what a model file holds."""
     table = Table(show_header=False, box=None)
-    for name, value in (runtime.describe() if model is None else describe(model)).items():
+    for name, value in (backends.describe() if model is None else describe(model)).items():
         table.add_row(f"[bold]{name}[/]", Text(value))
     console.print(table)
 

@@ -14,7 +14,7 @@ from ..detector.model_file import load_encoder, preparation_of
 from ..detector.patch_svdd import PatchSVDD
 from ..encoders.levels import DEFAULT_LEVELS
 from ..images.prepare import ImageSize, parse_size
-from ..ops.devices import resolve_device
+from ..ops.backends import resolve_device
 from ..training.dense_pairs import smallest_crop
 from ..training.interrupts import Terminated
 from ..training.workers import joined_workers, local_device

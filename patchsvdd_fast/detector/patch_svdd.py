@@ -32,7 +32,7 @@ from ..images.prepare import (
     parse_size,
     prepare_image,
 )
-from ..ops.devices import resolve_device
+from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..score.encoding import ScoreResult, banks_of, combinations_of, encode_images, search_levels
 from ..score.image_result import ImageResult, image_results

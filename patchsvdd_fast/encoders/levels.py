@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ops.checks import check_patch, grid_shape
+
 
 @dataclass(frozen=True)
 class PatchLevel:
@@ -13,17 +15,14 @@ class PatchLevel:
     stride: int
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 1 <= self.stride <= self.size:
-            raise ValueError(f"a patch level needs 1 <= stride <= size, got {self}")
+        check_patch(self.size, self.stride)
 
     def grid_shape(self, height: int, width: int) -> tuple[int, int]:
-        """Rows I and columns J of patches that fit an image of `height` x `width` pixels."""
-        if height < self.size or width < self.size:
-            raise ValueError(
-                f"images must be at least {self.size}x{self.size} pixels for patches of that size, "
-                f"got {width}x{height} (width x height)"
-            )
-        return (height - self.size) // self.stride + 1, (width - self.size) // self.stride + 1
+        """Rows I and columns J of patches that fit an image of `height` x `width` pixels.
+
+        Raises ValueError for an image smaller than a patch.
+        """
+        return grid_shape(self.size, self.stride, height, width)
 
     def __str__(self) -> str:
         return f"K{self.size}"

@@ -1,12 +1,15 @@
-"""How torch ops reach the native kernels: registration, choice of backend, settings of searches."""
+"""What ops run on: registration, choice of kernels by device, settings of searches, versions."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import platform
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +45,30 @@ def backend_of(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
         )
     with torch.cuda.device(tensor.device):
         yield _native.cuda, torch.cuda.current_stream().cuda_stream
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device to run on; "auto" prefers a GPU that this build has kernels for.
+
+    Raises ValueError for a name that is none, and for a GPU that is not there.
+    """
+    if device == "auto":
+        usable = _native.cuda is not None and torch.cuda.is_available()
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}'
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch finds no GPU")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device!r}")
+    return resolved
+
+
+# --- settings of searches -------------------------------------------------------------------------
 
 
 def instruction_sets() -> list[str]:
@@ -117,6 +144,9 @@ def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
         ) from error
 
 
+# --- what a kernel is given -----------------------------------------------------------------------
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor, contiguous, or None. Bind it to a name before taking its pointer."""
     return None if tensor is None else tensor.contiguous()
@@ -125,3 +155,39 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 def pointer(tensor: Tensor | None) -> int:
     """Where the tensor's data lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def installed_version() -> str:
+    """The version of this package; "unknown" in a source tree that was never installed."""
+    try:
+        return importlib.metadata.version("patchsvdd-fast")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def describe() -> dict[str, str]:
+    """Versions, instruction sets and GPUs by topic, for `patchsvdd info` and for benchmarks."""
+    sets = instruction_sets()
+    if _native.cuda is None:
+        kernels = "none: built for the CPU only (reinstall with nvcc on PATH, PATCHSVDD_CUDA=ON)"
+    else:
+        kernels = f"built for architectures {_native.cuda_architectures}"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.version.cuda is None:
+        gpu = "not usable: this PyTorch is a CPU build"
+    else:
+        gpu = ", ".join(gpus) or "none found"
+    return {
+        "patchsvdd_fast": installed_version(),
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "NumPy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "CPU search": f"{sets[0]} (available: {', '.join(sets)})",
+        "threads": str(torch.get_num_threads()),
+        "CUDA kernels": kernels,
+        "GPU": gpu,
+    }

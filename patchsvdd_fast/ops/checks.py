@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from ..encoders.levels import PatchLevel
 from . import _native
-from .pair_protocol import PairKind
+from .pair_protocol import Draw, PairKind
 
 
 class DLPackArray(Protocol):
@@ -67,6 +66,26 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
+def check_patch(size: int, stride: int) -> None:
+    """Require `1 <= stride <= size`, in pixels."""
+    if size < 1 or not 1 <= stride <= size:
+        raise ValueError(f"patches need 1 <= stride <= size, got size {size} and stride {stride}")
+
+
+def grid_shape(size: int, stride: int, height: int, width: int) -> tuple[int, int]:
+    """Rows I and columns J of patches that fit an image of `height` x `width` pixels.
+
+    size, stride: pixels. Raises ValueError for an image smaller than a patch.
+    """
+    check_patch(size, stride)
+    if height < size or width < size:
+        raise ValueError(
+            f"images must be at least {size}x{size} pixels for patches of that size, "
+            f"got {width}x{height} (width x height)"
+        )
+    return (height - size) // stride + 1, (width - size) // stride + 1
+
+
 def check_finite_rows(name: str, tensor: Tensor) -> None:
     """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row.
 
@@ -116,26 +135,39 @@ def check_search_operands(queries: Tensor, bank: Tensor) -> None:
     check_same_device("queries", queries, "bank", bank)
 
 
-def check_groups(
-    queries: Tensor,
-    bank_rows: int,
-    query_groups: Tensor | None,
-    bank_groups: Tensor | None,
-    rows_per_group: int,
-) -> None:
-    """Require both or neither of int64 query_groups [Q] and bank_groups [M / rows_per_group]."""
-    if query_groups is None and bank_groups is None:
-        return
-    if query_groups is None or bank_groups is None:
-        raise ValueError("excluding a group needs the groups of the queries and of the bank")
-    for name, groups, count in (
-        ("query_groups", query_groups, queries.shape[0]),
-        ("bank_groups", bank_groups, -(-bank_rows // rows_per_group)),
-    ):
-        check_dtype(name, groups, torch.int64)
-        check_same_device(name, groups, "queries", queries)
-        if tuple(groups.shape) != (count,):
-            raise ValueError(f"{name} must have shape [{count}], got {list(groups.shape)}")
+class Groups(NamedTuple):
+    """The bank rows that a query may not match: those of its own group, such as its own image."""
+
+    of_queries: Tensor | None = None
+    """[Q] int64; None: any row will do."""
+    of_bank: Tensor | None = None
+    """[M / rows_per_group] int64: the group of row r is entry r // rows_per_group."""
+    rows_per_group: int = 1
+
+    def contiguous(self) -> Groups:
+        """The same, with contiguous tensors."""
+        if self.of_queries is None or self.of_bank is None:
+            return self
+        return Groups(self.of_queries.contiguous(), self.of_bank.contiguous(), self.rows_per_group)
+
+    def check(self, queries: Tensor, bank_rows: int) -> None:
+        """Require groups of all queries and of all bank rows, or of neither."""
+        if self.of_queries is None and self.of_bank is None:
+            return
+        if self.of_queries is None or self.of_bank is None:
+            raise ValueError("excluding a group needs the groups of the queries and of the bank")
+        for name, groups, count in (
+            ("query_groups", self.of_queries, queries.shape[0]),
+            ("bank_groups", self.of_bank, -(-bank_rows // self.rows_per_group)),
+        ):
+            check_dtype(name, groups, torch.int64)
+            check_same_device(name, groups, "queries", queries)
+            if tuple(groups.shape) != (count,):
+                raise ValueError(f"{name} must have shape [{count}], got {list(groups.shape)}")
+
+
+NO_GROUPS = Groups()
+"""A query may match any row."""
 
 
 def check_indices(name: str, indices: Tensor, count: int) -> None:
@@ -149,16 +181,9 @@ def check_indices(name: str, indices: Tensor, count: int) -> None:
         )
 
 
-def check_pairs(
-    images: Tensor,
-    image_of: Tensor,
-    size: int,
-    kind: str,
-    step: int,
-    redraw_clipped: bool,
-    first_pair: int,
-) -> None:
+def check_pairs(images: Tensor, image_of: Tensor, draw: Draw) -> None:
     """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; valid numbers."""
+    size, kind, _, step, redraw_clipped, first_pair = draw
     check_shape("image_of", image_of, "B")
     check_dtype("image_of", image_of, torch.int64)
     check_same_device("image_of", image_of, "images", images)
@@ -171,7 +196,7 @@ def check_pairs(
     smallest = {"position": 4, "neighbour": 32, "view": 1}  # smaller ones have no jitter to draw
     if size < smallest[kind]:
         raise ValueError(f"size must be at least {smallest[kind]} for {kind} pairs, got {size}")
-    PatchLevel(size, 1).grid_shape(height, width)  # refuses images smaller than a patch
+    grid_shape(size, 1, height, width)  # refuses images smaller than a patch
     if channels * size * size >= 2**32:
         raise ValueError(
             f"a patch must have fewer than 2^32 values, got size {size} with {channels} channels"

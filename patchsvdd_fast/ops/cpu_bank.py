@@ -1,12 +1,16 @@
-"""The arrays of a clustered bank, as the native search wants them."""
+"""A clustered bank on the CPU: its arrays, and the native calls that build it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, arange, bincount, float16, float32, int8, int32, int64
 
 from . import _native
+
+LANES = 16
+"""Rows per block and multiple of the projected coordinates, as in the native kernels."""
 
 MOST_CLUSTERS = 4096
 """Bounds the matrix of distances between centroids to 64 MiB."""
@@ -183,7 +187,7 @@ class ClusterArrays(NamedTuple):
             if name not in ("mean", "basis")
         }
         return _native.cpu.ClusteredBank(
-            projection=native_projection(self.mean, self.basis, stretch),
+            projection=_projection(self.mean, self.basis, stretch),
             rows=self.data.shape[0],
             clusters=self.centroids.shape[0],
             groups=self.codes.shape[1],
@@ -192,7 +196,56 @@ class ClusterArrays(NamedTuple):
         )
 
 
-def native_projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Projection:
+def project(
+    embeddings: Tensor,
+    mean: Tensor,
+    basis: Tensor,
+    stretch: float,
+    projected: Tensor,
+    errors: Tensor,
+) -> None:
+    """Fill in the projected rows [M, A] of embeddings [M, D], and bounds on their error [M].
+
+    mean [D], basis [D, A] (or [0, A]: only the mean is subtracted) and stretch: of the projection.
+    """
+    _native.cpu.project(
+        projection=_projection(mean, basis, stretch),
+        rows=len(embeddings),
+        data=embeddings.data_ptr(),
+        is_half=embeddings.dtype == float16,
+        projected=projected.data_ptr(),
+        errors=errors.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+
+
+def link_clusters(arrays: ClusterArrays) -> None:
+    """Fill in `centroid_tiles` and `gaps` from the centroids."""
+    _native.cpu.link_clusters(bank=arrays.native(1.0), context=torch.get_num_threads())
+
+
+def pack_clusters(
+    arrays: ClusterArrays, stretch: float, projected: Tensor, errors: Tensor, radii: Tensor
+) -> None:
+    """Fill in the codes and the bounds of the clusters.
+
+    projected [M, A], errors [M] as of `project`, radii [M]: each row's distance to its centroid.
+    """
+    _native.cpu.pack_clusters(
+        bank=arrays.native(stretch),
+        projected=projected.data_ptr(),
+        errors=errors.data_ptr(),
+        radii=radii.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the system can."""
+    _native.cpu.release_memory()
+
+
+def _projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Projection:
     """The struct of pointers to a mean [D] and a basis ([D, A], or [0, A]: none)."""
     return _native.cpu.Projection(
         dim=mean.shape[0],

@@ -1,12 +1,15 @@
-"""The arrays of a clustered bank on a GPU, as the native search wants them."""
+"""A clustered bank on a GPU: its arrays, and the native calls that build it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, float16
 
-from . import _native
+from . import _native, backends
+
+SEGMENT_ROWS = 256
+"""Most rows of a segment of a clustered bank on a GPU."""
 
 
 class SegmentArrays(NamedTuple):
@@ -59,3 +62,30 @@ class SegmentArrays(NamedTuple):
             is_half=self.data.dtype == float16,
             **{name: tensor.data_ptr() for name, tensor in self._asdict().items()},
         )
+
+
+def visit_tile(embeddings: Tensor) -> int:
+    """Queries that look at the same segments of a bank of embeddings [M, D] there."""
+    with backends.backend_of(embeddings) as (backend, _):
+        return as_cuda(backend).visit_tile(embeddings.shape[1])
+
+
+def padded_code_dim(embeddings: Tensor) -> int:
+    """Coordinates of the codes of embeddings [M, D] on a GPU, padding included."""
+    with backends.backend_of(embeddings) as (backend, _):
+        return as_cuda(backend).padded_dim(embeddings.shape[1])
+
+
+def encode_segments(arrays: SegmentArrays) -> None:
+    """Fill in the codes of a bank on a GPU, and what is known of them."""
+    with backends.backend_of(arrays.data) as (backend, context):
+        cuda = as_cuda(backend)
+        assert cuda.SEGMENT_ROWS == SEGMENT_ROWS
+        cuda.encode_segments(bank=arrays.native(cuda), context=context)
+
+
+def as_cuda(backend: Any) -> type[_native.Cuda]:
+    """The kernels of a GPU. Raises TypeError for those of the CPU, which have no segments."""
+    if backend is _native.cpu:
+        raise TypeError("a bank clustered for a GPU can only be searched there")
+    return backend

@@ -10,11 +10,26 @@ view pair has a colour shift per channel and noise per pixel of its own; neighbo
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 PairKind = Literal["position", "neighbour", "view"]
+
+
+class Draw(NamedTuple):
+    """Which pairs are drawn, besides the images they are from: the options of `ops.crop_pairs`."""
+
+    size: int
+    """K, the side of a patch in pixels."""
+    kind: PairKind
+    seed: int
+    step: int
+    redraw_clipped: bool = False
+    """Whether position pairs that would be clipped are drawn again, up to `MAX_REDRAWS` times."""
+    first_pair: int = 0
+    """Number in the whole batch of the first pair given."""
+
 
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
 """[8, 2]: the direction (down, right) that each position label stands for."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoders.levels import PatchLevel
 from . import _native, backends
 from .backends import define_op
 from .checks import (
@@ -18,9 +17,10 @@ from .checks import (
     check_pairs,
     check_same_device,
     check_shape,
+    grid_shape,
     like_input,
 )
-from .pair_protocol import COLOUR_SHIFT, MAX_REDRAWS, PIXEL_NOISE, PairKind
+from .pair_protocol import COLOUR_SHIFT, MAX_REDRAWS, PIXEL_NOISE, Draw, PairKind
 
 _PIXEL_TYPES = {
     torch.uint8: _native.PixelType.UINT8,
@@ -31,11 +31,6 @@ _COPY_DTYPES = (*_PIXEL_TYPES, torch.bfloat16, torch.float64)
 
 
 # --- extract_patches ------------------------------------------------------------------------------
-
-
-def _grid(images: Tensor, size: int, stride: int) -> tuple[int, int]:
-    height, width = images.shape[-2:]
-    return PatchLevel(size, stride).grid_shape(height, width)
 
 
 def _native_grid(
@@ -63,7 +58,7 @@ def _extract_patches_fake(
     images: Tensor, size: int, stride: int, mean: Tensor | None = None
 ) -> Tensor:
     _check_extract_patches(images, mean)
-    rows, columns = _grid(images, size, stride)
+    rows, columns = grid_shape(size, stride, *images.shape[-2:])
     shape = (images.shape[0], rows, columns, images.shape[1], size, size)
     return images.new_empty(shape, dtype=images.dtype if mean is None else torch.float32)
 
@@ -73,7 +68,7 @@ def _extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None
     images = images.contiguous()
     mean = None if mean is None else mean.contiguous()
     count, channels, height, width = images.shape
-    cells = _grid(images, size, stride)
+    cells = grid_shape(size, stride, height, width)
     with backends.backend_of(images) as (backend, context):
         backend.extract_patches(
             grid=_native_grid(count, channels, (height, width), cells, size, stride),
@@ -173,7 +168,7 @@ def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None 
 def _score_map_fake(distances: Tensor, size: int, stride: int, height: int, width: int) -> Tensor:
     check_shape("distances", distances, "N, I, J")
     check_dtype("distances", distances, torch.float32)
-    expected = PatchLevel(size, stride).grid_shape(height, width)
+    expected = grid_shape(size, stride, height, width)
     if tuple(distances.shape[1:]) != expected:
         raise ValueError(
             f"distances must have shape [N, {expected[0]}, {expected[1]}] for patches of {size} "
@@ -225,41 +220,25 @@ def score_map(
 
 
 def _crop_pairs_fake(
-    images: Tensor,
-    mean: Tensor,
-    image_of: Tensor,
-    size: int,
-    kind: str,
-    seed: int,
-    step: int,
-    redraw_clipped: bool = False,
-    first_pair: int = 0,
+    images: Tensor, mean: Tensor, image_of: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    draw = Draw(*options)
     _check_extract_patches(images, mean)
     check_dtype("images", images, torch.uint8)
-    check_pairs(images, image_of, size, kind, step, redraw_clipped, first_pair)
+    check_pairs(images, image_of, draw)
     pairs, channels = image_of.shape[0], images.shape[1]
     return (
-        mean.new_empty(2, pairs, channels, size, size),
+        mean.new_empty(2, pairs, channels, draw.size, draw.size),
         image_of.new_empty(2, pairs, 2),
         image_of.new_empty(pairs),
     )
 
 
 def _crop_pairs(
-    images: Tensor,
-    mean: Tensor,
-    image_of: Tensor,
-    size: int,
-    kind: str,
-    seed: int,
-    step: int,
-    redraw_clipped: bool = False,
-    first_pair: int = 0,
+    images: Tensor, mean: Tensor, image_of: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    patches, corners, labels = _crop_pairs_fake(
-        images, mean, image_of, size, kind, seed, step, redraw_clipped, first_pair
-    )
+    draw = Draw(*options)
+    patches, corners, labels = _crop_pairs_fake(images, mean, image_of, *draw)
     count, channels, height, width = images.shape
     if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
         check_indices("image_of", image_of, count)
@@ -271,12 +250,12 @@ def _crop_pairs(
             height=height,
             width=width,
             pairs=image_of.shape[0],
-            size=size,
-            kind=getattr(_native.PairKind, kind.upper()),
-            first_pair=first_pair,
-            max_redraws=MAX_REDRAWS if redraw_clipped else 0,
-            seed=seed % 2**64,
-            step=step,
+            size=draw.size,
+            kind=getattr(_native.PairKind, draw.kind.upper()),
+            first_pair=draw.first_pair,
+            max_redraws=MAX_REDRAWS if draw.redraw_clipped else 0,
+            seed=draw.seed % 2**64,
+            step=draw.step,
             colour_shift=COLOUR_SHIFT,
             pixel_noise=PIXEL_NOISE,
             pixels=images.data_ptr(),
@@ -309,7 +288,7 @@ def crop_pairs(
     redraw_clipped: bool = False,
     first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random pairs of patches to train on, after the protocol in `sampling`.
+    """Random pairs of patches to train on, after the protocol in `ops.pair_protocol`.
 
     images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
     that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32

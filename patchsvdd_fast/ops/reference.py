@@ -5,13 +5,14 @@ Clear rather than fast, and never used for scoring.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..encoders.levels import PatchLevel
-from .pair_protocol import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, PairKind
+from .pair_protocol import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, Draw
 
 _PARTIAL_SUMS = 16
 # What random numbers are for.
@@ -85,10 +86,10 @@ def _fma_square(difference: Tensor, addend: Tensor) -> Tensor:
 
 
 def dense_embeddings_patchwise(
-    encoder: torch.nn.Module, images: Tensor, level: PatchLevel
+    encoder: torch.nn.Module, images: Tensor, size: int, stride: int
 ) -> Tensor:
     """Embed every patch of the grid by itself: [N, 3, H, W] -> [N, I, J, D]."""
-    patches = extract_patches(images, level.size, level.stride)
+    patches = extract_patches(images, size, stride)
     with torch.no_grad():
         embeddings: Tensor = encoder(patches.flatten(0, 2))
     return embeddings.view(*patches.shape[:3], -1)
@@ -119,14 +120,14 @@ def crop_pairs(
     images: Tensor,
     mean: Tensor,
     image_of: Tensor,
-    size: int,
-    kind: PairKind,
-    seed: int,
-    step: int,
-    redraw_clipped: bool = False,
-    first_pair: int = 0,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of patches [2, B, C, K, K] in float64, corners [2, B, 2] and labels [B]."""
+    """Pairs of patches [2, B, C, K, K] in float64, corners [2, B, 2] and labels [B].
+
+    options: those of `ops.crop_pairs`, see `Draw`.
+    """
+    draw = Draw(*options)
+    size, seed = draw.size, draw.seed
     channels, height, width = mean.shape
     patches = torch.empty(2, len(image_of), channels, size, size, dtype=torch.float64)
     corners = torch.empty(2, len(image_of), 2, dtype=torch.int64)
@@ -134,14 +135,12 @@ def crop_pairs(
     row = -(-size // 4)  # counters per row of a patch
     quads = np.arange(channels * size * row)
     for b, image in enumerate(image_of.tolist()):
-        counter = (first_pair + b, step)
-        corners[:, b], labels[b] = place_pair(
-            kind, size, height, width, seed, counter, redraw_clipped
-        )
+        counter = (draw.first_pair + b, draw.step)
+        corners[:, b], labels[b] = _place_pair(draw, height, width, counter)
         for which, (top, left) in enumerate(corners[:, b].tolist()):
             window = (slice(None), slice(top, top + size), slice(left, left + size))
             patch = (images[image][window] - mean[window].double()) / 255
-            if kind != "neighbour":
+            if draw.kind != "neighbour":
                 what = (size << 3) + _SHIFTS + which
                 shift = torch.from_numpy(normals(philox(seed, np.arange(channels), what, *counter)))
                 what = (size << 3) + _NOISE + which
@@ -152,36 +151,31 @@ def crop_pairs(
     return patches, corners, labels
 
 
-def place_pair(
-    kind: PairKind,
-    size: int,
-    height: int,
-    width: int,
-    seed: int,
-    counter: tuple[int, int],
-    redraw_clipped: bool,
+def _place_pair(
+    draw: Draw, height: int, width: int, counter: tuple[int, int]
 ) -> tuple[Tensor, int]:
     """Corners [2, 2] of a pair of patches, and its label. counter: number of the pair, step."""
+    size, kind = draw.size, draw.kind
     limit = torch.tensor([height - size, width - size])
 
-    def draw(index: int, *counts: int) -> Tensor:
-        words = philox(seed, index, (size << 3) + _PLACES[kind], *counter)
+    def random(index: int, *counts: int) -> Tensor:
+        words = philox(draw.seed, index, (size << 3) + _PLACES[kind], *counter)
         return torch.tensor([int(words[i]) * count >> 32 for i, count in enumerate(counts)])
 
-    redraws = MAX_REDRAWS if redraw_clipped and kind == "position" else 0
+    redraws = MAX_REDRAWS if draw.redraw_clipped and kind == "position" else 0
     for redraw in range(1 + redraws):
         if kind == "neighbour":
             reach = size // 32
             side = 2 * reach + 1
-            top, left, cell = draw(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
+            top, left, cell = random(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
             cell += cell >= side**2 // 2  # passes over (0, 0)
             label, offset = 0, torch.tensor([cell // side - reach, cell % side - reach])
         elif kind == "view":
-            top, left = draw(0, height - size + 1, width - size + 1).tolist()
+            top, left = random(0, height - size + 1, width - size + 1).tolist()
             label, offset = 0, torch.zeros(2, dtype=torch.int64)
         else:
-            top, left = draw(2 * redraw, height - size + 1, width - size + 1).tolist()
-            label, *jitter = draw(2 * redraw + 1, 8, size // 4, size // 4).tolist()
+            top, left = random(2 * redraw, height - size + 1, width - size + 1).tolist()
+            label, *jitter = random(2 * redraw + 1, 8, size // 4, size // 4).tolist()
             offset = DIRECTIONS[label] * (3 * size // 4 + torch.tensor(jitter))
         first = torch.tensor([top, left])
         second = (first + offset).clamp(min=torch.zeros(2).long(), max=limit)

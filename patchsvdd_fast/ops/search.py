@@ -10,87 +10,90 @@ import torch
 from torch import Tensor
 
 from . import _native, backends
-from .backends import contiguous, define_op, new_workspace, pointer, search_method, workspace_limit
+from .backends import define_op, new_workspace, pointer, search_method, workspace_limit
 from .checks import (
+    NO_GROUPS,
     FloatArray,
+    Groups,
     IntArray,
     as_tensor,
     check_finite_rows,
-    check_groups,
     check_search_operands,
     like_input,
 )
 from .cpu_bank import ClusterArrays
-from .gpu_bank import SegmentArrays
+from .gpu_bank import SegmentArrays, as_cuda
 
+# The ops take the fields of `Groups` one by one, which their functions here put together again.
 _GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
+_FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64
 
-# --- nearest --------------------------------------------------------------------------------------
 
-
-def _nearest_fake(
-    queries: Tensor,
-    bank: Tensor,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
-    bank_is_finite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_search_operands(queries, bank)
-    check_groups(queries, bank.shape[0], query_groups, bank_groups, rows_per_group)
+def _results_of(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for distances [Q] and rows [Q]."""
     count = queries.shape[0]
     return queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
 
 
-def _nearest(
-    queries: Tensor,
-    bank: Tensor,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
-    bank_is_finite: bool = False,
+def _checked(queries: Tensor, bank: Tensor, *groups: Any) -> Groups:
+    """The groups of a search whose arguments fit together, else ValueError or TypeError."""
+    check_search_operands(queries, bank)
+    together = Groups(*groups)
+    together.check(queries, bank.shape[0])
+    return together.contiguous()
+
+
+# --- nearest: brute force -------------------------------------------------------------------------
+
+
+def _nearest_fake(
+    queries: Tensor, bank: Tensor, *groups: Any, bank_is_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _nearest_fake(queries, bank, query_groups, bank_groups, rows_per_group)
+    _checked(queries, bank, *groups)
+    return _results_of(queries)
+
+
+def _nearest(
+    queries: Tensor, bank: Tensor, *groups: Any, bank_is_finite: bool = False
+) -> tuple[Tensor, Tensor]:
+    together = _checked(queries, bank, *groups)
     check_finite_rows("queries", queries)
     if not bank_is_finite:
         check_finite_rows("bank", bank)
-    return _search_rows(queries, bank, query_groups, bank_groups, rows_per_group)
+    return _search_rows(queries, bank, together)
 
 
 def _search_rows(
     queries: Tensor,
     bank: Tensor,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    groups: Groups = NO_GROUPS,
 ) -> tuple[Tensor, Tensor]:
     """`_nearest` of checked arguments: looking for NaN on a GPU waits for it."""
-    count, rows = queries.shape[0], bank.shape[0]
-    distances, indices = queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
-    query_groups, bank_groups = contiguous(query_groups), contiguous(bank_groups)
+    distances, indices = _results_of(queries)
     queries, bank = queries.contiguous(), bank.contiguous()
+    rows, dim = bank.shape
     with backends.backend_of(queries) as (backend, context):
         method = getattr(_native.SearchMethod, search_method.get().upper())
         size = backend.nearest_workspace(
-            queries=count,
+            queries=len(queries),
             rows=rows,
-            dim=bank.shape[1],
+            dim=dim,
             method=method,
-            has_groups=query_groups is not None,
+            has_groups=groups.of_queries is not None,
             limit=workspace_limit.get(),
         )
         workspace = new_workspace(queries, size)
         backend.nearest(
-            queries=count,
+            queries=len(queries),
             bank_rows=rows,
-            dim=bank.shape[1],
+            dim=dim,
             query_data=queries.data_ptr(),
             bank_data=bank.data_ptr(),
             bank_is_half=bank.dtype == torch.float16,
             method=method,
-            query_groups=pointer(query_groups),
-            bank_groups=pointer(bank_groups),
-            rows_per_group=rows_per_group,
+            query_groups=pointer(groups.of_queries),
+            bank_groups=pointer(groups.of_bank),
+            rows_per_group=groups.rows_per_group,
             distances=distances.data_ptr(),
             indices=indices.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -101,8 +104,7 @@ def _search_rows(
 
 
 define_op(
-    f"nearest(Tensor queries, Tensor bank, {_GROUPS}, bool bank_is_finite=False)"
-    " -> (Tensor, Tensor)",
+    f"nearest(Tensor queries, Tensor bank, {_GROUPS}, *, bool bank_is_finite=False) -> {_FOUND}",
     _nearest,
     _nearest_fake,
 )
@@ -112,47 +114,44 @@ define_op(
 
 
 def _nearest_in_clusters_fake(
-    queries: Tensor,
-    bank: list[Tensor],
-    stretch: float,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    queries: Tensor, bank: list[Tensor], stretch: float, *groups: Any
 ) -> tuple[Tensor, Tensor]:
-    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
+    return _nearest_fake(queries, bank[0], *groups)
 
 
 def _nearest_in_clusters(
-    queries: Tensor,
-    bank: list[Tensor],
-    stretch: float,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    queries: Tensor, bank: list[Tensor], stretch: float, *groups: Any
 ) -> tuple[Tensor, Tensor]:
-    distances, indices = _nearest_in_clusters_fake(
-        queries, bank, stretch, query_groups, bank_groups, rows_per_group
-    )
+    together = _checked(queries, bank[0], *groups)
     check_finite_rows("queries", queries)
+    return search_clusters(queries, ClusterArrays(*bank), stretch, together)[:2]
+
+
+def search_clusters(
+    queries: Tensor, arrays: ClusterArrays, stretch: float, groups: Groups = NO_GROUPS
+) -> tuple[Tensor, Tensor, int]:
+    """The nearest rows to queries [Q, D], and how many rows were looked at in all.
+
+    Of checked arguments; groups: contiguous.
+    """
+    distances, indices = _results_of(queries)
     queries = queries.contiguous()
-    query_groups, bank_groups = contiguous(query_groups), contiguous(bank_groups)
-    _native.cpu.nearest_in_clusters(
-        bank=ClusterArrays(*bank).native(stretch),
-        queries=queries.shape[0],
+    looked_at = _native.cpu.nearest_in_clusters(
+        bank=arrays.native(stretch),
+        queries=len(queries),
         query_data=queries.data_ptr(),
-        query_groups=pointer(query_groups),
-        bank_groups=pointer(bank_groups),
-        rows_per_group=rows_per_group,
+        query_groups=pointer(groups.of_queries),
+        bank_groups=pointer(groups.of_bank),
+        rows_per_group=groups.rows_per_group,
         distances=distances.data_ptr(),
         indices=indices.data_ptr(),
         context=torch.get_num_threads(),
     )
-    return distances, indices
+    return distances, indices, looked_at
 
 
 define_op(
-    f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS})"
-    " -> (Tensor, Tensor)",
+    f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS}) -> {_FOUND}",
     _nearest_in_clusters,
     _nearest_in_clusters_fake,
     devices=("CPU",),
@@ -161,67 +160,28 @@ define_op(
 
 # --- nearest_in_segments: clusters on a GPU -------------------------------------------------------
 
-SEGMENT_ROWS = 256
-"""Most rows of a segment of a clustered bank on a GPU."""
-
-
-def visit_tile(embeddings: Tensor) -> int:
-    """Queries that look at the same segments of a bank of embeddings [M, D] there."""
-    with backends.backend_of(embeddings) as (backend, _):
-        return _as_cuda(backend).visit_tile(embeddings.shape[1])
-
-
-def padded_code_dim(embeddings: Tensor) -> int:
-    """Coordinates of the codes of embeddings [M, D] on a GPU, padding included."""
-    with backends.backend_of(embeddings) as (backend, _):
-        return _as_cuda(backend).padded_dim(embeddings.shape[1])
-
-
-def encode_segments(arrays: SegmentArrays) -> None:
-    """Fill in the codes of a bank on a GPU, and what is known of them."""
-    with backends.backend_of(arrays.data) as (backend, context):
-        cuda = _as_cuda(backend)
-        assert cuda.SEGMENT_ROWS == SEGMENT_ROWS
-        cuda.encode_segments(bank=arrays.native(cuda), context=context)
-
 
 def _nearest_in_segments_fake(
-    queries: Tensor,
-    bank: list[Tensor],
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    queries: Tensor, bank: list[Tensor], *groups: Any
 ) -> tuple[Tensor, Tensor]:
-    return _nearest_fake(queries, bank[0], query_groups, bank_groups, rows_per_group)
+    return _nearest_fake(queries, bank[0], *groups)
 
 
 def _nearest_in_segments(
-    queries: Tensor,
-    bank: list[Tensor],
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    queries: Tensor, bank: list[Tensor], *groups: Any
 ) -> tuple[Tensor, Tensor]:
-    _nearest_in_segments_fake(queries, bank, query_groups, bank_groups, rows_per_group)
+    together = _checked(queries, bank[0], *groups)
     check_finite_rows("queries", queries)
-    return search_segments(
-        queries.contiguous(),
-        SegmentArrays(*bank),
-        contiguous(query_groups),
-        contiguous(bank_groups),
-        rows_per_group,
-    )
+    return search_segments(queries, SegmentArrays(*bank), together)
 
 
 def search_segments(
     queries: Tensor,
     arrays: SegmentArrays,
-    query_groups: Tensor | None,
-    bank_groups: Tensor | None,
-    rows_per_group: int,
+    groups: Groups = NO_GROUPS,
     visits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The nearest rows to queries [Q, D]; arguments are contiguous and checked.
+    """The nearest rows to queries [Q, D]. Of checked arguments; groups: contiguous.
 
     visits: [1] int64, raised by the number of pairs of a tile of queries and a segment looked at.
     """
@@ -230,11 +190,11 @@ def search_segments(
     own, order = own.sort(stable=True)
     centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
     own_starts = torch.searchsorted(own, centroids)
-    sorted_queries = queries[order]
-    sorted_groups = None if query_groups is None else query_groups[order]
-    distances, indices = torch.empty_like(queries[:, 0]), torch.empty_like(own)
+    sorted_queries = queries[order].contiguous()
+    sorted_groups = None if groups.of_queries is None else groups.of_queries[order]
+    distances, indices = _results_of(queries)
     with backends.backend_of(queries) as (backend, context):
-        cuda = _as_cuda(backend)
+        cuda = as_cuda(backend)
         bank = arrays.native(cuda)
         limit = workspace_limit.get()
         size = cuda.nearest_in_segments_workspace(bank=bank, queries=len(queries), limit=limit)
@@ -246,8 +206,8 @@ def search_segments(
             own=own.data_ptr(),
             own_starts=own_starts.data_ptr(),
             query_groups=pointer(sorted_groups),
-            bank_groups=pointer(bank_groups),
-            rows_per_group=rows_per_group,
+            bank_groups=pointer(groups.of_bank),
+            rows_per_group=groups.rows_per_group,
             distances=distances.data_ptr(),
             indices=indices.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -261,14 +221,8 @@ def search_segments(
     )
 
 
-def _as_cuda(backend: Any) -> type[_native.Cuda]:
-    if backend is _native.cpu:
-        raise TypeError("a bank clustered for a GPU can only be searched there")
-    return backend
-
-
 define_op(
-    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_GROUPS}) -> (Tensor, Tensor)",
+    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_GROUPS}) -> {_FOUND}",
     _nearest_in_segments,
     _nearest_in_segments_fake,
 )
@@ -317,18 +271,15 @@ def nearest_in_bank(
     queries: Tensor,
     bank: Tensor | ClusterArrays | SegmentArrays,
     stretch: float = 1.0,
-    query_groups: Tensor | None = None,
-    bank_groups: Tensor | None = None,
-    rows_per_group: int = 1,
+    groups: Groups = NO_GROUPS,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in a plain bank or one made by `build_clusters` or `build_segments` (GPU).
+    """As `nearest`, in a plain bank [M, D], one clustered on the CPU, or one clustered on a GPU.
 
-    queries: [Q, D] float32. bank: finite, as whoever made it has checked. query_groups: [Q] int64;
-    bank_groups: int64, the group of row r is entry r // rows_per_group.
+    queries: [Q, D] float32. bank: finite, as whoever made it has checked. stretch: of the
+    projection in which a CPU's bank was clustered.
     """
     op = torch.ops.patchsvdd_fast
-    groups = (query_groups, bank_groups, rows_per_group)
     with _reporting(progress):
         if isinstance(bank, Tensor):
             return op.nearest(queries, bank, *groups, bank_is_finite=True)

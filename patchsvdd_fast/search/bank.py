@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.checks import (
+    NO_GROUPS,
     FloatArray,
+    Groups,
     IntArray,
     as_tensor,
     check_dtype,
@@ -20,7 +22,8 @@ from ..ops.checks import (
 )
 from ..ops.cpu_bank import ClusterArrays
 from ..ops.gpu_bank import SegmentArrays
-from .cpu_clusters import build_clusters, can_be_clustered, extend_clusters, link
+from .centroids import can_be_clustered
+from .cpu_clusters import build_clusters, extend_clusters, link
 from .gpu_clusters import build_segments, segments_about
 
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
@@ -127,7 +130,7 @@ class NormalBank:
                 f"got {list(given.shape)}"
             )
         shape = given.shape[:-1]
-        query_groups = None
+        groups = NO_GROUPS
         if exclude_same_group is not None:
             query_groups = as_tensor("exclude_same_group", exclude_same_group)
             if query_groups.shape != shape:
@@ -135,14 +138,12 @@ class NormalBank:
                     f"exclude_same_group must have shape {list(shape)} to match the queries, "
                     f"got {list(query_groups.shape)}"
                 )
-            query_groups = query_groups.reshape(-1)
+            groups = Groups(query_groups.reshape(-1), self._groups, self._rows_per_group)
         distances, rows = ops.nearest_in_bank(
             given.reshape(-1, self.dim),
             self._data if self._clusters is None else self._clusters,
             self._stretch,
-            query_groups,
-            None if query_groups is None else self._groups,
-            self._rows_per_group,
+            groups,
             progress,
         )
         return like_input(queries, distances.view(shape), rows.view(shape))

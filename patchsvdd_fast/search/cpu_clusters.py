@@ -13,37 +13,23 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import _native
-from ..ops.cpu_bank import MOST_CLUSTERS, ClusterArrays, native_projection
+from ..ops.checks import Groups
+from ..ops.cpu_bank import (
+    LANES,
+    MOST_CLUSTERS,
+    ClusterArrays,
+    link_clusters,
+    pack_clusters,
+    project,
+    release_memory,
+)
+from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
-LANES = 16
-"""Rows per block and multiple of the projected coordinates, as in the native kernels."""
-
-_SMALLEST = 4096  # rows; fewer are searched as fast without clusters
-_CLUSTERS_PER_ROOT = 0.8  # clusters per square root of rows; measured, the optimum is flat
-_MOST_CLUSTERS = 4096  # bounds the matrix of distances between centroids to 64 MiB
-_ITERATIONS = 6
-_SAMPLES_PER_CLUSTER = 128
 _COVARIANCE_SAMPLES = 32_768
 _VARIANCE_LEFT_OUT = 0.015
-_LARGEST = 1e15  # coordinates beyond might overflow when squared
-_MOST_DIMS = 4096
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
 _TRIAL_QUERIES = 256
 _WORTHWHILE = 0.25  # share of the bank a search may look at
-
-
-def default_clusters(rows: int) -> int:
-    """How many clusters suit a bank of that many rows; 0: none."""
-    if rows < _SMALLEST:
-        return 0
-    return min(_MOST_CLUSTERS, round(_CLUSTERS_PER_ROOT * math.sqrt(rows) / LANES) * LANES)
-
-
-def can_be_clustered(embeddings: Tensor) -> bool:
-    """Whether embeddings [M, D] are of a size and a range that the bounds are made for."""
-    low, high = embeddings.aminmax()
-    return embeddings.shape[1] <= _MOST_DIMS and max(-float(low), float(high)) <= _LARGEST
 
 
 def build_clusters(
@@ -66,7 +52,7 @@ def build_clusters(
     centroids = find_centroids(projected, wanted, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
-    _native.cpu.release_memory()
+    release_memory()
     if num_clusters is None and _share_looked_at(arrays, stretch, generator) > _WORTHWHILE:
         return None
     return arrays, stretch
@@ -90,7 +76,7 @@ def link(arrays: ClusterArrays) -> ClusterArrays:
     linked = arrays._replace(
         centroid_tiles=_floats(tiles, axes, LANES), gaps=_floats(count, tiles * LANES)
     )
-    _native.cpu.link_clusters(bank=linked.native(1.0), context=torch.get_num_threads())
+    link_clusters(linked)
     return linked
 
 
@@ -124,43 +110,8 @@ def _project(
     rows = embeddings.shape[0]
     projected = _floats(rows, basis.shape[1])
     errors = _floats(rows)
-    _native.cpu.project(
-        projection=native_projection(mean, basis, stretch),
-        rows=rows,
-        data=embeddings.data_ptr(),
-        is_half=embeddings.dtype == torch.float16,
-        projected=projected.data_ptr(),
-        errors=errors.data_ptr(),
-        context=torch.get_num_threads(),
-    )
+    project(embeddings, mean, basis, stretch, projected, errors)
     return projected, errors
-
-
-def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's k-means on a sample: centroids [C, A] float32, C <= wanted. Empty clusters go.
-
-    points: [M, A] float32 or float16, on any device.
-    """
-    rows, axes = points.shape
-    picked = torch.randperm(rows, generator=generator, device="cpu")[
-        : _SAMPLES_PER_CLUSTER * wanted
-    ]
-    sample = points[picked.to(points.device)].float()
-    centroids = sample[:wanted]
-    for _ in range(_ITERATIONS):
-        _, nearest = ops.nearest(sample, centroids)
-        counts = torch.bincount(nearest, minlength=len(centroids))
-        sums = torch.zeros(len(centroids), axes, dtype=torch.float64, device=points.device)
-        sums.index_add_(0, nearest, sample.double())
-        centroids = (sums / counts[:, None])[counts > 0].float()
-    return centroids
-
-
-def in_order_of_clusters(nearest: Tensor, radii: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows [M] by cluster, within one by radius, the lowest first on ties; rows per cluster [C]."""
-    by_radius = torch.argsort(radii, stable=True)
-    order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
-    return order, torch.bincount(nearest, minlength=count)
 
 
 def _pack(
@@ -203,13 +154,7 @@ def _pack(
             gaps=_floats(0),
         )
     )
-    _native.cpu.pack_clusters(
-        bank=arrays.native(stretch),
-        projected=projected.data_ptr(),
-        errors=errors.data_ptr(),
-        radii=radii.data_ptr(),
-        context=torch.get_num_threads(),
-    )
+    pack_clusters(arrays, stretch, projected, errors, radii)
     return arrays
 
 
@@ -217,23 +162,8 @@ def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Gen
     """Share of the bank that a search for one of its own rows, itself excluded, looks at."""
     rows = arrays.data.shape[0]
     picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator, device="cpu")
-    queries, own, all_rows = (
-        arrays.data[picked].float(),
-        arrays.ids[picked],
-        torch.arange(rows, device="cpu"),
-    )
-    distances, indices = _floats(_TRIAL_QUERIES), torch.empty_like(own)
-    looked_at = _native.cpu.nearest_in_clusters(
-        bank=arrays.native(stretch),
-        queries=_TRIAL_QUERIES,
-        query_data=queries.data_ptr(),
-        query_groups=own.data_ptr(),
-        bank_groups=all_rows.data_ptr(),
-        rows_per_group=1,
-        distances=distances.data_ptr(),
-        indices=indices.data_ptr(),
-        context=torch.get_num_threads(),
-    )
+    itself = Groups(arrays.ids[picked], torch.arange(rows, device="cpu"))
+    *_, looked_at = ops.search_clusters(arrays.data[picked].float(), arrays, stretch, itself)
     return looked_at / (rows * _TRIAL_QUERIES)
 
 

@@ -1,6 +1,6 @@
 """Clustering a bank on a GPU, for `csrc/cuda/nearest_in_segments.cu`.
 
-As in `clusters`, nothing here can change an answer.
+As in `cpu_clusters`, nothing here can change an answer.
 """
 
 from __future__ import annotations
@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.gpu_bank import SegmentArrays
-from .cpu_clusters import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
+from ..ops.checks import Groups
+from ..ops.gpu_bank import (
+    SEGMENT_ROWS,
+    SegmentArrays,
+    encode_segments,
+    padded_code_dim,
+    visit_tile,
+)
+from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
 _ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
 _TRIAL_RUNS = 8  # runs of neighbouring rows, as the patches of an image are
@@ -49,19 +56,19 @@ def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
     centroids, counts = centroids[used].contiguous(), counts[used]
 
     starts = counts.cumsum(0) - counts  # [C], first row of each cluster
-    per_cluster = -(-counts // ops.SEGMENT_ROWS)
+    per_cluster = -(-counts // SEGMENT_ROWS)
     first_segments = per_cluster.cumsum(0) - per_cluster
     count = int(per_cluster.sum())
     clusters = torch.repeat_interleave(torch.arange(len(counts), device=device), per_cluster)
     within = torch.arange(count, device=device) - first_segments[clusters]
     ends = starts.new_full((1,), rows)
-    segment_starts = torch.cat([starts[clusters] + ops.SEGMENT_ROWS * within, ends])
+    segment_starts = torch.cat([starts[clusters] + SEGMENT_ROWS * within, ends])
     sorted_radii = radii[order]
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    padded_rows, padded = count * ops.SEGMENT_ROWS, ops.padded_code_dim(embeddings)
+    padded_rows, padded = count * SEGMENT_ROWS, padded_code_dim(embeddings)
     arrays = SegmentArrays(
         data=embeddings[order],
         ids=order,
@@ -80,7 +87,7 @@ def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
         segment_norms=floats(count),
         segment_errors=floats(count),
     )
-    ops.encode_segments(arrays)
+    encode_segments(arrays)
     return arrays
 
 
@@ -125,7 +132,7 @@ def _share_looked_at(
     within = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
     picked = (firsts + within).flatten().to(device)
     visits = torch.zeros(1, dtype=torch.int64, device=device)
-    all_rows = torch.arange(rows, device=device)
-    ops.search_segments(embeddings[picked].float(), arrays, picked, all_rows, 1, visits=visits)
-    tiles = -(-len(picked) // ops.visit_tile(embeddings))
+    itself = Groups(picked, torch.arange(rows, device=device))
+    ops.search_segments(embeddings[picked].float(), arrays, itself, visits)
+    tiles = -(-len(picked) // visit_tile(embeddings))
     return int(visits) / (tiles * len(arrays.segment_clusters))

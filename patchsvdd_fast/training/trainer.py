@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from ..encoders.patch_svdd import INITIALIZATIONS, HierarchicalEncoder
 from ..encoders.precision import PRECISIONS, computing_in
 from ..files.store import below
-from ..ops import _native
+from ..ops import instruction_sets
 from .defect_check import Quality
 from .dense_pairs import DensePairs
 from .interrupts import delayed_interrupts, take_effect
@@ -536,7 +536,7 @@ def warn_of_collapse(when: str) -> None:
 
 def _memory_format(device: torch.device, mode: str) -> torch.memory_format:
     """The layout of convolutions that is fastest, as far as measured (ARCHITECTURE.md)."""
-    wide = any("avx512" in name for name in _native.cpu.instruction_sets())
+    wide = any("avx512" in name for name in instruction_sets())
     if device.type == "cpu" and mode != "faithful" and not wide:
         return torch.contiguous_format
     return torch.channels_last

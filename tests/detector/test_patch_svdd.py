@@ -19,7 +19,7 @@ from patchsvdd_fast.files import store
 from patchsvdd_fast.files.folders import Category
 from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import woven_cloth
-from patchsvdd_fast.ops.devices import resolve_device
+from patchsvdd_fast.ops.backends import resolve_device
 from patchsvdd_fast.score.encoding import combine, score_images
 from patchsvdd_fast.search.bank import NormalBank
 

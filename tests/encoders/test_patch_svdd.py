@@ -39,7 +39,7 @@ def test_dense_equals_patch_by_patch(levels, initialization):
     with torch.no_grad():
         dense = encoder.dense(images, levels)
     for level, embeddings in zip(levels, dense, strict=True):
-        patchwise = dense_embeddings_patchwise(encoder, images, level)
+        patchwise = dense_embeddings_patchwise(encoder, images, level.size, level.stride)
         assert embeddings.shape == (2, *level.grid_shape(*images.shape[-2:]), 16)
         # 0 where the convolution library sums in one order, 1e-6 where it picks several
         torch.testing.assert_close(embeddings, patchwise, rtol=0, atol=1e-6)
@@ -109,7 +109,7 @@ def test_official_checkpoint_dense_equals_patch_by_patch(reference_dir, category
     with torch.no_grad():
         dense = encoder.dense(images[:1])
     for level, ours in zip((PatchLevel(64, 16), PatchLevel(32, 4)), dense, strict=True):
-        patchwise = dense_embeddings_patchwise(encoder, images[:1], level)
+        patchwise = dense_embeddings_patchwise(encoder, images[:1], level.size, level.stride)
         torch.testing.assert_close(ours, patchwise, rtol=0, atol=1e-6)
 
 

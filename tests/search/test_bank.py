@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from patchsvdd_fast import NormalBank, nearest, ops
 from patchsvdd_fast.ops import reference
 from patchsvdd_fast.ops import search as search_ops
-from patchsvdd_fast.search.cpu_clusters import build_clusters, default_clusters
+from patchsvdd_fast.search.centroids import default_clusters
+from patchsvdd_fast.search.cpu_clusters import build_clusters
 
 KINDS = [
     *(

@@ -1,0 +1,58 @@
+"""Centroids about which a bank is clustered, for the CPU (`cpu_clusters`) and a GPU alike."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.cpu_bank import LANES, MOST_CLUSTERS
+
+_SMALLEST = 4096  # rows; fewer are searched as fast without clusters
+_CLUSTERS_PER_ROOT = 0.8  # clusters per square root of rows; measured, the optimum is flat
+_ITERATIONS = 6
+_SAMPLES_PER_CLUSTER = 128
+_LARGEST = 1e15  # coordinates beyond might overflow when squared
+_MOST_DIMS = 4096
+
+
+def default_clusters(rows: int) -> int:
+    """How many clusters suit a bank of that many rows; 0: none."""
+    if rows < _SMALLEST:
+        return 0
+    return min(MOST_CLUSTERS, round(_CLUSTERS_PER_ROOT * math.sqrt(rows) / LANES) * LANES)
+
+
+def can_be_clustered(embeddings: Tensor) -> bool:
+    """Whether embeddings [M, D] are of a size and a range that the bounds are made for."""
+    low, high = embeddings.aminmax()
+    return embeddings.shape[1] <= _MOST_DIMS and max(-float(low), float(high)) <= _LARGEST
+
+
+def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Lloyd's k-means on a sample: centroids [C, A] float32, C <= wanted. Empty clusters go.
+
+    points: [M, A] float32 or float16, on any device.
+    """
+    rows, axes = points.shape
+    picked = torch.randperm(rows, generator=generator, device="cpu")[
+        : _SAMPLES_PER_CLUSTER * wanted
+    ]
+    sample = points[picked.to(points.device)].float()
+    centroids = sample[:wanted]
+    for _ in range(_ITERATIONS):
+        _, nearest = ops.nearest(sample, centroids)
+        counts = torch.bincount(nearest, minlength=len(centroids))
+        sums = torch.zeros(len(centroids), axes, dtype=torch.float64, device=points.device)
+        sums.index_add_(0, nearest, sample.double())
+        centroids = (sums / counts[:, None])[counts > 0].float()
+    return centroids
+
+
+def in_order_of_clusters(nearest: Tensor, radii: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows [M] by cluster, within one by radius, the lowest first on ties; rows per cluster [C]."""
+    by_radius = torch.argsort(radii, stable=True)
+    order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
+    return order, torch.bincount(nearest, minlength=count)
