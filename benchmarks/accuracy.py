@@ -40,10 +40,12 @@ from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.encoders.levels import PatchLevel
 from patchsvdd_fast.files.folders import Category, find_categories
 from patchsvdd_fast.files.whole import written_whole
-from patchsvdd_fast.images.prepare import load_images, match_illumination, mean_colour, mean_image
+from patchsvdd_fast.images.light import match_illumination, mean_colour, mean_image
+from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score import metrics
-from patchsvdd_fast.score.encoding import combinations_of, fill_banks, score_images
+from patchsvdd_fast.score.encoding import fill_banks, score_images
+from patchsvdd_fast.score.maps import combinations_of
 from patchsvdd_fast.training.defect_check import DefectCheck, Quality
 from patchsvdd_fast.training.settings import training_settings
 from patchsvdd_fast.training.trainer import Trainer, TrainingStep

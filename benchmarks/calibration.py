@@ -51,17 +51,13 @@ from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, score_map
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.files.folders import Category, find_categories, find_images
 from patchsvdd_fast.files.whole import written_whole
-from patchsvdd_fast.images.prepare import (
-    MEANS,
-    load_images,
-    match_illumination,
-    mean_colour,
-    mean_image,
-)
+from patchsvdd_fast.images.light import MEANS, match_illumination, mean_colour, mean_image
+from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import write_sample_category
 from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score.calibration import Calibration, _upper_quantiles, calibrate
-from patchsvdd_fast.score.encoding import combine, encode_images
+from patchsvdd_fast.score.encoding import encode_images
+from patchsvdd_fast.score.maps import combine
 
 SHAPE = (256, 256)
 COMBINATION = "mult"

@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder
-from patchsvdd_fast.images.prepare import load_images, mean_image
+from patchsvdd_fast.images.light import mean_image
+from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import write_sample_category
 from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.ops.pair_protocol import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE

@@ -5,19 +5,31 @@ from patchsvdd_fast import PatchSVDD
 detector = PatchSVDD(epochs=10).fit("images/good")
 result = detector.score("images/new")
 result.image_scores, result.anomaly_map
+
+Each name is imported when it is first used: who wants the search alone does not load the detector.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .detector.patch_svdd import PatchSVDD
-from .encoders.levels import PatchLevel
-from .encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
-from .score.encoding import NormalBank, ScoreResult, nearest, score_map
+if TYPE_CHECKING:
+    from .detector.patch_svdd import PatchSVDD
+    from .encoders.levels import PatchLevel
+    from .encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
+    from .score import NormalBank, ScoreResult, nearest, score_map
 
-try:
-    __version__ = version("patchsvdd-fast")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "unknown"
+    __version__: str
+
+_HOMES = {
+    "HierarchicalEncoder": "encoders.patch_svdd",
+    "NormalBank": "score",
+    "PatchLevel": "encoders.levels",
+    "PatchSVDD": "detector.patch_svdd",
+    "ScoreResult": "score",
+    "load_official_checkpoint": "encoders.patch_svdd",
+    "nearest": "score",
+    "score_map": "score",
+}
 
 __all__ = [
     "HierarchicalEncoder",
@@ -30,3 +42,18 @@ __all__ = [
     "nearest",
     "score_map",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = import_module(f"{__name__}.ops.backends").installed_version()
+    elif name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

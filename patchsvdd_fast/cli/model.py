@@ -17,10 +17,11 @@ from ..files.folders import training_paths
 from ..files.sources import image_sources
 from ..files.whole import written_whole
 from ..ops import backends
-from ..report.table import inner_path
+from ..report.map_files import inner_path
+from ..report.side_by_side import side_by_side
 from ..report.text import shown
 from ..score.image_result import ImageResult
-from ..score.regions import Region, side_by_side
+from ..score.regions import Region
 from .options import (
     SOME_FAILED,
     DeviceOption,

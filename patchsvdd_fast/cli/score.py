@@ -19,15 +19,8 @@ from ..files.sources import Source, arriving_images, image_sources
 from ..images.drift import StreamDrift
 from ..report.entries import open_report, report_entry
 from ..report.heat_maps import write_heat_map
-from ..report.table import (
-    MAP_FORMATS,
-    TABLE_FORMATS,
-    Table,
-    inner_path,
-    require_parquet,
-    write_map,
-    write_parquet,
-)
+from ..report.map_files import MAP_FORMATS, inner_path, write_map
+from ..report.table import TABLE_FORMATS, Table, require_parquet, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult
 from ..score.regions import Region

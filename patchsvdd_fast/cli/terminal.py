@@ -17,9 +17,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..detector.evaluation import METRICS, CategoryResult, mean_result
+from ..detector.evaluation import CategoryResult, mean_result
 from ..detector.patch_svdd import PatchSVDD
 from ..report.text import shown
+from ..score.metrics import METRICS
 from ..training.trainer import TrainingStep
 
 console = Console()

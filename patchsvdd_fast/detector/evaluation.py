@@ -16,16 +16,10 @@ from ..files.folders import Category, LabelledImage
 from ..files.whole import written_whole
 from ..images.prepare import read_mask
 from ..score import metrics
-from ..score.encoding import combinations_of, combine
 from ..score.image_result import ImageResult
+from ..score.maps import combinations_of, combine
+from ..score.metrics import METRICS
 from .patch_svdd import PatchSVDD
-
-METRICS = {
-    "detection": "det. AUROC",
-    "segmentation": "seg. AUROC",
-    "aupro": "AUPRO",
-}
-"""Metrics by the key they have in results, with the name to show."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ..files import store
 from ..files.store import below, naming
 from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
-from ..images.prepare import MEANS, parse_size
+from ..images.light import MEANS
+from ..images.prepare import parse_size
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
 from ..training import settings as recipes

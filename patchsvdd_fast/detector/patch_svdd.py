@@ -19,23 +19,20 @@ from torch import Tensor
 from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
 from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
 from ..images.gallery import Gallery
+from ..images.light import ILLUMINATIONS, MEANS, match_illumination, mean_colour, mean_image
 from ..images.prepare import (
-    ILLUMINATIONS,
-    MEANS,
     ImageSet,
     PreparedImage,
     load_image_set,
-    match_illumination,
-    mean_colour,
-    mean_image,
     name_of,
     parse_size,
     prepare_image,
 )
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
-from ..score.encoding import ScoreResult, banks_of, combinations_of, encode_images, search_levels
+from ..score.encoding import banks_of, encode_images
 from ..score.image_result import ImageResult, image_results
+from ..score.maps import ScoreResult, combinations_of, search_levels
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..search.bank import NormalBank
@@ -220,7 +217,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                     return self
         self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
         # The mean image holds a part of each of these, as it does not of a new one.
-        self._fill_banks(loaded, among=len(images) if self.mean == "pixel" else None)
+        self._fill_banks(loaded, num_in_mean=len(images) if self.mean == "pixel" else None)
         self.record_ = record
         return self
 
@@ -243,12 +240,14 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """
         return self._encode(pixels)
 
-    def _encode(self, pixels: Tensor, among: int | None = None) -> list[Tensor]:
+    def _encode(self, pixels: Tensor, num_in_mean: int | None = None) -> list[Tensor]:
         matched = match_illumination(pixels, self.usual_light())
-        return encode_images(self.encoder_, matched, self._mean_for(pixels), self.levels, among)
+        return encode_images(
+            self.encoder_, matched, self._mean_for(pixels), self.levels, num_in_mean
+        )
 
-    def _fill_banks(self, images: ImageSet, among: int | None = None) -> None:
-        banks = banks_of(self.levels, self._encode(images.pixels, among), self.seed)
+    def _fill_banks(self, images: ImageSet, num_in_mean: int | None = None) -> None:
+        banks = banks_of(self.levels, self._encode(images.pixels, num_in_mean), self.seed)
         for level, bank in banks.items():
             if is_collapsed(bank.embeddings):
                 warn_of_collapse(f"at {level}")

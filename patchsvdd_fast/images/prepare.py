@@ -16,20 +16,6 @@ from ..files.folders import training_paths
 
 MASK_THRESHOLD = 128
 
-ILLUMINATIONS = ("as_is", "matched")
-"""Whether images are brought to the training images' light, see `match_illumination`."""
-
-MEANS = {
-    "pixel": "a mean image, of the others from training images",
-    "channel": "a mean of each channel",
-    "paper": "one mean image from all",
-}
-"""What is subtracted from images: their mean image, or one mean of each channel.
-
-The mean image holds a part of each training image and of a new one none. So with "pixel" the mean
-of the others is subtracted from a training image when it is embedded for the banks; with "paper"
-the mean of all, as in the paper's implementation.
-"""
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -165,58 +151,6 @@ def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
         batch[index] = image.pixels
     assert batch is not None
     return ImageSet(tuple(names), batch, tuple(sizes))
-
-
-def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
-    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32; of: see `MEANS`.
-
-    Raises ValueError for another kind of mean.
-    """
-    if of not in MEANS:
-        raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
-    if of == "channel":
-        return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
-    total = torch.zeros(images.shape[1:], dtype=torch.int64)
-    for image in images:
-        total += image
-    return (total.double() / len(images)).float()
-
-
-def mean_colour(images: Tensor) -> Tensor:
-    """The mean of each channel of uint8 images [N, C, H, W], as [C] float32."""
-    return mean_image(images).double().mean(dim=(1, 2)).float()
-
-
-def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
-    """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
-
-    So an image taken in brighter light, or light of another colour, becomes what it would have been
-    in the usual one, but for pixels at the end of their range. Factors are kept between 1/2 and 2:
-    beyond, it is not the light. With None the images stay as they are.
-    """
-    if colour is None:
-        return images
-    matched = torch.empty_like(images)
-    for number, image in enumerate(images):
-        # Channel by channel, for the memory.
-        for channel, usual, out in zip(image, colour, matched[number], strict=True):
-            own = channel.double().mean().clamp(min=1e-6)
-            factor = (usual.to(own) / own).clamp(0.5, 2)
-            out.copy_((channel * factor).round_().clamp_(0, 255))
-    return matched
-
-
-def normalize(images: Tensor, mean: Tensor, among: int | None = None) -> Tensor:
-    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
-
-    among: the images are among so many that `mean` is the mean image of. It holds a part of each of
-    them, and of a new image none; so from each the mean of the others is taken.
-    """
-    normalized = (images - mean) / 255
-    if among is not None:
-        # pixel - (among * mean - pixel) / (among - 1)
-        normalized *= among / (among - 1)
-    return normalized
 
 
 def _as_image(item: Any, name: str) -> Image.Image:

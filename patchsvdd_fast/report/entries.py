@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,22 +58,10 @@ def report_entry(
     )
 
 
-def _unique_name(detector: PatchSVDD, region: Region) -> str:
-    """The report keeps one picture per name, and a merged detector may have a name twice."""
-    names = () if detector.gallery_ is None else detector.gallery_.names
-    if names.count(region.match_name) > 1:
-        return f"{region.match_name} (image {region.match_image})"
-    return region.match_name
-
-
 def _finding(detector: PatchSVDD, region: Region) -> Finding:
-    return Finding(
-        box=(region.left, region.top, region.width, region.height),
-        peak=region.peak,
-        level=region.level,
-        distance=region.distance,
-        patch=region.patch,
-        match_name=_unique_name(detector, region),
-        match=region.match,
-        match_picture=detector.match_picture(region),
-    )
+    names = () if detector.gallery_ is None else detector.gallery_.names
+    picture = detector.match_picture(region)
+    if names.count(region.match_name) > 1:  # as in a merged detector: the report tells them apart
+        unique = f"{region.match_name} (image {region.match_image})"
+        region = replace(region, match_name=unique)
+    return Finding(region, picture)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import re
@@ -29,16 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..detector.evaluation import METRICS
 from ..files.whole import written_whole
+from ..score.metrics import METRICS
+from ..score.regions import Region
 from .charts import charts
-from .heat_maps import colour_scale
+from .pictures import heat_text, jpeg_text, outline_path, scale_text
 from .text import html_text, shown
-
-_JPEG_QUALITY = 80
-_HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more cost space and look no different
-_PALETTE = colour_scale(_HEAT_LEVELS).tobytes()
-_OPACITY = (255 * (0.1 + 0.9 * _HEAT_LEVELS)).round().astype(np.uint8).tobytes()
 
 Metrics = Mapping[str, Mapping[str, float | None]]
 """By combination ("K64", "K32", "sum", "mult"), then metric, in percent or None; see
@@ -47,24 +42,12 @@ Metrics = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One anomalous region and the normal patch most like it."""
+    """An anomalous region, and the training image that its nearest normal patch is from."""
 
-    box: tuple[int, int, int, int]
-    """Left, top, width, height in pixels of the anomaly map."""
-    peak: float
-    """Highest map value inside."""
-    level: str
-    """Which level raised the alarm: "K64" or "K32"."""
-    distance: float
-    """L2 distance of the patch to its nearest normal patch."""
-    patch: tuple[int, int, int]
-    """Left, top, size of the patch in pixels of the anomaly map."""
-    match_name: str
-    """Training image that the nearest normal patch comes from."""
-    match: tuple[int, int, int]
-    """Left, top, size of that patch, in pixels of `match_picture`."""
+    region: Region
+    """Its `match_name` tells the training images apart."""
     match_picture: Image.Image | None
-    """That training image, or None if it was not kept."""
+    """That image, as large as `region.match` counts its pixels; None if it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +142,12 @@ class ReportWriter:
         width, height = entry.picture.size
         payload = {
             "size": [width, height],
-            "picture": _jpeg(entry.picture, self._side),
-            "heat": _heat_png(entry.heat, self._side),
-            "mask": "" if entry.mask is None else _outline(entry.mask),
+            "picture": jpeg_text(entry.picture, self._side),
+            "heat": heat_text(entry.heat, self._side),
+            "mask": "" if entry.mask is None else outline_path(entry.mask),
             "notes": [shown(note) for note in entry.notes],
             "findings": [
-                {
-                    "box": [int(value) for value in finding.box],
-                    "peak": float(finding.peak),
-                    "level": shown(finding.level),
-                    "distance": float(finding.distance),
-                    "patch": [int(value) for value in finding.patch],
-                    "matchName": shown(finding.match_name),
-                    "match": [int(value) for value in finding.match],
-                    "matchPicture": self._match_number(finding),
-                }
+                _region_json(finding.region) | {"matchPicture": self._match_number(finding)}
                 for finding in entry.findings
             ],
         }
@@ -206,9 +180,9 @@ class ReportWriter:
 
     def _match_number(self, finding: Finding) -> int | None:
         """Under which number the training image lies in the page, which holds each once."""
-        name, picture = finding.match_name, finding.match_picture
+        name, picture = finding.region.match_name, finding.match_picture
         if name not in self._matches and picture is not None:
-            payload = {"size": list(picture.size), "picture": _jpeg(picture, self._side)}
+            payload = {"size": list(picture.size), "picture": jpeg_text(picture, self._side)}
             self._write(f"match-{len(self._matches)}", payload)
             self._matches[name] = len(self._matches)
         return self._matches.get(name)
@@ -239,7 +213,7 @@ class ReportWriter:
             ),
             "tables": "".join(_table(caption, rows) for caption, rows in tables.items()),
             "failures": _failures(self._failures),
-            "scale": _png(_heat_image(_HEAT_LEVELS[None])),
+            "scale": scale_text(),
             "index": _json(index),
         }
 
@@ -294,8 +268,8 @@ def _check(entry: ReportEntry) -> None:
             f"got {list(entry.mask.shape)}"
         )
     for finding in entry.findings:
-        _require_finite(f"peak of a finding in {where}", finding.peak)
-        _require_finite(f"distance of a finding in {where}", finding.distance)
+        _require_finite(f"peak of a finding in {where}", finding.region.peak)
+        _require_finite(f"distance of a finding in {where}", finding.region.distance)
 
 
 def _require_finite(name: str, value: float) -> None:
@@ -304,6 +278,19 @@ def _require_finite(name: str, value: float) -> None:
 
 
 # --- text -----------------------------------------------------------------------------------------
+
+
+def _region_json(region: Region) -> dict[str, Any]:
+    box = region.left, region.top, region.width, region.height
+    return {
+        "box": [int(value) for value in box],
+        "peak": float(region.peak),
+        "level": shown(region.level),
+        "distance": float(region.distance),
+        "patch": [int(value) for value in region.patch],
+        "matchName": shown(region.match_name),
+        "match": [int(value) for value in region.match],
+    }
 
 
 def _json(value: Any) -> str:
@@ -369,59 +356,6 @@ def _figures(entries: Sequence[_Entry], failed: int, threshold: float | None) ->
     if threshold is not None:
         figures["threshold"] = f"{threshold:.4g}"
     return figures
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-def _jpeg(picture: Image.Image, side: int) -> str:
-    small = picture.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    # Colour in full: patches are shown enlarged, and a stain may be all there is to see.
-    small.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _heat_png(heat: npt.NDArray[np.float32], side: int) -> str:
-    """Half as large as the picture: maps are smooth, a patch being much larger than two pixels."""
-    height, width = heat.shape
-    shrink = max(1.0, max(height, width) / max(1, side // 2))
-    size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
-    small = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return _png(_heat_image(np.asarray(small)))
-
-
-def _heat_image(heat: npt.NDArray[np.float32]) -> Image.Image:
-    """[H, W] in [0, 1] in colours; the hotter, the more opaque."""
-    image = Image.fromarray((heat * (len(_HEAT_LEVELS) - 1)).round().astype(np.uint8))
-    image.putpalette(_PALETTE)
-    image.info["transparency"] = _OPACITY
-    return image
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _outline(mask: npt.NDArray[np.bool_]) -> str:
-    """The border of a mask [H, W] as an SVG path of straight pieces, in pixels."""
-    padded = np.pad(mask, 1)
-    across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # [H + 1, W]: borders between rows
-    down = (padded[1:-1, 1:] != padded[1:-1, :-1]).T  # [W + 1, H]: between columns
-    pieces = [f"M{start} {y}h{length}" for y, start, length in _runs(across)]
-    pieces += [f"M{x} {start}v{length}" for x, start, length in _runs(down)]
-    return "".join(pieces)
-
-
-def _runs(lines: npt.NDArray[np.bool_]) -> list[tuple[int, int, int]]:
-    """(line, start, length) of each run of True in [lines, N]."""
-    steps = np.diff(np.pad(lines, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    line, start = np.nonzero(steps == 1)
-    _, end = np.nonzero(steps == -1)
-    return list(zip(line.tolist(), start.tolist(), (end - start).tolist(), strict=True))
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ Usable without the detector, with any embeddings::
 
 from ..ops import nearest, score_map
 from ..search.bank import NormalBank
-from .encoding import ScoreResult, combine, search_levels, use_encoding_limit
+from .encoding import use_encoding_limit
+from .maps import ScoreResult, combine, search_levels
 
 __all__ = [
     "NormalBank",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..search.bank import NormalBank
-from .encoding import search_levels
+from .maps import search_levels
 
 _COMBINED = "combined"
 _LEVEL = "level."

@@ -1,9 +1,4 @@
-"""Scoring: distances to the nearest normal patch, spread into anomaly maps, and combined.
-
-Usable without the detector, with any embeddings::
-
-    from patchsvdd_fast.score import NormalBank, nearest, score_map
-"""
+"""From images to the embeddings of all their patches, in bounded memory, and banks of these."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,23 +14,10 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..encoders.precision import computing_in
-from ..images.prepare import normalize
-from ..ops import nearest, score_map
+from ..images.light import normalize
 from ..ops.backends import byte_limit
 from ..search.bank import NormalBank
-
-__all__ = [
-    "NormalBank",
-    "ScoreResult",
-    "combine",
-    "encode_images",
-    "fill_banks",
-    "nearest",
-    "score_images",
-    "score_map",
-    "search_levels",
-    "use_encoding_limit",
-]
+from .maps import ScoreResult, search_levels
 
 _encoding_limit: ContextVar[int | None] = ContextVar("encoding_limit", default=None)
 # On a CPU few images at once leave more of a layer's input in the caches: measured, 2 of 256x256
@@ -59,78 +40,20 @@ def use_encoding_limit(num_bytes: int) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class ScoreResult:
-    """Scores of N images, from every patch to the whole image."""
-
-    combination: str
-    """How the levels' maps are joined: "mult", "sum", or one level, e.g. "K32"."""
-    level_maps: dict[str, Tensor]
-    """Per level ("K64", "K32"): anomaly map [N, H, W] float32."""
-    distances: dict[str, Tensor] = field(repr=False)
-    """Per level: L2 distance of each patch to its nearest normal patch, [N, I, J] float32."""
-    bank_rows: dict[str, Tensor] = field(repr=False)
-    """Per level: row of that normal patch in the bank, [N, I, J] int64."""
-    matches: dict[str, Tensor] = field(repr=False)
-    """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
-    and column in its grid of patches (times the level's stride: top and left in pixels)."""
-
-    def image(self, number: int) -> ScoreResult:
-        """The scores of one image alone, with N = 1; a copy, which does not keep all in memory."""
-        one = slice(number, number + 1)
-        parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
-        return ScoreResult(
-            self.combination,
-            *({name: t[one].clone() for name, t in part.items()} for part in parts),
-        )
-
-    def map(self, combination: str | None = None) -> Tensor:
-        """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
-        return combine(self.level_maps, combination or self.combination)
-
-    @property
-    def anomaly_map(self) -> Tensor:
-        """[N, H, W] float32; higher is more anomalous."""
-        return self.map()
-
-    @property
-    def image_scores(self) -> Tensor:
-        """[N] float32: the maximum of each anomaly map."""
-        return self.anomaly_map.amax(dim=(1, 2))
-
-
-def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
-    """Every way to turn the levels' maps into one: each alone, "sum" and "mult"."""
-    return [*(str(level) for level in levels), "sum", "mult"]
-
-
-def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
-    """Join the levels' maps [N, H, W]: their product ("mult"), sum ("sum"), or one by name."""
-    if combination in level_maps:
-        return level_maps[combination]
-    stacked = torch.stack(list(level_maps.values()))
-    if combination == "mult":
-        return stacked.prod(dim=0)
-    if combination == "sum":
-        return stacked.sum(dim=0)
-    raise ValueError(
-        f"combination must be one of {[*level_maps, 'sum', 'mult']}, got {combination!r}"
-    )
-
-
 @torch.no_grad()
 def encode_images(
     encoder: HierarchicalEncoder,
     images: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
-    among: int | None = None,
+    num_in_mean: int | None = None,
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
-    mean: [3, H, W] float32. among: as of `images.normalize`, for images that the mean is of. The
-    result lies on the encoder's device. Several images go through the encoder together, large ones
-    in tiles, in bounded memory (see `use_encoding_limit`): on a CPU the same embeddings to the bit.
+    mean: [3, H, W] float32. num_in_mean: N, if these images are among the N that the mean was taken
+    from, see `images.light.normalize`. The result lies on the encoder's device. Several images go
+    through the encoder together, large ones in tiles, in bounded memory (see `use_encoding_limit`):
+    on a CPU the same embeddings to the bit.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -139,7 +62,7 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
-    dense = partial(_dense, encoder, among)
+    dense = partial(_dense, encoder, num_in_mean)
     height, width = images.shape[-2:]
     shapes = [
         (len(images), *level.grid_shape(height, width), encoder.embedding_dim) for level in levels
@@ -196,7 +119,7 @@ def _encode_in_tiles(
 
 def _dense(
     encoder: HierarchicalEncoder,
-    among: int | None,
+    num_in_mean: int | None,
     images: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
@@ -207,7 +130,7 @@ def _dense(
     is that of one image and has no more than 20,480 values. So a small image is encoded twice.
     """
     count, _, height, width = images.shape
-    normalized = normalize(images.to(mean.device), mean, among)
+    normalized = normalize(images.to(mean.device), mean, num_in_mean)
     if count == 1 and height * width < _SMALL_IMAGE and mean.device.type == "cpu":
         normalized = normalized.repeat(2, 1, 1, 1)
     return [found[:count] for found in encoder.dense(normalized, levels)]
@@ -246,32 +169,3 @@ def score_images(
     """Score uint8 images [N, 3, H, W] against a bank per level; results lie on the CPU."""
     encoded = encode_images(encoder, images, mean, list(banks))
     return search_levels(banks, encoded, (images.shape[2], images.shape[3]), combination)
-
-
-def search_levels(
-    banks: Mapping[PatchLevel, NormalBank],
-    encoded: Sequence[Tensor],
-    image_shape: tuple[int, int],
-    combination: str = "mult",
-    groups: Tensor | None = None,
-) -> ScoreResult:
-    """Scores from embeddings, one [N, I, J, D] per level of the banks and in their order.
-
-    image_shape: (height, width) in pixels. groups: [N] int64; an image does not match rows of its
-    own group. Results lie on the CPU.
-    """
-    if combination not in combinations_of(list(banks)):
-        raise ValueError(
-            f"combination must be one of {combinations_of(list(banks))}, got {combination!r}"
-        )
-    maps, distances, rows, matches = {}, {}, {}, {}
-    for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
-        own = None
-        if groups is not None:
-            own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
-        found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
-        name = str(level)
-        maps[name] = score_map(found, level.size, level.stride, *image_shape).cpu()
-        distances[name], rows[name] = found.cpu(), row.cpu()
-        matches[name] = bank.source(row).cpu()
-    return ScoreResult(combination, maps, distances, rows, matches)

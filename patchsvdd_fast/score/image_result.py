@@ -13,7 +13,7 @@ from ..images.drift import image_statistics, unusual
 from ..images.gallery import Gallery
 from ..images.prepare import PreparedImage
 from .calibration import Calibration
-from .encoding import ScoreResult
+from .maps import ScoreResult
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,13 @@ from sklearn.metrics import roc_auc_score
 FloatArray = npt.NDArray[np.floating[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
+METRICS = {
+    "detection": "det. AUROC",
+    "segmentation": "seg. AUROC",
+    "aupro": "AUPRO",
+}
+"""Metrics by the key they have in results, with the name to show."""
+
 
 def detection_auroc(image_scores: FloatArray, is_anomalous: BoolArray) -> float:
     """Area under the ROC curve over images: scores [N], labels [N]; 0.5 is chance.

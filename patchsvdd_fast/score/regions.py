@@ -7,17 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ..encoders.levels import PatchLevel
 from .calibration import Calibration
-from .encoding import ScoreResult
-
-_PANEL = 256  # side of each part of a picture, in pixels
-_BORDER = 8
-_SMALLEST_MARK = 8  # side in pixels, of a small patch in a large image
-_MARK = (255, 40, 40)
+from .maps import ScoreResult
 
 
 @dataclass(frozen=True)
@@ -136,45 +130,3 @@ def _patch_at(
     window = distances[first[0] : last[0] + 1, first[1] : last[1] + 1]
     i, j = np.unravel_index(window.argmax(), window.shape)
     return first[0] + int(i), first[1] + int(j)
-
-
-def side_by_side(
-    image: Image.Image, region: Region, match_image: Image.Image | None
-) -> Image.Image:
-    """A picture of four parts: the image and its patch, the training image and its nearest patch.
-
-    Patches are marked in the images and enlarged beside them. image: as large as the anomaly map;
-    match_image: as large as the training images were when encoded. Without the latter the picture
-    has its first two parts alone.
-    """
-    parts = [*_with_patch(image, region.patch)]
-    if match_image is not None:
-        parts += _with_patch(match_image, region.match)
-    widths = [part.width for part in parts]
-    height = max(part.height for part in parts)
-    picture = Image.new(
-        "RGB", (sum(widths) + _BORDER * (len(parts) + 1), height + 2 * _BORDER), "white"
-    )
-    left = _BORDER
-    for part in parts:
-        picture.paste(part, (left, _BORDER))
-        left += part.width + _BORDER
-    return picture
-
-
-def _with_patch(image: Image.Image, patch: tuple[int, int, int]) -> tuple[Image.Image, Image.Image]:
-    """The whole image with the patch marked, and the patch, each at a panel's size."""
-    left, top, size = patch
-    scale = _PANEL / max(image.size)
-    whole = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    side = max(size * scale, _SMALLEST_MARK)
-    middle = (left + size / 2) * scale, (top + size / 2) * scale
-    first = [round(value - side / 2) for value in middle]
-    last = [round(value + side / 2) - 1 for value in middle]
-    draw = ImageDraw.Draw(whole)
-    draw.rectangle([*(v - 1 for v in first), *(v + 1 for v in last)], outline="black")
-    draw.rectangle([*first, *last], outline=_MARK, width=2)
-    enlarged = image.crop((left, top, left + size, top + size)).resize(
-        (_PANEL, _PANEL), Image.Resampling.NEAREST
-    )
-    return whole, enlarged

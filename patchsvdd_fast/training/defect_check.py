@@ -17,7 +17,7 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..images.drawn_defects import DEFECTS, Strength, draw_defects
-from ..images.prepare import match_illumination
+from ..images.light import match_illumination
 from ..score import metrics
 from ..score.encoding import fill_banks, score_images
 

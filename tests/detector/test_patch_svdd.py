@@ -20,7 +20,8 @@ from patchsvdd_fast.files.folders import Category
 from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import woven_cloth
 from patchsvdd_fast.ops.backends import resolve_device
-from patchsvdd_fast.score.encoding import combine, score_images
+from patchsvdd_fast.score.encoding import score_images
+from patchsvdd_fast.score.maps import combine
 from patchsvdd_fast.search.bank import NormalBank
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))

@@ -10,14 +10,11 @@ import torch
 from PIL import Image
 
 from patchsvdd_fast.files.folders import Category, find_categories, find_images, training_paths
+from patchsvdd_fast.images.light import match_illumination, mean_colour, mean_image, normalize
 from patchsvdd_fast.images.prepare import (
     load_image_set,
     load_images,
-    match_illumination,
-    mean_colour,
-    mean_image,
     name_of,
-    normalize,
     prepare_image,
     read_image,
     read_mask,
@@ -307,7 +304,7 @@ def test_mean_image_is_exact():
 
 def test_an_image_among_others_is_compared_with_the_mean_of_the_others():
     images = torch.randint(256, (5, 3, 5, 6), dtype=torch.uint8)
-    normalized = normalize(images, mean_image(images), among=5)
+    normalized = normalize(images, mean_image(images), num_in_mean=5)
     for number, found in enumerate(normalized):
         others = torch.cat([images[:number], images[number + 1 :]])
         expected = (images[number].double() - others.double().mean(dim=0)) / 255

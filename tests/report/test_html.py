@@ -19,10 +19,11 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast.report import charts as report_charts
-from patchsvdd_fast.report import html as html_report
 from patchsvdd_fast.report.heat_maps import colour_scale
 from patchsvdd_fast.report.html import Finding, ReportEntry, ReportWriter
+from patchsvdd_fast.report.pictures import heat_text, outline_path
 from patchsvdd_fast.report.text import shown
+from patchsvdd_fast.score.regions import Region
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 SIDE = 96
@@ -52,17 +53,19 @@ def _heat(side=SIDE):
 
 
 def _finding(**changes):
+    picture = changes.pop("match_picture", _picture(9))
+    left, top, width, height = changes.pop("box", (20, 30, 30, 25))
     values = {
-        "box": (20, 30, 30, 25),
+        "area": 500,
         "peak": 7.5,
         "level": "K32",
         "distance": 0.125,
         "patch": (16, 28, 32),
+        "match_image": 3,
         "match_name": "train/3.png",
         "match": (8, 40, 32),
-        "match_picture": _picture(9),
     }
-    return Finding(**{**values, **changes})
+    return Finding(Region(left, top, width, height, **{**values, **changes}), picture)
 
 
 def _entry(name="spot/0.png", **changes):
@@ -349,7 +352,7 @@ def _decoded(text):
 
 def test_heat_is_coloured_and_the_more_opaque_the_hotter():
     heat = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
-    image = _decoded(html_report._heat_png(heat, side=128)).convert("RGBA")
+    image = _decoded(heat_text(heat, side=128)).convert("RGBA")
     colours = np.asarray(image).astype(int)
     steps = abs(np.diff(colour_scale(np.linspace(0, 1, 49, dtype=np.float32)).astype(int), axis=0))
     assert (abs(colours[..., :3] - colour_scale(heat)) <= steps.max(axis=0)).all()
@@ -360,7 +363,7 @@ def test_heat_is_coloured_and_the_more_opaque_the_hotter():
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
 def test_outline_surrounds_the_mask(share):
     mask = np.random.default_rng(3).random((23, 31)) < share
-    path = html_report._outline(mask)
+    path = outline_path(mask)
     pieces = re.findall(r"M(\d+) (\d+)([hv])(\d+)", path)
     assert "".join("M{} {}{}{}".format(*piece) for piece in pieces) == path
     across, down = np.zeros((24, 31), bool), np.zeros((23, 32), bool)

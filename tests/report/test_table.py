@@ -24,16 +24,8 @@ from patchsvdd_fast.report.heat_maps import (
     scale_map,
     write_heat_map,
 )
-from patchsvdd_fast.report.table import (
-    COLUMNS,
-    MAP_UNIT,
-    Table,
-    inner_path,
-    map_unit,
-    require_parquet,
-    write_map,
-    write_parquet,
-)
+from patchsvdd_fast.report.map_files import MAP_UNIT, inner_path, map_unit, write_map
+from patchsvdd_fast.report.table import COLUMNS, Table, require_parquet, write_parquet
 from patchsvdd_fast.score.calibration import Calibration
 
 SUFFIXES = ("csv", "jsonl")

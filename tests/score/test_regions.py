@@ -11,16 +11,11 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast import PatchLevel, PatchSVDD
-from patchsvdd_fast.images.prepare import match_illumination, normalize
+from patchsvdd_fast.images.light import match_illumination, normalize
+from patchsvdd_fast.report.side_by_side import side_by_side
 from patchsvdd_fast.score import ScoreResult
 from patchsvdd_fast.score.calibration import Calibration
-from patchsvdd_fast.score.regions import (
-    Region,
-    _patch_at,
-    find_regions,
-    highest_place,
-    side_by_side,
-)
+from patchsvdd_fast.score.regions import Region, _patch_at, find_regions, highest_place
 
 SIDE = 96
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))

@@ -9,7 +9,7 @@ import torch
 from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.images.drawn_defects import DEFECTS, Strength, draw_defects
-from patchsvdd_fast.images.prepare import mean_colour, mean_image
+from patchsvdd_fast.images.light import mean_colour, mean_image
 from patchsvdd_fast.training.defect_check import DefectCheck, Quality
 from patchsvdd_fast.training.settings import training_settings
 from patchsvdd_fast.training.trainer import Trainer

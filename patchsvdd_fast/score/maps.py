@@ -1,0 +1,101 @@
+"""Distances to the nearest normal patch, spread into anomaly maps, and combined over levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..encoders.levels import PatchLevel
+from ..ops import score_map
+from ..search.bank import NormalBank
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of N images, from every patch to the whole image."""
+
+    combination: str
+    """How the levels' maps are joined: "mult", "sum", or one level, e.g. "K32"."""
+    level_maps: dict[str, Tensor]
+    """Per level ("K64", "K32"): anomaly map [N, H, W] float32."""
+    distances: dict[str, Tensor] = field(repr=False)
+    """Per level: L2 distance of each patch to its nearest normal patch, [N, I, J] float32."""
+    bank_rows: dict[str, Tensor] = field(repr=False)
+    """Per level: row of that normal patch in the bank, [N, I, J] int64."""
+    matches: dict[str, Tensor] = field(repr=False)
+    """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
+    and column in its grid of patches (times the level's stride: top and left in pixels)."""
+
+    def image(self, number: int) -> ScoreResult:
+        """The scores of one image alone, with N = 1; a copy, which does not keep all in memory."""
+        one = slice(number, number + 1)
+        parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
+        return ScoreResult(
+            self.combination,
+            *({name: t[one].clone() for name, t in part.items()} for part in parts),
+        )
+
+    def map(self, combination: str | None = None) -> Tensor:
+        """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
+        return combine(self.level_maps, combination or self.combination)
+
+    @property
+    def anomaly_map(self) -> Tensor:
+        """[N, H, W] float32; higher is more anomalous."""
+        return self.map()
+
+    @property
+    def image_scores(self) -> Tensor:
+        """[N] float32: the maximum of each anomaly map."""
+        return self.anomaly_map.amax(dim=(1, 2))
+
+
+def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
+    """Every way to turn the levels' maps into one: each alone, "sum" and "mult"."""
+    return [*(str(level) for level in levels), "sum", "mult"]
+
+
+def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
+    """Join the levels' maps [N, H, W]: their product ("mult"), sum ("sum"), or one by name."""
+    if combination in level_maps:
+        return level_maps[combination]
+    stacked = torch.stack(list(level_maps.values()))
+    if combination == "mult":
+        return stacked.prod(dim=0)
+    if combination == "sum":
+        return stacked.sum(dim=0)
+    raise ValueError(
+        f"combination must be one of {[*level_maps, 'sum', 'mult']}, got {combination!r}"
+    )
+
+
+def search_levels(
+    banks: Mapping[PatchLevel, NormalBank],
+    encoded: Sequence[Tensor],
+    image_shape: tuple[int, int],
+    combination: str = "mult",
+    groups: Tensor | None = None,
+) -> ScoreResult:
+    """Scores from embeddings, one [N, I, J, D] per level of the banks and in their order.
+
+    image_shape: (height, width) in pixels. groups: [N] int64; an image does not match rows of its
+    own group. Results lie on the CPU.
+    """
+    if combination not in combinations_of(list(banks)):
+        raise ValueError(
+            f"combination must be one of {combinations_of(list(banks))}, got {combination!r}"
+        )
+    maps, distances, rows, matches = {}, {}, {}, {}
+    for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
+        own = None
+        if groups is not None:
+            own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
+        found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
+        name = str(level)
+        maps[name] = score_map(found, level.size, level.stride, *image_shape).cpu()
+        distances[name], rows[name] = found.cpu(), row.cpu()
+        matches[name] = bank.source(row).cpu()
+    return ScoreResult(combination, maps, distances, rows, matches)
