@@ -46,9 +46,10 @@ from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score import metrics
 from patchsvdd_fast.score.encoding import fill_banks, score_images
 from patchsvdd_fast.score.maps import combinations_of
-from patchsvdd_fast.training.defect_check import DefectCheck, Quality
+from patchsvdd_fast.training.defect_check import DefectCheck
+from patchsvdd_fast.training.record import Quality, TrainingStep
 from patchsvdd_fast.training.settings import training_settings
-from patchsvdd_fast.training.trainer import Trainer, TrainingStep
+from patchsvdd_fast.training.trainer import Trainer
 
 SIDE = (256, 256)
 LEVELS = (PatchLevel(64, stride=16), PatchLevel(32, stride=8))

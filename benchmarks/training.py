@@ -40,9 +40,9 @@ from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import write_sample_category
 from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.ops.pair_protocol import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
-from patchsvdd_fast.training.losses import PositionClassifier, position_loss, svdd_loss
-from patchsvdd_fast.training.settings import training_settings
-from patchsvdd_fast.training.trainer import CROPS_PER_IMAGE, Trainer
+from patchsvdd_fast.training.objectives import PositionClassifier, position_loss, svdd_loss
+from patchsvdd_fast.training.settings import CROPS_PER_IMAGE, training_settings
+from patchsvdd_fast.training.trainer import Trainer
 
 SIZES = (64, 32)
 WORKERS = 2

@@ -1,6 +1,16 @@
-"""`python -m patchsvdd_fast` is the `patchsvdd` command."""
+"""The `patchsvdd` command, also as `python -m patchsvdd_fast`."""
 
-from .cli.app import main
+import sys
+
+
+def main() -> None:
+    """Run the command; Ctrl-C is no traceback, not even while it is being loaded."""
+    try:
+        from .cli.app import main as run
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    run()
+
 
 if __name__ == "__main__":
     main()

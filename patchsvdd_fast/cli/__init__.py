@@ -1,1 +1,1 @@
-"""The commands of `patchsvdd`, one module for each kind; `cli` puts them together."""
+"""The commands of `patchsvdd`, one module for each kind; `app` puts them together."""

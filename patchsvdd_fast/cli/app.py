@@ -1,4 +1,8 @@
-"""The `patchsvdd` command; what its commands do is in `commands`."""
+"""The `patchsvdd` command: its commands put together, and how it ends.
+
+Neither this module nor those of the commands import PyTorch: that is left to the commands'
+functions, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ import typer
 from PIL import Image
 
 from . import demo, evaluate, model, score, train
+from .options import INTERRUPTED, TERMINATED
 from .terminal import errors, print_error, print_warning
 
-INTERRUPTED = 130  # exit status after Ctrl-C, by the shell's convention
 _USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's, which --max-pixels changes
 
 app = typer.Typer(
@@ -72,7 +76,7 @@ def main() -> None:
         _fail(error.format_message(), status=2)
     if status == INTERRUPTED:
         errors.print("[bold red]interrupted[/]")
-    if status == train.TERMINATED:
+    if status == TERMINATED:
         errors.print("[bold red]terminated[/]")
     sys.exit(status or 0)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..detector.evaluation import CategoryResult, evaluate_category
-from ..detector.patch_svdd import PatchSVDD
-from ..files.folders import Category, LabelledImage
-from ..images.sample_cloth import write_sample_category
-from ..report.heat_maps import write_heat_map
-from ..score.image_result import ImageResult
-from .options import DeviceOption
+from .options import DeviceOption, loading
 from .terminal import console, fit_with_progress, results_table
+
+if TYPE_CHECKING:
+    from ..detector.evaluation import CategoryResult
+    from ..detector.patch_svdd import PatchSVDD
+    from ..files.folders import Category, LabelledImage
+    from ..score.image_result import ImageResult
 
 STEPS = 60
 
@@ -30,8 +30,13 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
+    with loading():
+        from ..detector.patch_svdd import PatchSVDD
+        from ..images import sample_cloth
+        from ..report.heat_maps import write_heat_map
+
     console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
-    category = write_sample_category(output / "sample", seed=seed)
+    category = sample_cloth.write_sample_category(output / "sample", seed=seed)
     detector = _detector(steps, seed, device)
     untrained = PatchSVDD(**detector.get_params())
     untrained.fit(category.root, encoder=untrained.untrained_encoder())
@@ -61,11 +66,15 @@ def _result(
     name: str,
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
 ) -> CategoryResult:
+    from ..detector.evaluation import evaluate_category
+
     return replace(evaluate_category(detector, category, on_result), category=name)
 
 
 def _detector(steps: int, seed: int, device: str) -> PatchSVDD:
     """A detector set to learn within minutes: not the paper's protocol, which takes a day."""
+    from ..detector.patch_svdd import PatchSVDD
+
     return PatchSVDD(
         steps=steps,
         batch_size=32,

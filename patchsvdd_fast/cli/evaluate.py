@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..detector.evaluation import CategoryResult, evaluate_category, mask_of, write_json
-from ..detector.model_file import load_encoder, preparation_of
-from ..detector.patch_svdd import PatchSVDD
-from ..files.folders import Category, LabelledImage, find_categories
-from ..ops.backends import installed_version
-from ..report.entries import open_report, report_entry
-from ..score.image_result import ImageResult
-from .options import DeviceOption, ResizeOption, parse_resize, require_writable
+from .options import DeviceOption, ResizeOption, loading, parse_resize, require_writable
 from .terminal import console, results_table
+
+if TYPE_CHECKING:
+    from ..detector.evaluation import CategoryResult
+    from ..detector.patch_svdd import PatchSVDD
+    from ..files.folders import Category, LabelledImage
+    from ..score.image_result import ImageResult
 
 
 def evaluate(
@@ -49,6 +48,13 @@ def evaluate(
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
     if json_path is not None:
         require_writable(json_path, "--json")
+    with loading():
+        from ..detector.evaluation import evaluate_category, write_json
+        from ..detector.model_file import load_encoder, preparation_of
+        from ..detector.patch_svdd import PatchSVDD
+        from ..files.folders import find_categories
+        from ..ops.backends import installed_version
+
     categories = find_categories(data)
     results = []
     for category in categories:
@@ -78,6 +84,9 @@ def evaluate(
 
 
 def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path) -> CategoryResult:
+    from ..detector.evaluation import evaluate_category, mask_of
+    from ..report.entries import open_report, report_entry
+
     threshold = detector.threshold_or_none()
     with open_report(folder, detector, threshold, title=category.name) as page:
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..detector.model_file import describe
-from ..detector.onnx import export_detector
-from ..detector.patch_svdd import PatchSVDD
-from ..files.folders import training_paths
-from ..files.sources import image_sources
-from ..files.whole import written_whole
-from ..ops import backends
-from ..report.map_files import inner_path
-from ..report.side_by_side import side_by_side
 from ..report.text import shown
-from ..score.image_result import ImageResult
-from ..score.regions import Region
 from .options import (
     SOME_FAILED,
     DeviceOption,
     ImagesArgument,
     ModelArgument,
     RateOption,
+    loading,
     require_writable,
     threshold_in_words,
 )
-from .source_stream import scored_sources
 from .terminal import console, print_error
+
+if TYPE_CHECKING:
+    from ..files.sources import Source
+    from ..score.image_result import ImageResult
+    from ..score.regions import Region
 
 _MOST_PICTURES = 20  # of an image: a map above the threshold everywhere may fall into hundreds
 
@@ -43,8 +37,14 @@ def info(
     ] = None,
 ) -> None:
     """Versions, backends, instruction sets and GPU; or what a model file holds."""
+    with loading():
+        from ..ops.backends import describe
+
+        if model is not None:
+            from ..detector.model_file import describe as describe_model
+
     table = Table(show_header=False, box=None)
-    for name, value in (backends.describe() if model is None else describe(model)).items():
+    for name, value in (describe() if model is None else describe_model(model)).items():
         table.add_row(f"[bold]{name}[/]", Text(value))
     console.print(table)
 
@@ -81,6 +81,9 @@ def update(
         raise typer.BadParameter("give at least one of --replace, --remove, --add and --merge")
     output = output or model
     require_writable(output)
+    with loading():
+        from ..detector.patch_svdd import PatchSVDD
+
     detector = PatchSVDD.load(model, device=device)
     before = detector.num_images
     if replace is not None:
@@ -98,6 +101,8 @@ def update(
 
 
 def _all_images(given: list[Path]) -> list[Path]:
+    from ..files.folders import training_paths
+
     return [
         image for path in given for image in (training_paths(path) if path.is_dir() else [path])
     ]
@@ -116,22 +121,31 @@ def explain(
 
     Of an image that is not anomalous, the place with the highest score.
     """
+    with loading():
+        from ..detector.patch_svdd import PatchSVDD
+        from ..files.sources import image_sources
+        from ..files.whole import written_whole
+        from ..report.map_files import inner_path
+        from ..report.side_by_side import side_by_side
+
     detector = PatchSVDD.load(model, device=device)
     failed = 0
 
-    def note_failure(_: Path, error: Exception) -> None:
+    def note_failure(_: Source, error: Exception) -> None:
         nonlocal failed
         failed += 1
         print_error(str(error))
 
     sources = image_sources(images, sys.stdin)
-    with scored_sources(detector, sources, false_alarm_rate, note_failure) as stream:
-        for source, result in stream:
-            regions = detector.explain(result, false_alarm_rate)
+    with detector.score_stream(
+        sources, false_alarm_rate=false_alarm_rate, on_error=note_failure
+    ) as stream:
+        for result in stream:
+            regions = detector.explain(result)
             _print(f"{result.name}: {_verdict(result)}")
             shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
             for number, region in enumerate(shown_regions, start=1):
-                path = output / inner_path(source.inner, f"-{number}.png")
+                path = output / inner_path(result.source.inner, f"-{number}.png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture = side_by_side(result.picture, region, detector.match_picture(region))
                 with written_whole(path) as partial:
@@ -169,6 +183,10 @@ def export(
 ) -> None:
     """Write the encoder as an ONNX model, checked with onnxruntime where that is installed."""
     require_writable(output)
+    with loading():
+        from ..detector.onnx import export_detector
+        from ..detector.patch_svdd import PatchSVDD
+
     difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
     checked = "not checked: onnxruntime is not installed"
     if difference is not None:

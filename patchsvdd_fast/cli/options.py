@@ -1,13 +1,28 @@
-"""Options that several commands have, and what their values mean."""
+"""Options that several commands have, and what their values mean; imports nothing that is slow."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..detector.patch_svdd import PatchSVDD
+if TYPE_CHECKING:
+    from ..detector.patch_svdd import PatchSVDD
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, by the shell's convention."""
+TERMINATED = 143
+"""Exit status after SIGTERM, likewise."""
+SOME_FAILED = 3
+"""Exit status when images could not be read, and all others were scored."""
+
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
 ResizeOption = Annotated[
@@ -30,9 +45,6 @@ RateOption = Annotated[
         "(--contamination), or the least that the number of training images can promise."
     ),
 ]
-SOME_FAILED = 3
-"""Exit status when images could not be read, and all others were scored."""
-
 ImagesArgument = Annotated[
     list[str],
     typer.Argument(
@@ -40,6 +52,29 @@ ImagesArgument = Annotated[
     ),
 ]
 ModelArgument = Annotated[Path, typer.Argument(help="Model file written by `patchsvdd train`.")]
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Within the context Ctrl-C ends the process at once: for the imports of a command.
+
+    PyTorch takes a second to import, in which an interruption would end in a traceback, or be taken
+    for a broken library by whatever was being imported; and there is nothing to save yet.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def parse_resize(text: str) -> int | tuple[int, int] | None:

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from ..detector.evaluation import CategoryResult, mean_result
-from ..detector.patch_svdd import PatchSVDD
 from ..report.text import shown
-from ..score.metrics import METRICS
-from ..training.trainer import TrainingStep
+
+if TYPE_CHECKING:
+    from ..detector.evaluation import CategoryResult
+    from ..detector.patch_svdd import PatchSVDD
+    from ..training.record import TrainingStep
 
 console = Console()
 errors = Console(stderr=True)
@@ -68,6 +62,14 @@ def fit_with_progress(
 
 @contextmanager
 def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         BarColumn(bar_width=8),
         MofNCompleteColumn(),
@@ -118,6 +120,9 @@ def _duration(seconds: float) -> str:
 
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
     """One row per category and one column per combination, as in the paper; a line per metric."""
+    from ..detector.evaluation import mean_result
+    from ..score.metrics import METRICS
+
     combinations = list(results[0].percent)
     table = Table(
         caption="detection and segmentation AUROC, AUPRO up to 30 % false positives; percent",

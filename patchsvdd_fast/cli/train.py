@@ -1,29 +1,31 @@
-"""`patchsvdd train`."""
+"""`patchsvdd train`; `training_sets` does it."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from ..detector.model_file import load_encoder, preparation_of
-from ..detector.patch_svdd import PatchSVDD
-from ..encoders.levels import DEFAULT_LEVELS
-from ..images.prepare import ImageSize, parse_size
-from ..ops.backends import resolve_device
-from ..training.dense_pairs import smallest_crop
 from ..training.interrupts import Terminated
-from ..training.workers import joined_workers, local_device
-from .options import CombinationOption, DeviceOption, EncoderOption, ResizeOption, parse_resize
+from .options import (
+    TERMINATED,
+    CombinationOption,
+    DeviceOption,
+    EncoderOption,
+    ResizeOption,
+    loading,
+    parse_resize,
+)
 from .terminal import console
-from .training_sets import Keeping, train_all, training_sets
 
-TERMINATED = 143  # exit status after SIGTERM, by the shell's convention
-_DENSE_SIDE = smallest_crop(max(level.size for level in DEFAULT_LEVELS))
+if TYPE_CHECKING:
+    import torch
+
+    from ..detector.patch_svdd import PatchSVDD
+    from ..images.prepare import ImageSize
 
 
 def train(
@@ -128,6 +130,14 @@ def train(
     command with --resume goes on from there. Several GPUs or processes: torchrun
     --nproc-per-node N -m patchsvdd_fast train ...
     """
+    with loading():
+        from ..detector.model_file import load_encoder, preparation_of
+        from ..detector.patch_svdd import PatchSVDD
+        from ..images.prepare import parse_size
+        from ..ops.backends import resolve_device
+        from ..training.workers import joined_workers, local_device
+        from .training_sets import Keeping, train_all, training_sets
+
     target = local_device(resolve_device(device))
     if encoder is not None:
         mode = "faithful" if mode == "auto" else mode
@@ -181,11 +191,17 @@ def train(
 
 def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
     """The mode that suits the machine; says what was chosen, and how long the dense one lasts."""
+    import torch
+
+    from ..encoders.levels import DEFAULT_LEVELS
+    from ..training.dense_pairs import smallest_crop
+
+    smallest = smallest_crop(max(level.size for level in DEFAULT_LEVELS))
     if device.type != "cpu":
         return "faithful"
-    if size is not None and min(size) < _DENSE_SIDE:
+    if size is not None and min(size) < smallest:
         _say_once(
-            f"images of less than {_DENSE_SIDE} pixels: training in mode faithful, the paper's "
+            f"images of less than {smallest} pixels: training in mode faithful, the paper's "
             "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
         )
         return "faithful"

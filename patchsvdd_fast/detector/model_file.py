@@ -1,18 +1,22 @@
-"""Detectors in files: writing, opening, and saying what is inside; see `store` for the format."""
+"""Detectors in files: writing, opening, and saying what is inside.
+
+What a file holds is a plain value, `Model`; `PatchSVDD` hands it over and is filled in from it. The
+format itself, checksums and all, is that of `files.store`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..encoders.levels import PatchLevel
-from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder, load_official_checkpoint
+from ..encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
 from ..files import store
 from ..files.store import below, naming
 from ..images.drift import STATISTICS, usual_range
@@ -21,37 +25,93 @@ from ..images.light import MEANS
 from ..images.prepare import parse_size
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
-from ..training import settings as recipes
 from ..training.checkpoints import encoder_tensors
-from ..training.trainer import record_of
-
-if TYPE_CHECKING:
-    from .patch_svdd import PatchSVDD
-
-Detector = TypeVar("Detector", bound="PatchSVDD")
+from ..training.record import TrainingRecord, record_of
+from .parameters import (
+    check_parameters,
+    from_header,
+    illumination_of,
+    new_encoder,
+    to_header,
+    usual_light,
+)
 
 _CALIBRATION_SCHEMA = 4  # files before it lack the levels' scores, and are calibrated anew
 _FOREIGN_SUFFIXES = (".pkl", ".pt", ".pth")
 
 
-def save_detector(detector: PatchSVDD, path: str | Path) -> None:
-    """Write a fitted detector to one file, atomically. Raises OSError."""
-    tensors = encoder_tensors(detector.encoder_)
-    tensors |= {"mean": detector.mean_, "light": detector.light_}
-    for level, bank in detector.banks_.items():
+@dataclass(frozen=True)
+class Model:
+    """All that a fitted detector is."""
+
+    parameters: dict[str, Any]
+    """Those of `PatchSVDD`, by name."""
+    encoder: HierarchicalEncoder
+    mean: Tensor
+    """[3, H, W] float32: what is subtracted from images of H x W pixels."""
+    light: Tensor
+    """[3] float32: the training images' mean colour."""
+    banks: dict[PatchLevel, NormalBank]
+    calibration: Calibration | None
+    """None of a single training image."""
+    gallery: Gallery | None
+    """None in files of before."""
+    record: TrainingRecord
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the training images as they were encoded, in pixels."""
+        return self.mean.shape[1], self.mean.shape[2]
+
+    @property
+    def num_images(self) -> int:
+        """How many training images the banks hold."""
+        return len(next(iter(self.banks.values())).groups)
+
+
+def differences(one: Model, other: Model) -> list[str]:
+    """In what two models differ that decides how a patch is embedded, by name."""
+    differing = []
+    mine, theirs = one.parameters, other.parameters
+    if parse_size(mine["image_size"]) != parse_size(theirs["image_size"]):
+        differing.append("image_size")
+    same_levels = tuple(mine["levels"]) == tuple(theirs["levels"])
+    if not same_levels or mine["embedding_dim"] != theirs["embedding_dim"]:
+        differing.append("levels or embedding_dim")
+    else:
+        ours, others = one.encoder.state_dict(), other.encoder.state_dict()
+        if not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours):
+            differing.append("encoder")
+    if not torch.equal(one.mean, other.mean):
+        differing.append("mean")
+    light, their_light = usual_light(mine, one.light), usual_light(theirs, other.light)
+    if light is None or their_light is None:
+        same_light = light is their_light
+    else:
+        same_light = torch.equal(light, their_light)
+    return differing if same_light else [*differing, "light"]
+
+
+def save_model(model: Model, path: str | Path) -> None:
+    """Write a model to one file, atomically. Raises OSError."""
+    tensors = encoder_tensors(model.encoder)
+    tensors |= {"mean": model.mean, "light": model.light}
+    for level, bank in model.banks.items():
         tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
-    if detector.calibration_ is not None:
-        tensors |= {f"calibration.{k}": v for k, v in detector.calibration_.tensors().items()}
-    if detector.gallery_ is not None:
-        tensors |= {f"training.{k}": v for k, v in detector.gallery_.tensors().items()}
-    header = detector.header() | {"record": asdict(detector.record_)}
+    if model.calibration is not None:
+        tensors |= {f"calibration.{k}": v for k, v in model.calibration.tensors().items()}
+    if model.gallery is not None:
+        tensors |= {f"training.{k}": v for k, v in model.gallery.tensors().items()}
+    header = to_header(model.parameters) | {"record": asdict(model.record)}
     store.save(path, "detector", tensors, header)
 
 
-def load_detector(
-    cls: type[Detector], path: str | Path, device: str, target: torch.device
-) -> Detector:
-    """Open a detector's file. Raises ValueError if it holds none, or is damaged."""
+def load_model(path: str | Path, device: torch.device, defaults: Mapping[str, Any]) -> Model:
+    """Open a model's file; encoder and banks go to the device.
+
+    defaults: all parameters by name, for what an older file lacks. Raises ValueError if the file
+    holds no model, or is damaged.
+    """
     tensors, header = store.load(path)
     if header["kind"] != "detector":
         raise ValueError(
@@ -59,55 +119,55 @@ def load_detector(
             f"`patchsvdd train --encoder {path}`"
         )
     with naming(path):
-        return _detector_of(cls, tensors, header, device, target)
+        return _model_of(tensors, header, device, defaults)
 
 
-def _detector_of(
-    cls: type[Detector],
+def _model_of(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    device: str,
-    target: torch.device,
-) -> Detector:
-    parameters = dict(header["parameters"])
-    parameters["levels"] = _levels(parameters)
-    if isinstance(parameters["image_size"], list):
-        parameters["image_size"] = tuple(parameters["image_size"])
+    device: torch.device,
+    defaults: Mapping[str, Any],
+) -> Model:
+    parameters = from_header(header)
     if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
         parameters["mean"] = "paper"  # then the only one
-    detector = cls(**{**parameters, "device": device})
-    detector.check_parameters()
-    detector.encoder_ = encoder_of(tensors, header).to(target)
-    detector.mean_ = tensors["mean"]
+    unknown = parameters.keys() - defaults.keys()
+    if unknown:
+        raise ValueError(f"it has parameters that no detector has: {', '.join(sorted(unknown))}")
+    parameters = {**defaults, **parameters}
+    check_parameters(parameters)
+    mean = tensors["mean"]
     # Files of before illumination mattered lack it: then it is as it is.
-    detector.light_ = tensors.get("light", detector.mean_.mean(dim=(1, 2)))
-    height, width = detector.image_shape()
-    _check("mean", detector.mean_, (3, height, width))
-    _check("light", detector.light_, (3,))
-    if parse_size(detector.image_size) not in (None, (height, width)):
+    light = tensors.get("light", mean.mean(dim=(1, 2)))
+    height, width = mean.shape[1], mean.shape[2]
+    _check("mean", mean, (3, height, width))
+    _check("light", light, (3,))
+    if parse_size(parameters["image_size"]) not in (None, (height, width)):
         raise ValueError(
-            f"its images are of {detector.image_size} pixels, its mean of {width}x{height}"
+            f"its images are of {parameters['image_size']} pixels, its mean of {width}x{height}"
         )
-    detector.banks_ = {}
-    for level in detector.levels:
+    encoder = encoder_of(tensors, header).to(device)
+    banks: dict[PatchLevel, NormalBank] = {}
+    for level in parameters["levels"]:
         bank = NormalBank.from_state_dict(below(tensors, f"bank.{level}."))
-        _check_bank(bank, level, (height, width), detector)
-        detector.banks_[level] = bank.to(target)
-    count = len(next(iter(detector.banks_.values())).groups)
+        _check_bank(bank, level, (height, width), parameters["embedding_dim"])
+        banks[level] = bank.to(device)
+    counts = {len(bank.groups) for bank in banks.values()}
+    if len(counts) > 1:
+        raise ValueError("the banks are not of the same images")
+    (count,) = counts
     if header["schema_version"] < _CALIBRATION_SCHEMA:
-        detector.calibration_ = calibrate(detector.banks_, (height, width), detector.combination)
+        calibration = calibrate(banks, (height, width), parameters["combination"])
     else:
         stored = below(tensors, "calibration.")
-        detector.calibration_ = Calibration.from_tensors(stored) if stored else None
-        _check_calibration(detector.calibration_, detector.levels, count)
-    gallery = below(tensors, "training.")
-    detector.gallery_ = Gallery.from_tensors(gallery) if gallery else None
-    if detector.gallery_ is not None and len(detector.gallery_.names) != count:
-        raise ValueError(
-            f"{count} training images cannot have {len(detector.gallery_.names)} names"
-        )
-    detector.record_ = record_of(header["record"])
-    return detector
+        calibration = Calibration.from_tensors(stored) if stored else None
+        _check_calibration(calibration, {str(level) for level in banks}, count)
+    kept = below(tensors, "training.")
+    gallery = Gallery.from_tensors(kept) if kept else None
+    if gallery is not None and len(gallery.names) != count:
+        raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")
+    record = record_of(header["record"])
+    return Model(parameters, encoder, mean, light, banks, calibration, gallery, record)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -120,27 +180,22 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_bank(
-    bank: NormalBank, level: PatchLevel, image_shape: tuple[int, int], detector: PatchSVDD
+    bank: NormalBank, level: PatchLevel, image_shape: tuple[int, int], dim: int
 ) -> None:
-    grid, count = level.grid_shape(*image_shape), len(bank.groups)
-    if bank.grid != grid or bank.dim != detector.embedding_dim:
+    grid = level.grid_shape(*image_shape)
+    if bank.grid != grid or bank.dim != dim:
         raise ValueError(
-            f"the bank of {level} must have a grid of {list(grid)} and D = "
-            f"{detector.embedding_dim}, got {list(bank.grid)} and D = {bank.dim}"
+            f"the bank of {level} must have a grid of {list(grid)} and D = {dim}, "
+            f"got {list(bank.grid)} and D = {bank.dim}"
         )
-    others = {len(other.groups) for other in detector.banks_.values()}
-    if others - {count}:
-        raise ValueError("the banks are not of the same images")
 
 
-def _check_calibration(
-    calibration: Calibration | None, levels: Sequence[PatchLevel], num_images: int
-) -> None:
+def _check_calibration(calibration: Calibration | None, levels: set[str], num_images: int) -> None:
     calibrated = 1 if calibration is None else calibration.num_images
     if calibrated != num_images:
         raise ValueError(f"{num_images} training images cannot have {calibrated} scores")
-    if calibration is not None and set(calibration.level_scores) != set(map(str, levels)):
-        raise ValueError(f"the calibration must have scores of {', '.join(map(str, levels))}")
+    if calibration is not None and set(calibration.level_scores) != levels:
+        raise ValueError(f"the calibration must have scores of {', '.join(sorted(levels))}")
 
 
 def load_encoder(path: str | Path) -> HierarchicalEncoder:
@@ -162,9 +217,8 @@ def preparation_of(path: str | Path) -> dict[str, str]:
     _, header = store.load(path)
     parameters = header["parameters"]
     with naming(path):
-        mode = parameters.get("mode", "faithful")
         return {
-            "illumination": parameters.get("illumination") or recipes.illumination_of(mode),
+            "illumination": illumination_of(parameters),
             "mean": parameters.get("mean", "pixel"),
         }
 
@@ -175,20 +229,21 @@ def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Hier
     Raises ValueError if they hold none, or one of other levels than the header says.
     """
     stored = below(tensors, "training.best.") or below(tensors, "encoder.")
-    dim = header["parameters"]["embedding_dim"]
-    largest = max(level.size for level in _levels(header["parameters"]))
-    depth = (largest // SMALL_PATCH).bit_length()
+    parameters = from_header(header)
     with torch.device("meta"):  # takes no memory, however large a header says it is
-        encoder = HierarchicalEncoder(dim, depth)
+        encoder = new_encoder(parameters)
     wanted = {name: value.shape for name, value in encoder.state_dict().items()}
     found = {name: value.shape for name, value in stored.items()}
-    sizes = {level.size for level in _levels(header["parameters"])}
+    sizes = {level.size for level in parameters["levels"]}
     if (
         found != wanted
         or sizes - {*encoder.patch_sizes}
         or any(value.dtype != torch.float32 for value in stored.values())
     ):
-        raise ValueError(f"its encoder is not one for patches of {largest} pixels and D = {dim}")
+        raise ValueError(
+            f"its encoder is not one for patches of {max(sizes)} pixels and "
+            f"D = {parameters['embedding_dim']}"
+        )
     encoder.load_state_dict(stored, assign=True)
     return encoder.eval()
 
@@ -201,7 +256,7 @@ def describe(path: str | Path) -> dict[str, str]:
 
 
 def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
-    parameters, record = header["parameters"], record_of(header.get("record", {}))
+    parameters, record = from_header(header), record_of(header.get("record", {}))
     facts = {
         "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
@@ -213,7 +268,7 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
     }
     if record.best_step is not None:
         facts["steps"] += f", weights of step {record.best_step:,} kept"
-    for level in _levels(parameters):
+    for level in parameters["levels"]:
         bank = below(tensors, f"bank.{level}.")
         if bank:
             rows, dim = bank["data"].shape
@@ -243,7 +298,3 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
 
 def _sides(mean: Tensor) -> str:
     return f"{mean.shape[2]}x{mean.shape[1]} pixels"
-
-
-def _levels(parameters: Mapping[str, Any]) -> tuple[PatchLevel, ...]:
-    return tuple(PatchLevel(int(size), int(stride)) for size, stride in parameters["levels"])

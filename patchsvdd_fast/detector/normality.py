@@ -1,99 +1,149 @@
-"""Changing what a fitted detector holds to be normal: more images, fewer, or another's as well.
+"""What a detector holds to be normal, and how that is changed: more images, fewer, another's too.
 
-Each function leaves the detector as it is, and gives the banks and the gallery it is to have.
+Each function leaves what it is given as it is, and gives the banks and the gallery of afterwards.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..images.gallery import Gallery
-from ..images.prepare import parse_size
+from ..images.prepare import ImageSet
+from ..score.calibration import Calibration
 from ..search.bank import NormalBank
-
-if TYPE_CHECKING:
-    from .patch_svdd import PatchSVDD
-
-Normality = tuple[dict[PatchLevel, NormalBank], Gallery | None]
+from ..training.record import is_collapsed, warn_of_collapse
 
 
-def with_images(detector: PatchSVDD, source: Any) -> Normality:
-    """The detector's training images and those of `source`, in what `PatchSVDD.fit` takes."""
-    images = detector.load_images(source)
-    height, width = detector.image_shape()
-    if images.pixels.shape[2:] != (height, width):
-        raise ValueError(
-            f"images to add must have {width}x{height} pixels as those in the banks, "
-            f"got {images.pixels.shape[3]}x{images.pixels.shape[2]}"
-        )
-    banks = _copies(detector)
-    for bank, embeddings in zip(banks.values(), detector.encode(images.pixels), strict=True):
+class Normality(NamedTuple):
+    """The training images as a detector keeps them."""
+
+    banks: dict[PatchLevel, NormalBank]
+    """Per level the embeddings of all their patches, each image a group of its own."""
+    gallery: Gallery | None
+    """Their names, figures and pictures; None if they are not known (files of before)."""
+
+    @property
+    def num_images(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.banks.values())).groups)
+
+
+def normality_of(
+    levels: Sequence[PatchLevel],
+    images: ImageSet,
+    encoded: Sequence[Tensor],
+    keep_pictures: bool,
+    seed: int,
+) -> Normality:
+    """These images alone are normal; warns (CollapseWarning) if their embeddings are all alike.
+
+    encoded: of the images, one [N, I, J, D] per level. seed: of the banks' clustering.
+    """
+    banks = {}
+    for level, embeddings in zip(levels, encoded, strict=True):
+        banks[level] = bank = NormalBank(embeddings, seed=seed)
+        if is_collapsed(bank.embeddings):
+            warn_of_collapse(f"at {level}")
+    return Normality(banks, Gallery.of(images, keep_pictures))
+
+
+def with_images(
+    before: Normality, images: ImageSet, encoded: Sequence[Tensor], keep_pictures: bool
+) -> Normality:
+    """These images, too. encoded: of the images, one [N, I, J, D] per level."""
+    banks = _copies(before)
+    for bank, embeddings in zip(banks.values(), encoded, strict=True):
         bank.add(embeddings)
-    gallery = detector.gallery_
+    gallery = before.gallery
     if gallery is not None:
-        gallery = gallery.with_others(Gallery.of(images, detector.keep_images))
-    return banks, gallery
+        gallery = gallery.with_others(Gallery.of(images, keep_pictures))
+    return Normality(banks, gallery)
 
 
-def without_images(detector: PatchSVDD, images: Sequence[str | Path | int]) -> Normality:
-    """The detector's training images but for these, given by name or number."""
+def without_images(before: Normality, images: Sequence[str | Path | int]) -> Normality:
+    """All but these images, given by name or number.
+
+    Raises ValueError for one that is not there or not unmistakable, and if none would be left.
+    """
     if isinstance(images, str | Path):
         raise TypeError(f"images must be a list of names and numbers, got {images!r}")
-    gone = {_number_of(detector, image) for image in images}
-    banks = _copies(detector)
+    gone = {_number_of(before, image) for image in images}
+    banks = _copies(before)
     for bank in banks.values():
         bank.remove(bank.groups[sorted(gone)])
-    gallery = detector.gallery_
+    gallery = before.gallery
     if gallery is not None:
         gallery = gallery.only([i for i in range(len(gallery.names)) if i not in gone])
-    return banks, gallery
+    return Normality(banks, gallery)
 
 
-def merged(detector: PatchSVDD, other: PatchSVDD) -> Normality:
-    """The training images of both. Raises ValueError unless they embed a patch alike."""
-    differing = _differences(detector, other)
-    if differing:
-        raise ValueError(
-            "detectors can be merged only if they embed alike, but these differ in "
-            f"{', '.join(differing)}; refit (patchsvdd update --replace) makes one that can be"
-        )
-    banks = _copies(detector)
+def merged(one: Normality, other: Normality) -> Normality:
+    """The images of both, whose patches must have been embedded alike."""
+    banks = _copies(one)
     for level, bank in banks.items():
-        theirs = other.banks_[level].to(bank.device)
+        theirs = other.banks[level].to(bank.device)
         first = int(bank.groups.max()) + 1
         bank.merge(theirs, torch.arange(len(theirs.groups), device=bank.device) + first)
     gallery = None
-    if detector.gallery_ is not None and other.gallery_ is not None:
-        gallery = detector.gallery_.with_others(other.gallery_)
-    return banks, gallery
+    if one.gallery is not None and other.gallery is not None:
+        gallery = one.gallery.with_others(other.gallery)
+    return Normality(banks, gallery)
 
 
-def _copies(detector: PatchSVDD) -> dict[PatchLevel, NormalBank]:
-    """Banks to change without changing the detector's; they share their rows till then."""
-    return {level: copy.copy(bank) for level, bank in detector.banks_.items()}
+def warn_of_twins(gallery: Gallery | None, calibration: Calibration | None) -> None:
+    """Warn of training images that are there twice, which makes thresholds too low."""
+    # Embeddings of one image differ if the mean of the others was taken from it but once.
+    twice = 0 if gallery is None else gallery.num_alike()
+    if calibration is not None:
+        twice = max(twice, int((calibration.image_scores == 0).sum()))
+    if twice:
+        warnings.warn(
+            f"{twice} training images look exactly like others, as if they were there twice: "
+            "they score next to nothing, and thresholds are too low for new images",
+            stacklevel=4,
+        )
 
 
-def _number_of(detector: PatchSVDD, image: str | Path | int) -> int:
+def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
+    """Warn of images that were among the earlier ones, and so have a part in the mean image."""
+    again = 0 if gallery is None or earlier is None else gallery.num_alike(earlier)
+    if again:
+        warnings.warn(
+            f"{again} of the images are training images of the detector, and may have a part "
+            "in its mean image, which makes thresholds too low: leave images out with "
+            "`remove` (patchsvdd update --remove) instead",
+            stacklevel=3,
+        )
+
+
+def _copies(before: Normality) -> dict[PatchLevel, NormalBank]:
+    """Banks to change without changing those of before; they share their rows till then."""
+    return {level: copy.copy(bank) for level, bank in before.banks.items()}
+
+
+def _number_of(before: Normality, image: str | Path | int) -> int:
     if not isinstance(image, str | Path):
         number = operator.index(image)
-        if not 0 <= number < detector.num_images:
+        if not 0 <= number < before.num_images:
             raise ValueError(
-                f"training images have the numbers 0 to {detector.num_images - 1}, got {number}"
+                f"training images have the numbers 0 to {before.num_images - 1}, got {number}"
             )
         return number
-    if detector.gallery_ is None:
+    if before.gallery is None:
         raise ValueError(
             f"the names of the training images are not known, so {str(image)!r} cannot be found: "
             "give a number"
         )
-    names = detector.gallery_.names
+    names = before.gallery.names
     found = [i for i, name in enumerate(names) if name == str(image)]
     found = found or [i for i, name in enumerate(names) if Path(name).name == str(image)]
     if not found:
@@ -104,23 +154,3 @@ def _number_of(detector: PatchSVDD, image: str | Path | int) -> int:
             f"{', '.join(map(str, found))}"
         )
     return found[0]
-
-
-def _differences(one: PatchSVDD, other: PatchSVDD) -> list[str]:
-    """In what two detectors differ that decides how a patch is embedded."""
-    differing = []
-    if parse_size(one.image_size) != parse_size(other.image_size):
-        differing.append("image_size")
-    if tuple(one.levels) != tuple(other.levels) or one.embedding_dim != other.embedding_dim:
-        differing.append("levels or embedding_dim")
-    else:
-        mine, theirs = one.encoder_.state_dict(), other.encoder_.state_dict()
-        if not all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine):
-            differing.append("encoder")
-    if not torch.equal(one.mean_, other.mean_):
-        differing.append("mean")
-    if one.usual_light() is None or other.usual_light() is None:
-        same_light = one.usual_light() is other.usual_light()
-    else:
-        same_light = torch.equal(one.light_, other.light_)
-    return differing if same_light else [*differing, "light"]

@@ -1,59 +1,47 @@
-"""The detector: fit on good images, score new ones, save and load."""
+"""The detector: fit on good images, score new ones, save and load.
+
+A face of few lines per method: what they do is in the other files of this room and in the rooms
+below it.
+"""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
-from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
-from ..images.gallery import Gallery
-from ..images.light import ILLUMINATIONS, MEANS, match_illumination, mean_colour, mean_image
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..images.light import match_illumination, mean_colour, mean_image, mean_of_size
 from ..images.prepare import (
     ImageSet,
-    PreparedImage,
     load_image_set,
-    name_of,
     parse_size,
-    prepare_image,
 )
 from ..ops.backends import resolve_device
-from ..score.calibration import Calibration, calibrate
-from ..score.encoding import banks_of, encode_images
-from ..score.image_result import ImageResult, image_results
-from ..score.maps import ScoreResult, combinations_of, search_levels
+from ..score.calibration import calibrate
+from ..score.image_result import ImageResult
+from ..score.maps import ScoreResult, search_levels
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
-from ..search.bank import NormalBank
-from ..training import settings as recipes
-from ..training.checkpoints import CheckpointKeeper, resume_from
+from ..training.checkpoints import run_with_checkpoints
 from ..training.defect_check import DefectCheck
-from ..training.settings import training_settings
-from ..training.trainer import (
-    Trainer,
-    TrainingRecord,
-    TrainingSettings,
-    TrainingStep,
-    is_collapsed,
-    warn_of_collapse,
-)
+from ..training.record import TrainingRecord, TrainingStep
+from ..training.trainer import Trainer
 from ..training.workers import joined_workers, local_device
-from . import normality as updating
-from .model_file import load_detector, save_detector
+from . import normality, parameters, scoring
+from .model_file import Model, differences, load_model, save_model
+from .normality import Normality
+from .thresholds import ThresholdsMixin
 
 
-class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
@@ -171,12 +159,13 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ValueError for unusable images or parameters, and for a checkpoint of another run;
         warns (CollapseWarning) if all embeddings are alike.
         """
-        self.check_parameters()
-        settings = self._training_settings()
+        given = self.get_params()
+        parameters.check_parameters(given)
+        settings = parameters.settings_of(given)
         device = local_device(resolve_device(self.device))
         loaded = self.load_images(X)
         light = mean_colour(loaded.pixels)
-        images = match_illumination(loaded.pixels, self._usual(light))
+        images = match_illumination(loaded.pixels, parameters.usual_light(given, light))
         mean = mean_image(images, self.mean)
         if self.mean != "channel" and len(images) == 1:
             raise ValueError(
@@ -190,31 +179,16 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             if settings.check_every is not None and len(images) == 1:
                 warnings.warn("one image: what is learned cannot be checked", stacklevel=2)
             elif settings.check_every is not None:
-                check = DefectCheck(images, mean, self.levels, self.combination, self._usual(light))
+                usual = parameters.usual_light(given, light)
+                check = DefectCheck(images, mean, self.levels, self.combination, usual)
             with joined_workers(device) as workers:
                 trainer = Trainer(encoder, images, mean, settings, check, workers)
-                found = checkpoint is not None and Path(checkpoint).exists()
-                if resume and checkpoint is not None and workers.agreed(found):
-                    resume_from(trainer, mean, checkpoint)
-                keeper = CheckpointKeeper(
-                    trainer, mean, self.header(), checkpoint, checkpoint_minutes
+                header = parameters.to_header(given)
+                record = run_with_checkpoints(
+                    trainer, mean, header, checkpoint, checkpoint_minutes, resume, on_step
                 )
-
-                def after_step(step: TrainingStep) -> None:
-                    if on_step is not None:
-                        on_step(step)
-                    keeper.after_step()
-
-                try:
-                    record = trainer.run(after_step)
-                except FloatingPointError:
-                    raise  # the weights are spoilt: the last checkpoint stands
-                except BaseException:
-                    keeper.write()
-                    raise
-                keeper.write()
-                if not workers.is_first:
-                    return self
+            if not workers.is_first:
+                return self
         self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
         # The mean image holds a part of each of these, as it does not of a new one.
         self._fill_banks(loaded, num_in_mean=len(images) if self.mean == "pixel" else None)
@@ -223,49 +197,32 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
 
     def untrained_encoder(self) -> HierarchicalEncoder:
         """A freshly initialised encoder, the one training with this seed starts from."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            depth = (self._largest_patch() // SMALL_PATCH).bit_length()
-            initialization = self._training_settings().initialization
-            return HierarchicalEncoder(self.embedding_dim, depth, initialization).eval()
+        return parameters.untrained_encoder(self.get_params())
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
         """Images as they are prepared for this detector, but for the light."""
-        return load_image_set(X, parse_size(self.image_size), self._largest_patch())
+        return load_image_set(X, parse_size(self.image_size), parameters.largest_patch(self.levels))
 
     def encode(self, pixels: Tensor) -> list[Tensor]:
         """Embed uint8 images [N, 3, H, W] in their own light: one [N, I, J, D] per level.
 
         Raises ValueError for images of another size than in training, unless mean="channel".
         """
-        return self._encode(pixels)
-
-    def _encode(self, pixels: Tensor, num_in_mean: int | None = None) -> list[Tensor]:
-        matched = match_illumination(pixels, self.usual_light())
-        return encode_images(
-            self.encoder_, matched, self._mean_for(pixels), self.levels, num_in_mean
-        )
+        return scoring.encode(self.encoder_, self.mean_, self.light_, vars(self), pixels)
 
     def _fill_banks(self, images: ImageSet, num_in_mean: int | None = None) -> None:
-        banks = banks_of(self.levels, self._encode(images.pixels, num_in_mean), self.seed)
-        for level, bank in banks.items():
-            if is_collapsed(bank.embeddings):
-                warn_of_collapse(f"at {level}")
-        self.take_over(banks, Gallery.of(images, self.keep_images))
+        encoded = scoring.encode(
+            self.encoder_, self.mean_, self.light_, vars(self), images.pixels, num_in_mean
+        )
+        self._take_over(
+            normality.normality_of(self.levels, images, encoded, self.keep_images, self.seed)
+        )
 
-    def take_over(self, banks: Mapping[PatchLevel, NormalBank], gallery: Gallery | None) -> None:
+    def _take_over(self, normal: Normality) -> None:
         """Score against these banks from now on, calibrated; nothing is changed if that fails."""
+        banks, gallery = normal
         calibration = calibrate(banks, self.image_shape(), self.combination)
-        # Embeddings of one image differ if the mean of the others was taken from it but once.
-        twice = 0 if gallery is None else gallery.num_alike()
-        if calibration is not None:
-            twice = max(twice, int((calibration.image_scores == 0).sum()))
-        if twice:
-            warnings.warn(
-                f"{twice} training images look exactly like others, as if they were there twice: "
-                "they score next to nothing, and thresholds are too low for new images",
-                stacklevel=3,
-            )
+        normality.warn_of_twins(gallery, calibration)
         # In one step, which Ctrl-C cannot divide.
         self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
 
@@ -277,8 +234,15 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         The images are to be others than those of `fit`, which have a part in the mean image.
         Raises ValueError for unusable images; the detector then stays as it was.
         """
-        self._require_fitted()
-        self.take_over(*updating.with_images(self, X))
+        normal, images = self._normality(), self.load_images(X)
+        height, width = self.image_shape()
+        if images.pixels.shape[2:] != (height, width):
+            raise ValueError(
+                f"images to add must have {width}x{height} pixels as those in the banks, "
+                f"got {images.pixels.shape[3]}x{images.pixels.shape[2]}"
+            )
+        encoded = self.encode(images.pixels)
+        self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
         return self
 
     def remove(self, images: Sequence[str | Path | int]) -> PatchSVDD:
@@ -287,8 +251,7 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         Names are those of `gallery_`, or their last part where that is unmistakable. Raises
         ValueError for an image that is not there, and if none would be left.
         """
-        self._require_fitted()
-        self.take_over(*updating.without_images(self, images))
+        self._take_over(normality.without_images(self._normality(), images))
         return self
 
     def merge(self, other: PatchSVDD) -> PatchSVDD:
@@ -297,9 +260,13 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         Both must embed a patch alike: one encoder, mean, light and levels, as `refit` makes them.
         Raises ValueError if they differ.
         """
-        self._require_fitted()
-        other._require_fitted()
-        self.take_over(*updating.merged(self, other))
+        differing = differences(self._model(), other._model())
+        if differing:
+            raise ValueError(
+                "detectors can be merged only if they embed alike, but these differ in "
+                f"{', '.join(differing)}; refit (patchsvdd update --replace) makes one that can be"
+            )
+        self._take_over(normality.merged(self._normality(), other._normality()))
         return self
 
     def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
@@ -312,67 +279,16 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         self._require_fitted()
         twin = type(self)(**self.get_params())
         images = twin.load_images(X)
-        twin.encoder_, twin.mean_, twin.light_ = (
-            self.encoder_,
-            self._mean_for(images.pixels),
-            self.light_,
-        )
-        twin.record_ = self.record_
+        twin.encoder_, twin.light_, twin.record_ = self.encoder_, self.light_, self.record_
+        twin.mean_ = mean_of_size(self.mean_, self.mean, *images.pixels.shape[-2:])
         twin._fill_banks(images)
-        again = 0
-        if self.mean == "pixel" and self.gallery_ is not None and twin.gallery_ is not None:
-            again = twin.gallery_.num_alike(self.gallery_)
-        if again:
-            warnings.warn(
-                f"{again} of the images are training images of the detector, and may have a part "
-                "in its mean image, which makes thresholds too low: leave images out with "
-                "`remove` (patchsvdd update --remove) instead",
-                stacklevel=2,
-            )
+        if self.mean == "pixel":
+            normality.warn_of_repeats(twin.gallery_, self.gallery_)
         return twin
-
-    def check_parameters(self) -> None:
-        """Raise ValueError for parameters that cannot be used."""
-        if not self.levels:
-            raise ValueError("levels must name at least one patch level")
-        if self.combination not in combinations_of(self.levels):
-            raise ValueError(
-                f"combination must be one of {combinations_of(self.levels)}, "
-                f"got {self.combination!r}"
-            )
-        if self.illumination not in (None, *ILLUMINATIONS):
-            raise ValueError(
-                f"illumination must be one of {ILLUMINATIONS}, got {self.illumination!r}"
-            )
-        if self.mean not in MEANS:
-            raise ValueError(f"mean must be one of {tuple(MEANS)}, got {self.mean!r}")
-        if not 0 <= self.contamination < 1:
-            raise ValueError(f"contamination must be in [0, 1), got {self.contamination}")
-        size = parse_size(self.image_size)
-        if size is not None and min(size) < self._largest_patch():
-            raise ValueError(
-                f"image_size must be at least the largest patch, {self._largest_patch()} pixels, "
-                f"got {size[0]}x{size[1]}"
-            )
-
-    def _training_settings(self) -> TrainingSettings:
-        names = set(TrainingSettings.__dataclass_fields__) & set(self.get_params())
-        return training_settings(
-            surface=self.surface, **{name: getattr(self, name) for name in names}
-        )
-
-    def _illumination(self) -> str:
-        return self.illumination or recipes.illumination_of(self.mode)
 
     def usual_light(self) -> Tensor | None:
         """What images are brought to, [3]; None if they stay as they are."""
-        return self._usual(self.light_)
-
-    def _usual(self, light: Tensor) -> Tensor | None:
-        return light if self._illumination() == "matched" else None
-
-    def _largest_patch(self) -> int:
-        return max(level.size for level in self.levels)
+        return parameters.usual_light(vars(self), self.light_)
 
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of the training images as they were encoded, in pixels."""
@@ -381,20 +297,11 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def num_images(self) -> int:
         """How many training images the banks hold."""
-        self._require_fitted()
-        return len(next(iter(self.banks_.values())).groups)
+        return self._normality().num_images
 
-    def _mean_for(self, pixels: Tensor) -> Tensor:
-        """The mean to subtract from images [..., 3, H, W]; raises ValueError for another size."""
-        shape = pixels.shape[-2:]
-        if shape == self.image_shape():
-            return self.mean_
-        if self.mean == "channel":
-            return self.mean_[:, :1, :1].expand(3, *shape)
-        raise ValueError(
-            f"images must have {self.image_shape()[1]}x{self.image_shape()[0]} pixels as in "
-            f'training (or mean="channel"), got {shape[1]}x{shape[0]}'
-        )
+    def _normality(self) -> Normality:
+        self._require_fitted()
+        return Normality(self.banks_, self.gallery_)
 
     # --- scoring ----------------------------------------------------------------------------------
 
@@ -425,34 +332,19 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._require_fitted()
         threshold = self.threshold_or_none(false_alarm_rate)
-        # As it is now: what is done to the detector meanwhile does not reach the stream.
-        fitted = copy.copy(self)
-
-        def read(item: Any, number: int) -> PreparedImage:
-            size, smallest = parse_size(fitted.image_size), fitted._largest_patch()
-            image = prepare_image(item, name_of(item, number), size, smallest)
-            fitted._mean_for(image.pixels)  # refuses what cannot be encoded
-            return image
-
-        def encode(images: list[PreparedImage]) -> tuple[list[PreparedImage], list[Tensor]]:
-            return images, fitted.encode(torch.stack([image.pixels for image in images]))
-
-        def search(encoded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
-            images, embeddings = encoded
-            height, width = images[0].pixels.shape[1:]
-            scores = search_levels(fitted.banks_, embeddings, (height, width), fitted.combination)
-            return image_results(images, scores, fitted.calibration_, threshold, fitted.gallery_)
-
-        return Stream(sources, read, encode, search, on_error)
+        # The model as it is now: what is done to the detector meanwhile does not reach the stream.
+        return scoring.score_stream(self._model(), sources, threshold, on_error)
 
     def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
         """The anomalous regions of an image, each with the normal patch most like it.
 
         The most anomalous first; none where the image is not anomalous. result: of
-        `score_stream`. false_alarm_rate: sets the threshold; default: `threshold_`.
+        `score_stream`. false_alarm_rate: sets the threshold; default: that of the stream.
         """
         self._require_fitted()
-        threshold = self.threshold_or_none(false_alarm_rate)
+        threshold = result.threshold
+        if false_alarm_rate is not None:
+            threshold = self.threshold(false_alarm_rate)
         return find_regions(
             result.scores, self.levels, self.calibration_, threshold, self._image_names()
         )
@@ -472,80 +364,11 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def _image_names(self) -> tuple[str, ...]:
         return () if self.gallery_ is None else self.gallery_.names
 
-    def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
-        """Normality of each image, [N]: the negative image score, higher is more normal."""
-        scores: npt.NDArray[np.float32] = -self.score(X).image_scores.numpy()
-        return scores
-
-    def decision_function(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
-        """`score_samples(X) - offset_`, [N]: negative for anomalous images."""
-        return np.asarray(self.score_samples(X) - np.float32(self.offset_), dtype=np.float32)
-
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:  # noqa: N803
-        """+1 for normal and -1 for anomalous images, [N]."""
-        return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
-
-    @property
-    def threshold_(self) -> float:
-        """Image score above which an image is called anomalous, from the training images."""
-        return self.threshold(self.false_alarm_rate_)
-
-    @property
-    def false_alarm_rate_(self) -> float:
-        """What `threshold_` promises: `contamination`, or the least that N images can promise."""
-        return max(self.contamination, self._calibration().smallest_rate)
-
-    def threshold(self, false_alarm_rate: float) -> float:
-        """Image score that new good images exceed with at most this probability.
-
-        Holds for images like the training images; see `Calibration.threshold`. Raises ValueError
-        if there are too few of these for so low a rate (1 % takes 99).
-        """
-        return self._calibration().threshold(false_alarm_rate)
-
-    def threshold_or_none(self, false_alarm_rate: float | None = None) -> float | None:
-        """`threshold` of the rate given, else `threshold_`; None of a single training image.
-
-        Raises ValueError for a rate that cannot be promised.
-        """
-        if false_alarm_rate is not None:
-            return self.threshold(false_alarm_rate)
-        return None if self.calibration_ is None else self.threshold_
-
-    def pixel_threshold(self, false_alarm_rate: float) -> float:
-        """Map value above which at most this share of a good image's pixels lies, on average.
-
-        Raises ValueError as `threshold` does.
-        """
-        return self._calibration().pixel_threshold(false_alarm_rate)
-
-    def p_values(
-        self, image_scores: Tensor | npt.NDArray[np.floating[Any]]
-    ) -> npt.NDArray[np.float64]:
-        """How probable it is that a good image scores so high: [N] for image scores [N]."""
-        return self._calibration().p_values(image_scores)
-
-    @property
-    def offset_(self) -> float:
-        """scikit-learn's name for the negative threshold."""
-        return -self.threshold_
-
-    def _calibration(self) -> Calibration:
-        self._require_fitted()
-        if self.calibration_ is None:
-            raise ValueError("a threshold needs at least two training images, got one")
-        return self.calibration_
-
-    def _require_fitted(self) -> None:
-        if not hasattr(self, "banks_"):
-            raise NotFittedError("this PatchSVDD is not fitted yet: call fit or PatchSVDD.load")
-
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
-        self._require_fitted()
-        save_detector(self, path)
+        save_model(self._model(), path)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> PatchSVDD:
@@ -554,11 +377,17 @@ class PatchSVDD(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         Files of schema 2 and 3 are calibrated anew, which takes a while: save it to keep that.
         Raises ValueError if the file holds no detector, is damaged, or of a newer version.
         """
-        return load_detector(cls, path, device, resolve_device(device))
+        model = load_model(path, resolve_device(device), cls().get_params())
+        detector = cls(**{**model.parameters, "device": device})
+        for name in _FITTED:
+            setattr(detector, f"{name}_", getattr(model, name))
+        return detector
 
-    def header(self) -> dict[str, Any]:
-        """The parameters as a file's header has them."""
-        parameters = self.get_params()
-        parameters["levels"] = [(level.size, level.stride) for level in self.levels]
-        parameters["illumination"] = self._illumination()  # whatever the mode's will be one day
-        return {"parameters": parameters}
+    def _model(self) -> Model:
+        self._require_fitted()
+        fitted: Mapping[str, Any] = {name: getattr(self, f"{name}_") for name in _FITTED}
+        return Model(self.get_params(), **fitted)
+
+
+# What `fit` finds out: fields of a model, and attributes of the detector with "_" after them.
+_FITTED = tuple(field.name for field in fields(Model) if field.name != "parameters")

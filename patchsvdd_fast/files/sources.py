@@ -17,12 +17,15 @@ _LONGEST_LINE = 1 << 16  # bytes, of a list
 
 
 @dataclass(frozen=True)
-class Source:
-    """An image to score."""
+class Source(os.PathLike[str]):
+    """An image to score; anything that takes a path takes it."""
 
     path: Path
     inner: PurePath
     """What its outputs are named after: its path within the folder given, or as given."""
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
 
 def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:

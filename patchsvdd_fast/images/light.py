@@ -41,6 +41,22 @@ def mean_colour(images: Tensor) -> Tensor:
     return mean_image(images).double().mean(dim=(1, 2)).float()
 
 
+def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:
+    """The mean to subtract from images of `height` x `width` pixels, [3, height, width].
+
+    mean: [3, H, W], of the kind `of`, see `MEANS`. Raises ValueError for another size than H x W,
+    unless the mean is one of each channel.
+    """
+    if mean.shape[1:] == (height, width):
+        return mean
+    if of == "channel":
+        return mean[:, :1, :1].expand(3, height, width)
+    raise ValueError(
+        f"images must have {mean.shape[2]}x{mean.shape[1]} pixels as in "
+        f'training (or mean="channel"), got {width}x{height}'
+    )
+
+
 def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
 

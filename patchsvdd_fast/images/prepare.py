@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
     return height, width
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
 
     Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
@@ -40,18 +41,19 @@ def read_image(path: str | Path) -> Image.Image:
     Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may unfold to
     gigabytes.
     """
+    name = os.fspath(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(name) as image:
             _check_pixels(image)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that can be read") from error
+        raise ValueError(f"{name} is not an image that can be read") from error
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
+        raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
@@ -70,6 +72,8 @@ class PreparedImage:
     """uint8 [3, H, W], resized."""
     original_size: tuple[int, int]
     """(height, width) before resizing."""
+    source: Any = None
+    """What it was made from: a path, a PIL image or an array."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,12 @@ def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> Prepa
     if size is not None:
         image = image.resize((size[1], size[0]))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return PreparedImage(name, pixels, original)
+    return PreparedImage(name, pixels, original, item)
 
 
 def name_of(item: Any, number: int) -> str:
     """What to call an image: its path, or its number."""
-    return str(item) if isinstance(item, str | Path) else f"image {number}"
+    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"image {number}"
 
 
 def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
@@ -154,7 +158,7 @@ def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
 
 
 def _as_image(item: Any, name: str) -> Image.Image:
-    if isinstance(item, str | Path):
+    if isinstance(item, str | os.PathLike):
         return read_image(item)
     if isinstance(item, Image.Image):
         try:

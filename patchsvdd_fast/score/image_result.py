@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,11 +22,14 @@ class ImageResult:
     """Scores of one image, and how it compares with the training images."""
 
     name: str
-    """Its path as given, or "image 3"."""
+    """Its path as given, or "image 3" for the fourth of a stream."""
     score: float
     """Maximum of the anomaly map."""
     p_value: float | None
     """How probable it is that a good image scores so high; None without a calibration."""
+    threshold: float | None
+    """Image score above which an image is called anomalous, by the rate asked for; None of a
+    single training image."""
     anomalous: bool | None
     """Whether the score exceeds the threshold; None without one."""
     unusual: tuple[str, ...]
@@ -36,6 +40,8 @@ class ImageResult:
     """[7] float64: see `drift.STATISTICS`."""
     scores: ScoreResult = field(repr=False)
     """Maps, distances and matches, with N = 1."""
+    source: Any = field(repr=False)
+    """What was given: a path, a PIL image or an array."""
 
     @property
     def anomaly_map(self) -> Tensor:
@@ -67,11 +73,13 @@ def image_results(
                 p_value=None
                 if calibration is None
                 else float(calibration.p_values(np.float64(score))),
+                threshold=threshold,
                 anomalous=None if threshold is None else score > threshold,
                 unusual=() if gallery is None else unusual(statistics, gallery.statistics),
                 pixels=image.pixels,
                 statistics=statistics,
                 scores=scores.image(number),
+                source=image.source,
             )
         )
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,44 @@ from torch import Tensor
 
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..files import store
+from .record import TrainingRecord, TrainingStep
 from .trainer import Trainer, all_float32
+
+
+def run_with_checkpoints(
+    trainer: Trainer,
+    mean: Tensor,
+    header: Mapping[str, Any],
+    path: str | Path | None,
+    minutes: float,
+    resume: bool,
+    on_step: Callable[[TrainingStep], None] | None = None,
+) -> TrainingRecord:
+    """Train to the end, with the state of training in a file meanwhile.
+
+    path, header, minutes: as of `CheckpointKeeper`; the state is also written when training ends,
+    by Ctrl-C, SIGTERM or an error too. resume: go on from the file if there is one. mean:
+    [3, H, W], what is subtracted from the images. Raises as `Trainer.run` and `resume_from` do.
+    """
+    found = path is not None and Path(path).exists()
+    if resume and path is not None and trainer.workers.agreed(found):
+        resume_from(trainer, mean, path)
+    keeper = CheckpointKeeper(trainer, mean, header, path, minutes)
+
+    def after_step(step: TrainingStep) -> None:
+        if on_step is not None:
+            on_step(step)
+        keeper.after_step()
+
+    try:
+        record = trainer.run(after_step)
+    except FloatingPointError:
+        raise  # the weights are spoilt: the last checkpoint stands
+    except BaseException:
+        keeper.write()
+        raise
+    keeper.write()
+    return record
 
 
 class CheckpointKeeper:

@@ -8,7 +8,6 @@ is judged by how well that tells defective from clean. No image with a real defe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from ..images.drawn_defects import DEFECTS, Strength, draw_defects
 from ..images.light import match_illumination
 from ..score import metrics
 from ..score.encoding import fill_banks, score_images
+from .record import Quality
 
 _MOST_HELD_OUT = 8
 _MOST_IN_BANK = 16
@@ -30,21 +30,6 @@ _DRAWN = (
     (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
 )
 _COPIES = 2  # of an image with each of these
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well an encoder finds the drawn defects, in percent."""
-
-    detection: float
-    """AUROC of images."""
-    segmentation: float
-    """AUROC of pixels."""
-
-    @property
-    def criterion(self) -> float:
-        """What decides which weights are kept: a mean in which detection counts twice."""
-        return (2 * self.detection + self.segmentation) / 3
 
 
 class DefectCheck:

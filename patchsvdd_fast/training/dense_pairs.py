@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from ..encoders.patch_svdd import SMALL_PATCH, TRUNK_STRIDE, HierarchicalEncoder
 from ..ops.pair_protocol import DIRECTIONS
-from .losses import svdd_loss
-from .objectives import LevelLoss, TrainingImages, mixed_seed
+from .objectives import LevelLoss, TrainingImages, mixed_seed, svdd_loss
 
 
 def smallest_crop(largest_patch: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..files.whole import written_whole
-from .trainer import TrainingStep
+from .record import TrainingStep
 
 SUFFIXES = (".jsonl", ".csv")
 

@@ -12,185 +12,34 @@ import copy
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..encoders.patch_svdd import INITIALIZATIONS, HierarchicalEncoder
-from ..encoders.precision import PRECISIONS, computing_in
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..encoders.precision import computing_in
 from ..files.store import below
 from ..ops import instruction_sets
-from .defect_check import Quality
 from .dense_pairs import DensePairs
 from .interrupts import delayed_interrupts, take_effect
-from .losses import PositionClassifier
 from .objectives import (
     LevelLoss,
-    LevelMetrics,
     Objective,
     PatchPairs,
+    PositionClassifier,
     TrainingImages,
-    embedding_spread,
     mixed_seed,
 )
+from .record import Quality, TrainingRecord, TrainingStep, is_collapsed, record_of, warn_of_collapse
+from .settings import CROPS_PER_IMAGE, TrainingSettings
 from .workers import Workers
-
-CROPS_PER_IMAGE = 100
-"""How often an epoch visits each training image."""
-
-MODES = ("faithful", "dense")
-SCHEDULES = ("constant", "cosine")
 
 _COLLAPSE_PATIENCE = 20  # consecutive measured steps
 _MEASURED_EVERY = 20  # steps on a GPU, where measuring waits for it; each step on a CPU
 _UNTIMED_STEPS, _FITTED_AFTER = 2, 10  # new steps, before the number is fitted to the minutes
-
-
-class CollapseWarning(UserWarning):
-    """The embeddings of all patches have become (nearly) one point."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What determines a training run besides the images. The defaults are the paper's protocol."""
-
-    mode: str = "faithful"
-    """"faithful": pairs of patches as in the paper; "dense": neighbours alone, from dense maps."""
-    epochs: int | None = 300
-    """Passes over CROPS_PER_IMAGE x the number of images; None: as many as `steps` take."""
-    steps: int | None = None
-    """Stop after this many steps, whatever `epochs` says."""
-    minutes: float | None = None
-    """Fit the number of steps to this time, measured in the first ten; never more than the above.
-    The other settings determine the result, this one leaves it to the machine."""
-    batch_size: int = 64
-    """Of a step. Faithful: pairs of each kind and patch size; dense: crops."""
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    """"constant", or "cosine": down to zero over the run."""
-    warmup_steps: int = 0
-    """Over which the learning rate rises from zero."""
-    svdd_weight: float = 1e-3
-    """Faithful only: lambda, the weight of SVDD' against the position loss."""
-    initialization: str = "default"
-    """See `HierarchicalEncoder`."""
-    train_last_layer: bool = False
-    """Faithful only: of the position classifier."""
-    redraw_clipped: bool = False
-    """Faithful only: draw clipped position pairs again."""
-    crop_size: int = 128
-    """Dense only: side of a crop, pixels; enough for a pair of the largest patches, and no more
-    than the image."""
-    pairs_per_crop: int = 256
-    """Dense only: pairs of neighbours per patch size."""
-    precision: str = "float32"
-    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; dense: "float32" alone."""
-    check_every: int | None = None
-    """Steps between checks of what has been learned, see `selection`; the best weights are kept.
-    None: never, the last weights are the result."""
-    patience: int | None = None
-    """Stop after so many checks without an improvement; None: go on to the end."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("mode", MODES),
-            ("schedule", SCHEDULES),
-            ("initialization", INITIALIZATIONS),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.epochs is None and self.steps is None and self.minutes is None:
-            raise ValueError("one of epochs, steps and minutes must say how long to train")
-        for name in ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.mode == "dense" and self.precision != "float32":
-            raise ValueError(
-                f'mode dense needs precision "float32", in which alone neighbours differ, '
-                f"got {self.precision!r}"
-            )
-        if self.patience is not None and self.check_every is None:
-            raise ValueError("patience needs check_every: without checks nothing improves")
-        for name in ("learning_rate", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("svdd_weight", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-    def total_steps(self, num_images: int) -> int | None:
-        """Steps of the whole run; None where only `minutes` limits them."""
-        limits = [] if self.steps is None else [self.steps]
-        if self.epochs is not None:
-            crops = self.epochs * num_images * CROPS_PER_IMAGE
-            limits.append(math.ceil(crops / self.batch_size))
-        return min(limits, default=None)
-
-    def learning_rate_at(self, step: int, total: int | None) -> float:
-        """Of step 1 .. total; None: the end is not in sight."""
-        rate = self.learning_rate
-        if self.warmup_steps:
-            rate *= min(1.0, step / self.warmup_steps)
-        if self.schedule == "cosine" and total is not None:
-            rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
-        return rate
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """What a progress callback receives: after each step, on a GPU after every 20th."""
-
-    step: int
-    """Steps done, from 1."""
-    total_steps: int | None
-    """Of the whole run; None until it has been fitted to the minutes."""
-    loss: float
-    learning_rate: float
-    seconds: float
-    """Of training so far, interruptions left out."""
-    seconds_left: float | None
-    """At the speed so far; None until `total_steps` is known."""
-    levels: dict[int, LevelMetrics]
-    """By patch size in pixels."""
-    quality: Quality | None = None
-    """What a check after this step found, if there was one."""
-
-
-@dataclass
-class TrainingRecord:
-    """What a finished run reports; kept in the model file."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    collapsed: bool = False
-    """Whether all embeddings became alike. With checks that ends the training, and the weights that
-    are kept are of before."""
-    final_loss: float | None = None
-    """None without training."""
-    accuracy: dict[int, float] = field(default_factory=dict)
-    """By patch size, share of positions told right in the last step; empty in mode dense."""
-    best_step: int | None = None
-    """The step whose weights were kept, where checks decided; 0: the untrained ones."""
-    qualities: list[tuple[int, float]] = field(default_factory=list)
-    """Step and criterion of each check."""
-
-
-def is_collapsed(embeddings: Tensor) -> bool:
-    """Whether embeddings [..., D] differ by no more than float32 rounding noise.
-
-    Spreads of 1e-6 are still useful (a published leather encoder has less), a few units in the
-    last place are not: every patch then looks like every other and AUROC sits at 0.5.
-    """
-    magnitude = float(embeddings.detach().double().square().mean().sqrt())
-    return embedding_spread(embeddings) <= 4 * torch.finfo(torch.float32).eps * magnitude
 
 
 class Trainer:
@@ -510,28 +359,6 @@ def _check_count(name: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{name} must be a count, got {value!r}")
     return value
-
-
-def record_of(values: Mapping[str, Any]) -> TrainingRecord:
-    """A record as JSON keeps it, read back."""
-    record = dict(values)
-    accuracy = record.pop("position_accuracy", None) or record.get("accuracy", {})
-    record["accuracy"] = {int(size): value for size, value in accuracy.items()}
-    loss = record.get("final_loss")
-    record["final_loss"] = None if loss is None or math.isnan(loss) else loss  # earlier files: NaN
-    record["qualities"] = [(step, value) for step, value in record.get("qualities", [])]
-    return TrainingRecord(**record)
-
-
-def warn_of_collapse(when: str) -> None:
-    """Warn that the embeddings are all alike, and say what helps."""
-    warnings.warn(
-        f"the embeddings have collapsed to one point {when}: scores will be no better than chance. "
-        "Try fewer steps, or in mode faithful a smaller svdd_weight (lambda), "
-        "initialization='kaiming' or train_last_layer=True",
-        CollapseWarning,
-        stacklevel=3,
-    )
 
 
 def _memory_format(device: torch.device, mode: str) -> torch.memory_format:

@@ -13,6 +13,7 @@ from PIL import Image
 from conftest import texture
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector import patch_svdd as detector
+from patchsvdd_fast.detector import scoring
 from patchsvdd_fast.files import store
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
@@ -281,7 +282,7 @@ def test_an_interruption_changes_nothing(
         recluster(bank, *changed)
 
     if moment == "encode":
-        monkeypatch.setattr(detector, "encode_images", interrupt)
+        monkeypatch.setattr(scoring, "encode_images", interrupt)
     elif moment == "bank":
         monkeypatch.setattr(NormalBank, "_recluster", interrupt_the_second)
     else:

@@ -15,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.parameters import illumination_of
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.folders import Category
 from patchsvdd_fast.images.prepare import load_images
@@ -399,5 +400,5 @@ def test_matched_light_makes_scores_indifferent_to_brightness(good_folder, tmp_p
         PatchSVDD(illumination="dark").fit(images)
     with pytest.raises(ValueError, match="mean must be one of"):
         PatchSVDD(mean="image").fit(images)
-    assert PatchSVDD(mode="dense")._illumination() == "matched"
-    assert PatchSVDD()._illumination() == "as_is"
+    assert illumination_of(PatchSVDD(mode="dense").get_params()) == "matched"
+    assert illumination_of(PatchSVDD().get_params()) == "as_is"

@@ -14,8 +14,9 @@ import torch
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.files import store
-from patchsvdd_fast.training.defect_check import DefectCheck, Quality
+from patchsvdd_fast.training.defect_check import DefectCheck
 from patchsvdd_fast.training.interrupts import Terminated
+from patchsvdd_fast.training.record import Quality
 
 MODES = {
     "faithful": {"batch_size": 3, "initialization": "kaiming"},

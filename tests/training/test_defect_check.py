@@ -10,7 +10,8 @@ from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.images.drawn_defects import DEFECTS, Strength, draw_defects
 from patchsvdd_fast.images.light import mean_colour, mean_image
-from patchsvdd_fast.training.defect_check import DefectCheck, Quality
+from patchsvdd_fast.training.defect_check import DefectCheck
+from patchsvdd_fast.training.record import Quality
 from patchsvdd_fast.training.settings import training_settings
 from patchsvdd_fast.training.trainer import Trainer
 

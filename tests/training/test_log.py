@@ -8,10 +8,8 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from patchsvdd_fast.training.defect_check import Quality
 from patchsvdd_fast.training.log import FileLog, LogOrWarning, TensorBoardLog
-from patchsvdd_fast.training.objectives import LevelMetrics
-from patchsvdd_fast.training.trainer import TrainingStep
+from patchsvdd_fast.training.record import LevelMetrics, Quality, TrainingStep
 
 
 def _step(number, quality=None):

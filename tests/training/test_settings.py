@@ -2,8 +2,7 @@
 
 import pytest
 
-from patchsvdd_fast.training.settings import MODES, SURFACES, training_settings
-from patchsvdd_fast.training.trainer import TrainingSettings
+from patchsvdd_fast.training.settings import MODES, SURFACES, TrainingSettings, training_settings
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,10 @@ import torch
 from patchsvdd_fast import HierarchicalEncoder, ops
 from patchsvdd_fast.encoders.patch_svdd import from_official_names
 from patchsvdd_fast.ops.pair_protocol import COLOUR_SHIFT, DIRECTIONS, PIXEL_NOISE
-from patchsvdd_fast.training.losses import PositionClassifier
-from patchsvdd_fast.training.objectives import DrawnPairs, embedding_spread, patch_losses
-from patchsvdd_fast.training.trainer import (
-    CROPS_PER_IMAGE,
-    CollapseWarning,
-    Trainer,
-    TrainingSettings,
-    is_collapsed,
-)
+from patchsvdd_fast.training.objectives import DrawnPairs, PositionClassifier, patch_losses
+from patchsvdd_fast.training.record import CollapseWarning, embedding_spread, is_collapsed
+from patchsvdd_fast.training.settings import CROPS_PER_IMAGE, TrainingSettings
+from patchsvdd_fast.training.trainer import Trainer
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""Embedding and scoring of images by a fitted detector: one after another, in overlapped stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..encoders.patch_svdd import HierarchicalEncoder
+from ..images.light import match_illumination, mean_of_size
+from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
+from ..score.encoding import encode_images
+from ..score.image_result import ImageResult, image_results
+from ..score.maps import search_levels
+from ..score.stream import Stream
+from .model_file import Model
+from .parameters import Parameters, largest_patch, usual_light
+
+
+def encode(
+    encoder: HierarchicalEncoder,
+    mean: Tensor,
+    light: Tensor,
+    parameters: Parameters,
+    pixels: Tensor,
+    num_in_mean: int | None = None,
+) -> list[Tensor]:
+    """Embed uint8 images [N, 3, H, W] in their own light: one [N, I, J, D] per level.
+
+    mean: [3, H, W], light: [3], of the training images. num_in_mean: as of `encode_images`. Raises
+    ValueError for images of another size than the mean, unless it is one of each channel.
+    """
+    matched = match_illumination(pixels, usual_light(parameters, light))
+    mean = mean_of_size(mean, parameters["mean"], *pixels.shape[-2:])
+    return encode_images(encoder, matched, mean, parameters["levels"], num_in_mean)
+
+
+def score_stream(
+    model: Model,
+    sources: Iterable[Any],
+    threshold: float | None,
+    on_error: Callable[[Any, Exception], None] | None,
+) -> Stream[ImageResult]:
+    """The results of images in their order; arguments as of `PatchSVDD.score_stream`."""
+    parameters = model.parameters
+
+    def read(item: Any, number: int) -> PreparedImage:
+        size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
+        image = prepare_image(item, name_of(item, number), size, smallest)
+        # Refuses what cannot be encoded.
+        mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
+        return image
+
+    def embed(images: list[PreparedImage]) -> tuple[list[PreparedImage], list[Tensor]]:
+        pixels = torch.stack([image.pixels for image in images])
+        return images, encode(model.encoder, model.mean, model.light, parameters, pixels)
+
+    def search(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
+        images, embeddings = embedded
+        height, width = images[0].pixels.shape[1:]
+        scores = search_levels(model.banks, embeddings, (height, width), parameters["combination"])
+        return image_results(images, scores, model.calibration, threshold, model.gallery)
+
+    return Stream(sources, read, embed, search, on_error)

@@ -1,0 +1,92 @@
+"""What follows from a detector's calibration: thresholds, p-values, scikit-learn's verdicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+
+from ..score.calibration import Calibration
+from ..score.maps import ScoreResult
+
+
+class ThresholdsMixin:
+    """For a detector that has scores, a contamination and, once it is fitted, a calibration."""
+
+    contamination: float
+    calibration_: Calibration | None
+
+    def score(self, X: Any) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
+        """Of the detector itself."""
+        raise NotImplementedError
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
+        """Normality of each image, [N]: the negative image score, higher is more normal."""
+        scores: npt.NDArray[np.float32] = -self.score(X).image_scores.numpy()
+        return scores
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
+        """`score_samples(X) - offset_`, [N]: negative for anomalous images."""
+        return np.asarray(self.score_samples(X) - np.float32(self.offset_), dtype=np.float32)
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:  # noqa: N803
+        """+1 for normal and -1 for anomalous images, [N]."""
+        return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+
+    @property
+    def threshold_(self) -> float:
+        """Image score above which an image is called anomalous, from the training images."""
+        return self.threshold(self.false_alarm_rate_)
+
+    @property
+    def false_alarm_rate_(self) -> float:
+        """What `threshold_` promises: `contamination`, or the least that N images can promise."""
+        return max(self.contamination, self._calibration().smallest_rate)
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        """Image score that new good images exceed with at most this probability.
+
+        Holds for images like the training images; see `Calibration.threshold`. Raises ValueError
+        if there are too few of these for so low a rate (1 % takes 99).
+        """
+        return self._calibration().threshold(false_alarm_rate)
+
+    def threshold_or_none(self, false_alarm_rate: float | None = None) -> float | None:
+        """`threshold` of the rate given, else `threshold_`; None of a single training image.
+
+        Raises ValueError for a rate that cannot be promised.
+        """
+        if false_alarm_rate is not None:
+            return self.threshold(false_alarm_rate)
+        return None if self.calibration_ is None else self.threshold_
+
+    def pixel_threshold(self, false_alarm_rate: float) -> float:
+        """Map value above which at most this share of a good image's pixels lies, on average.
+
+        Raises ValueError as `threshold` does.
+        """
+        return self._calibration().pixel_threshold(false_alarm_rate)
+
+    def p_values(
+        self, image_scores: Tensor | npt.NDArray[np.floating[Any]]
+    ) -> npt.NDArray[np.float64]:
+        """How probable it is that a good image scores so high: [N] for image scores [N]."""
+        return self._calibration().p_values(image_scores)
+
+    @property
+    def offset_(self) -> float:
+        """scikit-learn's name for the negative threshold."""
+        return -self.threshold_
+
+    def _calibration(self) -> Calibration:
+        self._require_fitted()
+        if self.calibration_ is None:
+            raise ValueError("a threshold needs at least two training images, got one")
+        return self.calibration_
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "banks_"):
+            raise NotFittedError("this PatchSVDD is not fitted yet: call fit or PatchSVDD.load")
