@@ -28,10 +28,11 @@ browser:  ## for the tests that look at HTML reports (Debian, as root); they are
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends chromium-headless-shell
 
-lint: $(VENV)/installed-dev  ## style, types, formatting, what nvcc makes of the kernels
+lint: $(VENV)/installed-dev  ## style, types, formatting, the rule of the rooms, what nvcc makes of the kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/python benchmarks/kernel_report.py --check
 

@@ -336,3 +336,21 @@ def test_pictures_of_any_shape():
     for size in [(20_000, 64), (64, 20_000)]:
         picture = side_by_side(Image.new("RGB", size), region_at((0, 0, 64), (0, 0, 64)), None)
         assert picture.height == 272
+
+
+def test_an_image_is_explained_by_the_rate_its_stream_was_asked_for(fitted):
+    rng = np.random.default_rng(3)
+    images = [texture(rng, SIDE) for _ in range(12)]
+    threshold = fitted.threshold(0.8)  # lower than that of the default rate
+    results = list(fitted.score_stream(images, false_alarm_rate=0.8))
+    assert [result.threshold for result in results] == [threshold] * 12
+    assert all(result.source is image for result, image in zip(results, images, strict=True))
+    for result in results:
+        regions = fitted.explain(result)
+        assert bool(regions) == result.anomalous == (result.score > threshold)
+        if regions:
+            assert regions[0].peak == pytest.approx(result.score)
+    between = [result for result in results if threshold < result.score <= fitted.threshold_]
+    assert between
+    for result in between:
+        assert fitted.explain(result, fitted.false_alarm_rate_) == []
