@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from conftest import texture
 from patchsvdd_fast import PatchLevel, PatchSVDD
-from patchsvdd_fast.cli import demo
 from patchsvdd_fast.cli import model as model_commands
 from patchsvdd_fast.cli.app import app
 from patchsvdd_fast.detector import patch_svdd as detector
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.images import sample_cloth
 from patchsvdd_fast.score import metrics
 
 FAST = {
@@ -350,7 +350,9 @@ def test_earlier_files_are_explained_and_reported(model, category_folder, tmp_pa
 
 def test_demo_writes_a_model_and_heat_maps(category_folder, tmp_path, monkeypatch):
     """On a sample smaller than its own."""
-    monkeypatch.setattr(demo, "write_sample_category", lambda *_, **__: Category(category_folder))
+    monkeypatch.setattr(
+        sample_cloth, "write_sample_category", lambda *_, **__: Category(category_folder)
+    )
     (tmp_path / "demo").mkdir()  # as the sample does
     output = run("demo", "--steps", 1, "-o", tmp_path / "demo", "--device", "cpu")
     assert "trained, 1 steps" in output

@@ -8,9 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT, script_environment
-
-COMMAND = [sys.executable, "-m", "patchsvdd_fast"]
-
+from processes import COMMAND
 
 COMMANDS = ("train", "score", "watch", "evaluate", "explain", "update", "info", "export", "demo")
 

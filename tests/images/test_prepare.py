@@ -9,15 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsvdd_fast.files.folders import Category, find_categories, find_images, training_paths
-from patchsvdd_fast.images.light import match_illumination, mean_colour, mean_image, normalize
+from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.images.prepare import (
     load_image_set,
     load_images,
     name_of,
     prepare_image,
     read_image,
-    read_mask,
 )
 
 RAMP = np.linspace(0, 255, 80 * 70).astype(np.uint8).reshape(80, 70)
@@ -87,32 +85,6 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
     image.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(read_image(tmp_path / "turned.png")), np.rot90(COLOUR, k=-1))
-
-
-def test_nested_folders_in_order(tmp_path):
-    for name in ("b/2.png", "a/3.png", "a/deep/1.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(COLOUR).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("not an image")
-    names = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)]
-    assert names == ["a/3.png", "a/deep/1.jpg", "b/2.png"]
-    assert training_paths(tmp_path) == find_images(tmp_path)
-
-
-def test_category_layout(category_folder):
-    category = Category(category_folder)
-    assert [path.name for path in category.train_paths()] == ["0.png", "1.png", "2.png", "3.png"]
-    tests = category.test_images()
-    assert [(t.defect, t.is_anomalous, t.mask is not None) for t in tests] == (
-        [("good", False, False)] * 3 + [("spot", True, True)] * 3
-    )
-    mask = read_mask(tests[-1].mask, (48, 48))
-    assert mask.sum() == 15 * 15
-    assert training_paths(category_folder) == category.train_paths()
-    assert [c.name for c in find_categories(category_folder.parent)] == ["stripes"]
-    assert find_categories(category_folder)[0].name == "stripes"
-    with pytest.raises(ValueError, match="no category"):
-        find_categories(category_folder / "test")
 
 
 def test_sources_of_every_kind_agree(tmp_path):
@@ -291,45 +263,3 @@ def test_bad_sets_are_named(tmp_path):
         load_images([COLOUR / 255], None, 1)
     with pytest.raises(TypeError, match="uint8, got float32"):
         load_images(torch.rand(1, 3, 80, 80), None, 1)
-
-
-def test_mean_image_is_exact():
-    images = torch.randint(256, (7, 3, 5, 6), dtype=torch.uint8)
-    assert torch.equal(mean_image(images), images.double().mean(dim=0).float())
-    channels = mean_image(images, "channel")
-    assert channels.shape == (3, 5, 6)
-    expected = images.double().mean(dim=(0, 2, 3), keepdim=True)[0].expand(3, 5, 6)
-    torch.testing.assert_close(channels, expected.float())
-
-
-def test_an_image_among_others_is_compared_with_the_mean_of_the_others():
-    images = torch.randint(256, (5, 3, 5, 6), dtype=torch.uint8)
-    normalized = normalize(images, mean_image(images), num_in_mean=5)
-    for number, found in enumerate(normalized):
-        others = torch.cat([images[:number], images[number + 1 :]])
-        expected = (images[number].double() - others.double().mean(dim=0)) / 255
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
-
-
-def test_matched_images_do_not_depend_on_the_light():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(20, 200, (3, 3, 24, 30), dtype=torch.uint8, generator=generator)
-    colour = mean_colour(images)
-    torch.testing.assert_close(colour, images.double().mean(dim=(0, 2, 3)).float())
-    expected = match_illumination(images, colour)
-    torch.testing.assert_close(
-        expected.double().mean(dim=(2, 3)), colour.double().expand(3, 3), rtol=0, atol=0.5
-    )
-    for light in (torch.tensor([0.9, 1.0, 1.2]), torch.tensor(0.8)):
-        lit = (images * light.reshape(-1, 1, 1)).round().byte()
-        found = match_illumination(lit, colour)
-        assert (found.int() - expected.int()).abs().max() <= 1  # rounding
-
-
-def test_matching_knows_its_limits():
-    black = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    dark = torch.full((1, 3, 4, 4), 10, dtype=torch.uint8)
-    colour = torch.full((3,), 100.0)
-    assert (match_illumination(black, colour) == 0).all()
-    assert (match_illumination(dark, colour) == 20).all()
-    assert (match_illumination(dark + 245, colour) == 128).all()

@@ -18,10 +18,7 @@ import pytest
 from PIL import Image
 
 from conftest import texture
-from patchsvdd_fast.report import charts as report_charts
-from patchsvdd_fast.report.heat_maps import colour_scale
 from patchsvdd_fast.report.html import Finding, ReportEntry, ReportWriter
-from patchsvdd_fast.report.pictures import heat_text, outline_path
 from patchsvdd_fast.report.text import shown
 from patchsvdd_fast.score.regions import Region
 
@@ -350,34 +347,6 @@ def _decoded(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_heat_is_coloured_and_the_more_opaque_the_hotter():
-    heat = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
-    image = _decoded(heat_text(heat, side=128)).convert("RGBA")
-    colours = np.asarray(image).astype(int)
-    steps = abs(np.diff(colour_scale(np.linspace(0, 1, 49, dtype=np.float32)).astype(int), axis=0))
-    assert (abs(colours[..., :3] - colour_scale(heat)) <= steps.max(axis=0)).all()
-    opacity = colours[0, :, 3]
-    assert opacity[0] < 40 and opacity[-1] == 255 and (np.diff(opacity) >= 0).all()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
-def test_outline_surrounds_the_mask(share):
-    mask = np.random.default_rng(3).random((23, 31)) < share
-    path = outline_path(mask)
-    pieces = re.findall(r"M(\d+) (\d+)([hv])(\d+)", path)
-    assert "".join("M{} {}{}{}".format(*piece) for piece in pieces) == path
-    across, down = np.zeros((24, 31), bool), np.zeros((23, 32), bool)
-    for *numbers, direction, count in pieces:
-        x, y, length = int(numbers[0]), int(numbers[1]), int(count)
-        if direction == "h":
-            across[y, x : x + length] ^= True
-        else:
-            down[y : y + length, x] ^= True
-    # Whoever crosses a border changes sides.
-    np.testing.assert_array_equal(np.logical_xor.accumulate(across, axis=0)[:-1], mask)
-    np.testing.assert_array_equal(np.logical_xor.accumulate(down, axis=1)[:, :-1], mask)
-
-
 def test_roc_curve_and_what_the_threshold_reaches(tmp_path):
     scores = [(1.0, "good"), (2.0, "good"), (4.0, "good"), (9.0, "good"), (3.0, "a"), (8.0, "b")]
     entries = [
@@ -388,43 +357,6 @@ def test_roc_curve_and_what_the_threshold_reaches(tmp_path):
     assert "AUROC 62.5 %; at the threshold 50 % found at 25 % false alarms" in source
     for figure in ("<dd>1 of 2</dd>", "<dd>1 of 4</dd>", "<dd>2</dd>", "<dd>5</dd>"):
         assert figure in source
-
-
-@pytest.mark.parametrize(
-    ("values", "logarithmic"),
-    [
-        ([1.0, 2.0, 9.0], False),
-        ([1e-12, 1e-10, 3e-9], True),
-        ([-5.0, 900.0], False),
-        ([3.0], False),
-    ],
-)
-def test_histogram_holds_every_score(values, logarithmic):
-    drawing = report_charts._histogram({("good", "good"): np.array(values)}, None)
-    assert ("logarithmic" in drawing) == logarithmic
-    (path,) = re.findall(r'class="good" d="([^"]*)"', drawing)
-    tops = [float(y) for y in re.findall(r"V([\d.]+)H", path)]
-    heights = (report_charts._BOTTOM - np.array(tops)) / (
-        report_charts._BOTTOM - report_charts._TOP
-    )
-    shares = heights / heights.max()
-    counts = np.round(shares * len(values) / shares.sum())
-    assert counts.sum() == len(values)
-    assert "nan" not in drawing and "inf" not in drawing
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8e5), (1e-9, 3e-9), (0.1, 0.1001)])
-def test_ticks_are_few_round_and_inside(low, high):
-    ticks = report_charts._ticks(low, high)
-    assert 2 <= len(ticks) <= 7
-    slack = 1e-6 * (high - low)
-    assert all(low - slack <= tick <= high + slack for tick in ticks)
-    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
-
-
-def test_logarithmic_ticks_are_inside():
-    assert report_charts._log_ticks(0.04, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
-    assert report_charts._log_ticks(1e-12, 5e-3) == pytest.approx([10.0**e for e in range(-12, -2)])
 
 
 # --- in a browser ---------------------------------------------------------------------------------

@@ -50,3 +50,27 @@ def test_what_the_dense_mode_has_no_use_for_is_refused(useless):
 def test_unknown_names_are_refused(mode, surface):
     with pytest.raises(ValueError, match="must be one of"):
         training_settings(mode, surface)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0},
+        {"steps": 0},
+        {"minutes": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0},
+        {"svdd_weight": -1},
+        {"mode": "best"},
+        {"schedule": "linear"},
+        {"initialization": "zeros"},
+        {"precision": "float16"},
+        {"check_every": 0},
+        {"patience": 0, "check_every": 1},
+        {"patience": 1},
+        {"mode": "dense", "precision": "bfloat16"},
+    ],
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TrainingSettings(**bad)

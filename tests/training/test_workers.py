@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed
 from patchsvdd_fast import HierarchicalEncoder
-from patchsvdd_fast.recipes import training_settings
-from patchsvdd_fast.selection import Quality
-from patchsvdd_fast.training import Trainer
-from patchsvdd_fast.workers import joined_workers
+from patchsvdd_fast.training.record import Quality
+from patchsvdd_fast.training.settings import training_settings
+from patchsvdd_fast.training.trainer import Trainer
+from patchsvdd_fast.training.workers import joined_workers
 
 mode, output = sys.argv[1:]
 torch.set_num_threads(1)

@@ -1,0 +1,107 @@
+"""Brute-force search: the canonical answer to the bit, whatever runs it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchsvdd_fast import ops
+from patchsvdd_fast.ops import reference
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 17, 31, 64, 100, 300])
+def test_nearest_is_the_canonical_answer_to_the_bit(instruction_set, dim):
+    queries, bank = torch.randn(70, dim), torch.randn(133, dim)
+    bank[40] = bank[90] = queries[7]  # an exact match, twice
+    expected = reference.nearest(queries, bank)
+    with ops.use_instruction_set(instruction_set):
+        distances, indices = ops.nearest(queries, bank)
+    assert torch.equal(distances, expected[0])
+    assert torch.equal(indices, expected[1])
+    assert (distances[7], indices[7]) == (0, 40)
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+def test_nearest_does_not_depend_on_threads_or_batches(instruction_set):
+    bank = torch.randn(300, 24) * 0.005 + 0.4
+    bank[100:200] = bank[:100]
+    queries = torch.cat([torch.randn(300, 24) * 0.005 + 0.4, bank[50:150]])
+    expected = reference.nearest(queries, bank)
+    threads = torch.get_num_threads()
+    try:
+        with ops.use_instruction_set(instruction_set):
+            for count in (1, 2, 7):
+                torch.set_num_threads(count)
+                for batch in (3, 37, 400):
+                    parts = [ops.nearest(part, bank) for part in queries.split(batch)]
+                    distances, indices = (torch.cat(values) for values in zip(*parts, strict=True))
+                    assert torch.equal(distances, expected[0])
+                    assert torch.equal(indices, expected[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dim=st.integers(1, 70),
+    bank_rows=st.integers(1, 80),
+    count=st.integers(0, 20),
+    scale=st.sampled_from([1e-42, 1e-30, 1e-20, 1.0, 1e18, 1e30]),
+    offset=st.sampled_from([0.0, 1.0, 1e6]),
+    seed=st.integers(0, 2**32),
+)
+def test_nearest_at_every_scale(dim, bank_rows, count, scale, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 9, (count + bank_rows, dim), generator=generator).float()
+    values = (values * scale + offset * scale).float()
+    queries, bank = values[:count], values[count:]
+    expected = reference.nearest(queries, bank)
+    for instruction_set in ops.instruction_sets():
+        with ops.use_instruction_set(instruction_set):
+            distances, indices = ops.nearest(queries, bank)
+        assert torch.equal(distances, expected[0])
+        assert torch.equal(indices, expected[1])
+
+
+def test_nearest_where_expanded_distances_cancel():
+    """A tiny ball far from the origin, as trained embeddings form it."""
+    bank = (torch.randn(3000, 64) * 0.0005 + 0.45).float()
+    queries = (torch.randn(3000, 64) * 0.0005 + 0.45).float()
+    distances, indices = ops.nearest(queries, bank)
+    exact = torch.cdist(
+        queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert torch.equal(indices, exact.argmin(dim=1))
+    torch.testing.assert_close(distances.double(), exact.amin(dim=1), rtol=1e-6, atol=0)
+
+
+def test_nearest_keeps_subnormals_while_torch_flushes_them():
+    queries, bank = torch.full((1, 4), 3e-23), torch.zeros(1, 4)
+    expected = ops.nearest(queries, bank)[0]
+    assert expected > 0
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(ops.nearest(queries, bank)[0], expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_nearest_edge_cases():
+    bank = torch.rand(9, 5)
+    distances, indices = ops.nearest(torch.empty(0, 5), bank)
+    assert distances.shape == indices.shape == (0,)
+    strided = torch.rand(5, 11).t()
+    assert torch.equal(ops.nearest(strided, bank)[0], ops.nearest(strided.contiguous(), bank)[0])
+    huge = torch.full((2, 3), 3e38)
+    distances, indices = ops.nearest(huge, -huge)  # every squared distance overflows
+    assert torch.isinf(distances).all()
+    assert torch.equal(indices, torch.zeros(2, dtype=torch.int64))
+
+
+def test_native_square_root_is_correctly_rounded():
+    values = torch.linspace(0.1, 3, 5000)[:, None]
+    distances, _ = ops.nearest(values, torch.zeros(1, 1))
+    squared = reference.canonical_squared_distances(values, torch.zeros(1, 1))[:, 0]
+    assert np.array_equal(distances.numpy(), np.sqrt(squared.numpy()))

@@ -1,0 +1,44 @@
+"""Pictures of a report as text."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchsvdd_fast.report.heat_maps import colour_scale
+from patchsvdd_fast.report.pictures import heat_text, outline_path
+
+
+def _decoded(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_heat_is_coloured_and_the_more_opaque_the_hotter():
+    heat = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
+    image = _decoded(heat_text(heat, side=128)).convert("RGBA")
+    colours = np.asarray(image).astype(int)
+    steps = abs(np.diff(colour_scale(np.linspace(0, 1, 49, dtype=np.float32)).astype(int), axis=0))
+    assert (abs(colours[..., :3] - colour_scale(heat)) <= steps.max(axis=0)).all()
+    opacity = colours[0, :, 3]
+    assert opacity[0] < 40 and opacity[-1] == 255 and (np.diff(opacity) >= 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_outline_surrounds_the_mask(share):
+    mask = np.random.default_rng(3).random((23, 31)) < share
+    path = outline_path(mask)
+    pieces = re.findall(r"M(\d+) (\d+)([hv])(\d+)", path)
+    assert "".join("M{} {}{}{}".format(*piece) for piece in pieces) == path
+    across, down = np.zeros((24, 31), bool), np.zeros((23, 32), bool)
+    for *numbers, direction, count in pieces:
+        x, y, length = int(numbers[0]), int(numbers[1]), int(count)
+        if direction == "h":
+            across[y, x : x + length] ^= True
+        else:
+            down[y : y + length, x] ^= True
+    # Whoever crosses a border changes sides.
+    np.testing.assert_array_equal(np.logical_xor.accumulate(across, axis=0)[:-1], mask)
+    np.testing.assert_array_equal(np.logical_xor.accumulate(down, axis=1)[:, :-1], mask)
