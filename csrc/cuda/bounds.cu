@@ -133,25 +133,25 @@ __global__ void write_each(const Key* keys, float* distances, int64_t* indices, 
 }  // namespace
 
 void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream) {
-  launch("nearest", clear_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, queries);
+  launch(PSVDD_KERNEL(clear_each), {blocks_for(queries), kThreadsPerBlock}, stream, keys, queries);
 }
 
 void find_segment_groups(const Rescore& pairs, const SegmentGroups& found, std::uintptr_t stream) {
   if (pairs.groups.query_groups == nullptr) return;
-  launch("nearest", find_groups, {blocks_for(pairs.bank.segments() * kWarp), kThreadsPerBlock},
+  launch(PSVDD_KERNEL(find_groups), {blocks_for(pairs.bank.segments() * kWarp), kThreadsPerBlock},
          stream, pairs, found);
 }
 
 void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
   const auto limit_by_what_is_found = [&](bool start) {
-    launch("nearest", limit_by_keys, {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
+    launch(PSVDD_KERNEL(limit_by_keys), {blocks_for(bounds.num_queries), kThreadsPerBlock}, stream,
            bounds, start, bounds.num_queries);
   };
   limit_by_what_is_found(true);
   const int64_t tiles = bounds.padded_queries / kQueryTile;
   const int64_t shares = std::clamp<int64_t>(4 * multiprocessors() / tiles, 1,
                                              std::min<int64_t>(bounds.num_segments, 1024));
-  launch("nearest", lower_limits,
+  launch(PSVDD_KERNEL(lower_limits),
          {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares)), kThreadsPerBlock},
          stream, bounds);
 
@@ -163,7 +163,7 @@ void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
     end = in_ranges ? std::min(std::max(kFirstRange, begin * kRangeGrowth), bounds.num_segments)
                     : bounds.num_segments;
     if (begin > 0) limit_by_what_is_found(false);
-    launch("nearest", keep_queries,
+    launch(PSVDD_KERNEL(keep_queries),
            {dim3(static_cast<unsigned>(end - begin)), kThreadsPerBlock, 2 * kWarps * sizeof(int)},
            stream, bounds, begin);
     pairs.first_segment = begin;
@@ -174,7 +174,7 @@ void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
 
 void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
                    std::uintptr_t stream) {
-  launch("nearest", write_each, {blocks_for(queries), kThreadsPerBlock}, stream, keys, distances,
+  launch(PSVDD_KERNEL(write_each), {blocks_for(queries), kThreadsPerBlock}, stream, keys, distances,
          indices, queries);
 }
 

@@ -84,7 +84,7 @@ void crop_pairs(const CropPairsParams& params, std::uintptr_t stream) {
   const bool whole =
       params.size % 4 == 0 && reinterpret_cast<std::uintptr_t>(params.patches) % 16 == 0;
   const dim3 grid(static_cast<unsigned>(planes));
-  launch("crop_pairs", whole ? crop_planes<true> : crop_planes<false>,
+  launch(whole ? PSVDD_KERNEL(crop_planes<true>) : PSVDD_KERNEL(crop_planes<false>),
          {grid, kThreadsPerBlock, sizeof(PatchPlane)}, stream, params);
 }
 

@@ -367,30 +367,32 @@ int64_t chunk_of(const ExtractPatchesParams& params, int64_t element_size) {
   return bits & -bits;
 }
 
+// The kernel that writes chunks of so many bytes.
+template <typename Source>
+Kernel<ExtractPatchesParams, Tiling, Start> kernel_for(int64_t chunk) {
+  switch (chunk) {
+    case 16:
+      return PSVDD_KERNEL(extract_tiles<16, Source>);
+    case 8:
+      return PSVDD_KERNEL(extract_tiles<8, Source>);
+    case 4:
+      return PSVDD_KERNEL(extract_tiles<4, Source>);
+    case 2:
+      if constexpr (Source::kSmallestChunk <= 2) return PSVDD_KERNEL(extract_tiles<2, Source>);
+      break;
+    case 1:
+      if constexpr (Source::kSmallestChunk == 1) return PSVDD_KERNEL(extract_tiles<1, Source>);
+      break;
+  }
+  throw std::invalid_argument("extract_patches: misaligned patches");
+}
+
 template <typename Source>
 void extract_from(const ExtractPatchesParams& params, std::uintptr_t stream) {
   const PatchGrid& grid = params.grid;
   const int64_t element_size = Source::element_size(params);
   const Tiling tiling = tiling_of(grid, element_size);
-  void (*kernel)(ExtractPatchesParams, Tiling, Start) = nullptr;
-  switch (chunk_of(params, element_size)) {
-    case 16:
-      kernel = extract_tiles<16, Source>;
-      break;
-    case 8:
-      kernel = extract_tiles<8, Source>;
-      break;
-    case 4:
-      kernel = extract_tiles<4, Source>;
-      break;
-    case 2:
-      if constexpr (Source::kSmallestChunk <= 2) kernel = extract_tiles<2, Source>;
-      break;
-    case 1:
-      if constexpr (Source::kSmallestChunk == 1) kernel = extract_tiles<1, Source>;
-      break;
-  }
-  if (kernel == nullptr) throw std::invalid_argument("extract_patches: misaligned patches");
+  const auto kernel = kernel_for<Source>(chunk_of(params, element_size));
   const int64_t tiles = grid.channels * tiling.column_tiles * tiling.run_tiles * tiling.row_tiles;
   if (tiles == 0) return;
   if (tiles > INT32_MAX) throw std::invalid_argument("extract_patches: too many channels");
@@ -402,8 +404,7 @@ void extract_from(const ExtractPatchesParams& params, std::uintptr_t stream) {
       const dim3 blocks(static_cast<unsigned>(tiles),
                         static_cast<unsigned>(std::min(band_tiles - start.band_tile, kMostBlocks)),
                         static_cast<unsigned>(std::min(grid.images - start.image, kMostBlocks)));
-      launch("extract_patches", kernel, {blocks, kThreadsPerBlock, shared_bytes}, stream, params,
-             tiling, start);
+      launch(kernel, {blocks, kThreadsPerBlock, shared_bytes}, stream, params, tiling, start);
     }
   }
 }
@@ -426,9 +427,9 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream) 
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream) {
   const PatchGrid& grid = params.grid;
   const int64_t count = grid.images * grid.channels * grid.height * grid.width;
-  launch_elements("extract_patches_backward",
-                  params.is_double ? gather_gradients<double> : gather_gradients<float>, params,
-                  count, stream);
+  launch_elements(params.is_double ? PSVDD_KERNEL(gather_gradients<double>)
+                                   : PSVDD_KERNEL(gather_gradients<float>),
+                  params, count, stream);
 }
 
 }  // namespace psvdd::cuda

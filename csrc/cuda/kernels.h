@@ -1,6 +1,6 @@
 // The CUDA kernels. One file each, under the same name as its CPU twin. Every function launches on
 // the given stream (a cudaStream_t as an integer) of the current device and throws
-// std::runtime_error if a launch fails; none synchronises or allocates.
+// std::runtime_error if a launch fails, which names the kernel; none synchronises or allocates.
 #pragma once
 
 #include <cstdint>

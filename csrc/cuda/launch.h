@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #if defined(PSVDD_CUDA_ON_HOST)
 #include "cuda_on_host.h"
@@ -22,7 +23,7 @@ constexpr int kThreadsPerBlock = 256;
 // Blocks of a one-dimensional grid never exceed this; kernels stride over what is beyond.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
-inline void check(cudaError_t status, const char* what) {
+inline void check(cudaError_t status, std::string_view what) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
   }
@@ -45,6 +46,22 @@ __device__ inline int64_t first_element() {
 }
 __device__ inline int64_t element_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// A kernel and the name under which a failed launch reports it. `launch` takes nothing else, and
+// PSVDD_KERNEL is the way to make one, so that no launch is without a name or has another's.
+template <typename... Params>
+struct Kernel {
+  std::string_view name;
+  void (*function)(Params...);
+
+  // spelled: the kernel as the source has it; template arguments are not part of the name, since
+  // they are often template parameters themselves.
+  constexpr Kernel(std::string_view spelled, void (*function_)(Params...))
+      : name(spelled.substr(0, spelled.find('<'))), function(function_) {}
+};
+
+// Variadic, as template arguments may have commas: PSVDD_KERNEL(sum_rows), PSVDD_KERNEL(f<1, 2>).
+#define PSVDD_KERNEL(...) ::psvdd::cuda::Kernel(#__VA_ARGS__, __VA_ARGS__)
+
 // The shape of a launch.
 struct Launch {
   dim3 grid;
@@ -52,25 +69,26 @@ struct Launch {
   size_t shared_bytes = 0;  // dynamic shared memory per block
 };
 
-// Launches kernel(args...) on the stream and checks the launch.
-template <typename... Args>
-void launch(const char* name, void (*kernel)(Args...), const Launch& shape, std::uintptr_t stream,
-            Args... args) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
+// Launches kernel(args...) on the stream; throws std::runtime_error if the launch is refused.
+template <typename... Params>
+void launch(const Kernel<Params...>& kernel, const Launch& shape, std::uintptr_t stream,
+            Params... args) {
+  const auto* function = reinterpret_cast<const void*>(kernel.function);
   if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
-          name);
+          kernel.name);
   }
 #if defined(PSVDD_CUDA_ON_HOST)
   static_cast<void>(stream);
-  cuda_on_host::launch(function, shape.grid, dim3(shape.threads), shape.shared_bytes,
-                       [&] { kernel(args...); });
+  check(cuda_on_host::launch(function, shape.grid, dim3(shape.threads), shape.shared_bytes,
+                             [&] { kernel.function(args...); }),
+        kernel.name);
 #else
   void* arguments[] = {&args...};
   check(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), arguments, shape.shared_bytes,
                          reinterpret_cast<cudaStream_t>(stream)),
-        name);
+        kernel.name);
 #endif
 }
 
@@ -82,10 +100,10 @@ inline dim3 blocks_for(int64_t elements) {
 
 // Launches kernel(params, count) with one thread per element, `count` of them.
 template <typename Params>
-void launch_elements(const char* name, void (*kernel)(Params, int64_t), Params params,
-                     int64_t count, std::uintptr_t stream) {
+void launch_elements(const Kernel<Params, int64_t>& kernel, Params params, int64_t count,
+                     std::uintptr_t stream) {
   if (count == 0) return;
-  launch(name, kernel, {blocks_for(count), kThreadsPerBlock}, stream, params, count);
+  launch(kernel, {blocks_for(count), kThreadsPerBlock}, stream, params, count);
 }
 
 }  // namespace psvdd::cuda

@@ -260,8 +260,8 @@ Codes codes_of(const SegmentedBank& bank) {
 void rescore_in_other_clusters(const Pruning& pruning, const SegmentArrays& arrays, Rescore pairs,
                                std::uintptr_t stream) {
   auto* lists = reinterpret_cast<int32_t*>(arrays.maxima);
-  launch_elements("nearest", clear_counts, arrays.counts, pruning.bank.segments, stream);
-  launch("nearest", list_for_other_clusters, {blocks_for(pairs.queries.rows), kThreadsPerBlock},
+  launch_elements(PSVDD_KERNEL(clear_counts), arrays.counts, pruning.bank.segments, stream);
+  launch(PSVDD_KERNEL(list_for_other_clusters), {blocks_for(pairs.queries.rows), kThreadsPerBlock},
          stream, pruning, lists, arrays.counts);
   pairs.lists = lists;
   pairs.counts = arrays.counts;
@@ -341,7 +341,7 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
     };
     const int64_t warps = tiles * kQueryTile / kWarp;  // of queries
     const int64_t lists = tiles * kQueryTile / pruning.visit_tile;
-    launch("nearest", measure_centroids,
+    launch(PSVDD_KERNEL(measure_centroids),
            {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
             kThreadsPerBlock},
            stream, pruning);
@@ -349,9 +349,9 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
       rescore_in_other_clusters(pruning, arrays, todo, stream);
     }
     const int64_t maxima = bank.segments * tiles * kQueryTile;
-    launch("nearest", clear_visits, {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
+    launch(PSVDD_KERNEL(clear_visits), {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
            arrays.maxima, maxima);
-    launch("nearest", find_visits,
+    launch(PSVDD_KERNEL(find_visits),
            {dim3(static_cast<unsigned>(lists), shares(lists, kWarps)), kThreadsPerBlock,
             pruning.visit_tile * sizeof(TileQuery)},
            stream, pruning);

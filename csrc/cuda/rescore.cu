@@ -175,7 +175,8 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const int64_t wanted = (8 * int64_t{multiprocessors()} + segments - 1) / segments;
   const auto across = static_cast<unsigned>(
       std::min<int64_t>({batches, std::max<int64_t>(wanted, kBlocksPerSegment), 65535}));
-  launch("nearest", whole ? rescore_segment<Stored, true> : rescore_segment<Stored, false>,
+  launch(whole ? PSVDD_KERNEL(rescore_segment<Stored, true>)
+               : PSVDD_KERNEL(rescore_segment<Stored, false>),
          {dim3(segments, across), kThreads, shared_bytes}, stream, params, staged);
 }
 

@@ -67,8 +67,8 @@ __global__ void average_columns(ScoreMapParams params, int64_t count) {
 
 void score_map(const ScoreMapParams& params, std::uintptr_t stream) {
   const PatchGrid& grid = params.grid;
-  launch_elements("score_map", sum_rows, params, grid.images * grid.rows * grid.width, stream);
-  launch_elements("score_map", average_columns, params, grid.images * grid.height * grid.width,
+  launch_elements(PSVDD_KERNEL(sum_rows), params, grid.images * grid.rows * grid.width, stream);
+  launch_elements(PSVDD_KERNEL(average_columns), params, grid.images * grid.height * grid.width,
                   stream);
 }
 

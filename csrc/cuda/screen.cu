@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
 void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_t segments,
             const Visits& visits, float* maxima, std::uintptr_t stream) {
   const Screen params{queries, bank, segments, visits, maxima, query_tiles * kQueryTile};
-  const auto run = [&](auto shape, void (*kernel)(Screen)) {
+  const auto run = [&](auto shape, const Kernel<Screen>& kernel) {
     using Shape = decltype(shape);
     // Enough blocks to fill the card a few times, each with several segments to look at.
     const int64_t tiles = params.padded_queries / Shape::kQueries;
@@ -413,17 +413,17 @@ void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_
     const int64_t splits =
         std::clamp<int64_t>(wanted, 1, std::min<int64_t>((segments + 3) / 4, 65535));
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-    launch("nearest", kernel, {grid, Shape::kThreads, Shape::kSharedBytes}, stream, params);
+    launch(kernel, {grid, Shape::kThreads, Shape::kSharedBytes}, stream, params);
   };
   const auto run_narrow = [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
     if (visits.segments == nullptr) {
-      run(Narrow<kSteps, 4>{}, screen_narrow<kSteps, 4>);
+      run(Narrow<kSteps, 4>{}, PSVDD_KERNEL(screen_narrow<kSteps, 4>));
     } else {
-      run(Narrow<kSteps, 1>{}, screen_narrow<kSteps, 1>);
+      run(Narrow<kSteps, 1>{}, PSVDD_KERNEL(screen_narrow<kSteps, 1>));
     }
   };
-  if (bank.padded_dim > kNarrowDims) return run(Wide{}, screen_wide);
+  if (bank.padded_dim > kNarrowDims) return run(Wide{}, PSVDD_KERNEL(screen_wide));
   switch (bank.padded_dim / kDimStep) {
     case 1:
       return run_narrow(std::integral_constant<int, 1>{});

@@ -132,17 +132,17 @@ void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream) 
     return dim3(
         static_cast<unsigned>(std::min((threads + kThreadsPerBlock - 1) / kThreadsPerBlock, most)));
   };
-  launch("nearest", find_centre, {blocks(bank.dim, kMaxBlocks), kThreadsPerBlock}, stream, bank,
+  launch(PSVDD_KERNEL(find_centre), {blocks(bank.dim, kMaxBlocks), kThreadsPerBlock}, stream, bank,
          frame);
-  launch("nearest", find_largest,
+  launch(PSVDD_KERNEL(find_largest),
          {blocks(bank.rows * kWarp, 8 * multiprocessors()), kThreadsPerBlock}, stream, bank, frame);
 }
 
 void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
             const Segments& segments, std::uintptr_t stream) {
   const dim3 blocks(static_cast<unsigned>(vectors.segments()));
-  launch("nearest", encode_segment, {blocks, kThreadsPerBlock, 2 * kWarps * sizeof(float)}, stream,
-         vectors, frame, codes, segments);
+  launch(PSVDD_KERNEL(encode_segment), {blocks, kThreadsPerBlock, 2 * kWarps * sizeof(float)},
+         stream, vectors, frame, codes, segments);
 }
 
 }  // namespace psvdd::cuda

@@ -24,9 +24,11 @@
 #define __launch_bounds__(...)
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
 inline const char* cudaGetErrorString(cudaError_t status) {
-  return status == cudaSuccess ? "no error" : "invalid argument";
+  return status == cudaSuccess             ? "no error"
+         : status == cudaErrorInvalidValue ? "invalid argument"
+                                           : "invalid configuration argument";
 }
 
 // A card with few multiprocessors, so that grids are small.
@@ -70,10 +72,15 @@ void set_schedule(unsigned seed);
 constexpr size_t kUnaskedShared = 48 * 1024, kMostShared = 99 * 1024;
 cudaError_t allow_shared(const void* kernel, size_t bytes);
 
-// Runs `thread` of a kernel once for every thread of the grid. Throws std::runtime_error for what a
-// card would refuse, and if threads wait for others that never come. Blocks have one dimension.
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& thread);
+// Runs `thread` of a kernel once for every thread of the grid. Returns an error, as a card would,
+// if grid or block have a size that no card takes. Throws std::runtime_error if more shared memory
+// is used than was asked for, and if threads wait for others that never come.
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& thread);
+
+// The launch after `launches` more is refused as invalid, once; -1: none is. For tests of what the
+// caller makes of it.
+void refuse_launch(int launches);
 
 unsigned char* shared_memory();                            // of the block
 void sync_block();                                         // orders all memory

@@ -112,6 +112,7 @@ struct Scheduler {
   std::map<const void*, size_t> shared_asked_for;  // by kernel
   unsigned seed = 0;
   std::mt19937 random;
+  int launches_to_refusal = -1;  // -1: none is refused
 };
 
 thread_local Scheduler scheduler;
@@ -251,13 +252,19 @@ cudaError_t allow_shared(const void* kernel, size_t bytes) {
   return cudaSuccess;
 }
 
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& thread) {
-  if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1) {
-    throw std::runtime_error("cuda_on_host: blocks must have 1 to 1024 threads in one dimension");
+void refuse_launch(int launches) { scheduler.launches_to_refusal = launches; }
+
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& thread) {
+  if (scheduler.launches_to_refusal >= 0 && scheduler.launches_to_refusal-- == 0) {
+    return cudaErrorInvalidValue;
   }
-  if (grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
-    throw std::runtime_error("cuda_on_host: a grid that a card would refuse");
+  if (block.y != 1 || block.z != 1) {
+    throw std::runtime_error("cuda_on_host: only blocks of one dimension are supported");
+  }
+  if (block.x == 0 || block.x > 1024 || grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 ||
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+    return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes > std::max(kUnaskedShared, scheduler.shared_asked_for[kernel])) {
     throw std::runtime_error("cuda_on_host: " + std::to_string(shared_bytes) +
@@ -296,6 +303,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 #endif
   }
   acquire(&scheduler.running);
+  return cudaSuccess;
 }
 
 unsigned char* shared_memory() { return scheduler.block.shared; }

@@ -1,5 +1,7 @@
 // Kernels that are wrong on purpose: the harness must notice each (tests/native/cuda_test.cpp).
 
+#include <map>
+
 #include "../../csrc/cuda/ptx.h"
 #include "broken_kernels.h"
 
@@ -48,27 +50,32 @@ __global__ void read_before_copy(float* out) {
   copy_async_wait<0>();
 }
 
+// Only its launches are wrong: in the shared memory that they ask for.
+__global__ void launch_is_broken(float* out) { out[threadIdx.x] = 1.0f; }
+
 }  // namespace
 
 void run_broken_kernel(const std::string& name, float* out, unsigned threads) {
-  // These are wrong in what they ask for.
   if (name == "too-much-shared") {
-    return launch("broken", read_after_barrier, {dim3(1), threads, 100 * 1024}, 0, out);
+    return launch(PSVDD_KERNEL(launch_is_broken), {dim3(1), threads, 100 * 1024}, 0, out);
   }
   if (name == "shared-not-asked-for") {
-    return cuda_on_host::launch(reinterpret_cast<const void*>(read_after_barrier), dim3(1),
-                                dim3(threads), 49 * 1024, [out] { read_after_barrier(out); });
+    return check(cuda_on_host::launch(reinterpret_cast<const void*>(launch_is_broken), dim3(1),
+                                      dim3(threads), 49 * 1024, [out] { launch_is_broken(out); }),
+                 "launch_is_broken");
   }
-  void (*kernel)(float*) = name == "race"              ? read_without_barrier
-                           : name == "no-race"         ? read_after_barrier
-                           : name == "beyond-shared"   ? write_beyond_shared
-                           : name == "beyond-global"   ? write_beyond_global
-                           : name == "race-in-global"  ? race_between_blocks
-                           : name == "no-such-barrier" ? wait_for_nobody
-                           : name == "early-read"      ? read_before_copy
-                                                       : nullptr;
-  if (kernel == nullptr) throw std::invalid_argument("no such kernel: " + name);
-  launch("broken", kernel, {dim3(1), threads, threads * sizeof(float)}, 0, out);
+  const std::map<std::string, Kernel<float*>> kernels = {
+      {"race", PSVDD_KERNEL(read_without_barrier)},
+      {"no-race", PSVDD_KERNEL(read_after_barrier)},
+      {"beyond-shared", PSVDD_KERNEL(write_beyond_shared)},
+      {"beyond-global", PSVDD_KERNEL(write_beyond_global)},
+      {"race-in-global", PSVDD_KERNEL(race_between_blocks)},
+      {"no-such-barrier", PSVDD_KERNEL(wait_for_nobody)},
+      {"early-read", PSVDD_KERNEL(read_before_copy)},
+  };
+  const auto found = kernels.find(name);
+  if (found == kernels.end()) throw std::invalid_argument("no such kernel: " + name);
+  launch(found->second, {dim3(1), threads, threads * sizeof(float)}, 0, out);
 }
 
 }  // namespace psvdd::cuda

@@ -12,7 +12,10 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <set>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -312,8 +315,8 @@ Found nearest_on_cuda(NearestParams params, int64_t* kept = nullptr) {
   return found;
 }
 
-void test_nearest() {
-  const int64_t dim = integer(1, 80), rows = integer(1, 600), count = integer(1, 40);
+void test_nearest(int64_t dim) {
+  const int64_t rows = integer(1, 600), count = integer(1, 40);
   const Stored bank(hard_values(rows, dim, dim), integer(0, 3) == 0);
   const std::vector<float> queries = hard_values_near(bank.values, count, dim);
   const RandomGroups groups(count, rows);
@@ -599,6 +602,70 @@ void test_nearest_in_segments() {
   }
 }
 
+// A launch needs a kernel with a name; a function alone does not compile.
+template <typename Launched, typename = void>
+constexpr bool can_launch = false;
+template <typename Launched>
+constexpr bool can_launch<Launched, std::void_t<decltype(cuda::launch(
+                                        std::declval<Launched>(), std::declval<cuda::Launch>(),
+                                        std::declval<std::uintptr_t>(), std::declval<float*>()))>> =
+    true;
+static_assert(can_launch<cuda::Kernel<float*>>);
+static_assert(!can_launch<void (*)(float*)>);
+
+// Adds what the launches of a test are called in their errors: the test is run with its first
+// launch refused, then with its second, until none is left to refuse.
+void add_launches(void (*test)(), std::set<std::string>* names) {
+  const std::string complaint = ": invalid argument";
+  const std::mt19937_64 start = random_bits;
+  for (int launches = 0;; ++launches) {
+    random_bits = start;  // so that the test does the same each time
+    cuda_on_host::refuse_launch(launches);
+    try {
+      test();
+      break;
+    } catch (const std::runtime_error& error) {
+      const std::string what = error.what();
+      const size_t colon = what.find(complaint);
+      EXPECT(colon != std::string::npos && colon + complaint.size() == what.size(), "%s",
+             what.c_str());
+      names->insert(what.substr(0, colon));
+    }
+  }
+  cuda_on_host::refuse_launch(-1);
+}
+
+void test_a_refused_launch_is_reported_under_its_kernels_name() {
+  random_bits.seed(1);  // the same in any number of rounds
+  const auto in_order = [](const std::set<std::string>& names) {
+    std::string joined;
+    for (const std::string& name : names) joined += (joined.empty() ? "" : " ") + name;
+    return joined;
+  };
+  const auto expect_launches = [&](void (*test)(), const std::string& expected) {
+    std::set<std::string> names;
+    add_launches(test, &names);
+    EXPECT(in_order(names) == expected, "%s", in_order(names).c_str());
+  };
+  expect_launches([] { test_extract_patches(random_grid()); }, "extract_tiles");
+  expect_launches([] { test_extract_patches_backward(random_grid()); }, "gather_gradients");
+  expect_launches(test_score_map, "average_columns sum_rows");
+  expect_launches(test_crop_pairs, "crop_planes");
+
+  // The searches draw at random whether there are groups, which take kernels of their own.
+  const std::string all =
+      "clear_counts clear_each clear_visits encode_segment find_centre find_groups find_largest "
+      "find_visits keep_queries limit_by_keys list_for_other_clusters lower_limits "
+      "measure_centroids rescore_segment screen_narrow screen_wide write_each";
+  std::set<std::string> found;
+  for (int round = 0; round < 10 && in_order(found) != all; ++round) {
+    add_launches([] { test_nearest(20); }, &found);
+    add_launches([] { test_nearest(70); }, &found);
+    add_launches(test_nearest_in_segments, &found);
+  }
+  EXPECT(in_order(found) == all, "%s", in_order(found).c_str());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -613,7 +680,7 @@ int main(int argc, char** argv) {
     test_crop_pairs();
     if (round % kSlower == 0) {
       test_screen();
-      test_nearest();
+      test_nearest(integer(1, 80));
       test_nearest_in_segments();
     }
   }
@@ -621,5 +688,6 @@ int main(int argc, char** argv) {
   test_extract_patches(grid_of(2, 3, 1024, 4, 2, 1));
   test_the_screen_drops_work();
   test_few_queries_are_not_screened();
+  test_a_refused_launch_is_reported_under_its_kernels_name();
   return report();
 }
