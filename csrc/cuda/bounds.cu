@@ -7,12 +7,10 @@
 
 #include "kernels.h"
 #include "ptx.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreadsPerBlock / kWarp;
 
 // Where rows are excluded, segments are looked at in ranges: so many first, then up to so many
 // times as many as before. Were they in random order, a fifth of the second range might still hold
@@ -37,13 +35,7 @@ __global__ void find_groups(Rescore pairs, SegmentGroups found) {
       least = group < least ? group : least;
       largest = group > largest ? group : largest;
     }
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      const int64_t low = __shfl_xor_sync(0xffffffffu, least, lanes);
-      const int64_t high = __shfl_xor_sync(0xffffffffu, largest, lanes);
-      least = low < least ? low : least;
-      largest = high > largest ? high : largest;
-    }
+    warp_range(&least, &largest);
     if (lane == 0) {
       found.ranges[2 * s] = least;
       found.ranges[2 * s + 1] = largest;
@@ -87,7 +79,7 @@ __global__ void lower_limits(Bounds bounds) {
 // queries that it may hold the nearest row of, written over its maxima from the front. What is
 // overwritten has been read: positions never run ahead.
 __global__ void keep_queries(Bounds bounds, int64_t first_segment) {
-  auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarps]
+  auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarpsPerBlock]
   const int64_t s = first_segment + blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -108,12 +100,12 @@ __global__ void keep_queries(Bounds bounds, int64_t first_segment) {
       const float least = square - 2.0f * maxima[q] - bounds.twice_rounding(square, s);
       keep = !(least > reach * reach * kRoundUp) && !bounds.all_excluded(q, s);
     }
-    const unsigned ballot = __ballot_sync(0xffffffffu, keep);
-    int* counts = warp_counts + first / kQueryTile % 2 * kWarps;
+    const unsigned ballot = __ballot_sync(kAllLanes, keep);
+    int* counts = warp_counts + first / kQueryTile % 2 * kWarpsPerBlock;
     if (lane == 0) counts[warp] = __popc(ballot);
     __syncthreads();
     int position = kept + __popc(ballot & ((1u << lane) - 1));
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kWarpsPerBlock; ++w) {
       if (w < warp) position += counts[w];
       kept += counts[w];
     }
@@ -164,7 +156,8 @@ void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
                     : bounds.num_segments;
     if (begin > 0) limit_by_what_is_found(false);
     launch(PSVDD_KERNEL(keep_queries),
-           {dim3(static_cast<unsigned>(end - begin)), kThreadsPerBlock, 2 * kWarps * sizeof(int)},
+           {dim3(static_cast<unsigned>(end - begin)), kThreadsPerBlock,
+            2 * kWarpsPerBlock * sizeof(int)},
            stream, bounds, begin);
     pairs.first_segment = begin;
     pairs.end_segment = end;

@@ -25,11 +25,11 @@
 #include "kernels.h"
 #include "launch.h"
 #include "ptx.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kLargestChunk = 16;       // bytes a thread stores at once
 constexpr int kBlocksPerProcessor = 5;  // resident at least: no more than 48 registers
 constexpr int kSharedWords = 5120;      // 20 KB per block

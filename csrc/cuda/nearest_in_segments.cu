@@ -18,12 +18,11 @@
 #include "kernels.h"
 #include "nearest_plan.h"
 #include "ptx.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreadsPerBlock / kWarp;
 constexpr int kCentroidsAtOnce = 8;
 // Below the least distance, squares have lost too much to rule anything out; beyond the largest
 // limit, distances might have overflowed.
@@ -52,12 +51,12 @@ struct Pruning {
 __global__ void measure_centroids(Pruning params) {
   const int64_t dim = params.bank.dim;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t warp = blockIdx.y * int64_t{kWarps} + threadIdx.x / kWarp;
+  const int64_t warp = blockIdx.y * int64_t{kWarpsPerBlock} + threadIdx.x / kWarp;
   const int64_t query = blockIdx.x * int64_t{kWarp} + lane;
   const int64_t last_query = params.queries.rows - 1;
   const float* vector = static_cast<const float*>(params.queries.data) +
                         (query < last_query ? query : last_query) * dim;
-  const int64_t step = int64_t{gridDim.y} * kWarps * kCentroidsAtOnce;
+  const int64_t step = int64_t{gridDim.y} * kWarpsPerBlock * kCentroidsAtOnce;
   for (int64_t first = warp * kCentroidsAtOnce; first < params.bank.clusters; first += step) {
     const float* centroids[kCentroidsAtOnce];
     float sums[kCentroidsAtOnce];
@@ -177,9 +176,9 @@ __global__ void find_visits(Pruning params) {
   }
   __syncthreads();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t step = int64_t{gridDim.y} * kWarps;
-  for (int64_t c = blockIdx.y * int64_t{kWarps} + threadIdx.x / kWarp; c < params.bank.clusters;
-       c += step) {
+  const int64_t step = int64_t{gridDim.y} * kWarpsPerBlock;
+  for (int64_t c = blockIdx.y * int64_t{kWarpsPerBlock} + threadIdx.x / kWarp;
+       c < params.bank.clusters; c += step) {
     const float* distances = params.to_centroids + c * params.padded_queries + tile_start;
     unsigned wanting = 0;  // of this lane's queries, those that may want the cluster: a bit a round
     for (int round = 0; round < rounds; ++round) {
@@ -188,7 +187,7 @@ __global__ void find_visits(Pruning params) {
                          cluster_may_win(params, query, c, distances[round * kWarp + lane]);
       wanting |= wants ? 1u << round : 0u;
     }
-    if (__ballot_sync(0xffffffffu, wanting != 0) == 0) continue;
+    if (__ballot_sync(kAllLanes, wanting != 0) == 0) continue;
     for (int s = params.bank.cluster_segments[c]; s < params.bank.cluster_segments[c + 1]; ++s) {
       bool wants = false;
       for (int round = 0; round < rounds && !wants; ++round) {
@@ -196,7 +195,7 @@ __global__ void find_visits(Pruning params) {
         wants = segment_may_win(params, shared[round * kWarp + lane], s,
                                 distances[round * kWarp + lane]);
       }
-      if (__ballot_sync(0xffffffffu, wants) == 0 || lane != 0) continue;
+      if (__ballot_sync(kAllLanes, wants) == 0 || lane != 0) continue;
       const int position = atomicAdd(params.counts + blockIdx.x, 1);
       params.lists[blockIdx.x * params.bank.segments + position] = s;
       if (params.visits != nullptr) atomicAdd(params.visits, 1ull);
@@ -342,7 +341,7 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
     const int64_t warps = tiles * kQueryTile / kWarp;  // of queries
     const int64_t lists = tiles * kQueryTile / pruning.visit_tile;
     launch(PSVDD_KERNEL(measure_centroids),
-           {dim3(static_cast<unsigned>(warps), shares(warps, kWarps * kCentroidsAtOnce)),
+           {dim3(static_cast<unsigned>(warps), shares(warps, kWarpsPerBlock * kCentroidsAtOnce)),
             kThreadsPerBlock},
            stream, pruning);
     if (params.groups.query_groups != nullptr) {
@@ -352,7 +351,7 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
     launch(PSVDD_KERNEL(clear_visits), {blocks_for(maxima), kThreadsPerBlock}, stream, pruning,
            arrays.maxima, maxima);
     launch(PSVDD_KERNEL(find_visits),
-           {dim3(static_cast<unsigned>(lists), shares(lists, kWarps)), kThreadsPerBlock,
+           {dim3(static_cast<unsigned>(lists), shares(lists, kWarpsPerBlock)), kThreadsPerBlock,
             pruning.visit_tile * sizeof(TileQuery)},
            stream, pruning);
 

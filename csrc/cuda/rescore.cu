@@ -11,14 +11,14 @@
 #include "../portable.h"
 #include "kernels.h"
 #include "ptx.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
 
 constexpr int kPartialSums = 16;  // fixed by the canonical distance
-constexpr int kLanes = 32;
 constexpr int kWarps = 4;
-constexpr int kThreads = kLanes * kWarps;
+constexpr int kThreads = kWarp * kWarps;
 constexpr int kRowsAtOnce = 8;
 constexpr int kRowsPerWarp = kSegmentRows / kWarps;
 constexpr int kMostStagedDims = 384;      // 48 KiB for the queries of a block; beyond, from memory
@@ -78,8 +78,8 @@ __device__ Range queries_of(const Rescore& params, int64_t segment) {
 template <typename Stored, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, bool staged) {
   const int64_t dim = params.bank.dim;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t segment = params.first_segment + blockIdx.x;
   const bool listed = params.lists != nullptr;
   const int32_t* list = listed ? params.lists + segment * params.list_pitch : nullptr;
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int pitch = pitch_of(dim, kWhole);  // only where staged
 
-  for (int64_t first = blockIdx.y * int64_t{kLanes}; first < count;
-       first += gridDim.y * int64_t{kLanes}) {
+  for (int64_t first = blockIdx.y * int64_t{kWarp}; first < count;
+       first += gridDim.y * int64_t{kWarp}) {
     const bool has_query = first + lane < count;
     const int64_t entry = has_query ? first + lane : first;
     const int64_t query = listed ? list[entry] : range.begin + entry;
@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
     if (staged) {
       // Each warp fetches a quarter of the queries, lanes along the coordinates.
       __syncthreads();
-      for (int q = warp; q < kLanes; q += kWarps) {
-        const int64_t other = __shfl_sync(0xffffffffu, query, q);
-        for (int j = lane; j < dim; j += kLanes) {
+      for (int q = warp; q < kWarp; q += kWarps) {
+        const int64_t other = __shfl_sync(kAllLanes, query, q);
+        for (int j = lane; j < dim; j += kWarp) {
           shared[q * pitch + j] = all_queries[other * dim + j];
         }
       }
@@ -167,10 +167,9 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
   const bool whole = params.bank.dim % 4 == 0 && address(params.queries) % 16 == 0 &&
                      address(params.bank) % (4 * sizeof(Stored)) == 0;
   const bool staged = params.bank.dim <= kMostStagedDims;
-  const size_t shared_bytes =
-      staged ? kLanes * pitch_of(params.bank.dim, whole) * sizeof(float) : 0;
+  const size_t shared_bytes = staged ? kWarp * pitch_of(params.bank.dim, whole) * sizeof(float) : 0;
   const auto segments = static_cast<unsigned>(params.end_segment - params.first_segment);
-  const int64_t batches = (params.queries.rows + kLanes - 1) / kLanes;
+  const int64_t batches = (params.queries.rows + kWarp - 1) / kWarp;
   // At least eight blocks for each multiprocessor, where there are as many batches.
   const int64_t wanted = (8 * int64_t{multiprocessors()} + segments - 1) / segments;
   const auto across = static_cast<unsigned>(

@@ -20,12 +20,12 @@
 #include "kernels.h"
 #include "ptx.h"
 #include "screen.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
 
 constexpr int kWarpQueries = 64;  // that a warp makes maxima of
-constexpr int kWarp = 32;
 constexpr int kCopyBytes = 16;
 
 struct Screen {
@@ -64,8 +64,8 @@ __device__ void write_maxima(float (&best)[4][2], float* maxima) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float value = best[m][h];
-      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+      value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+      value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
       if (lane % 4 == m) maxima[m * 16 + h * 8 + lane / 4] = value;
       best[m][h] = -INFINITY;
     }

@@ -7,30 +7,21 @@
 #include "kernels.h"
 #include "ptx.h"
 #include "screen.h"
+#include "warp.h"
 
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreadsPerBlock / kWarp;
 constexpr int64_t kCentreRows = 64;  // any centre will do; the mean of some rows is near all
 constexpr float kLargestHalf = 65504.0f;
 
-static_assert(kSegmentRows % kWarps == 0, "each warp takes the same number of rows of a segment");
+static_assert(kSegmentRows % kWarpsPerBlock == 0,
+              "each warp takes the same number of rows of a segment");
 
 __device__ float coordinate(const Vectors& vectors, int64_t row, int64_t j) {
   const int64_t element = row * vectors.dim + j;
   if (vectors.is_half) return to_float(static_cast<const Half*>(vectors.data)[element]);
   return static_cast<const float*>(vectors.data)[element];
-}
-
-// The sum over the lanes of a warp; every lane gets it.
-__device__ float warp_sum(float value) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  }
-  return value;
 }
 
 // Element = coordinate.
@@ -58,24 +49,20 @@ __global__ void find_largest(Vectors bank, Frame frame) {
       largest = size > largest ? size : largest;
     }
   }
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const unsigned other = __shfl_xor_sync(0xffffffffu, largest, lanes);
-    largest = other > largest ? other : largest;
-  }
+  largest = warp_max(largest);
   if (lane == 0) atomicMax(reinterpret_cast<unsigned*>(frame.largest), largest);
 }
 
 // A block per segment.
 __global__ void encode_segment(Vectors vectors, Frame frame, Codes codes, Segments segments) {
-  auto* segment_norms = reinterpret_cast<float*>(shared_memory());  // [kWarps]
-  float* segment_errors = segment_norms + kWarps;                   // [kWarps]
+  auto* segment_norms = reinterpret_cast<float*>(shared_memory());  // [kWarpsPerBlock]
+  float* segment_errors = segment_norms + kWarpsPerBlock;           // [kWarpsPerBlock]
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const float scale = frame_scale(*frame.largest);
   const int64_t begin = vectors.begin(blockIdx.x), end = vectors.end(blockIdx.x);
   float largest_norm = 0.0f, largest_error = 0.0f;
-  for (int r = warp; r < kSegmentRows; r += kWarps) {
+  for (int r = warp; r < kSegmentRows; r += kWarpsPerBlock) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kSegmentRows + r;  // of the codes
     const bool is_padding = begin + r >= end;
     // Sums over the coordinates of a lane: of the code, of what rounding left over, of the vector.
@@ -116,7 +103,7 @@ __global__ void encode_segment(Vectors vectors, Frame frame, Codes codes, Segmen
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) {
+  for (int w = 1; w < kWarpsPerBlock; ++w) {
     const float error = segment_errors[w];
     largest_norm = fmaxf(largest_norm, segment_norms[w]);
     largest_error = error > largest_error || error != error ? error : largest_error;
@@ -141,8 +128,9 @@ void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream) 
 void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
             const Segments& segments, std::uintptr_t stream) {
   const dim3 blocks(static_cast<unsigned>(vectors.segments()));
-  launch(PSVDD_KERNEL(encode_segment), {blocks, kThreadsPerBlock, 2 * kWarps * sizeof(float)},
-         stream, vectors, frame, codes, segments);
+  launch(PSVDD_KERNEL(encode_segment),
+         {blocks, kThreadsPerBlock, 2 * kWarpsPerBlock * sizeof(float)}, stream, vectors, frame,
+         codes, segments);
 }
 
 }  // namespace psvdd::cuda
