@@ -105,13 +105,13 @@ struct ClusteredBank {
   Projection projection;
   int64_t rows;            // M
   int64_t clusters;        // C
-  int64_t groups;          // of four codes per row
+  int64_t packs;           // per row, of four codes each
   const void* data;        // [M, D]
   bool is_half;            // float16 instead of float32
   const int64_t* ids;      // [M], the user's row numbers
   const int64_t* starts;   // [C + 1], first row of each cluster
   const int64_t* blocks;   // [C + 1], first block of each cluster
-  int8_t* codes;           // [B, groups, 16, 4]
+  int8_t* codes;           // [B, packs, 16, 4]
   int32_t* bias;           // [B * 16]
   float* block_radius;     // [B], largest distance to the centroid in the block
   const float* centroids;  // [C, axes]

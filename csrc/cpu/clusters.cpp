@@ -80,18 +80,18 @@ void pack_clusters(const PackClustersParams& params, int num_threads) {
       radius = std::max(radius, params.radii[bank.ids[r]]);
     }
     const float scale = std::max(largest / kCodeLimit, 1e-30f);
-    int8_t* codes = bank.codes + bank.blocks[c] * bank.groups * 64;
+    int8_t* codes = bank.codes + bank.blocks[c] * bank.packs * 64;
     int32_t* bias = bank.bias + bank.blocks[c] * kLanes;
     float* block_radius = bank.block_radius + bank.blocks[c];
     const int64_t blocks = bank.blocks[c + 1] - bank.blocks[c];
-    std::fill(codes, codes + blocks * bank.groups * 64, int8_t{0});
+    std::fill(codes, codes + blocks * bank.packs * 64, int8_t{0});
     std::fill(bias, bias + blocks * kLanes, kNothing);
     std::fill(block_radius, block_radius + blocks, 0.0f);
     std::vector<uint8_t> code(axes);
     for (int64_t r = begin; r < end; ++r) {
       const Encoding encoding =
           encode_row(kernels, projected(r), centroid, axes, scale, code.data());
-      write_code(code.data(), encoding, bank.groups, r - begin, codes, bias);
+      write_code(code.data(), encoding, bank.packs, r - begin, codes, bias);
       const double error = params.errors[bank.ids[r]];
       slack = std::max(slack, error);
       code_slack = std::max(code_slack, residual_bound(encoding, axes) + error);

@@ -32,7 +32,7 @@ constexpr float kLargest = 1e15f;   // squares of larger differences might overf
 
 struct BlockCodes {
   std::vector<float> centre;  // [padded dim]
-  std::vector<int8_t> codes;  // [rows / 16, groups, 16, 4]
+  std::vector<int8_t> codes;  // [rows / 16, packs, 16, 4]
   std::vector<int32_t> bias;  // [rows], see SearchKernels::screen_tile
   float scale = 0;
   double slack = 0;  // bound on the distance of a row to what its code stands for
@@ -43,7 +43,7 @@ struct BlockCodes {
 void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin, int64_t end,
                   BlockCodes* block) {
   const int64_t dims = round_up(bank.dim, kLanes);
-  const int64_t groups = (bank.dim + 3) / 4;
+  const int64_t packs = (bank.dim + 3) / 4;
   const int64_t padded_rows = round_up(end - begin, kTileRows);
   std::vector<float> row(dims, 0.0f);
   // Any centre will do; the mean of some rows is close to that of all.
@@ -63,7 +63,7 @@ void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin,
                   bank.dim <= kMostDims;
   if (!block->usable) return;
   block->scale = std::max(largest / kCodeLimit, 1e-30f);
-  block->codes.assign(padded_rows * groups * 4, 0);
+  block->codes.assign(padded_rows * packs * 4, 0);
   block->bias.assign(padded_rows, kNothing);
   block->slack = 0;
   std::vector<uint8_t> code(dims);
@@ -72,7 +72,7 @@ void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin,
     const Encoding encoding =
         encode_row(kernels, row.data(), block->centre.data(), dims, block->scale, code.data());
     block->slack = std::max(block->slack, residual_bound(encoding, dims));
-    write_code(code.data(), encoding, groups, r - begin, block->codes.data(), block->bias.data());
+    write_code(code.data(), encoding, packs, r - begin, block->codes.data(), block->bias.data());
   }
 }
 
@@ -83,11 +83,11 @@ class Search {
         kernels_(active_kernels()),
         bank_{{params.bank_data, params.dim, params.bank_is_half}, nullptr, params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
-        groups_((params.dim + 3) / 4),
+        packs_((params.dim + 3) / 4),
         screened_(params.method == SearchMethod::kScreened ||
                   (params.method == SearchMethod::kAuto && params.queries >= kFewQueries)),
         watch_(watch) {
-    const int64_t fitting = kCodeBytes / (groups_ * 4) / kTileRows * kTileRows;
+    const int64_t fitting = kCodeBytes / (packs_ * 4) / kTileRows * kTileRows;
     const int64_t fair = round_up(params.bank_rows / (4 * std::max(num_threads, 1)), kTileRows);
     block_rows_ = std::max<int64_t>(kTileRows, std::min({fitting, fair, int64_t{kMostBlockRows}}));
     blocks_ = (params.bank_rows + block_rows_ - 1) / block_rows_;
@@ -166,12 +166,12 @@ class Search {
       thresholds[i] = threshold(i);
     }
     for (int64_t tile = begin; tile < end; tile += kTileRows) {
-      const int8_t* tile_codes = block.codes.data() + (tile - begin) * groups_ * 4;
+      const int8_t* tile_codes = block.codes.data() + (tile - begin) * packs_ * 4;
       const int32_t* bias = block.bias.data() + (tile - begin);
       for (int64_t i = 0; i < count; i += kTileQueries) {
         const int queries = static_cast<int>(std::min<int64_t>(kTileQueries, count - i));
         uint64_t masks[kTileQueries];
-        kernels_.screen_tile(&pointers[i], &thresholds[i], queries, tile_codes, bias, groups_,
+        kernels_.screen_tile(&pointers[i], &thresholds[i], queries, tile_codes, bias, packs_,
                              masks);
         uint64_t any = 0;
         for (int q = 0; q < queries; ++q) any |= masks[q];
@@ -191,7 +191,7 @@ class Search {
   const SearchKernels& kernels_;
   const Searched bank_;
   const int64_t padded_dim_;
-  const int64_t groups_;  // of four codes
+  const int64_t packs_;  // per row, of four codes each
   const bool screened_;
   int64_t block_rows_;
   int64_t blocks_;

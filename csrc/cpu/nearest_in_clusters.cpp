@@ -21,12 +21,12 @@
 namespace psvdd::cpu {
 namespace {
 
-constexpr int64_t kQueriesPerGroup = 256;
+constexpr int64_t kQueriesPerBatch = 256;
 constexpr int64_t kBlocksAtOnce = 64;  // blocks screened before the limit is taken anew
 constexpr int64_t kNearFirst = 8;      // clusters searched at once, nearest first
 constexpr double kLargest = 1e15;      // squares of larger coordinates might overflow
 
-// A query of the group, and what is known of its answer.
+// A query of the batch, and what is known of its answer.
 struct Query {
   int64_t number;
   const float* vector;
@@ -38,10 +38,10 @@ struct Query {
   float limit = INFINITY;
 };
 
-// A cluster that a query of the group still has to look into.
+// A cluster that a query of the batch still has to look into.
 struct Visit {
   int32_t cluster;
-  int32_t query;     // within the group
+  int32_t query;     // within the batch
   float squared;     // from the query to the centroid
   float half_plane;  // distance to the half-plane that holds the cluster, a lower bound
 };
@@ -56,7 +56,7 @@ class Searcher {
         axes_(bank_.projection.axes),
         padded_clusters_(round_up(bank_.clusters, kLanes)),
         rounding_(bound_rounding(axes_)),
-        projected_(kQueriesPerGroup * axes_),
+        projected_(kQueriesPerBatch * axes_),
         sums_(axes_),
         squared_(padded_clusters_),
         kept_(padded_clusters_ + kLanes),
@@ -65,8 +65,8 @@ class Searcher {
 
   int64_t scanned() const { return scanned_; }
 
-  // Searches for queries [begin, end), at most kQueriesPerGroup of them.
-  void search_group(int64_t begin, int64_t end) {
+  // Searches for queries [begin, end), at most kQueriesPerBatch of them.
+  void search_batch(int64_t begin, int64_t end) {
     visits_.clear();
     queries_.clear();
     int64_t hint = -1;  // the row found for the patch beside
@@ -171,8 +171,8 @@ class Searcher {
           screen_threshold(encoding.code_squares, query.limit, error, scale, kernels_.query_step);
       uint16_t masks[kBlocksAtOnce];
       scanned_ += count * kLanes;
-      if (kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.groups * 64,
-                                 bank_.bias + b * kLanes, bank_.groups, count, masks)) {
+      if (kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.packs * 64,
+                                 bank_.bias + b * kLanes, bank_.packs, count, masks)) {
         rescore_passed(query, bank_.starts[c] + block * kLanes, bank_.starts[c + 1], count, masks);
       }
     }
@@ -182,8 +182,8 @@ class Searcher {
   void rescore_closest(Query& query, int64_t c) {
     int32_t block_of_lane[kLanes];
     const int64_t b = bank_.blocks[c];
-    kernels_.closest_codes(code_.data(), bank_.codes + b * bank_.groups * 64,
-                           bank_.bias + b * kLanes, bank_.groups, bank_.blocks[c + 1] - b,
+    kernels_.closest_codes(code_.data(), bank_.codes + b * bank_.packs * 64,
+                           bank_.bias + b * kLanes, bank_.packs, bank_.blocks[c + 1] - b,
                            block_of_lane);
     int64_t rows[kLanes];
     int count = 0;
@@ -229,7 +229,7 @@ class Searcher {
   const int64_t axes_;
   const int64_t padded_clusters_;
   const double rounding_;
-  std::vector<float> projected_;  // [kQueriesPerGroup, axes]
+  std::vector<float> projected_;  // [kQueriesPerBatch, axes]
   std::vector<double> sums_;
   std::vector<float> squared_;  // from the query at hand to the centroids
   std::vector<int32_t> kept_;
@@ -243,16 +243,16 @@ class Searcher {
 }  // namespace
 
 void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) {
-  const int64_t groups = (params.queries + kQueriesPerGroup - 1) / kQueriesPerGroup;
-  const int64_t workers = std::min<int64_t>(groups, std::max(num_threads, 1));
+  const int64_t batches = (params.queries + kQueriesPerBatch - 1) / kQueriesPerBatch;
+  const int64_t workers = std::min<int64_t>(batches, std::max(num_threads, 1));
   std::atomic<int64_t> next{0}, scanned{0};
   Watch watch(static_cast<double>(params.queries));
   parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
     Searcher searcher(params);
-    for (int64_t group = next++; group < groups; group = next++) {
-      const int64_t begin = group * kQueriesPerGroup;
-      const int64_t end = std::min(params.queries, begin + kQueriesPerGroup);
-      searcher.search_group(begin, end);
+    for (int64_t batch = next++; batch < batches; batch = next++) {
+      const int64_t begin = batch * kQueriesPerBatch;
+      const int64_t end = std::min(params.queries, begin + kQueriesPerBatch);
+      searcher.search_batch(begin, end);
       watch.advance(static_cast<double>(end - begin));
     }
     scanned += searcher.scanned();

@@ -152,13 +152,13 @@ inline Encoding encode_row(const SearchKernels& kernels, const float* vector, co
 
 // Puts the code of one row among those of its block, and its bias beside: the integer that turns
 // sum((q + offset) * b) into q b - |b|^2 / 2, rounded so that the threshold stays on the safe side.
-inline void write_code(const uint8_t* code, const Encoding& encoding, int64_t groups, int64_t row,
+inline void write_code(const uint8_t* code, const Encoding& encoding, int64_t packs, int64_t row,
                        int8_t* codes, int32_t* bias) {
-  int8_t* block = codes + row / kLanes * groups * 4 * kLanes;
+  int8_t* block = codes + row / kLanes * packs * 4 * kLanes;
   int32_t sum = 0;
-  for (int64_t j = 0; j < groups * 4; ++j) sum += static_cast<int8_t>(code[j]);
-  for (int64_t g = 0; g < groups; ++g) {
-    std::memcpy(block + (g * kLanes + row % kLanes) * 4, code + g * 4, 4);
+  for (int64_t j = 0; j < packs * 4; ++j) sum += static_cast<int8_t>(code[j]);
+  for (int64_t p = 0; p < packs; ++p) {
+    std::memcpy(block + (p * kLanes + row % kLanes) * 4, code + p * 4, 4);
   }
   bias[row] = encoding.code_squares / 2 + kQueryOffset * sum;
 }

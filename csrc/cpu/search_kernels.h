@@ -11,6 +11,8 @@
 
 namespace psvdd::cpu {
 
+// Codes of rows lie in blocks of 16 rows [packs, 16, 4]: a pack is four consecutive codes of one
+// row, the 32 bits that a lane of an 8-bit product takes.
 constexpr int kLanes = 16;  // rows of a block of codes, and partial sums of the canonical distance
 constexpr int kTileBlocks = 4;                        // blocks that `screen_tile` takes at once
 constexpr int kTileRows = kTileBlocks * kLanes;       // 64: a bit each in a mask
@@ -71,18 +73,18 @@ struct SearchKernels {
 
   // Which of 64 rows of codes may be close enough to each of 1..6 queries: a bit per row. A row of
   // codes b passes for stored codes q if sum(q * b) - floor(bias / query_step) >= threshold.
-  // codes: 4 blocks [groups, 16, 4]; bias: [64]; queries: a pointer to [groups * 4] codes each.
+  // codes: 4 blocks [packs, 16, 4]; bias: [64]; queries: a pointer to [packs * 4] codes each.
   void (*screen_tile)(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
-                      const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks);
+                      const int8_t* codes, const int32_t* bias, int64_t packs, uint64_t* masks);
 
   // The same for one query and `blocks` blocks: 16 bits per block. Whether any row passed.
   bool (*screen_blocks)(const uint8_t* query, int32_t threshold, const int8_t* codes,
-                        const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks);
+                        const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks);
 
   // Of each lane of the blocks, the block in which the sum is largest: [16] rows that are likely
   // to be close. Padding rows are never named unless a lane has nothing else.
   void (*closest_codes)(const uint8_t* query, const int8_t* codes, const int32_t* bias,
-                        int64_t groups, int64_t blocks, int32_t* block_of_lane);
+                        int64_t packs, int64_t blocks, int32_t* block_of_lane);
 
   // Squared distances from a point to all centroids, which come in tiles [C / 16, dims, 16].
   // Returns the index of a smallest one.

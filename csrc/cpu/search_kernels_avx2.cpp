@@ -99,17 +99,16 @@ inline __m256i add_products(__m256i sum, __m256i query, __m256i codes) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-inline int broadcast_group(const uint8_t* query, int64_t g) {
-  int group;
-  __builtin_memcpy(&group, query + g * 4, sizeof group);
-  return group;
+inline int broadcast_pack(const uint8_t* query, int64_t p) {
+  int pack;
+  __builtin_memcpy(&pack, query + p * 4, sizeof pack);
+  return pack;
 }
 
 // Rows of one block that pass, for `kQueries` queries: 16 bits each.
 template <int kQueries>
 inline void screen_block(const uint8_t* const* queries, const int32_t* thresholds,
-                         const int8_t* codes, const int32_t* bias, int64_t groups,
-                         unsigned* masks) {
+                         const int8_t* codes, const int32_t* bias, int64_t packs, unsigned* masks) {
   __m256i sums[kQueries][2];
   for (int half = 0; half < 2; ++half) {
     const __m256i halved = _mm256_srai_epi32(
@@ -117,13 +116,13 @@ inline void screen_block(const uint8_t* const* queries, const int32_t* threshold
     const __m256i start = _mm256_sub_epi32(_mm256_setzero_si256(), halved);
     for (int q = 0; q < kQueries; ++q) sums[q][half] = start;
   }
-  for (int64_t g = 0; g < groups; ++g) {
-    const auto* values = reinterpret_cast<const __m256i*>(codes + g * 64);
+  for (int64_t p = 0; p < packs; ++p) {
+    const auto* values = reinterpret_cast<const __m256i*>(codes + p * 64);
     const __m256i low = _mm256_loadu_si256(values);
     const __m256i high = _mm256_loadu_si256(values + 1);
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
-      const __m256i query = _mm256_set1_epi32(broadcast_group(queries[q], g));
+      const __m256i query = _mm256_set1_epi32(broadcast_pack(queries[q], p));
       sums[q][0] = add_products(sums[q][0], query, low);
       sums[q][1] = add_products(sums[q][1], query, high);
     }
@@ -140,28 +139,28 @@ inline void screen_block(const uint8_t* const* queries, const int32_t* threshold
 }
 
 void avx2_screen_tile(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
-                      const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks) {
+                      const int8_t* codes, const int32_t* bias, int64_t packs, uint64_t* masks) {
   for (int q = 0; q < num_queries; ++q) masks[q] = 0;
   for (int b = 0; b < kTileBlocks; ++b) {
-    const int8_t* block = codes + b * groups * 64;
+    const int8_t* block = codes + b * packs * 64;
     unsigned found[kTileQueries];
     int q = 0;
     for (; q + 3 <= num_queries; q += 3) {
-      screen_block<3>(queries + q, thresholds + q, block, bias + b * kLanes, groups, found + q);
+      screen_block<3>(queries + q, thresholds + q, block, bias + b * kLanes, packs, found + q);
     }
     for (; q < num_queries; ++q) {
-      screen_block<1>(queries + q, thresholds + q, block, bias + b * kLanes, groups, found + q);
+      screen_block<1>(queries + q, thresholds + q, block, bias + b * kLanes, packs, found + q);
     }
     for (q = 0; q < num_queries; ++q) masks[q] |= uint64_t{found[q]} << (kLanes * b);
   }
 }
 
 bool avx2_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* codes,
-                        const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks) {
+                        const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks) {
   unsigned any = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     unsigned mask;
-    screen_block<1>(&query, &threshold, codes + b * groups * 64, bias + b * kLanes, groups, &mask);
+    screen_block<1>(&query, &threshold, codes + b * packs * 64, bias + b * kLanes, packs, &mask);
     masks[b] = static_cast<uint16_t>(mask);
     any |= mask;
   }

@@ -182,25 +182,25 @@ inline void add_products(__m512i* sum, __m512i query, __m512i codes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(query), "v"(codes));
 }
 
-inline __m512i broadcast_group(const uint8_t* query, int64_t g) {
-  int group;
-  __builtin_memcpy(&group, query + g * 4, sizeof group);
-  return _mm512_set1_epi32(group);
+inline __m512i broadcast_pack(const uint8_t* query, int64_t p) {
+  int pack;
+  __builtin_memcpy(&pack, query + p * 4, sizeof pack);
+  return _mm512_set1_epi32(pack);
 }
 
 // Sums over one block for one query.
 inline __m512i block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
-                          int64_t groups) {
+                          int64_t packs) {
   __m512i sums = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias));
-  for (int64_t g = 0; g < groups; ++g) {
-    add_products(&sums, broadcast_group(query, g), _mm512_loadu_si512(codes + g * 64));
+  for (int64_t p = 0; p < packs; ++p) {
+    add_products(&sums, broadcast_pack(query, p), _mm512_loadu_si512(codes + p * 64));
   }
   return sums;
 }
 
 template <int kQueries>
 inline void screen_queries(const uint8_t* const* queries, const int32_t* thresholds,
-                           const int8_t* codes, const int32_t* bias, int64_t groups,
+                           const int8_t* codes, const int32_t* bias, int64_t packs,
                            uint64_t* masks) {
   __m512i sums[kQueries][kTileBlocks];
 #pragma GCC unroll 4
@@ -210,16 +210,16 @@ inline void screen_queries(const uint8_t* const* queries, const int32_t* thresho
 #pragma GCC unroll 6
     for (int q = 0; q < kQueries; ++q) sums[q][b] = start;
   }
-  const int64_t block_bytes = groups * 64;
-  for (int64_t g = 0; g < groups; ++g) {
+  const int64_t block_bytes = packs * 64;
+  for (int64_t p = 0; p < packs; ++p) {
     __m512i values[kTileBlocks];
 #pragma GCC unroll 4
     for (int b = 0; b < kTileBlocks; ++b) {
-      values[b] = _mm512_loadu_si512(codes + b * block_bytes + g * 64);
+      values[b] = _mm512_loadu_si512(codes + b * block_bytes + p * 64);
     }
 #pragma GCC unroll 6
     for (int q = 0; q < kQueries; ++q) {
-      const __m512i query = broadcast_group(queries[q], g);
+      const __m512i query = broadcast_pack(queries[q], p);
 #pragma GCC unroll 4
       for (int b = 0; b < kTileBlocks; ++b) {
         add_products(&sums[q][b], query, values[b]);
@@ -244,40 +244,40 @@ inline void screen_queries(const uint8_t* const* queries, const int32_t* thresho
 }
 
 void avx512_screen_tile(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
-                        const int8_t* codes, const int32_t* bias, int64_t groups, uint64_t* masks) {
+                        const int8_t* codes, const int32_t* bias, int64_t packs, uint64_t* masks) {
   static_assert(kTileQueries == 6, "one case per number of queries");
   switch (num_queries) {
     case 1:
-      return screen_queries<1>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<1>(queries, thresholds, codes, bias, packs, masks);
     case 2:
-      return screen_queries<2>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<2>(queries, thresholds, codes, bias, packs, masks);
     case 3:
-      return screen_queries<3>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<3>(queries, thresholds, codes, bias, packs, masks);
     case 4:
-      return screen_queries<4>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<4>(queries, thresholds, codes, bias, packs, masks);
     case 5:
-      return screen_queries<5>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<5>(queries, thresholds, codes, bias, packs, masks);
     default:
-      return screen_queries<6>(queries, thresholds, codes, bias, groups, masks);
+      return screen_queries<6>(queries, thresholds, codes, bias, packs, masks);
   }
 }
 
-// Few groups: the query stays in registers and the codes are read once.
-template <int kGroups>
+// Few packs: the query stays in registers and the codes are read once.
+template <int kPacks>
 inline bool screen_short(const uint8_t* query, int32_t threshold, const int8_t* codes,
                          const int32_t* bias, int64_t blocks, uint16_t* masks) {
-  __m512i values[kGroups];
+  __m512i values[kPacks];
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) values[g] = broadcast_group(query, g);
+  for (int p = 0; p < kPacks; ++p) values[p] = broadcast_pack(query, p);
   const __m512i least = _mm512_set1_epi32(threshold);
   unsigned any = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     // Two chains, so that the products do not wait for each other.
     __m512i even = _mm512_setzero_si512(), odd = even;
 #pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
-      add_products(g % 2 ? &odd : &even, values[g],
-                   _mm512_loadu_si512(codes + (b * kGroups + g) * 64));
+    for (int p = 0; p < kPacks; ++p) {
+      add_products(p % 2 ? &odd : &even, values[p],
+                   _mm512_loadu_si512(codes + (b * kPacks + p) * 64));
     }
     const __m512i sum =
         _mm512_sub_epi32(_mm512_add_epi32(even, odd), _mm512_loadu_si512(bias + b * kLanes));
@@ -289,8 +289,8 @@ inline bool screen_short(const uint8_t* query, int32_t threshold, const int8_t* 
 }
 
 bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* codes,
-                          const int32_t* bias, int64_t groups, int64_t blocks, uint16_t* masks) {
-  switch (groups) {
+                          const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks) {
+  switch (packs) {
     case 2:
       return screen_short<2>(query, threshold, codes, bias, blocks, masks);
     case 3:
@@ -308,13 +308,12 @@ bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t*
   int64_t b = 0;
   for (; b + kTileBlocks <= blocks; b += kTileBlocks) {
     uint64_t mask;
-    screen_queries<1>(&query, &threshold, codes + b * groups * 64, bias + b * kLanes, groups,
-                      &mask);
+    screen_queries<1>(&query, &threshold, codes + b * packs * 64, bias + b * kLanes, packs, &mask);
     __builtin_memcpy(masks + b, &mask, sizeof mask);
     any |= mask;
   }
   for (; b < blocks; ++b) {
-    const __m512i sum = block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups);
+    const __m512i sum = block_sums(query, codes + b * packs * 64, bias + b * kLanes, packs);
     masks[b] = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
     any |= masks[b];
   }
@@ -322,10 +321,10 @@ bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t*
 }
 
 void avx512_closest_codes(const uint8_t* query, const int8_t* codes, const int32_t* bias,
-                          int64_t groups, int64_t blocks, int32_t* block_of_lane) {
+                          int64_t packs, int64_t blocks, int32_t* block_of_lane) {
   __m512i largest = _mm512_set1_epi32(INT32_MIN), block = _mm512_setzero_si512();
   for (int64_t b = 0; b < blocks; ++b) {
-    const __m512i sum = block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups);
+    const __m512i sum = block_sums(query, codes + b * packs * 64, bias + b * kLanes, packs);
     const __mmask16 more = _mm512_cmpgt_epi32_mask(sum, largest);
     largest = _mm512_mask_mov_epi32(largest, more, sum);
     block = _mm512_mask_mov_epi32(block, more, _mm512_set1_epi32(static_cast<int>(b)));

@@ -81,24 +81,24 @@ inline float generic_largest_difference(const float* vector, const float* centre
 
 // Sums over one block for one query: [16].
 inline void generic_block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
-                               int64_t groups, int32_t* sums) {
+                               int64_t packs, int32_t* sums) {
   for (int r = 0; r < kLanes; ++r) sums[r] = -bias[r];
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t p = 0; p < packs; ++p) {
     for (int r = 0; r < kLanes; ++r) {
-      const int8_t* code = codes + (g * kLanes + r) * 4;
-      sums[r] += query[g * 4] * code[0] + query[g * 4 + 1] * code[1] + query[g * 4 + 2] * code[2] +
-                 query[g * 4 + 3] * code[3];
+      const int8_t* code = codes + (p * kLanes + r) * 4;
+      sums[r] += query[p * 4] * code[0] + query[p * 4 + 1] * code[1] + query[p * 4 + 2] * code[2] +
+                 query[p * 4 + 3] * code[3];
     }
   }
 }
 
 inline bool generic_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* codes,
-                                  const int32_t* bias, int64_t groups, int64_t blocks,
+                                  const int32_t* bias, int64_t packs, int64_t blocks,
                                   uint16_t* masks) {
   unsigned any = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     int32_t sums[kLanes];
-    generic_block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups, sums);
+    generic_block_sums(query, codes + b * packs * 64, bias + b * kLanes, packs, sums);
     unsigned mask = 0;
     for (int r = 0; r < kLanes; ++r) mask |= static_cast<unsigned>(sums[r] >= threshold) << r;
     masks[b] = static_cast<uint16_t>(mask);
@@ -108,11 +108,11 @@ inline bool generic_screen_blocks(const uint8_t* query, int32_t threshold, const
 }
 
 inline void generic_closest_codes(const uint8_t* query, const int8_t* codes, const int32_t* bias,
-                                  int64_t groups, int64_t blocks, int32_t* block_of_lane) {
+                                  int64_t packs, int64_t blocks, int32_t* block_of_lane) {
   int32_t largest[kLanes];
   for (int64_t b = 0; b < blocks; ++b) {
     int32_t sums[kLanes];
-    generic_block_sums(query, codes + b * groups * 64, bias + b * kLanes, groups, sums);
+    generic_block_sums(query, codes + b * packs * 64, bias + b * kLanes, packs, sums);
     for (int r = 0; r < kLanes; ++r) {
       if (b > 0 && sums[r] <= largest[r]) continue;
       largest[r] = sums[r];
@@ -123,10 +123,10 @@ inline void generic_closest_codes(const uint8_t* query, const int8_t* codes, con
 
 inline void generic_screen_tile(const uint8_t* const* queries, const int32_t* thresholds,
                                 int num_queries, const int8_t* codes, const int32_t* bias,
-                                int64_t groups, uint64_t* masks) {
+                                int64_t packs, uint64_t* masks) {
   for (int q = 0; q < num_queries; ++q) {
     uint16_t blocks[kTileBlocks];
-    generic_screen_blocks(queries[q], thresholds[q], codes, bias, groups, kTileBlocks, blocks);
+    generic_screen_blocks(queries[q], thresholds[q], codes, bias, packs, kTileBlocks, blocks);
     masks[q] = 0;
     for (int b = 0; b < kTileBlocks; ++b) masks[q] |= uint64_t{blocks[b]} << (kLanes * b);
   }

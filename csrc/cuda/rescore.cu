@@ -24,7 +24,8 @@ constexpr int kRowsPerWarp = kSegmentRows / kWarps;
 constexpr int kMostStagedDims = 384;      // 48 KiB for the queries of a block; beyond, from memory
 constexpr int64_t kBlocksPerSegment = 8;  // or more, to fill the card
 
-static_assert(kRowsPerWarp % kRowsAtOnce == 0, "a warp's rows come in whole groups");
+static_assert(kRowsPerWarp % kRowsAtOnce == 0,
+              "a warp's rows are a multiple of those it takes at once");
 
 // Four coordinates from j on, zero beyond the end (which adds nothing to a sum). kWhole: dim is a
 // multiple of four and every row aligned to four coordinates.

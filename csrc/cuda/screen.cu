@@ -56,7 +56,7 @@ struct Share {
 };
 
 // Writes the maxima of 64 queries: `best[m][h]` is of query 16 m + 8 h + lane / 4, over this lane's
-// columns; the four lanes of a group share their queries.
+// columns; four neighbouring lanes share their queries.
 __device__ void write_maxima(float (&best)[4][2], float* maxima) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Narrow<kSteps, kQueryWarps>::kThreads, 3)
   constexpr int kTilesPerSegment = Shape::kTilesPerSegment;
   unsigned char* ring = shared_memory();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int group = lane / 4, pair = lane % 4;
+  const int quad = lane / 4, pair = lane % 4;  // four lanes share a row of a matrix
   const Share share(params);
   const int tiles = (share.end - share.begin) * kTilesPerSegment;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Narrow<kSteps, kQueryWarps>::kThreads, 3)
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     const auto* row = reinterpret_cast<const uint32_t*>(
-        params.queries.halves + (first_query + m * 16 + group) * Shape::kDim);
+        params.queries.halves + (first_query + m * 16 + quad) * Shape::kDim);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       queries[k][m][0] = row[k * 8 + pair];

@@ -42,7 +42,7 @@ void test_winning_distance() {
 void test_screen() {
   const SearchKernels& kernels = active_kernels();
   const int64_t dim = integer(0, 3) ? integer(1, 100) : integer(1, kMostDims);
-  const int64_t padded = round_up(dim, kLanes), groups = (dim + 3) / 4;
+  const int64_t padded = round_up(dim, kLanes), packs = (dim + 3) / 4;
   const int64_t queries = integer(1, kTileQueries);
   const std::vector<float> values = hard_values(kTileRows + queries + 1, dim, padded);
   const float* centre = values.data() + (kTileRows + queries) * padded;
@@ -55,7 +55,7 @@ void test_screen() {
   // Also with scales that clip the rows or waste the codes.
   const auto scale = static_cast<float>(
       std::max(static_cast<double>(largest) / kCodeLimit * std::exp2(uniform(-2, 2)), 1e-30));
-  std::vector<int8_t> codes(kTileRows * groups * 4);
+  std::vector<int8_t> codes(kTileRows * packs * 4);
   std::vector<int32_t> bias(kTileRows, kNothing);
   std::vector<double> row_error(kTileRows);
   std::vector<uint8_t> code(padded);
@@ -64,7 +64,7 @@ void test_screen() {
     const Encoding encoding =
         encode_row(kernels, values.data() + r * padded, centre, padded, scale, code.data());
     row_error[r] = residual_bound(encoding, padded);
-    write_code(code.data(), encoding, groups, r, codes.data(), bias.data());
+    write_code(code.data(), encoding, packs, r, codes.data(), bias.data());
   }
   std::vector<std::vector<uint8_t>> query_codes(queries, std::vector<uint8_t>(padded));
   std::vector<const uint8_t*> pointers;
@@ -85,12 +85,12 @@ void test_screen() {
     }
     uint64_t masks[kTileQueries];
     kernels.screen_tile(pointers.data(), thresholds.data(), static_cast<int>(queries), codes.data(),
-                        bias.data(), groups, masks);
+                        bias.data(), packs, masks);
     for (int64_t q = 0; q < queries; ++q) {
       EXPECT(masks[q] >> r & 1, "%s, dim %ld, row %ld", kernels.name, long(dim), long(r));
       EXPECT(rows == kTileRows || masks[q] >> rows == 0, "padding passed");
       uint16_t blocks[kTileBlocks];
-      kernels.screen_blocks(pointers[q], thresholds[q], codes.data(), bias.data(), groups,
+      kernels.screen_blocks(pointers[q], thresholds[q], codes.data(), bias.data(), packs,
                             kTileBlocks, blocks);
       EXPECT(std::memcmp(blocks, &masks[q], sizeof blocks) == 0, "%s: tile and blocks differ",
              kernels.name);
@@ -100,7 +100,7 @@ void test_screen() {
 
 // A clustered bank made here, with all its arrays.
 struct TestBank {
-  int64_t dim, rows, clusters, axes, groups;
+  int64_t dim, rows, clusters, axes, packs;
   std::vector<float> values, mean, basis, centroids, projected, errors, radii, data;
   std::vector<int64_t> ids, starts, blocks;
   std::vector<int8_t> codes;
@@ -114,7 +114,7 @@ struct TestBank {
     mean.assign(values.begin(), values.begin() + dim);
     const bool project_them = dim > 20 && integer(0, 1);
     axes = project_them ? 16 : round_up(dim, kLanes);
-    groups = project_them ? 4 : (dim + 3) / 4;
+    packs = project_them ? 4 : (dim + 3) / 4;
     double stretch = 1;
     if (project_them) {  // 16 coordinates of 20 or more, slightly lengthened
       basis.assign(dim * axes, 0.0f);
@@ -165,13 +165,13 @@ struct TestBank {
       data.insert(data.end(), values.begin() + id * dim, values.begin() + (id + 1) * dim);
     }
     const int64_t padded = round_up(clusters, kLanes);
-    codes.resize(blocks.back() * groups * 64);
+    codes.resize(blocks.back() * packs * 64);
     bias.resize(blocks.back() * kLanes);
     block_radius.resize(blocks.back());
     for (auto* array : {&scales, &slack, &code_slack, &reach}) array->resize(clusters);
     tiles.resize(padded * axes);
     gaps.resize(clusters * padded);
-    bank = {projection,       rows,          clusters,     groups,
+    bank = {projection,       rows,          clusters,     packs,
             data.data(),      false,         ids.data(),   starts.data(),
             blocks.data(),    codes.data(),  bias.data(),  block_radius.data(),
             centroids.data(), scales.data(), slack.data(), code_slack.data(),
