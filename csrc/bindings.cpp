@@ -128,14 +128,14 @@ void define_clusters(py::module_ cpu) {
            py::arg("dim"), py::arg("axes"), py::arg("mean"), py::arg("basis"), py::arg("stretch"));
   py::class_<psvdd::ClusteredBank>(cpu, "ClusteredBank", py::module_local())
       .def(py::init([](const psvdd::Projection& projection, int64_t rows, int64_t clusters,
-                       int64_t groups, Pointer data, bool is_half, Pointer ids, Pointer starts,
+                       int64_t packs, Pointer data, bool is_half, Pointer ids, Pointer starts,
                        Pointer blocks, Pointer codes, Pointer bias, Pointer block_radius,
                        Pointer centroids, Pointer scales, Pointer slack, Pointer code_slack,
                        Pointer reach, Pointer centroid_tiles, Pointer gaps) {
              return psvdd::ClusteredBank{projection,
                                          rows,
                                          clusters,
-                                         groups,
+                                         packs,
                                          at<const void>(data),
                                          is_half,
                                          at<const int64_t>(ids),
@@ -152,7 +152,7 @@ void define_clusters(py::module_ cpu) {
                                          at<float>(centroid_tiles),
                                          at<float>(gaps)};
            }),
-           py::arg("projection"), py::arg("rows"), py::arg("clusters"), py::arg("groups"),
+           py::arg("projection"), py::arg("rows"), py::arg("clusters"), py::arg("packs"),
            py::arg("data"), py::arg("is_half"), py::arg("ids"), py::arg("starts"),
            py::arg("blocks"), py::arg("codes"), py::arg("bias"), py::arg("block_radius"),
            py::arg("centroids"), py::arg("scales"), py::arg("slack"), py::arg("code_slack"),

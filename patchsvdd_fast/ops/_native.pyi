@@ -114,7 +114,7 @@ class cpu(Backend):  # noqa: N801 (a submodule)
             projection: cpu.Projection,
             rows: int,
             clusters: int,
-            groups: int,
+            packs: int,
             data: int,
             is_half: bool,
             ids: int,

@@ -88,12 +88,12 @@ class ClusterArrays(NamedTuple):
             raise ValueError("a bank's data, centroids and codes must have 2, 2 and 4 dimensions")
         rows, dim = self.data.shape
         count, axes = self.centroids.shape
-        groups, num_blocks = self.codes.shape[1], self.block_radius.numel()
+        packs, num_blocks = self.codes.shape[1], self.block_radius.numel()
         shapes = {
             "ids": (rows,),
             "starts": (count + 1,),
             "blocks": (count + 1,),
-            "codes": (num_blocks, groups, 16, 4),
+            "codes": (num_blocks, packs, 16, 4),
             "bias": (num_blocks * 16,),
             "block_radius": (num_blocks,),
             "mean": (dim,),
@@ -114,12 +114,12 @@ class ClusterArrays(NamedTuple):
             and 1 <= count <= MOST_CLUSTERS
             and 16 <= axes <= _MOST_AXES
             and axes % 16 == 0
-            and groups == (axes // 4 if len(self.basis) else (dim + 3) // 4)
-            and 4 * groups <= axes
+            and packs == (axes // 4 if len(self.basis) else (dim + 3) // 4)
+            and 4 * packs <= axes
         ):
             raise ValueError(
                 f"a bank of D = {dim} cannot have {count} clusters of {axes} coordinates "
-                f"and {4 * groups} codes a row"
+                f"and {4 * packs} codes a row"
             )
         if not self._covers_rows():
             raise ValueError("a bank's clusters do not cover its rows")
@@ -144,7 +144,7 @@ class ClusterArrays(NamedTuple):
 
     def _check_values(self) -> None:
         """Raise ValueError for numbers that no bank has."""
-        axes, groups = self.basis.shape[1], self.codes.shape[1]
+        axes, packs = self.basis.shape[1], self.codes.shape[1]
         limits = {
             "mean": (-_LARGEST, _LARGEST),
             "scales": (_SMALLEST_SCALE, _LARGEST),
@@ -170,7 +170,7 @@ class ClusterArrays(NamedTuple):
         fills_up = arange(16) >= in_last[:, None]  # [C, 16]
         bias = self.bias.view(-1, 16)
         padding, codes = bias[last][fills_up], self.codes[last].transpose(1, 2)[fills_up]
-        limit = _MOST_BIAS * 4 * groups
+        limit = _MOST_BIAS * 4 * packs
         if (
             int(self.bias.min()) < -limit
             or int((self.bias > limit).sum()) != len(padding)
@@ -190,7 +190,7 @@ class ClusterArrays(NamedTuple):
             projection=_projection(self.mean, self.basis, stretch),
             rows=self.data.shape[0],
             clusters=self.centroids.shape[0],
-            groups=self.codes.shape[1],
+            packs=self.codes.shape[1],
             is_half=self.data.dtype == float16,
             **pointers,
         )

@@ -132,7 +132,7 @@ def _pack(
     centroids, counts = centroids[used].contiguous(), counts[used]
     blocks = -(-counts // LANES)
     num_blocks = int(blocks.sum())
-    groups = basis.shape[1] // 4 if len(basis) else -(-dim // 4)
+    packs = basis.shape[1] // 4 if len(basis) else -(-dim // 4)
     count = len(centroids)
     arrays = link(
         ClusterArrays(
@@ -140,7 +140,7 @@ def _pack(
             ids=order,
             starts=_offsets(counts),
             blocks=_offsets(blocks),
-            codes=torch.empty(num_blocks, groups, LANES, 4, dtype=torch.int8, device="cpu"),
+            codes=torch.empty(num_blocks, packs, LANES, 4, dtype=torch.int8, device="cpu"),
             bias=torch.empty(num_blocks * LANES, dtype=torch.int32, device="cpu"),
             block_radius=_floats(num_blocks),
             mean=mean,
