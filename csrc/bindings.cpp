@@ -1,5 +1,6 @@
-// The Python face of the kernels: the only file that knows pybind11. Pointers come as integers,
-// already validated by patchsvdd_fast/ops.py; the interpreter lock is released while kernels run.
+// The Python face of the kernels: the only file that knows pybind11. Pointers come as integers;
+// patchsvdd_fast/ops has validated the arrays behind them (ops/checks.py) and keeps them alive. The
+// interpreter lock is released while kernels run.
 //
 // Each backend is a submodule with the same functions and arguments; the last argument is what the
 // backend runs in: the number of threads on the CPU, the stream on CUDA.

@@ -1,5 +1,5 @@
 // Plain parameter structs handed from the host side to the kernels, on every backend.
-// Pointers are raw: the caller (patchsvdd_fast/ops.py) validates shapes, allocates with torch and
+// Pointers are raw: the caller (patchsvdd_fast/ops) validates shapes, allocates with torch and
 // keeps every buffer alive. All arrays are contiguous, row-major; all sizes are 64-bit.
 #pragma once
 

@@ -5,8 +5,8 @@
 // distance to their rows; search the remaining ones, nearest centroids first, with a limit that
 // shrinks on the way. Within a cluster, rows too near to or too far from the centroid are skipped
 // in blocks (the triangle inequality), the others are compared as 8-bit codes, and those that pass
-// rescored canonically. ARCHITECTURE.md has the proofs of the bounds; each is widened by what
-// rounding may have changed.
+// rescored canonically. docs/design/cpu-search.md has the proofs of the bounds; each is widened by
+// what rounding may have changed.
 
 #include <atomic>
 #include <cmath>

@@ -6,12 +6,12 @@
 //   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
 //   2. measure  the distances of all queries to all centroids, in fp32 from differences;
 //   3. others   queries whose own cluster holds nothing but their own group are rescored against
-//   the
-//               nearest cluster that holds more, so that all that can have a limit have one;
+//               the nearest cluster that holds more, so that all that can have a limit have one;
 //   4. visits   per list, the segments that may hold something nearer for any of its queries: not
 //               ruled out by the cluster's radius, the half-plane between the centroids, or the
-//               ring of distances to the centroid that the segment's rows lie in (ARCHITECTURE.md);
+//               ring of distances to the centroid that the segment's rows lie in;
 //   5. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
+// docs/design/gpu-search.md has the bounds of step 4, docs/design/cpu-search.md their proofs.
 // Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 11 to 14 %.
 
 #include "bounds.h"

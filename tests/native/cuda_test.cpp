@@ -505,7 +505,7 @@ std::vector<float> rows_for_clusters(int64_t rows, int64_t clusters, int64_t dim
   return values;
 }
 
-// A clustered bank about some of its own rows, as patchsvdd_fast/segments.py makes it.
+// A clustered bank about some of its own rows, as patchsvdd_fast/search/gpu_clusters.py makes it.
 void test_nearest_in_segments() {
   const int64_t dim = integer(1, 80), rows = integer(1, 700), count = integer(1, 300);
   const bool is_half = integer(0, 2) == 0;
