@@ -198,7 +198,7 @@ void define_clusters(py::module_ cpu) {
 }
 
 #if defined(PSVDD_WITH_CUDA)
-// The GPU's clustered bank, alike.
+// The same for the GPU's clustered bank.
 void define_segments(py::module_ cuda) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   using psvdd::SegmentedBank;

@@ -1,7 +1,9 @@
-// Random pairs of patches: where they lie and what is drawn for them, alike on CPU and CUDA.
+// Random pairs of patches for training: where they lie and which random numbers they get. CPU and
+// CUDA share this code, so that both draw the same pairs (docs/design/training.md).
 //
-// Every random number is that of a counter of four words: an index, what the number is for, the
-// pair, and the step. So no pair depends on another, whatever draws it.
+// Every random number is a function of the seed and of a counter of four words: an index, what the
+// number is for (with the patch size), the pair, and the step. So no pair depends on which others
+// are drawn, or on the order.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +14,13 @@
 
 namespace psvdd {
 
-// What a random number is for; the patch size goes with it, so that two sizes differ in a step.
+// What a random number is for. The patch size is in the same word of the counter, so that pairs of
+// two sizes that are drawn in one step differ.
 enum PairPurpose : uint32_t {
   kPositionPlace = 0,   // index: 2 times the redraws so far; and that plus 1
   kNeighbourPlace = 1,  // index: 0
   kColourShift = 2,     // plus 1 for the second patch; index: the channel
-  kPixelNoise = 4,      // plus 1 for the second patch; index: of four pixels in a row of the patch
+  kPixelNoise = 4,      // plus 1 for the second patch; index: of four pixels side by side
   kViewPlace = 6,       // index: 0
 };
 
@@ -113,7 +116,7 @@ struct PatchPlane {
   const uint8_t* pixels;  // the upper left one, rows params.width apart
   const float* mean;      // the same
   float* out;             // [K, K]
-  float shift;            // of the colour
+  float shift;            // added to every pixel
   RandomWords noise;      // the counter of its first four pixels; word 0 counts on from there
 };
 

@@ -48,9 +48,8 @@ struct ScoreMapParams {
 // Which rows a query may not be matched with: those of its own group.
 struct Groups {
   const int64_t* query_groups;  // [Q], or null: no row is excluded
-  const int64_t*
-      bank_groups;         // [ceil(M / rows_per_group)]: the group of row r is r / rows_per_group
-  int64_t rows_per_group;  // >= 1
+  const int64_t* bank_groups;   // [ceil(M / rows_per_group)]; row r has entry r / rows_per_group
+  int64_t rows_per_group;       // consecutive rows of the bank that share an entry, >= 1
 
   // The same for queries from number `first` on.
   Groups from_query(int64_t first) const {
@@ -58,11 +57,12 @@ struct Groups {
   }
 };
 
-// How `nearest` goes about it; the answer is the same.
+// How `nearest` searches; the answer is the same. ("Canonical" distances are those that decide,
+// defined to the bit in csrc/cpu/nearest.cpp.)
 enum class SearchMethod : int {
-  kAuto = 0,      // what is likely to be fastest for the size
-  kPlain = 1,     // every distance canonically: to compare with
-  kScreened = 2,  // through the low-precision screen, however small: for tests
+  kAuto = 0,      // whichever is likely to be faster for the size
+  kPlain = 1,     // every distance is computed canonically: for comparisons
+  kScreened = 2,  // the low-precision screen comes first, however small the search: for tests
 };
 
 struct NearestParams {
@@ -77,13 +77,13 @@ struct NearestParams {
   float* distances;  // [Q], L2 distance to the nearest bank row; infinity if all are excluded
   int64_t* indices;  // [Q], row of the bank, the lowest on ties; -1 if all are excluded
   void* workspace;   // scratch of cuda::nearest_workspace bytes, aligned to 16 (GPU only)
-  int64_t workspace_limit;  // what was asked of it
+  int64_t workspace_limit;  // bytes: the limit that nearest_workspace was given
 };
 
 // A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
 struct Projection {
   int64_t dim;         // D
-  int64_t axes;        // coordinates of y, a multiple of 16 (missing ones are zero)
+  int64_t axes;        // coordinates of y, padded with zeros to a multiple of 16
   const float* mean;   // [D]
   const float* basis;  // [D, axes], or null: y = x - mean, padded with zeros
   double stretch;      // bound on the factor by which the map lengthens a vector
@@ -98,9 +98,9 @@ struct ProjectParams {
   float* errors;     // [M], bounds on the distance to the exact projection
 };
 
-// The bank's rows in the order of their clusters; within one, by distance to its centroid. Codes
-// are those of the projected rows about their centroid; each cluster's are padded to whole blocks
-// of 16 rows.
+// A clustered bank on the CPU. Rows lie in the order of their clusters; within one, by distance to
+// its centroid. Each projected row has 8-bit codes, its differences from the centroid in units of
+// the cluster's scale; the codes of a cluster are padded to whole blocks of 16 rows, B in all.
 struct ClusteredBank {
   Projection projection;
   int64_t rows;            // M
@@ -116,18 +116,18 @@ struct ClusteredBank {
   float* block_radius;     // [B], largest distance to the centroid in the block
   const float* centroids;  // [C, axes]
   float* scales;           // [C], of the codes
-  float* slack;            // [C], bound on the error of the projection in the cluster
-  float* code_slack;       // [C], the same for what the codes stand for
+  float* slack;            // [C], bound on the rounding error of a row's projection
+  float* code_slack;       // [C], bound on the distance of a row's projection to its codes' point
   float* reach;            // [C], radius plus slack
-  float* centroid_tiles;   // [ceil(C / 16), axes, 16]
+  float* centroid_tiles;   // [ceil(C / 16), axes, 16], the centroids again, 16 side by side
   float* gaps;             // [C, C rounded up to 16], distances between centroids, rounded up
 };
 
-// Filling in what follows from the rows and the centroids, before a bank can be searched.
+// What pack_clusters computes a bank's codes, scales and bounds from.
 struct PackClustersParams {
   ClusteredBank bank;
   const float* projected;  // [M, axes], rows in the user's order
-  const float* errors;     // [M]
+  const float* errors;     // [M], as from `project`
   const float* radii;      // [M], canonical distance to the centroid
 };
 
@@ -138,12 +138,12 @@ struct ClusteredNearestParams {
   const float* query_data;  // [Q, D]
   float* distances;         // [Q]
   int64_t* indices;         // [Q]
-  int64_t* scanned;         // [1]: adds up the rows that were looked at, as codes or better
+  int64_t* scanned;         // [1], raised by the rows whose codes were compared with a query's
 };
 
 // A clustered bank on the GPU: rows in the order of their clusters, within one by distance to its
-// centroid, cut into segments of up to 256 rows. Codes are those of csrc/cuda/screen.h, each
-// segment padded to 256 rows.
+// centroid, cut into segments of up to 256 rows. No projection: codes are the float16 codes of
+// csrc/cuda/screen.h, each segment padded to 256 rows.
 struct SegmentedBank {
   int64_t rows;                     // M
   int64_t dim;                      // D
@@ -155,32 +155,31 @@ struct SegmentedBank {
   const int64_t* segment_starts;    // [S + 1], first row of each segment
   const int32_t* segment_clusters;  // [S], ascending
   const int32_t* cluster_segments;  // [C + 1], first segment of each cluster
-  const float* least_radius;        // [S], canonical distance of its rows to the centroid
-  const float* largest_radius;      // [S]
+  const float* least_radius;        // [S], least canonical distance of its rows to the centroid
+  const float* largest_radius;      // [S], the largest
   const float* centroids;           // [C, D]
   const float* gaps;                // [C, C], distances between centroids, rounded up
-  float* centre;                    // [D]
-  float* largest;                   // [1]
-  uint16_t* halves;                 // [S * 256, D padded]
+  float* centre;                    // [D], this and all below filled in by encode_segments:
+  float* largest;                   // [1], see Frame in csrc/cuda/screen.h
+  uint16_t* halves;                 // [S * 256, D padded], see Codes there
   float* squares;                   // [S * 256]
   float* errors;                    // [S * 256]
-  float* segment_norms;             // [S]
+  float* segment_norms;             // [S], see Segments there
   float* segment_errors;            // [S]
 };
 
 struct SegmentedNearestParams {
   SegmentedBank bank;
   Groups groups;
-  int64_t queries;            // Q, in the order of the nearest centroids
+  int64_t queries;            // Q, sorted by their nearest centroid
   const float* query_data;    // [Q, D]
   const int64_t* own;         // [Q], the nearest centroid of each
   const int64_t* own_starts;  // [C + 1], first query of each centroid
   float* distances;           // [Q]
   int64_t* indices;           // [Q]
-  void* workspace;            // scratch, aligned to 16
-  int64_t workspace_limit;
-  int64_t*
-      visits;  // [1], raised by the pairs of a tile of queries and a segment looked at; or null
+  void* workspace;            // scratch of nearest_in_segments_workspace bytes, aligned to 16
+  int64_t workspace_limit;    // bytes: the limit that function was given
+  int64_t* visits;            // [1] or null, raised by the segments that each tile visits
 };
 
 // How the patches of a random pair lie, and what for.
@@ -200,11 +199,11 @@ struct CropPairsParams {
   int64_t size;             // K, side of a patch, pixels; C K K < 2^32
   PairKind kind;            // of all pairs
   int64_t first_pair;       // number of the first pair in the whole batch; plus B: below 2^32
-  int64_t max_redraws;      // of a position pair that would be clipped; 0: clipped pairs stay
+  int64_t max_redraws;      // of a position pair that leaves the image, before it is clipped
   uint64_t seed;            // the key of the random numbers
-  uint32_t step;            // which draw from the seed
-  float colour_shift;       // deviation of a patch's shift per channel, in units of the patches
-  float pixel_noise;        // deviation of the noise of each pixel; neither for neighbours
+  uint32_t step;            // number of the draw: each step has random numbers of its own
+  float colour_shift;       // standard deviation of a patch's shift per channel, in patch values
+  float pixel_noise;        // the same of each pixel's noise; kNeighbour gets neither
   const uint8_t* pixels;    // [N, C, H, W]
   const float* mean;        // [C, H, W]
   const int64_t* image_of;  // [B], the image of each pair; taken to the nearest in [0, N)

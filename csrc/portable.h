@@ -35,8 +35,8 @@ PSVDD_HOST_DEVICE inline float to_float(Half value) {
   return sign != 0 ? -magnitude : magnitude;
 }
 
-// The range of patches [first, last] along one axis that cover a pixel. Pixels that no patch
-// covers (a margin narrower than a stride at the far edge) are moved to the last covered one.
+// The patches first..last along one axis that cover a pixel. A pixel that no patch covers (in a
+// margin at the far edge, narrower than a stride) gets those of the last covered pixel.
 struct Cover {
   int64_t first;
   int64_t last;

@@ -60,7 +60,7 @@ PSVDD_HOST_DEVICE inline uint32_t bits_of_float(float value) {
   return bits;
 }
 
-// -2 ln((steps + 1) / 2^24) for 0 <= steps < 2^24, to 3e-7 of itself.
+// -2 ln((steps + 1) / 2^24) for 0 <= steps < 2^24, with a relative error of up to 3e-7.
 PSVDD_HOST_DEVICE inline float minus_twice_log(uint32_t steps) {
   // steps + 1 = 2^exponent (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), all of it exact.
   constexpr uint32_t kRootOfHalf = 0x3f3504f3u;
@@ -84,9 +84,9 @@ struct Normals {
   float value[2];
 };
 
-// Two independent normal numbers of deviation 1 (Box and Muller 1958): r cos(t) and r sin(t) with
-// r = sqrt(-2 ln u), u the upper 24 bits of `radius` plus 1 over 2^24, and t = `turn` / 2^32 of a
-// full turn. To 1e-6 of themselves; none is beyond 5.8.
+// Two independent standard normal numbers (Box and Muller 1958): r cos(t) and r sin(t), where
+// r = sqrt(-2 ln u), u = (the upper 24 bits of `radius` + 1) / 2^24, and t = `turn` / 2^32 of a
+// full turn. The relative error is up to 1e-6; none is beyond 5.8.
 PSVDD_HOST_DEVICE inline Normals normal_pair(uint32_t radius, uint32_t turn) {
   const float r = sqrtf(minus_twice_log(radius >> 8));
   // The nearest quarter turn, and x in [-1/2, 1/2] quarter turns from there.
@@ -103,7 +103,7 @@ PSVDD_HOST_DEVICE inline Normals normal_pair(uint32_t radius, uint32_t turn) {
   c = c * xx + 0.253594935f;
   c = c * xx - 1.23369670f;
   c = c * xx + 0.999999940f;
-  const bool odd = (quarter & 1) != 0;  // of quarters: sine and cosine change places
+  const bool odd = (quarter & 1) != 0;  // after an odd quarter, sine and cosine change places
   const uint32_t cos_sign = ((quarter + 1) & 2) << 30;
   const uint32_t sin_sign = (quarter & 2) << 30;
   const float cos_turn = float_of_bits(bits_of_float(odd ? s : c) ^ cos_sign);

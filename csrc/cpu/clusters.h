@@ -18,7 +18,7 @@ double project_row(const Projection& projection, const float* row, double* sums,
 // room for the few operations of the bounds computed from them.
 inline double bound_rounding(int64_t axes) { return static_cast<double>(axes + 16) * 0x1p-22; }
 
-// Added to every distance that a bound is computed from: squares may have underflowed.
+// Added to the distances that bounds are computed from: squares may have underflowed.
 inline double underflow_allowance(int64_t axes) {
   return std::sqrt(static_cast<double>(axes + 16)) * 0x1p-70;
 }
@@ -31,7 +31,8 @@ struct BlockRange {
 
 // The blocks that may hold rows within `reach` of a point: by the triangle inequality their
 // distance to the centroid differs from the point's by no more. Rows lie in ascending order of
-// that distance; `radii` are the blocks' largest. squared: from the point to the centroid.
+// that distance; `radii` are the largest of each block. squared: the squared distance from the
+// point to the centroid; rounding: its relative error.
 inline BlockRange blocks_within(const SearchKernels& kernels, const float* radii, int64_t blocks,
                                 float squared, double reach, double rounding) {
   const double to_centroid = std::sqrt(static_cast<double>(squared));

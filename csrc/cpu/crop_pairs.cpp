@@ -1,5 +1,5 @@
-// Random pairs of patches for training: cut out, normalised, and unless they are neighbours shifted
-// in colour and covered with noise, all in one pass.
+// Random pairs of patches for training: cut out, normalised and, unless they are neighbours,
+// shifted in colour and covered with noise, all in one pass.
 //
 // A piece of work is one patch. Its noise is drawn some rows at a time into a buffer that stays in
 // the first-level cache, by a loop without branches that the compiler vectorises; then each row is

@@ -1,4 +1,5 @@
-// The CPU kernels. One file each, under the same name as its CUDA twin.
+// The operations on the CPU. Each has a file of its name, as its CUDA twin has; building a
+// clustered bank is in clusters.cpp. All throw what goes wrong on any of their threads.
 #pragma once
 
 #include <string>
@@ -20,7 +21,8 @@ void pack_clusters(const PackClustersParams& params, int num_threads);
 void link_clusters(const ClusteredBank& bank, int num_threads);
 void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads);
 
-// Gives freed memory back to the system, which the allocator may keep; for after a large build.
+// Gives freed memory, which the allocator may have kept, back to the system: for after a large
+// bank has been built.
 void release_memory();
 
 // The first row that holds NaN or infinity, or -1.

@@ -27,9 +27,10 @@ constexpr int64_t kMostBlockRows = 4096;
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kRowsForCentre = 64;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
-constexpr int64_t kFewQueries = 8;  // do not repay encoding the bank
+constexpr int64_t kFewQueries = 8;  // fewer do not repay encoding the bank
 constexpr float kLargest = 1e15f;   // squares of larger differences might overflow
 
+// The codes of one block of the bank.
 struct BlockCodes {
   std::vector<float> centre;  // [padded dim]
   std::vector<int8_t> codes;  // [rows / 16, packs, 16, 4]
@@ -206,7 +207,8 @@ void nearest(const NearestParams& params, int num_threads) {
   if (params.queries == 0) return;
   const IeeeArithmetic ieee;  // for the square roots; the threads have their own
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
-  // A part of the queries at a time, so that no thread is long at a block after the others.
+  // A part of the queries at a time, so that a thread's last block does not take long after the
+  // others have finished.
   for (int64_t first = 0; first < params.queries; first += kQueriesAtOnce) {
     NearestParams part = params;
     part.queries = std::min(kQueriesAtOnce, params.queries - first);

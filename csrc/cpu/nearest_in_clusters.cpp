@@ -1,10 +1,11 @@
 // Exact nearest neighbour in a clustered bank.
 //
 // For a query: project it; take the distances to all centroids; search the cluster of the nearest
-// one, which gives a good upper bound `limit`; rule out clusters by two lower bounds on the
-// distance to their rows; search the remaining ones, nearest centroids first, with a limit that
-// shrinks on the way. Within a cluster, rows too near to or too far from the centroid are skipped
-// in blocks (the triangle inequality), the others are compared as 8-bit codes, and those that pass
+// one, the query's own, which gives a good upper bound `limit`; rule out clusters by two lower
+// bounds on the distance to their rows; search the nearest few of the others. What the limit then
+// leaves is searched for 256 queries together, cluster by cluster, so that a cluster's codes stay
+// in the caches. Within a cluster, rows too near to or too far from the centroid are skipped in
+// blocks (the triangle inequality), the others are compared as 8-bit codes, and those that pass
 // rescored canonically. docs/design/cpu-search.md has the proofs of the bounds; each is widened by
 // what rounding may have changed.
 
@@ -22,9 +23,9 @@ namespace psvdd::cpu {
 namespace {
 
 constexpr int64_t kQueriesPerBatch = 256;
-constexpr int64_t kBlocksAtOnce = 64;  // blocks screened before the limit is taken anew
-constexpr int64_t kNearFirst = 8;      // clusters searched at once, nearest first
-constexpr double kLargest = 1e15;      // squares of larger coordinates might overflow
+constexpr int64_t kBlocksAtOnce = 64;  // blocks screened under one limit
+constexpr int64_t kNearFirst = 8;  // clusters searched at once, nearest first; others become visits
+constexpr double kLargest = 1e15;  // squares of larger coordinates might overflow
 
 // A query of the batch, and what is known of its answer.
 struct Query {
@@ -43,7 +44,7 @@ struct Visit {
   int32_t cluster;
   int32_t query;     // within the batch
   float squared;     // from the query to the centroid
-  float half_plane;  // distance to the half-plane that holds the cluster, a lower bound
+  float half_plane;  // lower bound on the distance to the half-plane that holds the cluster
 };
 
 class Searcher {
@@ -69,7 +70,7 @@ class Searcher {
   void search_batch(int64_t begin, int64_t end) {
     visits_.clear();
     queries_.clear();
-    int64_t hint = -1;  // the row found for the patch beside
+    int64_t hint = -1;  // the row found for the query before, often the patch beside this one
     for (int64_t q = begin; q < end; ++q) {
       queries_.push_back({q,
                           params_.query_data + q * bank_.projection.dim,
@@ -86,7 +87,7 @@ class Searcher {
   }
 
  private:
-  // The nearest clusters; others that may hold the answer are left as visits.
+  // Searches the nearest clusters; others that may hold the answer are left as visits.
   void search_near(Query& query, int64_t hint) {
     float* projected = projected_.data() + (queries_.size() - 1) * axes_;
     query.error = project_row(bank_.projection, query.vector, sums_.data(), projected);
@@ -119,7 +120,7 @@ class Searcher {
     }
   }
 
-  // The visits of all queries, cluster by cluster.
+  // Makes the visits of all queries, cluster by cluster (a counting sort).
   void search_visits() {
     std::fill(visit_starts_.begin(), visit_starts_.end(), 0);
     for (const Visit& visit : visits_) ++visit_starts_[visit.cluster + 1];
@@ -143,7 +144,7 @@ class Searcher {
     return difference / (2 * bounds.gaps[c] * high) * low;
   }
 
-  // As `keep_clusters`, under the limit of now.
+  // As `keep_clusters`, but under the query's current limit.
   bool may_win(const Query& query, const Visit& visit) const {
     const float radius = query.limit + bank_.reach[visit.cluster];
     const float at_least = visit.squared * (1.0f - static_cast<float>(rounding_));
@@ -151,7 +152,7 @@ class Searcher {
     return !(beyond_radius || visit.half_plane > query.limit + bank_.slack[visit.cluster]);
   }
 
-  // squared: from the query to the centroid. is_first: nothing is known of the answer yet.
+  // squared: squared distance from the query to the centroid. is_first: of all clusters.
   void search_cluster(Query& query, int64_t c, float squared, bool is_first) {
     const int64_t first_block = bank_.blocks[c];
     const BlockRange range =

@@ -1,4 +1,4 @@
-// A parallel loop over independent pieces of work, and the floating-point state they need.
+// A parallel loop over independent pieces of work, and the floating-point state that they need.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 namespace psvdd::cpu {
 
-// Rounding to nearest, subnormals kept: training may have switched the calling thread to flushing
-// subnormals to zero, which would change the last bits of a distance.
+// While it lives, the thread rounds to nearest and keeps subnormals: torch may have been told to
+// flush them to zero, which would change the last bits of a distance.
 class IeeeArithmetic {
  public:
 #if defined(__x86_64__) || defined(_M_X64)
@@ -38,7 +38,8 @@ class IeeeArithmetic {
 };
 
 // Calls work(item) for every item in [0, items), on up to `num_threads` threads. Threads are
-// started per call: a pool would not survive a fork. An exception in a piece of work is rethrown.
+// started per call: a pool would not survive a fork. The first exception of a piece of work is
+// rethrown once all threads have stopped.
 inline void parallel_for(int64_t items, int num_threads, const std::function<void(int64_t)>& work) {
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(num_threads, items));
   std::atomic<int64_t> next{0};
@@ -59,7 +60,7 @@ inline void parallel_for(int64_t items, int num_threads, const std::function<voi
   helpers.reserve(threads);
   try {
     for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(run);
-  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  } catch (const std::system_error&) {  // no more threads: those that have started do the work
   }
   run();
   for (std::thread& helper : helpers) helper.join();

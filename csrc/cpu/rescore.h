@@ -33,7 +33,7 @@ struct Best {
   }
 };
 
-// A bank as a search sees it: stored rows, their ids, and who may not be matched with whom.
+// A bank as a search sees it: stored rows, their ids, and which rows a query may not match.
 struct Searched {
   Rows rows;
   const int64_t* ids;  // [M], or null if a row's id is its number
@@ -46,8 +46,9 @@ struct Searched {
   }
 };
 
-// Relative error of a canonical squared distance: a rounding per difference (twice, squared), per
-// term of a partial sum, and four for adding up. Doubled, to be safe in every formula below.
+// Bound on the relative error of a canonical squared distance: one rounding per difference (which
+// counts twice, as it is squared), one per term of a partial sum, and four for adding up the sums.
+// Doubled, to be safe in every formula below.
 inline double canonical_rounding(int64_t dim) {
   return 2.0 * static_cast<double>(dim / kLanes + 9) * 0x1p-24;
 }
@@ -67,8 +68,9 @@ inline double residual_bound(const Encoding& encoding, int64_t dims) {
          std::sqrt(static_cast<double>(dims + 16)) * 0x1p-74;
 }
 
-// The screen's threshold for a query: rows below it are farther than `limit` from the query.
-// limit: a distance; error: bounds on both residuals; scale: that of the codes.
+// The screen's threshold for a query: rows whose sum is below it are farther than `limit` from the
+// query. code_squares: |p|^2 of the query's code; limit: a distance; error: the bound on the
+// query's residual plus that on a row's; scale: that of the codes.
 //
 // Codes q, b stand for points s * q, s * b. If the vectors are within `limit`, the points are
 // within limit + error, so |q - b|^2 <= ((limit + error) / s)^2 =: most, an inequality of integers;
@@ -83,7 +85,7 @@ inline int32_t screen_threshold(int32_t code_squares, double limit, double error
   return static_cast<int32_t>(std::min(least, double{kNothing} / 4));
 }
 
-// Canonical distances of up to 16 rows; whether one of them is the new best.
+// Computes the canonical distances of up to 16 rows; returns whether one of them is the new best.
 inline bool rescore(const SearchKernels& kernels, const Searched& bank, const float* query_vector,
                     int64_t query, const int64_t* rows, int count, Best* best) {
   int64_t allowed[kLanes];

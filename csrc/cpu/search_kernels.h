@@ -1,8 +1,8 @@
 // The inner loops of the nearest-neighbour search, one set per instruction set.
 //
-// Only `squared_distances` decides a result, and it computes the canonical distance to the bit. All
-// others serve to prove that rows need not be looked at: their callers allow for rounding, so they
-// may differ between instruction sets in the last bits.
+// Only `squared_distances` decides a result, and every set computes the canonical distance to the
+// bit. All others serve to prove that rows need not be looked at: their callers allow for rounding,
+// so they may differ between instruction sets in the last bits.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ struct Rows {
   bool half;
 };
 
-// Squared distances to centroids below this rule nothing out: with those above, what is lost to
-// underflow is far below the relative error allowed for.
+// Squared distances to centroids below this rule nothing out. In those above it, what is lost to
+// underflow is far below the relative error that is allowed for.
 constexpr float kLeastSquared = 0x1p-100f;
 
 // What `encode` finds out about one vector t = vector - centre and its code c, t ~ scale * c.
@@ -41,11 +41,11 @@ struct Encoding {
   float squared;         // sum of t^2
 };
 
-// What is left to look at of all clusters, for one query. See `keep_clusters`.
+// What decides which clusters a query has to look into, see `keep_clusters`.
 struct ClusterBounds {
-  const float* reach;  // [C] radius of the cluster and allowance for its projection's rounding
-  const float* slack;  // [C] that allowance
-  const float* gaps;   // [C] distance from the query's own centroid to each other, rounded up
+  const float* reach;  // [C] radius of the cluster plus slack
+  const float* slack;  // [C] bound on the rounding error of a row's projection
+  const float* gaps;   // [C] distance from the query's own (nearest) centroid, rounded up
   float own;           // squared distance to the query's own centroid
   float limit;         // distance beyond which nothing can win
   float rounding;      // relative error allowed for in squared distances
@@ -81,8 +81,8 @@ struct SearchKernels {
   bool (*screen_blocks)(const uint8_t* query, int32_t threshold, const int8_t* codes,
                         const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks);
 
-  // Of each lane of the blocks, the block in which the sum is largest: [16] rows that are likely
-  // to be close. Padding rows are never named unless a lane has nothing else.
+  // For each of the 16 places in a block, the block in which the row there has the largest sum: 16
+  // rows that are likely to be close. Padding is only named where a place has nothing else.
   void (*closest_codes)(const uint8_t* query, const int8_t* codes, const int32_t* bias,
                         int64_t packs, int64_t blocks, int32_t* block_of_lane);
 
@@ -92,7 +92,7 @@ struct SearchKernels {
                             float* squared);
 
   // Indices of the clusters that may hold a row closer than `limit`; returns how many. `squared`:
-  // distances to the centroids; arrays are padded to a multiple of 16.
+  // squared distances to the centroids; arrays are padded to a multiple of 16.
   int64_t (*keep_clusters)(const ClusterBounds& bounds, const float* squared, int64_t clusters,
                            int32_t* kept);
 

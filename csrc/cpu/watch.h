@@ -1,4 +1,4 @@
-// Watching a long search: how far it is, and whether to stop.
+// Watching a long search: reporting how far it is, and stopping it.
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,7 @@ class Watch {
  public:
   explicit Watch(double total_work) : total_(total_work) {}
 
-  // Reports work done, on any thread; some milliseconds of it at a time.
+  // Adds work done, on any thread; called every few milliseconds.
   void advance(double work) {
     if (stopped_.load(std::memory_order_relaxed)) throw Stopped();
     double done = done_.load(std::memory_order_relaxed);

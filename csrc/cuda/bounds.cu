@@ -12,9 +12,11 @@
 namespace psvdd::cuda {
 namespace {
 
-// Where rows are excluded, segments are looked at in ranges: so many first, then up to so many
-// times as many as before. Were they in random order, a fifth of the second range might still hold
-// something nearer than the first did, then one in 17, 65, ...: three segments of each range.
+// Where groups exclude rows, segments are rescored in ranges, so that what a query finds in one
+// limits its search in the next: the first ends after kFirstRange segments, every other after
+// kRangeGrowth times as many as the one before. Were segments in random order, any of those after
+// the first n would be the best of n + 1 with a probability of 1 / (n + 1): in ranges of 12, 48,
+// 192 segments, 12 / 5, 48 / 17 and 192 / 65 are expected to improve a limit, about three in each.
 constexpr int64_t kFirstRange = 4, kRangeGrowth = 4;
 
 static_assert(kThreadsPerBlock == kQueryTile, "a block reads whole tiles of queries");
@@ -23,7 +25,7 @@ __global__ void clear_each(Key* keys, int64_t count) {
   for (int64_t q = first_element(); q < count; q += element_step()) keys[q] = kNothingYet;
 }
 
-// A warp per segment, over and over.
+// A warp per segment, and on to the next.
 __global__ void find_groups(Rescore pairs, SegmentGroups found) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t segments = pairs.bank.segments(), warps = element_step() / kWarp;
@@ -43,7 +45,8 @@ __global__ void find_groups(Rescore pairs, SegmentGroups found) {
   }
 }
 
-// Element = query: the limit that what has been found gives. `start`: it is the first one.
+// A thread per query: lowers its limit to the distance of what it has found. start: limits are not
+// set yet.
 __global__ void limit_by_keys(Bounds bounds, bool start, int64_t count) {
   const float scale = frame_scale(*bounds.largest);
   for (int64_t q = first_element(); q < count; q += element_step()) {
@@ -55,7 +58,8 @@ __global__ void limit_by_keys(Bounds bounds, bool start, int64_t count) {
   }
 }
 
-// A thread per query and range of segments, blocks numbered along y.
+// A thread per query and share of the segments (shares are numbered along y): lowers the query's
+// limit to the upper bounds that the maxima give.
 __global__ void lower_limits(Bounds bounds) {
   const int64_t q = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (q >= bounds.num_queries) return;
@@ -75,10 +79,11 @@ __global__ void lower_limits(Bounds bounds) {
   if (least < INFINITY) atomicMin(bounds.limits + q, __float_as_uint(least));
 }
 
-// A block per segment from the first on: lists [num_segments, padded_queries] of the numbers of the
-// queries that it may hold the nearest row of, written over its maxima from the front. What is
-// overwritten has been read: positions never run ahead.
+// A block per segment, from `first_segment` on: lists the queries whose nearest row it may hold.
+// lists: [num_segments, padded_queries], written over the maxima, each from its front. That
+// overwrites only what has been read, as a query's position in the list is never beyond its number.
 __global__ void keep_queries(Bounds bounds, int64_t first_segment) {
+  // Counts of two rounds, taken in turn, so that one barrier a round is enough.
   auto* warp_counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarpsPerBlock]
   const int64_t s = first_segment + blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

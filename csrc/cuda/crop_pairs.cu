@@ -1,5 +1,5 @@
-// Random pairs of patches for training: cut out, normalised, and unless they are neighbours shifted
-// in colour and covered with noise, in one launch.
+// Random pairs of patches for training: cut out, normalised and, unless they are neighbours,
+// shifted in colour and covered with noise, in one launch.
 //
 // A block makes one channel of one patch. Its first thread draws where the pair lies and shares it;
 // then every thread makes four pixels of a row at a time, from the four words of one Philox call,
@@ -18,7 +18,7 @@
 namespace psvdd::cuda {
 namespace {
 
-// Where the block's plane is and what is drawn for it; also writes what is known about the patch.
+// Where the block's plane is and what is drawn for it; also writes the patch's corner and label.
 __device__ PatchPlane prepare_plane(const CropPairsParams& params, int64_t plane) {
   const int64_t channel = plane % params.channels;
   const int64_t patch = plane / params.channels;
@@ -32,7 +32,7 @@ __device__ PatchPlane prepare_plane(const CropPairsParams& params, int64_t plane
   return patch_plane(params, pair, which, place, channel);
 }
 
-// kWhole: every four pixels are within a row and begin at a multiple of 16 bytes.
+// kWhole: all pixels of a row come in whole fours, each of which begins at a multiple of 16 bytes.
 template <bool kWhole>
 __global__ void crop_planes(CropPairsParams params) {
   auto* shared = reinterpret_cast<PatchPlane*>(shared_memory());

@@ -4,10 +4,10 @@
 // neighbouring rows of patches. It stages the tile's pixels in shared memory, as they are to be
 // written, and copies them from there to every patch they belong to. So a pixel is read and
 // normalised once per tile instead of once per patch, and what a patch gets from a tile is one
-// contiguous piece, written 16 bytes per thread where rows and alignment allow. Staged rows start
-// at the tile's first pixel; at any other byte, one funnel shift per word puts it right. Blocks
-// take their tile from the grid, all arithmetic within a tile has 32 bits, and the loop that writes
-// does not divide.
+// contiguous piece, written 16 bytes per thread where rows and alignment allow. What is written may
+// start at any byte of the staged words; one funnel shift per word aligns it. Blocks take their
+// tile from the grid, arithmetic within a tile is in 32 bits, and the loop that writes does not
+// divide.
 //
 // Traffic: the patches are written once; staging reads 6 % (uint8 copied) or 18 % (normalised) as
 // many bytes, nearly all from the caches, at K = 32, stride 4, 256 pixels a row.
@@ -88,7 +88,8 @@ Tiling tiling_of(const PatchGrid& grid, int64_t element_size) {
           u32(run_tiles), u32(column_tiles)};
 }
 
-// The tiles' image and rows of patches with which a launch starts: grids are limited.
+// The image and tile of rows of patches that a launch starts with: grids are limited, so that it
+// may take several.
 struct Start {
   int64_t image;
   int64_t band_tile;
@@ -214,7 +215,7 @@ struct Normalize {
 
 // --- writing -------------------------------------------------------------------------------------
 
-// The kBytes at any byte offset into the words, to an address aligned to kBytes.
+// Copies the kBytes at any byte offset into the words to an address aligned to kBytes.
 template <int kBytes>
 __device__ void copy_chunk(void* to, const uint32_t* words, uint32_t offset) {
   constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;
@@ -360,7 +361,7 @@ __global__ void gather_gradients(ExtractPatchesBackwardParams params, int64_t co
   }
 }
 
-// The widest chunk of which a patch's row is made and to which the patches are aligned.
+// The widest chunk, in bytes, that divides a patch's row and to which the patches are aligned.
 int64_t chunk_of(const ExtractPatchesParams& params, int64_t element_size) {
   const auto bits = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(params.patches)) |
                     (params.grid.size * element_size) | kLargestChunk;

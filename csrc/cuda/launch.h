@@ -29,7 +29,7 @@ inline void check(cudaError_t status, std::string_view what) {
   }
 }
 
-// Of the current device.
+// An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -37,10 +37,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-// Whether it has the tensor-core and copy instructions of ptx.h.
+// Whether the current device has the tensor-core and copy instructions of ptx.h.
 inline bool has_tensor_cores() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
-// The first element of this thread and the distance to its next, for loops over any 64-bit count.
+// For loops over any 64-bit count of elements: a thread's first element, and the step to its next.
 __device__ inline int64_t first_element() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
@@ -74,7 +74,7 @@ template <typename... Params>
 void launch(const Kernel<Params...>& kernel, const Launch& shape, std::uintptr_t stream,
             Params... args) {
   const auto* function = reinterpret_cast<const void*>(kernel.function);
-  if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
+  if (shape.shared_bytes > 48 * 1024) {  // a kernel has to ask for more than 48 KiB
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
           kernel.name);

@@ -8,9 +8,10 @@
 //               the maxima it was made from;
 //   5. rescore  listed pairs canonically (rescore.cu); the least (distance, row) per query is kept
 //               by a 64-bit atomic minimum, which does not depend on any order.
-// Where groups exclude rows, 4 and 5 take segments in ranges, each with the limits of those before.
-// Without tensor cores, or where the caller wants the plain search, only 5, for all pairs.
-// bounds.h has the proof that what is skipped cannot win.
+// Where groups exclude rows, 4 and 5 take segments in ranges, each with the limits that those
+// before have found. A plain search is step 5 alone, for all pairs: without tensor cores, where the
+// search is small (nearest_plan.h), or where the caller wants it. bounds.h has the proof that what
+// is skipped cannot win.
 //
 // Traffic per bank chunk and query chunk: the bank's codes once per 256 queries (from the second-
 // level cache), 12 bytes per query and segment for the maxima. Bound by the tensor cores.

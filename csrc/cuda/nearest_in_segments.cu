@@ -1,18 +1,18 @@
 // Exact nearest neighbour in a clustered bank on the GPU, the twin of
 // csrc/cpu/nearest_in_clusters.cpp.
 //
-// Queries come sorted by their nearest centroid, and centroids so that neighbours are near: those
-// that share a list (visit_tile) want much the same clusters.
-//   1. rescore  every query canonically against the cluster of its own centroid: a good limit;
+// Queries come sorted by their nearest centroid (their own), and centroids are numbered so that
+// neighbours are near: queries that share a list (visit_tile) want much the same clusters.
+//   1. rescore  every query canonically against its own cluster, which gives a good limit;
 //   2. measure  the distances of all queries to all centroids, in fp32 from differences;
-//   3. others   queries whose own cluster holds nothing but their own group are rescored against
-//               the nearest cluster that holds more, so that all that can have a limit have one;
+//   3. others   queries whose own cluster holds only rows that they may not match are rescored
+//               against the nearest cluster that holds others, to have a limit, too;
 //   4. visits   per list, the segments that may hold something nearer for any of its queries: not
 //               ruled out by the cluster's radius, the half-plane between the centroids, or the
 //               ring of distances to the centroid that the segment's rows lie in;
 //   5. screen, bound, keep, rescore as in nearest.cu, only where there are visits.
 // docs/design/gpu-search.md has the bounds of step 4, docs/design/cpu-search.md their proofs.
-// Of real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 11 to 14 %.
+// On real embeddings, a query alone wants 1 to 2 % of the bank, 64 together 11 to 14 %.
 
 #include "bounds.h"
 #include "kernels.h"
@@ -29,25 +29,26 @@ constexpr int kCentroidsAtOnce = 8;
 constexpr float kLeastDistance = 0x1p-50f;
 constexpr float kLargestLimit = 1e17f;
 
+// What the choice of segments to visit is made from, for one chunk of queries.
 struct Pruning {
   SegmentedBank bank;
-  Vectors queries;     // of the chunk
-  const int64_t* own;  // [queries]
-  const Key* keys;     // [queries]
+  Vectors queries;
+  const int64_t* own;  // [queries], the nearest centroid of each
+  const Key* keys;     // [queries], what has been found so far
   Groups groups;       // query_groups counts from the first query of the chunk
   SegmentGroups segment_groups;
   float rounding;   // relative error allowed for in distances, several times what it can be
   float canonical;  // canonical_rounding
   int64_t padded_queries;
-  float* to_centroids;  // [C, padded_queries]
-  int visit_tile;       // queries that share a list
-  int32_t* lists;       // [padded_queries / visit_tile, S], segments to visit
-  int32_t* counts;      // [padded_queries / visit_tile]
-  unsigned long long* visits;
+  float* to_centroids;         // [C, padded_queries]
+  int visit_tile;              // queries that share a list
+  int32_t* lists;              // [padded_queries / visit_tile, S], segments to visit
+  int32_t* counts;             // [padded_queries / visit_tile], of segments in each list
+  unsigned long long* visits;  // SegmentedNearestParams::visits
 };
 
-// A warp takes eight centroids at a time, its lanes 32 queries: [C, padded_queries] is written in
-// whole lines. Bound by the fp32 units.
+// The distances of all queries to all centroids. A warp takes eight centroids at a time, its lanes
+// 32 queries: [C, padded_queries] is written in whole lines. Bound by the fp32 units.
 __global__ void measure_centroids(Pruning params) {
   const int64_t dim = params.bank.dim;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -83,6 +84,7 @@ __global__ void measure_centroids(Pruning params) {
   }
 }
 
+// Whether cluster c holds rows of another group.
 __device__ bool holds_other_groups(const Pruning& params, int64_t c, int64_t group) {
   for (int s = params.bank.cluster_segments[c]; s < params.bank.cluster_segments[c + 1]; ++s) {
     if (!params.segment_groups.holds_only(s, group)) return true;
@@ -90,9 +92,9 @@ __device__ bool holds_other_groups(const Pruning& params, int64_t c, int64_t gro
   return false;
 }
 
-// Element = query: one that has found nothing is listed for the segments of the nearest cluster
-// with rows of another group. lists [S, padded_queries], the first counts[s] of each; counts start
-// at 0.
+// A thread per query: one that has found nothing is listed for the segments of the nearest cluster
+// with rows of another group. lists: [S, padded_queries]; counts: [S], how many each has; they
+// start at 0.
 __global__ void list_for_other_clusters(Pruning params, int32_t* lists, int32_t* counts) {
   for (int64_t q = first_element(); q < params.queries.rows; q += element_step()) {
     if (params.keys[q] != kNothingYet) continue;
@@ -123,7 +125,7 @@ __global__ void clear_counts(int32_t* counts, int64_t count) {
 struct TileQuery {
   float limit;  // distance beyond which nothing wins; negative: no query, or no row to find
   float own_distance;
-  int own;
+  int own;  // the nearest centroid
 };
 
 // Whether cluster c may hold something within the query's limit.
@@ -142,7 +144,8 @@ __device__ bool cluster_may_win(const Pruning& params, const TileQuery& query, i
   return !(behind > 2.0f * gap * query.limit * kRoundUp);
 }
 
-// Whether the segment's ring about its centroid may.
+// Whether the segment may, whose rows all lie in a ring about their centroid: by the triangle
+// inequality none is nearer than the query is to the ring.
 __device__ bool segment_may_win(const Pruning& params, const TileQuery& query, int64_t segment,
                                 float distance) {
   if (!(query.limit < kLargestLimit)) return true;
@@ -155,8 +158,9 @@ __device__ bool segment_may_win(const Pruning& params, const TileQuery& query, i
   return !(low - outer > limit || inner - high > limit);
 }
 
-// A block per tile of queries and share of the clusters (along y); each warp takes clusters of its
-// own and looks at the tile's queries 32 at a time until one needs the segment.
+// Fills in the lists of segments to visit. A block takes a tile of queries and a share of the
+// clusters (shares are numbered along y); each of its warps takes clusters of its own and looks at
+// the tile's queries 32 at a time, for each segment until one of them wants it.
 __global__ void find_visits(Pruning params) {
   auto* shared = reinterpret_cast<TileQuery*>(shared_memory());  // [visit_tile]
   const int64_t tile_start = blockIdx.x * int64_t{params.visit_tile};
@@ -203,7 +207,7 @@ __global__ void find_visits(Pruning params) {
   }
 }
 
-// Nothing visited: maxima that rule everything out, empty lists.
+// Before anything is visited: maxima that rule out every segment, and empty lists.
 __global__ void clear_visits(Pruning params, float* maxima, int64_t count) {
   for (int64_t e = first_element(); e < count; e += element_step()) {
     maxima[e] = -INFINITY;
@@ -211,8 +215,9 @@ __global__ void clear_visits(Pruning params, float* maxima, int64_t count) {
   }
 }
 
+// How a search is cut so that its scratch stays near a limit, in bytes.
 struct SegmentPlan {
-  int64_t query_chunk;
+  int64_t query_chunk;  // queries
 
   SegmentPlan(const SegmentedBank& bank, int64_t queries, int64_t limit) {
     const int64_t bytes = (bank.segments + bank.clusters) * 4 + padded_dim(bank.dim) * 2;
@@ -220,16 +225,17 @@ struct SegmentPlan {
   }
 };
 
+// The scratch arrays of a search.
 struct SegmentArrays {
-  Key* keys;
+  Key* keys;  // [queries]
   Codes queries;
   SegmentGroups segment_groups;
-  float* maxima;
-  float* to_centroids;
+  float* maxima;          // [S, query chunk]; becomes lists, as in nearest_plan.h
+  float* to_centroids;    // [C, query chunk]
   int32_t* visit_lists;   // [lists, S]
   int32_t* visit_counts;  // [lists]
-  int32_t* counts;        // [S]
-  unsigned* limits;
+  int32_t* counts;        // [S], of the queries in each of those lists
+  unsigned* limits;       // [query chunk], upper bounds on distances, as the bits of floats
 
   SegmentArrays(const SegmentPlan& plan, const SegmentedBank& bank, int64_t num_queries,
                 Workspace* workspace) {
@@ -255,7 +261,7 @@ Codes codes_of(const SegmentedBank& bank) {
   return {padded_dim(bank.dim), bank.halves, bank.squares, bank.errors};
 }
 
-// The lists lie where the maxima will.
+// Step 3. The lists lie where the maxima will.
 void rescore_in_other_clusters(const Pruning& pruning, const SegmentArrays& arrays, Rescore pairs,
                                std::uintptr_t stream) {
   auto* lists = reinterpret_cast<int32_t*>(arrays.maxima);

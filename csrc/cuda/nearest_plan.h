@@ -11,14 +11,15 @@
 namespace psvdd::cuda {
 
 constexpr int64_t kMostQueriesAtOnce = int64_t{1} << 18;
-constexpr double kLeastProducts = 0x1p28;  // of coordinates; fewer do not repay the launches
-// As many queries as a block of the plain search takes: the bank is read once for them, while
-// encoding it alone reads it twice. More repay the screen.
+// With fewer products of coordinates than kLeastProducts a search is plain, as they do not repay
+// the screen's launches; and with up to kMostPlainQueries, as many as a block of the plain search
+// takes: it reads the bank once for them, while encoding the bank alone reads it twice.
+constexpr double kLeastProducts = 0x1p28;
 constexpr int64_t kMostPlainQueries = 32;
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// Queries of a chunk, in whole tiles, if so many fit.
+// Queries of a chunk, in whole tiles, where memory has room for `that_fit`.
 inline int64_t chunk_of(int64_t queries, int64_t that_fit) {
   const int64_t most =
       std::clamp(round_up(queries, kQueryTile), int64_t{kQueryTile}, kMostQueriesAtOnce);
@@ -65,13 +66,13 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// Codes of so many rows, out of a workspace.
+// Codes of so many rows, taken from a workspace.
 inline Codes take_codes(Workspace* workspace, int64_t rows, int64_t padded_dim) {
   return {padded_dim, workspace->take<uint16_t>(rows * padded_dim), workspace->take<float>(rows),
           workspace->take<float>(rows)};
 }
 
-// Of a plain search, only the keys.
+// The scratch arrays of a search; a plain one needs only the keys.
 struct Arrays {
   Key* keys;  // [queries]
   Frame frame{};
@@ -80,7 +81,7 @@ struct Arrays {
   SegmentGroups segment_groups{};
   float* maxima = nullptr;     // [segments, query chunk]; becomes the lists of `keep_queries`
   int32_t* counts = nullptr;   // [segments], of the queries in each list
-  unsigned* limits = nullptr;  // [query chunk], upper bounds on distances, as bits
+  unsigned* limits = nullptr;  // [query chunk], upper bounds on distances, as the bits of floats
 
   Arrays(const Plan& plan, int64_t num_queries, int64_t dim, bool has_groups,
          Workspace* workspace) {

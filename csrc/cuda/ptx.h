@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for, as thin wrappers: the only PTX of the project.
+// Instructions that CUDA C++ has no function for, in thin wrappers: the only PTX of the project.
 // tests/cuda_on_host/ptx_on_host.h carries the same functions out in software.
 #pragma once
 
@@ -22,7 +22,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts copying 16 aligned bytes from global to shared memory, past the first-level cache.
+// Starts copying 16 aligned bytes from global to shared memory, bypassing the first-level cache.
 __device__ inline void copy_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(global)
@@ -36,8 +36,9 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8 (16
-// bytes) and gets of each matrix m the values 2 (i % 4) and the next of row i / 4, in r[m].
+// Loads four 8x8 matrices of 16-bit values from shared memory. Lane i gives the address of row i %
+// 8 (16 bytes) of matrix i / 8; in r[m] it gets values 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of
+// matrix m.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -46,8 +47,8 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 
 // sum[16 x 8] = a[16 x 16] b[16 x 8] + addend[16 x 8], float16 with float32 sums. Lane 4 g + t
-// holds of the sums the columns 2t, 2t + 1 of rows g and g + 8; of a the same rows at k = 2t, 2t +
-// 1, then k + 8; of b column g at k = 2t, 2t + 1, then k + 8.
+// holds, of the sums, columns 2t and 2t + 1 of rows g and g + 8; of a, the same rows at k = 2t and
+// 2t + 1, then at k + 8; of b, column g at k = 2t and 2t + 1, then at k + 8.
 __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                     const float (&addend)[4]) {
   asm volatile(

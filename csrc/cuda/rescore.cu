@@ -1,10 +1,10 @@
 // Canonical distances (csrc/cpu/nearest.cpp) of listed queries to whole segments of bank rows.
 //
 // A block takes a segment and 32 of its queries at a time, one per lane; its four warps share the
-// 256 rows. A lane keeps the sixteen partial sums of eight rows in registers: of sixteen
-// coordinates the query's come from shared memory once, the rows' as broadcasts, so that eight
-// loads of 16 bytes go with 64 additions and fmas. Where every query is listed for every segment
-// this is the plain search in fp32, bound by the ordinary units: two operations per coordinate.
+// 256 rows. A lane keeps the sixteen partial sums of eight rows in registers. Of every four
+// coordinates, the query's come from shared memory once and the rows' as broadcasts, so that nine
+// loads of 16 bytes go with 32 subtractions and 32 fmas. Where every query is listed for every
+// segment this is the plain search in fp32, bound by the fp32 units: two operations per coordinate.
 
 #include "rescore.h"
 
@@ -21,8 +21,8 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarp * kWarps;
 constexpr int kRowsAtOnce = 8;
 constexpr int kRowsPerWarp = kSegmentRows / kWarps;
-constexpr int kMostStagedDims = 384;      // 48 KiB for the queries of a block; beyond, from memory
-constexpr int64_t kBlocksPerSegment = 8;  // or more, to fill the card
+constexpr int kMostStagedDims = 384;      // queries are staged in up to 48 KiB of shared memory
+constexpr int64_t kBlocksPerSegment = 8;  // if queries suffice; more where that fills the card
 
 static_assert(kRowsPerWarp % kRowsAtOnce == 0,
               "a warp's rows are a multiple of those it takes at once");
@@ -48,9 +48,10 @@ __device__ float4 four(const Half* row, int64_t j, int64_t dim) {
           j + 2 < dim ? to_float(row[j + 2]) : 0.0f, j + 3 < dim ? to_float(row[j + 3]) : 0.0f};
 }
 
-// Floats from one staged query to the next, so that what lanes read together lies in different
-// banks: four coordinates at a time, eight lanes share a turn, whose queries must be an odd number
-// of fours apart; one at a time, all lanes, an odd number of floats.
+// Floats from one staged query to the next, chosen so that what lanes read together lies in
+// different banks of shared memory. Where lanes read 16 bytes, eight of them share a turn, and
+// queries must be an odd number of 16 bytes apart; where they read single floats, all 32 do, and
+// queries must be an odd number of floats apart.
 __host__ __device__ constexpr int pitch_of(int64_t dim, bool whole) {
   return static_cast<int>(whole ? (dim + 3) / 8 * 8 + 4 : dim | 1);
 }
@@ -66,7 +67,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// The queries that look at a segment; of a list, the positions in it.
+// The queries that look at a segment: numbers, or positions where there is a list.
 __device__ Range queries_of(const Rescore& params, int64_t segment) {
   const int64_t all = params.queries.rows;
   if (params.lists != nullptr) return {0, params.counts[segment]};
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
         const int64_t place = row + i < end_row ? row + i : end_row - 1;
-        rows[i] = static_cast<const Stored*>(params.bank.data) + place * dim;  // or the last again
+        rows[i] = static_cast<const Stored*>(params.bank.data) + place * dim;  // beyond: the last
       }
       float sums[kRowsAtOnce][kPartialSums];
 #pragma unroll
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
       }
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
-        // Constant bounds, so that every sum stays in a register.
+        // Unrolled loops with constant bounds, so that every sum stays in a register.
 #pragma unroll
         for (int s = 0; s < 8; ++s) sums[i][s] += sums[i][s + 8];
 #pragma unroll

@@ -1,4 +1,4 @@
-// The canonical end of the nearest-neighbour search on CUDA: distances that decide.
+// The last step of the nearest-neighbour search on CUDA: the canonical distances, which decide.
 #pragma once
 
 #include <stdexcept>
@@ -8,8 +8,9 @@
 
 namespace psvdd::cuda {
 
-// What a query has found: the bits of the squared distance above the row's number, so that the
-// smaller key is the nearer row, and of equals the lower one. All bits set: nothing yet.
+// What a query has found: the squared distance, as the bits of a float, in the upper half and the
+// row's number in the lower, so that the smaller key is the nearer row, and of equally near ones
+// the lower. All bits set: nothing yet.
 using Key = unsigned long long;
 constexpr Key kNothingYet = ~Key{0};
 constexpr int64_t kMostRows = 0xffffffff;  // row numbers have 32 bits in a key
@@ -23,22 +24,26 @@ __device__ inline float squared_of(Key key) {
   return key == kNothingYet ? INFINITY : __uint_as_float(static_cast<uint32_t>(key >> 32));
 }
 
+// Which queries to compare with which rows.
 struct Rescore {
   Vectors queries;  // float32
   Vectors bank;
   int64_t first_segment, end_segment;  // of the bank, those to look at
   int64_t first_row;                   // the number of the bank's first row
   const int64_t* ids;  // [bank rows] the rows' numbers, or null: first_row, first_row + 1, ...
-  // Per segment of bank rows, the queries that look at it: the first counts[s] of each row of
-  // lists [segments, list_pitch]; or, where there are no lists, the queries of the segment's
-  // cluster, own_starts[c] to own_starts[c + 1] less `first_query`; or, with neither, all.
+  // The queries that look at segment s are, in this order of preference:
+  //   - those of a list: lists[s * list_pitch + i] for i < counts[s];
+  //   - those whose nearest centroid is that of the segment's cluster c: own_starts[c] up to
+  //     own_starts[c + 1], which number all queries of the search, where the first of `queries` has
+  //     the number first_query;
+  //   - all, where both `lists` and `own_starts` are null.
   const int32_t* lists;
   const int32_t* counts;
   int64_t list_pitch;
   const int32_t* segment_clusters;  // [segments]
   const int64_t* own_starts;        // [clusters + 1]
   int64_t first_query;
-  Groups groups;  // query_groups counts from the first query
+  Groups groups;  // query_groups counts from the first of `queries`
   Key* keys;      // [queries], lowered
 
   // The number of a row of the bank.

@@ -3,8 +3,8 @@
 // Separable, in two launches: sums along the rows of patches into a float64 scratch [N, I, W], then
 // along the columns. A thread adds the size/stride terms of its window from cached memory, in the
 // order in which the CPU kernel forms the same sum, so the two agree to the bit. Traffic is linear
-// in the pixels. Divisions of 64-bit sizes cost what 32-bit ones do where the numbers fit into 32
-// bits: nvcc puts that test in front of each.
+// in the pixels. Sizes have 64 bits, but a division costs no more than one of 32 bits where the
+// numbers fit: nvcc puts that test in front of each.
 
 #include "../portable.h"
 #include "kernels.h"

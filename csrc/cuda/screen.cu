@@ -1,10 +1,10 @@
 // The screen's inner loops: float16 products with float32 sums on tensor cores (`mma` m16n8k16).
 //
 //            bank tile (columns)                    One result per query and segment of 256 bank
-//          +-----------------------+                rows: the largest q b - |b|^2 / 2. The second
-//  queries | acc = -|b|^2 / 2      |  max over      term is where the sums start from, so what is
-//  (rows)  | acc += q b  (mma)     | ==========>    left per pair of vectors is one maximum: value
-//          +-----------------------+  a segment     only, no index, no matrix of distances.
+//          +-----------------------+                rows: the largest q b - |b|^2 / 2. The sums
+//  queries | acc = -|b|^2 / 2      |  max over      start from the second term, so all that is left
+//  (rows)  | acc += q b  (mma)     | ==========>    to do per pair of vectors is one maximum: of
+//          +-----------------------+  a segment     values only, no index, no matrix of distances.
 //
 // Two kernels. `screen_narrow` (dim <= 64): a warp keeps 64 queries in registers for good and only
 // the bank streams by, in tiles that the block's four warps share. Shared memory gives 512 bytes
@@ -25,8 +25,8 @@
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kWarpQueries = 64;  // that a warp makes maxima of
-constexpr int kCopyBytes = 16;
+constexpr int kWarpQueries = 64;  // queries that a warp finds maxima for
+constexpr int kCopyBytes = 16;    // of one asynchronous copy
 
 struct Screen {
   Codes queries;
@@ -37,8 +37,8 @@ struct Screen {
   int64_t padded_queries;  // a multiple of kQueryTile
 };
 
-// The share of a tile's segments that this block takes, of blocks numbered along y. In 32 bits, as
-// there are fewer than 2^24 segments: registers are short.
+// The share of its queries' segments that this block takes; shares are numbered along y. In 32
+// bits, to save registers: there are fewer than 2^24 segments.
 struct Share {
   int begin, end;
   const int32_t* list;  // of segments, or null
@@ -72,7 +72,7 @@ __device__ void write_maxima(float (&best)[4][2], float* maxima) {
   }
 }
 
-// The largest of one 16 x 8 result for each of its two rows.
+// Raises the maxima of this lane's two rows by its part of one 16 x 8 result.
 __device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
   best[0] = fmaxf(best[0], fmaxf(acc[0], acc[1]));
   best[1] = fmaxf(best[1], fmaxf(acc[2], acc[3]));
@@ -80,10 +80,10 @@ __device__ void keep_largest(const float (&acc)[4], float (&best)[2]) {
 
 // --- dim <= 64 -----------------------------------------------------------------------------------
 
-// kSteps: padded dim / 16. kQueryWarps: of the block's four warps, how many have queries of their
-// own; the others share these and divide the rows of a tile. 4 for brute force, where a bank tile
-// then serves 256 queries; 1 where there are visits, so that a list is the union over 64 queries
-// only.
+// kSteps: padded dim / 16. kQueryWarps: 4 or 1. With 4, for brute force, each of the block's four
+// warps has 64 queries of its own, so that a bank tile serves 256. With 1, where visits are listed,
+// the warps share 64 queries and divide the rows of a tile, so that a list is the union of what
+// only 64 queries want.
 template <int kSteps, int kQueryWarps>
 struct Narrow {
   static constexpr int kWarps = 4;
@@ -103,7 +103,7 @@ struct Narrow {
   static constexpr int kSharedBytes =  // the ring, and maxima of the warps that share queries
       kRingBytes +
       (kRowWarps == 1 ? 0 : kRowWarps * kWarpQueries * static_cast<int>(sizeof(float)));
-  static_assert(kSharedBytes <= 49 * 1024, "two blocks, each with 1 KiB for the system, in 100");
+  static_assert(kSharedBytes <= 49 * 1024, "two blocks, each with 1 KiB reserved, in 100 KiB");
   static_assert(kPitch / kCopyBytes % 2 == 1, "eight rows of a matrix must lie in different banks");
 };
 
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(Narrow<kSteps, kQueryWarps>::kThreads, 3)
 #pragma unroll
   for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
   for (int t = 0; t < tiles; ++t) {
-    // Tile t has arrived for all, and all are done with the tile whose stage is filled next.
+    // After the barrier, tile t has arrived for all threads, and all are done with tile t - 1,
+    // whose stage is filled next.
     copy_async_wait<Shape::kStages - 2>();
     __syncthreads();
     const int next = t + Shape::kStages - 1;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Narrow<kSteps, kQueryWarps>::kThreads, 3)
       if (Shape::kRowWarps == 1) {
         write_maxima(best, maxima);
       } else {
-        // The next ones are written after the barrier of another tile.
+        // No barrier after reading: that of the next tile comes before of_warps is written again.
         auto* of_warps = reinterpret_cast<float*>(ring + Shape::kRingBytes);
         write_maxima(best, of_warps + warp * kWarpQueries);
         __syncthreads();
@@ -258,16 +259,16 @@ struct Wide {
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
-// Two segments go side by side, one for each column of warps: entries 2 n and 2 n + 1 of the share.
-// The last one may be alone; then it is there twice and written once.
+// The two columns of warps take a segment each: entries 2 n and 2 n + 1 of the share. An odd last
+// segment is computed by both and written once.
 __device__ int wide_segment(const Share& share, int number, int column) {
   const int i = share.begin + number * 2 + column;
   return share.segment(i < share.end ? i : share.end - 1);
 }
 
-// Where 16 bytes of a row lie in it: the eight pieces of a row change places from row to row, so
-// that the same piece of eight rows lies in different banks. The rows that a lane or thread handles
-// all have the same `row % 8`.
+// Where a piece of 16 bytes of a row is staged: the eight pieces change places from row to row, so
+// that the same piece of eight consecutive rows lies in different banks of shared memory. The rows
+// that a lane or thread handles all have the same `row % 8`, so that one place serves all.
 __device__ int place_of(int piece, int row) { return (piece ^ (row % 8)) * kCopyBytes; }
 
 // Starts copying one chunk of coordinates from `column` on: of the block's queries, and of 64 rows
@@ -313,8 +314,9 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) screen_wide(Screen params) 
   const int chunks = static_cast<int>(params.bank.padded_dim / Wide::kChunk);
   const int tiles = (share.end - share.begin + 1) / 2 * Wide::kTilesPerSegment;
   const int64_t first_query = blockIdx.x * int64_t{kQueryTile} + query_warp * 64;
-  // Where this lane reads rows of matrices: of a, rows 0..7 at k, rows 8..15 at k, then both at
-  // k + 8; of b, rows 0..7 at k, at k + 8, then rows 8..15 likewise.
+  // The row whose address this lane gives to load_matrices. The four matrices are, of a: rows 0..7
+  // at k, rows 8..15 at k, then both at k + 8; of b: rows 0..7 at k and at k + 8, then rows 8..15
+  // at both.
   const int a_row = query_warp * 64 + lane % 16;
   const int b_row = bank_warp * Wide::kTileRows + lane / 16 * 8 + lane % 8;
 

@@ -1,6 +1,7 @@
-// The float16 screen of the nearest-neighbour search: vectors rounded to float16 about a centre,
-// and for each query and each segment of 256 bank rows the largest of q b - |b|^2 / 2 over its
-// rows, from tensor cores. What that proves about true distances is in nearest.cu.
+// The float16 screen of the nearest-neighbour search: vectors are rounded to float16 about a
+// centre, and for each query and each segment of 256 bank rows tensor cores find the largest
+// v = q b - |b|^2 / 2 over its rows. As |q - b|^2 = |q|^2 - 2 v, that is the v of the nearest row.
+// What it proves about true distances is in bounds.h.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,9 @@ constexpr int kQueryTile = 256;  // queries are padded to a multiple of this
 static_assert(kQueryTile == kSegmentRows,
               "queries are encoded as segments, whose padding must be that of the screen's tiles");
 
-constexpr float kScreenable = 1e15f;  // squares of larger differences might overflow
+constexpr float kScreenable = 1e15f;  // coordinates below it; squares of larger might overflow
 
-// Vectors as the search was given them, in segments of up to kSegmentRows.
+// Vectors as the search was given them, bank or queries, in segments of up to kSegmentRows.
 struct Vectors {
   const void* data;  // [rows, dim], float32 or float16
   bool is_half;
@@ -38,14 +39,14 @@ struct Vectors {
   }
 };
 
-// Where the vectors are rounded: x becomes float16((x - centre) * scale), scale a power of two that
-// follows from `largest`.
+// What vectors are rounded about: the code of x is float16((x - centre) * scale), where scale is a
+// power of two that follows from `largest` (frame_scale).
 struct Frame {
   float* centre;   // [dim]
-  float* largest;  // [1], largest coordinate of a bank row about the centre; NaN if any is
+  float* largest;  // [1], largest |x - centre| of any coordinate of the bank; NaN if one is NaN
 };
 
-// Rounded vectors, padded with zeros to whole tiles of rows and steps of coordinates.
+// Rounded vectors, with zeros as padding: rows to whole segments, coordinates to padded_dim.
 struct Codes {
   int64_t padded_dim;
   uint16_t* halves;  // [padded rows, padded_dim], float16
@@ -53,22 +54,22 @@ struct Codes {
   float* errors;     // [padded rows], bounds on |x - code|, in units of the code
 };
 
-// What the screen needs of a whole segment of bank rows.
+// What the bounds need of each segment of bank rows.
 struct Segments {
   float* norms;   // [segments], largest norm of a code, rounded up
-  float* errors;  // [segments], largest error
+  float* errors;  // [segments], largest error of a code
 };
 
-// Which segments each visit_tile() queries look at; null: all.
+// Which segments are screened for each visit_tile() queries, which share a list; null: all.
 struct Visits {
   const int32_t* segments;  // [lists, segments], the first `counts` of each are valid
   const int32_t* counts;    // [lists]
 };
 
-// Centre and range of a bank.
+// Finds the centre and range of a bank.
 void find_frame(const Vectors& bank, const Frame& frame, std::uintptr_t stream);
 
-// Codes of all rows, each segment padded to kSegmentRows; `segments` may hold nulls.
+// Codes of all rows, each segment padded to kSegmentRows; nulls in `segments`: not wanted.
 void encode(const Vectors& vectors, const Frame& frame, const Codes& codes,
             const Segments& segments, std::uintptr_t stream);
 
@@ -81,13 +82,13 @@ void screen(const Codes& queries, int64_t query_tiles, const Codes& bank, int64_
 
 constexpr float kRoundUp = 1.0f + 0x1p-20f;  // covers a few roundings of float32
 
-// Error of q b - |b|^2 / 2 relative to (|q| + |b|)^2: every addition of a tensor core may lose a
-// unit in the last place of float32, two to be safe, of the largest sum on the way.
+// Bound on the error of q b - |b|^2 / 2, relative to (|q| + |b|)^2: every addition of a tensor core
+// may lose a unit in the last place of float32 (two, to be safe) of the largest sum on the way.
 __host__ __device__ inline float screen_rounding(int64_t padded_dim) {
   return static_cast<float>(padded_dim + padded_dim / 16 + 64) * 0x1p-22f;
 }
 
-// Relative error of a canonical squared distance, twice what it can be (see csrc/cpu/rescore.h).
+// Bound on the relative error of a canonical squared distance, doubled (see csrc/cpu/rescore.h).
 __host__ __device__ inline float canonical_rounding(int64_t dim) {
   return 2.0f * static_cast<float>(dim / 16 + 9) * 0x1p-24f;
 }

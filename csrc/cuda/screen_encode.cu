@@ -1,7 +1,7 @@
 // Rounds vectors to float16 about the bank's centre, with a bound on what rounding each one cost.
 //
-// A warp takes a row, its lanes neighbouring coordinates. Traffic: the vectors are read twice (once
-// for their range), half as many bytes are written. Bound by memory.
+// A warp takes a row, its lanes neighbouring coordinates. Traffic: a bank's vectors are read twice
+// (once for their range), and half as many bytes are written. Bound by memory.
 
 #include "../portable.h"
 #include "kernels.h"
@@ -12,7 +12,7 @@
 namespace psvdd::cuda {
 namespace {
 
-constexpr int64_t kCentreRows = 64;  // any centre will do; the mean of some rows is near all
+constexpr int64_t kCentreRows = 64;  // any centre will do; the mean of some rows is near the others
 constexpr float kLargestHalf = 65504.0f;
 
 static_assert(kSegmentRows % kWarpsPerBlock == 0,
@@ -24,7 +24,7 @@ __device__ float coordinate(const Vectors& vectors, int64_t row, int64_t j) {
   return static_cast<const float*>(vectors.data)[element];
 }
 
-// Element = coordinate.
+// A thread per coordinate.
 __global__ void find_centre(Vectors bank, Frame frame) {
   for (int64_t j = first_element(); j < bank.dim; j += element_step()) {
     const int64_t step = bank.rows < kCentreRows ? 1 : bank.rows / kCentreRows;
@@ -38,11 +38,11 @@ __global__ void find_centre(Vectors bank, Frame frame) {
   }
 }
 
-// A warp per row, over and over.
+// A warp per row, and on to the next.
 __global__ void find_largest(Vectors bank, Frame frame) {
   const int64_t warps = element_step() / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  unsigned largest = 0;  // as bits: of non-negative floats they are ordered, and NaN comes last
+  unsigned largest = 0;  // as bits: those of non-negative floats are ordered alike, NaN above all
   for (int64_t row = first_element() / kWarp; row < bank.rows; row += warps) {
     for (int64_t j = lane; j < bank.dim; j += kWarp) {
       const unsigned size = __float_as_uint(fabsf(coordinate(bank, row, j) - frame.centre[j]));
@@ -65,7 +65,8 @@ __global__ void encode_segment(Vectors vectors, Frame frame, Codes codes, Segmen
   for (int r = warp; r < kSegmentRows; r += kWarpsPerBlock) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kSegmentRows + r;  // of the codes
     const bool is_padding = begin + r >= end;
-    // Sums over the coordinates of a lane: of the code, of what rounding left over, of the vector.
+    // Sums of squares over the lane's coordinates: of the code, of what rounding took, of the
+    // vector.
     float square = 0.0f, residual = 0.0f, size = 0.0f;
     for (int64_t j = lane; j < codes.padded_dim; j += kWarp) {
       uint16_t bits = 0;
@@ -83,10 +84,11 @@ __global__ void encode_segment(Vectors vectors, Frame frame, Codes codes, Segmen
     square = warp_sum(square);
     residual = warp_sum(residual);
     size = warp_sum(size);
-    // The second term is for the rounding of x - centre, the third for squares that underflow.
+    // The first term is what rounding to float16 took, rounded up; the second allows for the
+    // rounding of x - centre, the third for squares that underflow.
     float error = sqrtf(residual) * (kRoundUp + canonical_rounding(vectors.dim)) +
                   0x1p-22f * sqrtf(size) + 0x1p-60f;
-    if (scale == 0.0f) error = INFINITY;  // nothing is known about it
+    if (scale == 0.0f) error = INFINITY;  // not encoded: nothing is known about the row
     if (is_padding) error = 0.0f;
     if (lane == 0) {
       codes.squares[row] = is_padding ? INFINITY : square;
