@@ -1,8 +1,8 @@
 """The native operations as torch ops, and the settings of searches.
 
-Every op validates, allocates its results with torch, and hands raw pointers to the extension. The
-backend follows the device of the input: CPU kernels on `torch.get_num_threads()` threads, CUDA
-kernels on the current stream.
+Every op validates its arguments, allocates its results with torch, and passes raw pointers to the
+extension. The backend follows the device of the input: CPU kernels on `torch.get_num_threads()`
+threads, CUDA kernels on the current stream.
 """
 
 from .backends import instruction_sets, use_instruction_set, use_method, use_workspace_limit

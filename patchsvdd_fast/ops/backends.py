@@ -1,4 +1,4 @@
-"""What ops run on: registration, choice of kernels by device, settings of searches, versions."""
+"""Registration of ops, choice of kernels by device, settings of searches, versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def define_op(
     fake: Callable[..., Any],
     devices: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> None:
-    """Register an op: its schema, the function that runs it, and its fake, which validates."""
+    """Register a torch op for the devices.
+
+    kernel: runs the op. fake: checks the arguments and returns tensors of the right shape, so that
+    `torch.compile` can trace the op without running it.
+    """
     library.define(schema)
     name = schema.partition("(")[0]
     for device in devices:
@@ -34,7 +38,7 @@ def define_op(
 
 @contextlib.contextmanager
 def backend_of(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
-    """The kernels for the tensor's device, and the context (threads or stream) they run in."""
+    """The kernels for the tensor's device, and their context: number of threads, or CUDA stream."""
     if tensor.device.type == "cpu":
         yield _native.cpu, torch.get_num_threads()
         return
@@ -48,9 +52,9 @@ def backend_of(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to run on; "auto" prefers a GPU that this build has kernels for.
+    """The named device; "auto" is the GPU if this build has kernels for one, else the CPU.
 
-    Raises ValueError for a name that is none, and for a GPU that is not there.
+    Raises ValueError for any device but a CPU or a CUDA GPU, and for a GPU where torch finds none.
     """
     if device == "auto":
         usable = _native.cuda is not None and torch.cuda.is_available()
@@ -93,10 +97,10 @@ search_method = ContextVar("search_method", default="auto")
 
 @contextlib.contextmanager
 def use_method(name: str) -> Iterator[None]:
-    """Within the context, search brute force in the named way (for tests and benchmarks).
+    """Within the context, brute-force searches use the named method (for tests and benchmarks).
 
-    "plain" computes every distance canonically, "screened" none that low precision rules out,
-    "auto" chooses by size. The answer is the same.
+    "plain" computes the canonical distance of every pair, "screened" only of the pairs that a
+    low-precision screen cannot rule out, "auto" chooses by size. All give the same answer.
     """
     if name not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {name}")
@@ -114,8 +118,8 @@ workspace_limit = ContextVar("workspace_limit", default=1 << 30)
 def use_workspace_limit(num_bytes: int) -> Iterator[None]:
     """Within the context, a search on a GPU keeps its scratch memory near `num_bytes`.
 
-    The default is 1 GiB; less means more and smaller chunks, and the same answer. A search needs
-    at least one chunk, 1 MiB or so.
+    The default is 1 GiB. A lower limit means more and smaller chunks, and the same answer; one
+    chunk, about 1 MiB, is always needed.
     """
     with byte_limit(workspace_limit, num_bytes):
         yield
@@ -123,7 +127,7 @@ def use_workspace_limit(num_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def byte_limit(setting: ContextVar[Any], num_bytes: int) -> Iterator[None]:
-    """Within the context, the setting is this number of bytes. Raises ValueError below 1."""
+    """Within the context, set the setting to `num_bytes`. Raises ValueError below 1."""
     if num_bytes < 1:
         raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
     token = setting.set(num_bytes)
@@ -134,7 +138,7 @@ def byte_limit(setting: ContextVar[Any], num_bytes: int) -> Iterator[None]:
 
 
 def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
-    """Scratch memory on the device of `like`; an error says what to set if there is not enough."""
+    """Scratch memory on the device of `like`; if it does not fit, the error says what to set."""
     try:
         return like.new_empty(num_bytes, dtype=torch.uint8)
     except torch.cuda.OutOfMemoryError as error:
@@ -144,16 +148,16 @@ def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
         ) from error
 
 
-# --- what a kernel is given -----------------------------------------------------------------------
+# --- arguments of kernels -------------------------------------------------------------------------
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, contiguous, or None. Bind it to a name before taking its pointer."""
+    """The tensor made contiguous; None stays None. Keep it alive while its pointer is in use."""
     return None if tensor is None else tensor.contiguous()
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """Where the tensor's data lies; 0 for None."""
+    """Address of the tensor's data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

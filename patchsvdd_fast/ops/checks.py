@@ -15,7 +15,7 @@ from .pair_protocol import Draw, PairKind
 
 
 class DLPackArray(Protocol):
-    """An array of any library, CuPy's say, that hands over its memory by DLPack."""
+    """An array of another library, such as CuPy, that shares its memory through DLPack."""
 
     def __dlpack__(self) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
@@ -26,7 +26,10 @@ IntArray = npt.NDArray[np.int64] | DLPackArray
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor over the memory of `value`: a tensor, a NumPy array, or any array with DLPack."""
+    """A tensor that shares the memory of a tensor, a NumPy array, or an array with DLPack.
+
+    A NumPy array that is not contiguous is copied. Raises TypeError for any other value.
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -89,8 +92,8 @@ def grid_shape(size: int, stride: int, height: int, width: int) -> tuple[int, in
 def check_finite_rows(name: str, tensor: Tensor) -> None:
     """Require finite values in a float32 or float16 tensor [rows, D]; names the first bad row.
 
-    Nothing is checked while a CUDA graph is captured, since reading the answer would wait for the
-    card, which a capture forbids.
+    Checks nothing while a CUDA graph is captured: reading the answer would wait for the GPU, which
+    a capture forbids.
     """
     if tensor.device.type == "cpu":
         values = tensor.contiguous()
@@ -110,9 +113,9 @@ def check_finite_rows(name: str, tensor: Tensor) -> None:
 
 
 def first_bad_row(tensor: Tensor) -> int:
-    """The first row [rows, D] that holds NaN or infinity, -1 if none does: on any device."""
-    # Both survive addition, so that one pass over the memory finds all good rows; what else sums to
-    # infinity is looked at closely.
+    """Number of the first row of a tensor [rows, D] that holds NaN or infinity; -1 if none does."""
+    # NaN and infinity survive addition: where all sums are finite, so are all values. A sum of
+    # finite values may overflow, so other tensors are looked at value by value.
     if torch.isfinite(tensor.sum(dim=1, dtype=torch.float32)).all():
         return -1
     finite = torch.isfinite(tensor).all(dim=1)
@@ -120,7 +123,7 @@ def first_bad_row(tensor: Tensor) -> int:
 
 
 def check_search_operands(queries: Tensor, bank: Tensor) -> None:
-    """Require queries [Q, D] and a bank [M, D], M >= 1, on one device; a bank may be float16."""
+    """Require float32 queries [Q, D] and a float32 or float16 bank [M, D], M >= 1, same device."""
     check_shape("queries", queries, "Q, D")
     check_shape("bank", bank, "M, D")
     if bank.shape[0] == 0 or bank.shape[1] == 0:
@@ -139,10 +142,11 @@ class Groups(NamedTuple):
     """The bank rows that a query may not match: those of its own group, such as its own image."""
 
     of_queries: Tensor | None = None
-    """[Q] int64; None: any row will do."""
+    """[Q] int64: the group that each query may not match; None: any row may be matched."""
     of_bank: Tensor | None = None
-    """[M / rows_per_group] int64: the group of row r is entry r // rows_per_group."""
+    """[ceil(M / rows_per_group)] int64: the group of row r is entry r // rows_per_group."""
     rows_per_group: int = 1
+    """How many consecutive rows share an entry of `of_bank`."""
 
     def contiguous(self) -> Groups:
         """The same, with contiguous tensors."""
@@ -182,7 +186,7 @@ def check_indices(name: str, indices: Tensor, count: int) -> None:
 
 
 def check_pairs(images: Tensor, image_of: Tensor, draw: Draw) -> None:
-    """Require images [N, C, H, W] with room for pairs [B] of patches of a kind; valid numbers."""
+    """Require images [N, C, H, W] large enough for the pairs, `image_of` [B], options in range."""
     size, kind, _, step, redraw_clipped, first_pair = draw
     check_shape("image_of", image_of, "B")
     check_dtype("image_of", image_of, torch.int64)

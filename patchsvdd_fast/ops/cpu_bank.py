@@ -10,17 +10,17 @@ from torch import Tensor, arange, bincount, float16, float32, int8, int32, int64
 from . import _native
 
 LANES = 16
-"""Rows per block and multiple of the projected coordinates, as in the native kernels."""
+"""Rows per block; projected coordinates are padded to a multiple of it (kLanes in csrc/cpu)."""
 
 MOST_CLUSTERS = 4096
-"""Bounds the matrix of distances between centroids to 64 MiB."""
+"""Keeps the matrix of distances between centroids within 64 MiB."""
 
-_MOST_AXES = 4096  # of embeddings, too
-_LARGEST = 1e16  # coordinates of centroids: beyond, squares might overflow
-_LARGEST_RADIUS = 1e18  # of coordinates of up to _LARGEST
-_SMALLEST_SCALE = 0.99e-30  # clusters.cpp makes none smaller
-_MOST_BIAS = 1 << 15  # per code: half its square and 128 of it
-_NOTHING = 2**31 - 1  # the bias of what fills up a block (csrc/cpu/search_kernels.h)
+_MOST_AXES = 4096  # largest dimension of embeddings, projected or not
+_LARGEST = 1e16  # largest coordinate of a centroid: beyond, squares might overflow
+_LARGEST_RADIUS = 1e18  # more than clusters of rows with coordinates up to 1e15 can have
+_SMALLEST_SCALE = 0.99e-30  # clusters.cpp computes none smaller
+_MOST_BIAS = 1 << 15  # per code c: more than c^2 / 2 + 128 |c| can be
+_NOTHING = 2**31 - 1  # bias of the padding of a block (kNothing in csrc/cpu/search_kernels.h)
 _DTYPES = {
     "data": (float32, float16),
     "ids": (int64,),
@@ -28,14 +28,16 @@ _DTYPES = {
     "blocks": (int64,),
     "codes": (int8,),
     "bias": (int32,),
-}  # float32 for all others
+}  # all other fields are float32
 
 
 class ClusterArrays(NamedTuple):
-    """A bank of M rows in C clusters and B blocks of 16 rows; K projected coordinates, A padded.
+    """A bank of M rows, sorted into C clusters that are cut into B blocks of up to 16 rows.
 
-    Rows lie in the order of their clusters, within one by their distance to its centroid. All on
-    the CPU and contiguous. csrc/params.h describes each field further.
+    D is the dimension of an embedding and A that of a projected one, padded to a multiple of 16. K
+    is the number of codes per row: A, or D rounded up to a multiple of 4 if there is no basis.
+    Rows lie cluster by cluster, within a cluster by their distance to its centroid. All arrays are
+    contiguous and on the CPU. docs/design/cpu-search.md says how a search uses them.
     """
 
     data: Tensor
@@ -47,36 +49,36 @@ class ClusterArrays(NamedTuple):
     blocks: Tensor
     """[C + 1] int64: first block of each cluster."""
     codes: Tensor
-    """[B, K / 4, 16, 4] int8: projected rows about their centroid, in units of the scale."""
+    """[B, K / 4, 16, 4] int8: projected rows minus their centroid, in units of `scales`."""
     bias: Tensor
-    """[B * 16] int32: half the squared norm of each code, and what unsigned queries add."""
+    """[B * 16] int32: per row, half the sum of its squared codes plus 128 times their sum."""
     block_radius: Tensor
     """[B] float32: largest distance to the centroid within the block."""
     mean: Tensor
     """[D] float32: subtracted before projecting."""
     basis: Tensor
-    """[D, A] float32: principal axes in columns; [0, A]: only the mean is subtracted."""
+    """[D, A] float32: principal axes in columns; or [0, A]: only the mean is subtracted."""
     centroids: Tensor
-    """[C, A] float32, projected."""
+    """[C, A] float32: centroids of the projected rows."""
     scales: Tensor
     """[C] float32: what one unit of a code stands for."""
     slack: Tensor
-    """[C] float32: bound on the rounding error of the projection."""
+    """[C] float32: bound on the rounding error of the cluster's projected rows."""
     code_slack: Tensor
-    """[C] float32: bound on the distance from a projected row to its code, that error included."""
+    """[C] float32: bound on the distance from a projected row to its code, including `slack`."""
     reach: Tensor
-    """[C] float32: radius of the cluster plus slack."""
+    """[C] float32: radius of the cluster plus `slack`."""
     centroid_tiles: Tensor
-    """[C / 16, A, 16] float32: the centroids again, transposed."""
+    """[ceil(C / 16), A, 16] float32: the centroids again, transposed in tiles of 16."""
     gaps: Tensor
     """[C, C padded to 16] float32: distances between centroids, rounded up."""
 
     def check(self) -> None:
         """Raise ValueError unless the arrays fit together, so that a search stays within them.
 
-        Arrays may come from a forged file: nothing in them may lead the native code outside of
-        them, or to memory out of proportion to the file. Radii, errors or a basis that do not
-        belong to the rows are not noticed: the answers are wrong then, no worse.
+        Arrays may come from a forged file: nothing in them may make native code read outside of
+        them, or allocate memory out of proportion to the file. Radii, error bounds or a basis that
+        do not belong to the rows go unnoticed; they give wrong answers, nothing worse.
         """
         for name, tensor in self._asdict().items():
             expected = _DTYPES.get(name, (float32,))
@@ -126,9 +128,9 @@ class ClusterArrays(NamedTuple):
         self._check_values()
 
     def _covers_rows(self) -> bool:
-        """Whether clusters and blocks divide the rows, each of which has one number."""
+        """Whether clusters and blocks partition the rows, with valid `ids` and centroids."""
         rows, num_blocks = len(self.data), len(self.block_radius)
-        # Differences may wrap around unless all are known to be in range.
+        # The range first: differences of any int64 values might wrap around.
         if not (_within(self.starts, 0, rows) and _within(self.blocks, 0, num_blocks)):
             return False
         sizes = self.starts.diff()
@@ -143,7 +145,7 @@ class ClusterArrays(NamedTuple):
         )
 
     def _check_values(self) -> None:
-        """Raise ValueError for numbers that no bank has."""
+        """Raise ValueError for values that no real bank can have."""
         axes, packs = self.basis.shape[1], self.codes.shape[1]
         limits = {
             "mean": (-_LARGEST, _LARGEST),
@@ -156,15 +158,15 @@ class ClusterArrays(NamedTuple):
         for name, (low, high) in limits.items():
             if not _within(getattr(self, name), low, high):
                 raise ValueError(f"a bank's {name} must be in [{low:g}, {high:g}]")
-        # A query far outside would be nearest to what fills up the last tile of centroids, which is
-        # no cluster. Axes have length 1.
+        # Axes have length 1. Much longer ones could project a query so far out that the padding of
+        # the last tile of centroids, which is no cluster, would be nearest to it.
         if not float(self.basis.double().norm()) <= 2 * axes**0.5:  # true for NaN
             raise ValueError("a bank's basis must be orthonormal")
         rises = self.block_radius.diff() >= 0
-        rises[self.blocks[1:-1] - 1] = True  # from one cluster to the next
+        rises[self.blocks[1:-1] - 1] = True  # radii start anew with each cluster
         if not bool(rises.all()):
             raise ValueError("a bank's block_radius must not fall within a cluster")
-        # Sums of products must not overflow, nor must what fills up a block look like a row.
+        # Sums of products must not overflow, and the padding of a block must not look like a row.
         last = self.blocks[1:] - 1
         in_last = self.starts.diff() - 16 * (self.blocks.diff() - 1)  # rows, 1 to 16
         fills_up = arange(16) >= in_last[:, None]  # [C, 16]
@@ -180,7 +182,7 @@ class ClusterArrays(NamedTuple):
             raise ValueError("a bank's bias does not fit its codes")
 
     def native(self, stretch: float) -> _native.cpu.ClusteredBank:
-        """The struct of pointers; valid as long as this object lives."""
+        """The struct of pointers for the kernels; valid as long as this object lives."""
         pointers = {
             name: tensor.data_ptr()
             for name, tensor in self._asdict().items()
@@ -206,7 +208,8 @@ def project(
 ) -> None:
     """Fill in the projected rows [M, A] of embeddings [M, D], and bounds on their error [M].
 
-    mean [D], basis [D, A] (or [0, A]: only the mean is subtracted) and stretch: of the projection.
+    mean: [D], subtracted first. basis: [D, A], or [0, A] to subtract only the mean. stretch: an
+    upper bound on the norm of the basis.
     """
     _native.cpu.project(
         projection=_projection(mean, basis, stretch),
@@ -229,7 +232,8 @@ def pack_clusters(
 ) -> None:
     """Fill in the codes and the bounds of the clusters.
 
-    projected [M, A], errors [M] as of `project`, radii [M]: each row's distance to its centroid.
+    projected [M, A] and errors [M], from `project`, and radii [M], each row's distance to its
+    centroid, are in the order of the row numbers (`ids`).
     """
     _native.cpu.pack_clusters(
         bank=arrays.native(stretch),
@@ -241,7 +245,7 @@ def pack_clusters(
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, where the system can."""
+    """Return freed memory to the operating system (glibc only)."""
     _native.cpu.release_memory()
 
 
@@ -257,6 +261,6 @@ def _projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Proj
 
 
 def _within(values: Tensor, low: float, high: float) -> bool:
-    """Whether all are in [low, high]; false for NaN."""
+    """Whether all values are in [low, high]; false for NaN."""
     smallest, largest = values.aminmax()
     return low <= smallest.item() and largest.item() <= high

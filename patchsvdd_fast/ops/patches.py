@@ -149,14 +149,15 @@ torch.library.register_autograd(
 
 
 def extract_patches(images: Tensor, size: int, stride: int, mean: Tensor | None = None) -> Tensor:
-    """Cut every `size` x `size` patch of a regular grid out of each image.
+    """Cut every patch of a regular grid out of each image.
 
     images: [N, C, H, W], uint8, float16 or float32 (bfloat16, float64 too without `mean`).
-    size, stride: pixels, `1 <= stride <= size`.
+    size, stride: side K of a patch and distance between patches, pixels, 1 <= stride <= size.
     mean: [C, H, W] float32; if given, the patches hold `(pixel - mean) / 255` in float32.
 
-    Returns [N, I, J, C, K, K] with I = (H - K) // stride + 1, J alike. Differentiable with respect
-    to images and mean. Raises ValueError for a wrong shape, TypeError for a wrong dtype.
+    Returns [N, I, J, C, K, K], I = (H - K) // stride + 1 and J = (W - K) // stride + 1.
+    Differentiable with respect to images and mean. Raises ValueError for a wrong shape, TypeError
+    for a wrong dtype.
     """
     patches: Tensor = torch.ops.patchsvdd_fast.extract_patches(images, size, stride, mean)
     return patches
@@ -203,12 +204,16 @@ define_op(
 def score_map(
     distances: Tensor | FloatArray, size: int, stride: int, height: int, width: int
 ) -> Tensor:
-    """Spread patch distances over the pixels: each is the mean over the patches that cover it.
+    """Anomaly maps of images: each pixel's value is the mean distance of the patches covering it.
 
-    distances: [N, I, J] float32, one per patch of a grid of `size` and `stride` (pixels) over
-    images of `height` x `width`; a tensor, a NumPy array, or one with DLPack (CuPy). Returns
-    [N, H, W] float32, a NumPy array for one, else a tensor; sums are float64 inside. Pixels of a
-    margin that no patch reaches repeat the nearest covered pixel. Yi & Yoon (2020), section 3.4.
+    distances: [N, I, J] float32, the distance of each patch of each image to its nearest bank row;
+        a tensor, a NumPy array, or an array of another library with DLPack (CuPy).
+    size, stride: side of a patch and distance between neighbouring patches, pixels.
+    height, width: of the images, pixels.
+
+    Returns [N, height, width] float32, a NumPy array if `distances` is one, else a tensor. Sums are
+    taken in float64. Pixels of a margin that no patch covers repeat the nearest covered pixel.
+    Raises ValueError for a wrong shape, TypeError for a wrong dtype. Yi & Yoon (2020), section 3.4.
     """
     maps: Tensor = torch.ops.patchsvdd_fast.score_map(
         as_tensor("distances", distances), size, stride, height, width
@@ -240,7 +245,7 @@ def _crop_pairs(
     draw = Draw(*options)
     patches, corners, labels = _crop_pairs_fake(images, mean, image_of, *draw)
     count, channels, height, width = images.shape
-    if image_of.device.type == "cpu":  # elsewhere, looking would wait for the device
+    if image_of.device.type == "cpu":  # on a GPU, reading the answer would wait for it
         check_indices("image_of", image_of, count)
     images, mean, image_of = images.contiguous(), mean.contiguous(), image_of.contiguous()
     with backends.backend_of(images) as (backend, context):
@@ -288,27 +293,31 @@ def crop_pairs(
     redraw_clipped: bool = False,
     first_pair: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random pairs of patches to train on, after the protocol in `ops.pair_protocol`.
+    """Draw random pairs of patches to train on; `ops.pair_protocol` describes the kinds of pairs.
 
-    images: [N, C, H, W] uint8, N >= 1; mean: [C, H, W] float32; image_of: [B] int64, the image
-    that each pair is from; all on one device. size: K, pixels; at least 4 for "position" pairs, 32
-    for "neighbour" pairs, 1 for "view" pairs. seed: 64 bits; step: 0 .. 2^32 - 1, which draw from
-    the seed. redraw_clipped: draw position pairs that would be clipped again, up to `MAX_REDRAWS`
-    times. first_pair: the number in the whole batch of the first pair given, so that a batch split
-    over processes has the same pairs; first_pair + B < 2^32.
+    images: [N, C, H, W] uint8, N >= 1.
+    mean: [C, H, W] float32.
+    image_of: [B] int64, the number of the image that each pair is cut from; images, mean and
+        image_of are on one device.
+    size: K, side of a patch in pixels; at least 4 for position, 32 for neighbour, 1 for view pairs.
+    kind: "position", "neighbour" or "view".
+    seed, step: 64 bits, and 0 .. 2^32 - 1; together they choose the random numbers.
+    redraw_clipped: draw position pairs that leave the image again, up to `MAX_REDRAWS` times.
+    first_pair: number of the first pair in the whole batch, so that a batch split over processes
+        has the same pairs; first_pair + B < 2^32.
 
-    Returns the first and the second patches as [2, B, C, K, K] float32, `(pixel - mean) / 255`,
-    those of position and view pairs shifted in colour and with noise; their corners [2, B, 2] int64
-    (top and left, pixels); and labels [B] int64: of a position pair the direction drawn, before
-    clipping, as an index into `DIRECTIONS`, else 0.
+    Returns the pairs' first and second patches [2, B, C, K, K] float32, `(pixel - mean) / 255` with
+    the protocol's colour shifts and noise; their corners [2, B, 2] int64 (top and left, pixels);
+    and labels [B] int64: for position pairs the direction before clipping, as an index into
+    `DIRECTIONS`, else 0. Not differentiable.
 
-    A pair is a function of its image, the seed, the step, its number in the whole batch, the size
-    and the kind alone, the same to the bit on every backend. Not differentiable. Raises ValueError
+    A pair depends only on its image, the seed, the step, its number in the whole batch, the size,
+    the kind and `redraw_clipped`, and is the same to the bit on every backend. Raises ValueError
     for wrong shapes and values, TypeError for a wrong dtype. An image number out of range is an
-    error on the CPU; elsewhere the nearest image is taken. Yi & Yoon (2020), sections 3.2 and 3.3;
-    view pairs are not theirs.
+    error on the CPU; on a GPU the nearest valid number is used. Yi & Yoon (2020), sections 3.1 and
+    3.2; view pairs are not in the paper.
     """
-    signed = seed - 2**64 if seed >= 2**63 else seed  # an op takes integers of 64 bits with a sign
+    signed = seed - 2**64 if seed >= 2**63 else seed  # torch ops take signed 64-bit integers
     patches, corners, labels = torch.ops.patchsvdd_fast.crop_pairs(
         images, mean, image_of, size, kind, signed, step, redraw_clipped, first_pair
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from .pair_protocol import COLOUR_SHIFT, DIRECTIONS, MAX_REDRAWS, PIXEL_NOISE, Draw
 
 _PARTIAL_SUMS = 16
-# What random numbers are for.
+# The purposes of random numbers, part of their counters (docs/design/training.md, "Counters").
 _PLACES, _SHIFTS, _NOISE = {"position": 0, "neighbour": 1, "view": 6}, 2, 4
 
 
@@ -49,7 +49,7 @@ def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     best = squared.min(dim=1).values
     is_best = squared == best[:, None]
     # Through float64, since torch's float32 root is not always the correctly rounded one.
-    return best.double().sqrt().float(), is_best.int().argmax(dim=1)  # the first of equals
+    return best.double().sqrt().float(), is_best.int().argmax(dim=1)  # the lowest index on ties
 
 
 def canonical_squared_distances(queries: Tensor, bank: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def dense_embeddings_patchwise(
 
 
 def philox(seed: int, *counter: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Philox4x32-10: the words [4, ...] of counters whose four words broadcast."""
+    """Philox4x32-10: random words [4, ...] of counters, whose four words are broadcast."""
     a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     half, low = np.uint64(32), np.uint64(2**32 - 1)
     for r in range(10):
@@ -109,7 +109,7 @@ def philox(seed: int, *counter: npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 
 def normals(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Box and Muller's normal numbers [4, ...] of words [4, ...]."""
+    """Standard normal numbers [4, ...] from random words [4, ...], after Box and Muller."""
     radius = np.sqrt(-2 * np.log(((words[0::2] >> np.uint64(8)) + 1.0) / 2**24))
     angle = words[1::2] * (2 * np.pi / 2**32)
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # [2, 2, ...]
@@ -132,7 +132,7 @@ def crop_pairs(
     patches = torch.empty(2, len(image_of), channels, size, size, dtype=torch.float64)
     corners = torch.empty(2, len(image_of), 2, dtype=torch.int64)
     labels = torch.empty(len(image_of), dtype=torch.int64)
-    row = -(-size // 4)  # counters per row of a patch
+    row = -(-size // 4)  # counters per row of a patch, each for four pixels
     quads = np.arange(channels * size * row)
     for b, image in enumerate(image_of.tolist()):
         counter = (draw.first_pair + b, draw.step)
@@ -154,7 +154,7 @@ def crop_pairs(
 def _place_pair(
     draw: Draw, height: int, width: int, counter: tuple[int, int]
 ) -> tuple[Tensor, int]:
-    """Corners [2, 2] of a pair of patches, and its label. counter: number of the pair, step."""
+    """Corners [2, 2] of a pair's patches, and its label. counter: number of the pair, step."""
     size, kind = draw.size, draw.kind
     limit = torch.tensor([height - size, width - size])
 
@@ -168,7 +168,7 @@ def _place_pair(
             reach = size // 32
             side = 2 * reach + 1
             top, left, cell = random(0, height - size + 1, width - size + 1, side**2 - 1).tolist()
-            cell += cell >= side**2 // 2  # passes over (0, 0)
+            cell += cell >= side**2 // 2  # skips (0, 0)
             label, offset = 0, torch.tensor([cell // side - reach, cell % side - reach])
         elif kind == "view":
             top, left = random(0, height - size + 1, width - size + 1).tolist()

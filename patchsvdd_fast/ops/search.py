@@ -24,19 +24,19 @@ from .checks import (
 from .cpu_bank import ClusterArrays
 from .gpu_bank import SegmentArrays, as_cuda
 
-# The ops take the fields of `Groups` one by one, which their functions here put together again.
+# Torch ops cannot take a `Groups`, so they take its fields one by one.
 _GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64
 
 
 def _results_of(queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for distances [Q] and rows [Q]."""
+    """Uninitialised distances [Q] float32 and rows [Q] int64."""
     count = queries.shape[0]
     return queries.new_empty(count), queries.new_empty(count, dtype=torch.int64)
 
 
 def _checked(queries: Tensor, bank: Tensor, *groups: Any) -> Groups:
-    """The groups of a search whose arguments fit together, else ValueError or TypeError."""
+    """Check the arguments of a search (ValueError, TypeError); returns its groups, contiguous."""
     check_search_operands(queries, bank)
     together = Groups(*groups)
     together.check(queries, bank.shape[0])
@@ -68,7 +68,7 @@ def _search_rows(
     bank: Tensor,
     groups: Groups = NO_GROUPS,
 ) -> tuple[Tensor, Tensor]:
-    """`_nearest` of checked arguments: looking for NaN on a GPU waits for it."""
+    """`_nearest` without its checks; that for NaN would have to wait for a GPU."""
     distances, indices = _results_of(queries)
     queries, bank = queries.contiguous(), bank.contiguous()
     rows, dim = bank.shape
@@ -130,9 +130,9 @@ def _nearest_in_clusters(
 def search_clusters(
     queries: Tensor, arrays: ClusterArrays, stretch: float, groups: Groups = NO_GROUPS
 ) -> tuple[Tensor, Tensor, int]:
-    """The nearest rows to queries [Q, D], and how many rows were looked at in all.
+    """Search a bank clustered on the CPU, without checking the arguments; groups are contiguous.
 
-    Of checked arguments; groups: contiguous.
+    Returns distances [Q], rows [Q], and how many rows were looked at, over all queries.
     """
     distances, indices = _results_of(queries)
     queries = queries.contiguous()
@@ -181,11 +181,12 @@ def search_segments(
     groups: Groups = NO_GROUPS,
     visits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The nearest rows to queries [Q, D]. Of checked arguments; groups: contiguous.
+    """Search a bank clustered on a GPU, without checking the arguments; groups are contiguous.
 
-    visits: [1] int64, raised by the number of pairs of a tile of queries and a segment looked at.
+    visits: [1] int64, to which the number of visits is added: pairs of a tile of queries (see
+    `visit_tile`) and a segment it looks at, those of the queries' own clusters left out.
     """
-    # Neighbours in the order of centroids want the same clusters.
+    # Sorted by their nearest centroid, the queries of a tile want the same segments.
     _, own = _search_rows(queries, arrays.centroids)
     own, order = own.sort(stable=True)
     centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
@@ -240,19 +241,22 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Exact L2 distance from each query to its nearest bank row, and that row's index.
 
-    queries: [Q, D] float32, bank: [M, D] float32 or float16, M >= 1, same device; tensors, NumPy
-    arrays, or arrays of another library with DLPack (CuPy). exclude_same_group: int64 groups of the
-    queries [Q] and of the bank rows [M]; rows of a query's own group are passed over. progress:
-    called now and then with the share done.
+    queries: [Q, D] float32.
+    bank: [M, D] float32 or float16, M >= 1, on the same device. Queries and bank are tensors, NumPy
+        arrays, or arrays of another library with DLPack (CuPy).
+    exclude_same_group: the groups of the queries [Q] and of the bank rows [M], int64; a query
+        cannot match rows of its own group.
+    progress: called now and then with the share done, 0 to 1 (only on the CPU).
 
-    Returns distances [Q] float32 and indices [Q] int64, the lowest on ties; infinity and -1 where
-    every row is excluded; NumPy arrays if `queries` is one. The result is that of the canonical
-    distance (see `reference.canonical_squared_distances`), bit for bit, on every backend. Not
-    differentiable. Raises ValueError naming the first row that holds NaN or infinity;
-    KeyboardInterrupt within a fraction of a second of Ctrl-C (on the CPU).
+    Returns distances [Q] float32 and indices [Q] int64, the lowest index on ties; infinity and -1
+    where every row is excluded. They are NumPy arrays if `queries` is one, else tensors. The result
+    is that of the canonical distance (see `reference.canonical_squared_distances`), bit for bit, on
+    every backend. Not differentiable. Raises ValueError for wrong shapes and values, naming the
+    first row that holds NaN or infinity; TypeError for wrong dtypes; KeyboardInterrupt within a
+    fraction of a second of Ctrl-C (on the CPU).
 
     Can be captured in a CUDA graph. Values cannot be checked then: a query that holds NaN gets the
-    distance NaN instead of an error, and a bank row that holds NaN is nobody's nearest.
+    distance NaN instead of an error, and a bank row that holds NaN is never the nearest.
     """
     query_tensor, bank_tensor = as_tensor("queries", queries), as_tensor("bank", bank)
     query_groups, bank_groups = (
@@ -276,8 +280,8 @@ def nearest_in_bank(
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, in a plain bank [M, D], one clustered on the CPU, or one clustered on a GPU.
 
-    queries: [Q, D] float32. bank: finite, as whoever made it has checked. stretch: of the
-    projection in which a CPU's bank was clustered.
+    queries: [Q, D] float32. bank: finite, which is not checked. stretch: for a bank clustered on
+    the CPU, an upper bound on the norm of its projection.
     """
     op = torch.ops.patchsvdd_fast
     with _reporting(progress):

@@ -1,1 +1,1 @@
-"""The memory bank and its exact search: clustered or not, on the CPU, a GPU or streamed to one."""
+"""The bank of normal embeddings and its exact search: on a CPU, on a GPU, or streamed to one."""

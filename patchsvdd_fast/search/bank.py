@@ -1,4 +1,4 @@
-"""The memory bank: embeddings of normal patches, searched exactly."""
+"""The bank: embeddings of normal patches, searched exactly."""
 
 from __future__ import annotations
 
@@ -28,23 +28,26 @@ from .gpu_clusters import build_segments, segments_about
 
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
 _STORAGES = (torch.float32, torch.float16)
-_GROWTH = 2  # a bank this many times as large as when it was clustered is clustered anew
+_GROWTH = 2  # a bank that has grown beyond this factor since it was clustered is clustered anew
 
 
 class NormalBank:
     """Holds the embeddings of normal patches and finds the nearest to a query, exactly.
 
-    embeddings: [M, D], or [N, I, J, D] with one grid of patches per image; float32, finite, M >= 1;
-        a tensor or a NumPy array, whose memory the bank may share. Row numbers count in this order.
-    groups: [M] or [N] int64, which group (image, say) each entry of the first axis belongs to; by
-        default its number.
-    storage: dtype in which to keep them; float16 halves the memory and rounds once, here. Answers
-        are exact with respect to the stored embeddings.
-    clusters: how many clusters to sort the bank into; 0 for none; None chooses from size and
-        spread. Answers do not depend on it.
+    embeddings: [M, D], or [N, I, J, D] with one grid of patches per image; float32 or float16,
+        finite, not empty; a tensor, a NumPy array or an array with DLPack, whose memory the bank
+        may share. Rows are numbered in this order.
+    groups: [M] or [N] int64, the group of each entry of the first axis (row, or image). A search
+        can leave out the rows of a query's own group. By default each entry is its own group,
+        numbered from 0.
+    storage: torch.float32, or torch.float16 to halve the memory. Embeddings are rounded to it once,
+        here; answers are exact for the stored embeddings.
+    clusters: how many clusters to sort the bank into; 0 for none; None chooses from the size and
+        spread of the embeddings. It changes the speed, not the answers.
     seed: of the clustering.
 
-    Raises ValueError naming the first row that holds NaN or infinity.
+    Raises ValueError for wrong shapes and values, naming the first row that holds NaN or infinity;
+    TypeError for a wrong dtype.
     """
 
     def __init__(
@@ -85,17 +88,17 @@ class NormalBank:
 
     @property
     def num_clusters(self) -> int:
-        """How many clusters the bank is sorted into; 0 if none."""
+        """How many clusters the bank is sorted into; 0 if it is not clustered."""
         return 0 if self._clusters is None else len(self._clusters.centroids)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches per entry of the first axis; (1, 1) for plain [M, D]."""
+        """Rows I and columns J of patches per image; (1, 1) for a bank made from [M, D]."""
         return self._grid
 
     @property
     def groups(self) -> Tensor:
-        """Groups of the entries of the first axis, [M] or [N] int64."""
+        """The group of each row [M], or of each image [N], int64."""
         return self._groups
 
     @property
@@ -116,12 +119,16 @@ class NormalBank:
         exclude_same_group: Tensor | IntArray | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """L2 distance [...] float32 and bank row [...] int64 nearest to each query [..., D].
+        """Exact L2 distance from each query to its nearest bank row, and that row's number.
 
-        The lowest row wins a tie; NumPy queries give NumPy arrays. exclude_same_group: the groups
-        [...] int64 of the queries; rows of a query's own group are passed over, and where nothing
-        is left the distance is infinity and the row -1. progress: called now and then with the
-        share done. Raises ValueError for NaN or infinity in a query.
+        queries: [..., D] float32, finite, on the bank's device.
+        exclude_same_group: [...] int64, the group of each query; a query cannot match rows of its
+            own group.
+        progress: called now and then with the share done, 0 to 1 (only on the CPU).
+
+        Returns distances [...] float32 and rows [...] int64, the lowest row on ties; infinity and
+        -1 where every row is excluded. NumPy queries give NumPy arrays. Raises ValueError for a
+        wrong shape, and for NaN or infinity in a query; TypeError for a wrong dtype.
         """
         given = as_tensor("queries", queries)
         if given.ndim < 1 or given.shape[-1] != self.dim:
@@ -149,10 +156,12 @@ class NormalBank:
         return like_input(queries, distances.view(shape), rows.view(shape))
 
     def source(self, rows: Tensor | IntArray) -> Tensor:
-        """Where bank rows [...] int64 came from: [..., 3] int64.
+        """The patches that bank rows came from.
 
-        The number of the entry on the first axis (the image), then row and column in its grid of
-        patches (0 and 0 for a bank of plain [M, D] embeddings). Row -1, no match, gives -1 thrice.
+        rows: [...] int64, from `nearest`.
+
+        Returns [..., 3] int64: the number of the image (or of the embedding, in a bank made from
+        [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.
         """
         numbers = as_tensor("rows", rows)
         if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < len(self):
@@ -165,9 +174,12 @@ class NormalBank:
     # --- changing ---------------------------------------------------------------------------------
 
     def add(self, embeddings: Tensor | FloatArray, groups: Tensor | IntArray | None = None) -> None:
-        """Append rows, [M', D] or [N', I, J, D] as the bank was made; they get the next numbers.
+        """Append rows, which get the next row numbers.
 
-        groups: of the new entries; by default counted on from the bank's largest.
+        embeddings: [M', D] or [N', I, J, D], in the form that the bank was made from.
+        groups: [M'] or [N'] int64; by default numbered on from the bank's largest group.
+
+        Raises ValueError if grid or D are not the bank's.
         """
         values, grid = _as_rows(as_tensor("embeddings", embeddings), self._storage)
         if values.shape[1] != self.dim or grid != self._grid:
@@ -181,9 +193,9 @@ class NormalBank:
         self._recluster(torch.cat([self.embeddings, values]), torch.cat([self._groups, added]))
 
     def remove(self, groups: Tensor | IntArray) -> None:
-        """Take out all rows of the given groups, [G] int64; later rows move up.
+        """Remove all rows of the given groups, [G] int64; later rows get lower numbers.
 
-        Raises ValueError if a group is not in the bank or nothing would be left.
+        Raises ValueError if a group is not in the bank, or if the bank would be left empty.
         """
         gone = as_tensor("groups", groups).to(self.device)
         check_dtype("groups", gone, torch.int64)
@@ -197,9 +209,9 @@ class NormalBank:
         self._recluster(rows.flatten(0, 1), self._groups[kept])
 
     def merge(self, other: NormalBank, groups: Tensor | IntArray | None = None) -> None:
-        """Append all rows of another bank, with their groups as they are numbered there.
+        """Append all rows of another bank.
 
-        groups: other numbers for them, as for `add`.
+        groups: [M'] or [N'] int64, as for `add`; by default the groups that they have there.
         """
         embeddings = other.embeddings
         if other._grid != (1, 1):
@@ -207,7 +219,7 @@ class NormalBank:
         self.add(embeddings.float(), other._groups if groups is None else groups)
 
     def to(self, device: torch.device | str) -> NormalBank:
-        """This bank on a device, clustered anew for it; itself if it is there already."""
+        """A copy of this bank on a device, clustered anew; the bank itself if it is there."""
         target = torch.device(device)
         if target.type == self.device.type and target.index in (None, self.device.index):
             return self
@@ -223,9 +235,9 @@ class NormalBank:
     # --- saving -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The bank as named tensors on the CPU, from which `from_state_dict` makes it.
+        """The bank as named tensors on the CPU, for `from_state_dict`.
 
-        A CPU's bank is not built anew then; that of a GPU is clustered for the CPU here.
+        The clusters of a bank on the CPU are kept; a bank on a GPU is clustered anew for the CPU.
         """
         if _on_gpu(self._data):
             return self.to("cpu").state_dict()
@@ -252,7 +264,7 @@ class NormalBank:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> NormalBank:
-        """A bank from what `state_dict` gave, over the same memory (which may be a mapped file).
+        """A bank over the memory of the tensors of `state_dict` (which may be a mapped file).
 
         Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
         """
@@ -302,7 +314,7 @@ class NormalBank:
         return self._grid[0] * self._grid[1]
 
     def _cluster(self, values: Tensor) -> None:
-        """Take over rows in the order of their numbers, clustered if that pays."""
+        """Use these rows [M, D], in the order of their numbers; clustered if that pays."""
         clusters: ClusterArrays | SegmentArrays | None = None
         stretch = 1.0
         if self._wanted_clusters != 0 and _on_gpu(values):
@@ -315,7 +327,7 @@ class NormalBank:
         self._clustered_rows = len(values)
 
     def _recluster(self, values: Tensor, groups: Tensor) -> None:
-        """Take over changed rows: about the same centroids, unless the bank has grown much."""
+        """Use changed rows [M, D]: about the same centroids, unless the bank has grown much."""
         grown = len(values) > _GROWTH * self._clustered_rows
         if self._clusters is None or grown or not can_be_clustered(values):
             self._cluster(values)
@@ -326,11 +338,11 @@ class NormalBank:
                 clusters, stretch = extend_clusters(values, self._clusters, self._stretch)
                 self._clusters, self._stretch = clusters, stretch
             self._data = self._clusters.data
-        self._groups = groups  # last: nothing is changed if clustering is interrupted
+        self._groups = groups  # last, so that nothing has changed if clustering is interrupted
 
 
 def _integers(state: Mapping[str, Tensor], name: str, count: int) -> list[int]:
-    """The tensor [count] int64 of that name in a state."""
+    """The values of the tensor [count] int64 of that name in a state."""
     values = state[name]
     if values.dtype != torch.int64 or values.shape != (count,):
         raise ValueError(
@@ -344,7 +356,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-    """Checked rows [M, D], contiguous, in the storage dtype; and the grid they come in."""
+    """The checked rows [M, D], contiguous and in the storage dtype, and their grid (I, J)."""
     if embeddings.ndim not in (2, 4):
         raise ValueError(
             f"embeddings must have shape [M, D] or [N, I, J, D], got {list(embeddings.shape)}"

@@ -1,4 +1,4 @@
-"""Centroids about which a bank is clustered, for the CPU (`cpu_clusters`) and a GPU alike."""
+"""The centroids of a bank's clusters, for the CPU (`cpu_clusters`) and a GPU (`gpu_clusters`)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _MOST_DIMS = 4096
 
 
 def default_clusters(rows: int) -> int:
-    """How many clusters suit a bank of that many rows; 0: none."""
+    """How many clusters to sort a bank of `rows` rows into; 0 if clusters would not pay."""
     if rows < _SMALLEST:
         return 0
     return min(MOST_CLUSTERS, round(_CLUSTERS_PER_ROOT * math.sqrt(rows) / LANES) * LANES)
 
 
 def can_be_clustered(embeddings: Tensor) -> bool:
-    """Whether embeddings [M, D] are of a size and a range that the bounds are made for."""
+    """Whether the search's bounds hold for embeddings [M, D]: in D, and in size of coordinates."""
     low, high = embeddings.aminmax()
     return embeddings.shape[1] <= _MOST_DIMS and max(-float(low), float(high)) <= _LARGEST
 
 
 def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's k-means on a sample: centroids [C, A] float32, C <= wanted. Empty clusters go.
+    """Lloyd's k-means on a sample of points; returns centroids [C, A] float32.
 
-    points: [M, A] float32 or float16, on any device.
+    points: [M, A] float32 or float16, on any device. wanted: C, less clusters that become empty.
     """
     rows, axes = points.shape
     picked = torch.randperm(rows, generator=generator, device="cpu")[
@@ -52,7 +52,11 @@ def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> T
 
 
 def in_order_of_clusters(nearest: Tensor, radii: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows [M] by cluster, within one by radius, the lowest first on ties; rows per cluster [C]."""
+    """Sort a bank's rows by cluster, within a cluster by radius, the lowest row first on ties.
+
+    nearest: [M] int64, the cluster of each row. radii: [M], its distance to the cluster's centroid.
+    Returns the row numbers [M] in that order, and the number of rows in each cluster [count].
+    """
     by_radius = torch.argsort(radii, stable=True)
     order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
     return order, torch.bincount(nearest, minlength=count)

@@ -1,8 +1,9 @@
-"""Clustering a bank so that a search needs to look at little of it.
+"""Clustering a bank on the CPU, so that a search needs to look at little of it.
 
 The embeddings are projected on their first principal axes, which hold nearly all of the variance of
-real patch embeddings, and clustered there. None of this can change an answer: projecting only
-shortens distances, and every bound is widened by what rounding may have done (ARCHITECTURE.md).
+real patch embeddings, and clustered there. None of this can change an answer: a projection
+lengthens no distance by more than its *stretch*, an upper bound on its norm, and every bound allows
+for rounding (docs/design/cpu-search.md).
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from ..ops.cpu_bank import (
 from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
 _COVARIANCE_SAMPLES = 32_768
-_VARIANCE_LEFT_OUT = 0.015
+_VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
 _TRIAL_QUERIES = 256
-_WORTHWHILE = 0.25  # share of the bank a search may look at
+_WORTHWHILE = 0.25  # most of the bank that a search may look at, as a share
 
 
 def build_clusters(
     embeddings: Tensor, num_clusters: int | None = None, seed: int = 0
 ) -> tuple[ClusterArrays, float] | None:
-    """Cluster a bank; returns its arrays and the stretch of the projection.
+    """Cluster a bank; returns its arrays and the stretch of its projection, or None.
 
-    embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU. None as number of
-    clusters: chosen from the size, and None is returned if clusters would not pay: for small
-    banks, and where a trial finds that searches look at much of the bank nevertheless.
+    embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU.
+    num_clusters: None chooses it from M, and gives up clusters where they would not pay: in small
+        banks, and where a trial search still looks at much of the bank.
+
+    Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
     rows = embeddings.shape[0]
     wanted = default_clusters(rows) if num_clusters is None else num_clusters
@@ -61,7 +64,7 @@ def build_clusters(
 def extend_clusters(
     embeddings: Tensor, arrays: ClusterArrays, stretch: float
 ) -> tuple[ClusterArrays, float]:
-    """Cluster other embeddings [M, D] about the centroids there are."""
+    """Cluster other embeddings [M, D] about the centroids of `arrays`, in the same projection."""
     projected, errors = _project(embeddings, arrays.mean, arrays.basis, stretch)
     packed = _pack(
         embeddings, arrays.mean, arrays.basis, stretch, projected, errors, arrays.centroids
@@ -70,7 +73,7 @@ def extend_clusters(
 
 
 def link(arrays: ClusterArrays) -> ClusterArrays:
-    """Fill in `centroid_tiles` and `gaps`, which follow from the centroids."""
+    """The arrays with `centroid_tiles` and `gaps`, which are computed from the centroids."""
     count, axes = arrays.centroids.shape
     tiles = -(-count // LANES)
     linked = arrays._replace(
@@ -81,7 +84,7 @@ def link(arrays: ClusterArrays) -> ClusterArrays:
 
 
 def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """Mean [D], axes [D, A] (or [0, A] where projecting does not pay), and their stretch."""
+    """Mean [D], principal axes [D, A] ([0, A] where projecting does not pay), and their stretch."""
     rows, dim = embeddings.shape
     picked = torch.randint(
         rows, (min(rows, _COVARIANCE_SAMPLES),), generator=generator, device="cpu"
@@ -159,7 +162,7 @@ def _pack(
 
 
 def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Generator) -> float:
-    """Share of the bank that a search for one of its own rows, itself excluded, looks at."""
+    """Share of the bank that a search for its own rows looks at, each row itself excluded."""
     rows = arrays.data.shape[0]
     picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator, device="cpu")
     itself = Groups(arrays.ids[picked], torch.arange(rows, device="cpu"))
@@ -172,7 +175,7 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _floats(*shape: int) -> Tensor:
-    """For the native code, whatever torch's defaults are."""
+    """Uninitialised float32 on the CPU, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 

@@ -1,6 +1,6 @@
 """Clustering a bank on a GPU, for `csrc/cuda/nearest_in_segments.cu`.
 
-As in `cpu_clusters`, nothing here can change an answer.
+As in `cpu_clusters`, nothing here can change an answer. There is no projection.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from ..ops.gpu_bank import (
 from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
 _ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
-_TRIAL_RUNS = 8  # runs of neighbouring rows, as the patches of an image are
-_TRIAL_RUN = 256
-_WORTHWHILE = 0.5  # share of the segments that a tile of queries may look at
+_TRIAL_RUNS = 8  # runs of consecutive rows, like the patches of an image
+_TRIAL_RUN = 256  # rows of a run
+_WORTHWHILE = 0.5  # most of the segments that a tile of queries may look at, as a share
 
 
 def build_segments(
     embeddings: Tensor, num_clusters: int | None = None, seed: int = 0
 ) -> SegmentArrays | None:
-    """Cluster a bank [M, D], float32 or float16, finite, contiguous, where it lies.
+    """Cluster a bank on its GPU; returns its arrays, or None.
 
-    None as number of clusters: chosen from the size, and None is returned if clusters would not
-    pay: for small banks, and where a trial finds that searches look at much of the bank.
+    embeddings: [M, D] float32 or float16, finite, contiguous.
+    num_clusters: None chooses it from M, and gives up clusters where they would not pay: in small
+        banks, and where a trial search still looks at much of the bank.
+
+    Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
     rows = embeddings.shape[0]
     wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
@@ -92,11 +95,11 @@ def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
 
 
 def _neighbours_together(centroids: Tensor) -> Tensor:
-    """An order [C] in which centroids next to each other are near: halved again and again.
+    """An order [C] that puts centroids that are near each other together, by repeated halving.
 
-    Each part is divided at the middle of its longest extent, or nearly: towards the point farthest
-    from the one that is farthest from the mean. Queries come in this order, and those that share a
-    list of segments then want much the same.
+    Each part is sorted along the line from its point farthest from the mean to the point farthest
+    from that one (about its longest extent), and cut in the middle. Queries are searched in the
+    order of their centroids, so those that share a list of segments want much the same ones.
     """
     points = centroids.cpu()
     order: list[Tensor] = []
@@ -116,7 +119,7 @@ def _neighbours_together(centroids: Tensor) -> Tensor:
 
 
 def _gaps(centroids: Tensor) -> Tensor:
-    """[C, C] distances, from differences (a matrix product would cancel), rounded up."""
+    """Distances [C, C], rounded up; from differences, as a matrix product would lose digits."""
     points = centroids.double()
     gaps = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     return (gaps * (1 + 1e-6) + 1e-30).float()
@@ -125,7 +128,10 @@ def _gaps(centroids: Tensor) -> Tensor:
 def _share_looked_at(
     arrays: SegmentArrays, embeddings: Tensor, generator: torch.Generator
 ) -> float:
-    """Share of the bank that a search for runs of its own rows, each itself excluded, looks at."""
+    """Share of the segments that a tile of queries looks at, besides the queries' own clusters.
+
+    Tried with runs of rows of the bank, each itself excluded.
+    """
     rows, device = len(embeddings), embeddings.device
     last = max(1, rows - _TRIAL_RUN)
     firsts = torch.randint(last, (_TRIAL_RUNS, 1), generator=generator, device="cpu")

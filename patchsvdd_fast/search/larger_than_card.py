@@ -1,4 +1,4 @@
-"""Searching a bank that does not fit into a card's memory: it streams by in chunks."""
+"""Searching a bank larger than a GPU's memory: it is copied there and searched chunk by chunk."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def nearest_streamed(
 ) -> tuple[Tensor, Tensor]:
     """`ops.nearest` for queries on a device and a bank in the computer's memory.
 
-    queries: [Q, D] float32, on the device to search on; bank: [M, D] float32 or float16 on the
-    CPU, M >= 1 (a mapped file will do; pinned memory is copied from directly). rows_at_once: bank
-    rows of a chunk; the device holds two, so that one is copied while the other is searched.
-    exclude_same_group: int64 groups of the queries [Q] and of the bank rows [M]; rows of a query's
-    own group are passed over. progress: called after each chunk with the share done.
+    queries: [Q, D] float32, on the device to search on.
+    bank: [M, D] float32 or float16 on the CPU, M >= 1; may be a mapped file. Pinned memory is
+        copied from directly.
+    rows_at_once: bank rows in a chunk. The device holds two chunks: one is copied while the other
+        is searched.
+    exclude_same_group: the groups of the queries [Q] and of the bank rows [M], int64; a query
+        cannot match rows of its own group.
+    progress: called after each chunk with the share done, 0 to 1.
 
-    Returns distances [Q] float32 and bank rows [Q] int64 on the queries' device: the answer is the
-    minimum over the chunks, bit for bit that of one search. Raises as `ops.nearest` does, with
-    rows numbered within the bank.
+    Returns distances [Q] float32 and bank rows [Q] int64 on the queries' device: the minimum over
+    the chunks, bit for bit the answer of one search. Raises what `ops.nearest` does.
     """
     rows = as_tensor("bank", bank)
     check_shape("bank", rows, "M, D")
@@ -60,7 +62,7 @@ def nearest_streamed(
             distances, indices = ops.nearest(queries, chunk, exclude_same_group=groups)
         except ValueError as error:
             raise ValueError(f"in bank rows from {first} on: {error}") from error
-        # Chunks come in the order of their rows: of equals the first stays.
+        # Chunks come in the order of their rows, so the lowest row wins a tie.
         closer = (distances < best) | ((nearest < 0) & (indices >= 0))
         best = torch.where(closer, distances, best)
         nearest = torch.where(closer, indices + first, nearest)
@@ -72,14 +74,14 @@ def nearest_streamed(
 def _chunks_on(
     device: torch.device, rows: Tensor, rows_at_once: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """First row and rows of each chunk, on the device; the next is copied meanwhile."""
+    """Each chunk's first row number, and its rows on the device; the next is copied meanwhile."""
     firsts = range(0, len(rows), rows_at_once)
     if device.type == "cpu":
         for first in firsts:
             yield first, rows[first : first + rows_at_once]
         return
     most = min(rows_at_once, len(rows))
-    buffers = [  # one, if there is but one chunk
+    buffers = [  # two, or one for a single chunk
         torch.empty(most, *rows.shape[1:], dtype=rows.dtype, device=device) for _ in firsts[:2]
     ]
     staging = None if rows.is_pinned() else [_pinned_like(buffer) for buffer in buffers]
@@ -110,7 +112,7 @@ def _chunks_on(
             yield first, buffers[side][: min(rows_at_once, len(rows) - first)]
             searched[side].record(search)
     finally:
-        search.wait_stream(copies)  # before the buffers' memory is used for something else
+        search.wait_stream(copies)  # before the buffers' memory is reused
 
 
 def _pinned_like(buffer: Tensor) -> Tensor:
