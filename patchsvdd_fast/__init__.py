@@ -6,7 +6,7 @@ detector = PatchSVDD(epochs=10).fit("images/good")
 result = detector.score("images/new")
 result.image_scores, result.anomaly_map
 
-Each name is imported when it is first used: who wants the search alone does not load the detector.
+Names are imported on first use, so using the search alone does not load the detector.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""What embeds patches: the encoders, the grids they are used on, the arithmetic they run in."""
+"""Encoders of patches, the patch grids they are used on, and the precision they compute in."""

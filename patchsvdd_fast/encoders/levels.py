@@ -1,4 +1,4 @@
-"""Patch levels: the patch sizes at which an image is looked at, and the grid each lays over it."""
+"""Patch levels: the patch sizes at which an image is scored, and the grid of patches of each."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The hierarchical patch encoder of Patch SVDD, patch by patch and densely over whole images.
 
-A patch of 32 pixels goes through eight unpadded convolutions; a patch of 64 is cut into four
-quadrants that share that small encoder and are joined by a 2x2 convolution; 128 and 256 recurse.
-Since no layer pads or normalises, one pass over a whole image yields the embedding of every patch
-on a grid of stride 2 or a multiple of it: the same numbers at a fraction of the work.
+A patch of 32 pixels goes through eight unpadded convolutions, the small encoder. A patch of 64 is
+cut into four quadrants; the small encoder embeds each, and a 2x2 convolution joins the four.
+Patches of 128 and 256 go on in the same way. Since no layer pads or normalises, one pass over a
+whole image yields the embedding of every patch on a grid of stride 2 or a multiple of it: its dense
+map, the same numbers at a fraction of the work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from .levels import DEFAULT_LEVELS, PatchLevel
 
 SMALL_PATCH = 32
-"""Side of the patch the small encoder embeds, in pixels."""
+"""Side of a patch that the small encoder embeds, in pixels."""
 
 TRUNK_STRIDE = 2
 """Pixels between neighbouring embeddings of the small encoder's dense map."""
@@ -29,13 +30,14 @@ TRUNK_STRIDE = 2
 LEAKY_SLOPE = 0.1
 _SMALL_CHANNELS = (3, 32, 64, 128, 128, 64, 32, 32)
 _HEAD_CHANNELS = 128
-_LEAST_PATCHES = 64  # joined at once: on a CPU fewer than 16 are summed in another order
-_QUADRANTS_IN_CACHE = 256  # of 32 pixels; measured: 128 as good, 64 and 1,280 a tenth slower
+_LEAST_PATCHES = 64  # joined at once; a CPU sums fewer than 16 in another order
+_QUADRANTS_IN_CACHE = 256  # of 32 pixels; 128 is as fast, 64 and 1,280 are a tenth slower
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
 
 INITIALIZATIONS = ("default", "kaiming")
 
-# What PyTorch's own compiler calls on a CPU. Not public: without it everything works, but slower.
+# The convolution that PyTorch's own compiler calls on a CPU. It is not public; without it the
+# encoder is slower.
 _convolution_in_onednn = (
     getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
@@ -44,14 +46,14 @@ _convolution_in_onednn = (
 
 
 class SmallEncoder(nn.Sequential):
-    """Eight 3x3 convolutions, the first of stride 2, that take 32x32 pixels to one embedding.
+    """Eight 3x3 convolutions, the first of stride 2, that embed a patch of 32x32 pixels.
 
     Maps [B, 3, 32, 32] to [B, D, 1, 1], and a larger image to its dense map at stride 2. The
-    receptive field is 31 pixels: the last row and column of a patch do not enter.
+    receptive field is 31 pixels: the last row and column of a patch have no influence.
     """
 
     memory_format = torch.contiguous_format
-    """The layout to work in; it changes the speed, and results by rounding."""
+    """Memory layout of the activations; affects the speed, and the results only by rounding."""
 
     def __init__(self, embedding_dim: int) -> None:
         channels = (*_SMALL_CHANNELS, embedding_dim)
@@ -64,9 +66,10 @@ class SmallEncoder(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: Tensor, step: int = 1) -> Tensor:
-        """[B, 3, H, W] -> [B, D, h, w]; step: of the dense map, take each so manieth cell.
+        """[B, 3, H, W] -> [B, D, h, w]: the dense map, of which every `step`-th cell is kept.
 
-        The last convolution leaves the other cells out; with oneDNN to the same bits.
+        The last convolution does not compute the other cells; with oneDNN the cells that are kept
+        have the same bits at every `step`.
         """
         if self._stays_in_onednn(images):
             return self._forward_in_onednn(images, step)
@@ -91,9 +94,9 @@ class SmallEncoder(nn.Sequential):
         )
 
     def _forward_in_onednn(self, images: Tensor, step: int) -> Tensor:
-        """As `forward`, with the same bits, in the layout of oneDNN from layer to layer.
+        """As `forward`, with the same bits, but activations stay in oneDNN's layout between layers.
 
-        PyTorch would bring each layer's input into it and the output back, an eighth of the time.
+        This saves an eighth of the time: PyTorch converts each layer's input and output.
         """
         values = images.contiguous().to_mkldnn()
         *layers, last = self.convolutions()
@@ -102,7 +105,7 @@ class SmallEncoder(nn.Sequential):
         return torch.tanh(_in_onednn(values, last, (step, step), "none", []).to_dense())
 
     def convolutions(self) -> list[nn.Conv2d]:
-        """The eight convolutions in order, for initialisation and for loading foreign weights."""
+        """The eight convolutions in order."""
         return [layer for layer in self if isinstance(layer, nn.Conv2d)]
 
 
@@ -125,12 +128,16 @@ class QuadrantHead(nn.Module):
 
 
 class HierarchicalEncoder(nn.Module):
-    """Embeds patches of 32, 64, ... 32 * 2^(num_levels-1) pixels into `embedding_dim` dimensions.
+    """Embeds patches of 32, 64, ... 32 * 2^(num_levels-1) pixels (Yi & Yoon, 2020, section 3.3).
 
     Input pixels are float32, normalised as `(pixel - mean) / 255`. Embeddings lie in (-1, 1)^D.
 
-    `initialization`: "default" is PyTorch's own, as in the paper's implementation; "kaiming" keeps
-    the variance from layer to layer (slope 0.1), so that positions are learned at once.
+    embedding_dim: D, the length of an embedding.
+    num_levels: number of patch sizes.
+    initialization: "default" is PyTorch's own, as in the paper's implementation; "kaiming" keeps
+        the variance from layer to layer, so that training learns positions from the start.
+
+    Raises ValueError for a value out of range.
     """
 
     def __init__(
@@ -165,9 +172,9 @@ class HierarchicalEncoder(nn.Module):
         return embedded
 
     def forward_sizes(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """As `forward` for batches of several sizes, through the small encoder together.
+        """As `forward`, for batches of several sizes that go through the small encoder together.
 
-        On a GPU in one pass; on a CPU 256 quadrants at a time, whose activations stay in its cache.
+        On a GPU in one pass; on a CPU 256 quadrants at a time, so activations fit its cache.
         """
         depths, quadrants = [], []
         for patches in batches:
@@ -187,7 +194,7 @@ class HierarchicalEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, patches: Tensor) -> Tensor:
-        """As `forward`, without gradients and in passes of bounded memory."""
+        """As `forward`, without gradients, and in parts that bound the memory it takes."""
         if patches.shape[0] == 0:
             self._depth(patches.shape[-1])
             return patches.new_empty(0, self.embedding_dim)
@@ -196,8 +203,11 @@ class HierarchicalEncoder(nn.Module):
     def dense(self, images: Tensor, levels: Sequence[PatchLevel] = DEFAULT_LEVELS) -> list[Tensor]:
         """Embed every patch of each level's grid in one pass over the images.
 
-        images: [N, 3, H, W] float32, normalised. Returns one [N, I, J, D] per level, equal to
-        encoding each patch by itself. Strides must be even, sizes among `patch_sizes`.
+        images: [N, 3, H, W] float32, normalised as `(pixel - mean) / 255`.
+        levels: patch sizes among `patch_sizes`, with even strides.
+
+        Returns one [N, I, J, D] float32 per level, equal to encoding each patch by itself. Raises
+        ValueError for other sizes, odd strides, and images smaller than a patch.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape [N, 3, H, W], got {list(images.shape)}")
@@ -217,15 +227,18 @@ class HierarchicalEncoder(nn.Module):
         return dense
 
     def _dense_map(self, level: PatchLevel, maps: dict[PatchLevel, Tensor]) -> Tensor:
-        """The level's embeddings [N, D, >=I, >=J], built on the maps of the levels below it."""
+        """The level's embeddings [N, D, >=I, >=J], joined from the map of half its patch size.
+
+        maps: those made so far, first the finest of the small encoder; new ones are added.
+        """
         if level not in maps:
             if level.size == SMALL_PATCH:
                 finest = next(iter(maps))
                 step = level.stride // finest.stride
                 maps[level] = maps[finest][:, :, ::step, ::step]
             else:
-                # The quadrants stand half a patch apart, the patches a stride: the coarsest grid
-                # of quadrants that holds both has their greatest common divisor as its stride.
+                # Quadrants are half a patch apart, patches a stride. The coarsest grid that holds
+                # all quadrants has the greatest common divisor of the two as its stride.
                 half = level.size // 2
                 below = PatchLevel(half, math.gcd(half, level.stride))
                 quadrants = _quadrants_of_patches(
@@ -234,20 +247,20 @@ class HierarchicalEncoder(nn.Module):
                     distance=half // below.stride,
                 )  # [N, I, J, D, 2, 2]
                 # Joined as a batch of patches, so that the convolution library sums in the same
-                # order as for single patches: trained embeddings may differ by as little as 1e-6.
+                # order as for single patches: trained embeddings may lie as close as 1e-6.
                 joined = self.head(level.size)(quadrants.flatten(0, 2))
                 maps[level] = joined.view(quadrants.shape[:4]).permute(0, 3, 1, 2)
         return maps[level]
 
     def _joined(self, embedded: Tensor, depth: int) -> Tensor:
-        """[4^depth B, D, 1, 1], as `_quartered` orders them -> [B, D, 1, 1]."""
+        """Join [4^depth B, D, 1, 1], in the order of `_quartered`, to [B, D, 1, 1]."""
         for head in self.heads[:depth]:
             quadrants = embedded.reshape(-1, 2, 2, self.embedding_dim).permute(0, 3, 1, 2)
-            embedded = head(quadrants.contiguous())  # as `_dense_map` passes them
+            embedded = head(quadrants.contiguous())  # the layout that `_dense_map` passes
         return embedded
 
     def head(self, size: int) -> nn.Module:
-        """What joins the quadrants of a patch of this size, [B, D, 2, 2] -> [B, D, 1, 1]."""
+        """The head that joins the quadrants of patches of `size`: [B, D, 2, 2] -> [B, D, 1, 1]."""
         return self.heads[self._depth(size) - 1]
 
     def _depth(self, size: int) -> int:
@@ -266,7 +279,7 @@ class HierarchicalEncoder(nn.Module):
 def _in_onednn(
     values: Tensor, layer: nn.Conv2d, stride: tuple[int, ...], activation: str, scalars: list[float]
 ) -> Tensor:
-    """A convolution and what comes after it, of a tensor in oneDNN's layout, in that layout."""
+    """A convolution and its activation, from and to tensors in oneDNN's layout."""
     assert _convolution_in_onednn is not None
     weight, bias, no_padding, groups = layer.weight, layer.bias, [0, 0], 1
     found: Tensor = _convolution_in_onednn(
@@ -276,7 +289,7 @@ def _in_onednn(
 
 
 def _quartered(patches: Tensor, times: int) -> Tensor:
-    """[B, 3, K, K] -> [4^times B, 3, K / 2^times, K / 2^times], quadrants row by row."""
+    """Cut in quarters: [B, 3, K, K] -> [4^times B, 3, K / 2^times, K / 2^times], row by row."""
     for _ in range(times):
         batch, channels, size, _ = patches.shape
         half = size // 2
@@ -288,8 +301,8 @@ def _quartered(patches: Tensor, times: int) -> Tensor:
 def _quadrants_of_patches(below: Tensor, step: int, distance: int) -> Tensor:
     """Gather the 2x2 quadrants of each patch from the dense map of the level below.
 
-    below: [N, D, H, W]; patches stand `step` cells apart, their quadrants `distance` cells.
-    Returns [N, I, J, D, 2, 2].
+    below: [N, D, H, W]. step, distance: between patches, and between the quadrants of a patch, in
+    cells of that map. Returns [N, I, J, D, 2, 2].
     """
     windows = below.unfold(2, distance + 1, step).unfold(3, distance + 1, step)
     corners = windows[..., ::distance, ::distance]  # [N, D, I, J, 2, 2]
@@ -300,13 +313,13 @@ def load_official_checkpoint(path: str | Path) -> HierarchicalEncoder:
     """Load an encoder published with the paper's implementation (a PyTorch state dict).
 
     Only tensors are read from the file (`weights_only=True`): nothing in it is executed. Raises
-    ValueError if the file is not such a state dict.
+    ValueError if the file is not such a state dict, OSError if it cannot be read.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+    except Exception as error:  # torch.load raises many kinds of errors for other files
         raise ValueError(f"{path} is not a PyTorch checkpoint of tensors alone") from error
     if not isinstance(state, Mapping) or "enc.conv8.weight" not in state:
         raise ValueError(f"{path} holds no Patch SVDD encoder in the official layout")

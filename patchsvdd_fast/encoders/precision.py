@@ -1,4 +1,4 @@
-"""The arithmetic of convolutions on a GPU: full float32 unless something less is asked for."""
+"""The precision of convolutions on a GPU: full float32 unless something less is asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 @contextlib.contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Within the context, convolutions and products on a GPU are made in this precision.
+    """Within the context, convolutions and matrix products on a GPU use this precision.
 
-    "float32" does without TF32, which PyTorch allows by default: its ten bits would drown
-    embeddings that differ by 1e-6. "bfloat16" is autocast. Nothing changes on a CPU.
+    "float32" turns off TF32, which PyTorch allows for convolutions by default: its ten bits of
+    mantissa cannot tell embeddings apart that differ by 1e-6. "bfloat16" is PyTorch's autocast.
+    Nothing changes on a CPU. Raises ValueError for a precision not in `PRECISIONS`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")

@@ -1,1 +1,1 @@
-"""Files and folders: whole writes, the format of models, where images lie."""
+"""Files and folders: atomic writes, the format of model files, finding images."""

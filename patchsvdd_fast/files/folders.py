@@ -1,4 +1,4 @@
-"""Where images lie: folders of good ones, categories in MVTec layout, globs and lists."""
+"""Finding images: below a folder, and in data sets in MVTec layout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """A test image of a category."""
+    """A test image of a `Category`."""
 
     path: Path
     defect: str
-    """Name of its folder; "good" for a normal image."""
+    """Kind of defect, the name of its folder below test; "good" for a normal image."""
     mask: Path | None
-    """Image whose pixels above 128 are anomalous, if the category has one."""
+    """Image whose pixels above 128 are anomalous; None if there is none."""
 
     @property
     def is_anomalous(self) -> bool:
@@ -88,9 +88,9 @@ def find_images(folder: Path) -> list[Path]:
 def walk_images(folder: Path) -> Iterator[Path]:
     """The images below a folder in the order of their paths, one folder in memory at a time.
 
-    Links to folders are not followed. What cannot be looked into, a folder without permission or a
-    link that leads nowhere, counts as an image, and fails when it is read. Raises ValueError if
-    `folder` is not a folder.
+    Links to folders are not followed. A folder that may not be opened, or a link that leads
+    nowhere, is yielded as if it were an image, so that reading it reports the error. Raises
+    ValueError if `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")

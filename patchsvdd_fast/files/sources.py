@@ -1,4 +1,4 @@
-"""Where images to score come from: files, folders, globs, a list, a folder being filled."""
+"""Where images to score come from: files, folders, globs, a list, a folder that is watched."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from typing import BinaryIO, TextIO
 from .folders import SUFFIXES, walk_images
 
 _GLOB_SIGNS = frozenset("*?[")
-_LONGEST_LINE = 1 << 16  # bytes, of a list
+_LONGEST_LINE = 1 << 16  # bytes in a line of a list
 
 
 @dataclass(frozen=True)
 class Source(os.PathLike[str]):
-    """An image to score; anything that takes a path takes it."""
+    """An image to score; can be passed wherever a path can."""
 
     path: Path
     inner: PurePath
-    """What its outputs are named after: its path within the folder given, or as given."""
+    """What its outputs are named after: its path within the given folder, or the given path."""
 
     def __fspath__(self) -> str:
         return str(self.path)
 
 
 def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
-    """The images of files, folders and globs ("**" is any depth), in their order.
+    """Yield the images that the arguments name: files, folders and globs ("**" is any depth).
 
-    "-" stands for the paths in `listed`, one a line, which may be endless. A file that is missing
-    is a source, too, and fails when it is read. Raises ValueError for a folder or a glob without
-    images, and for a list that is none, when it is its turn.
+    given: the arguments, in order; "-" stands for the paths in `listed`.
+    listed: one path per line; may be endless, such as standard input.
+
+    A missing file is yielded too, and fails when it is read. When an argument's turn comes, raises
+    ValueError for a folder or a glob without images, and for a list that is not one of paths.
     """
     alone = len(given) == 1
     for argument in given:
@@ -41,7 +43,7 @@ def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
         if argument == "-":
             for name in _listed_paths(listed.buffer):
                 yield Source(Path(name), PurePath(name))
-        elif os.path.isdir(argument):  # noqa: PTH112 (which raises nothing)
+        elif os.path.isdir(argument):  # noqa: PTH112 (isdir raises nothing)
             yield from _some(
                 argument,
                 (
@@ -61,7 +63,7 @@ def _listed_paths(lines: BinaryIO) -> Iterator[str]:
     while line := lines.readline(_LONGEST_LINE):
         if b"\0" in line or len(line) == _LONGEST_LINE:
             raise ValueError(f"a list of images has one path a line, got {line[:60]!r}...")
-        name = os.fsdecode(line.rstrip(b"\r\n"))  # which need not be text in any encoding
+        name = os.fsdecode(line.rstrip(b"\r\n"))  # a path need not be text in any encoding
         if name:
             yield name
 
@@ -69,11 +71,11 @@ def _listed_paths(lines: BinaryIO) -> Iterator[str]:
 def arriving_images(
     folder: Path, is_done: Callable[[Path], bool], interval: float
 ) -> Iterator[Source]:
-    """The images of a folder, those that are there and those that come, for ever.
+    """Yield the images below a folder, those that are there and those that arrive, for ever.
 
-    Looks every `interval` seconds; a file is taken when its size and time have not changed between
-    two looks, so that it is whole, and again when they have changed later. is_done: whether one
-    that is there at the start was taken in an earlier run.
+    The folder is listed every `interval` seconds. An image is yielded once its size and time of
+    change are the same in two listings, so that it is complete; and again if they change later.
+    is_done: whether an image that is there at the start was scored in an earlier run.
     """
     taken = {path: state for path, state in _files(folder) if is_done(path)}
     seen: dict[Path, tuple[int, int]] = {}
@@ -94,7 +96,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
     for path in walk_images(folder):
         try:
             status = path.stat()
-        except OSError:  # gone again
+        except OSError:  # deleted meanwhile
             continue
         yield path, (status.st_size, status.st_mtime_ns)
 

@@ -1,13 +1,13 @@
 """Model files: one safetensors file of tensors with a JSON header, written atomically.
 
-A file from anywhere may be opened. Nothing in it is executed, damage is noticed by checksums, and
-whoever reads a tensor or a field checks that it is what it should be. Checksums are no signature:
-a forged file can give wrong answers, but not make a search leave its arrays.
+It is safe to open a file of unknown origin. Nothing in it is executed, checksums reveal damage, and
+the code that reads a tensor or a field checks its type and values. Checksums are no signature: a
+forged file can give wrong answers, but cannot make a search read outside its arrays.
 
-Opening maps the file. It must not be cut short while it is in use, which would end the process;
-`save` replaces files and never writes into one.
+Opening maps the file into memory. If it is cut short while it is open, the process ends; `save`
+therefore replaces files and never writes into one.
 
-safetensors is imported when a file is read: scoring embeddings of one's own does without.
+safetensors is imported only when a file is read: the search alone does not need it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OLDEST_WITH_CHECKSUMS = 4
 _KINDS = ("detector", "checkpoint")
 _HEADER_KEY = "patchsvdd_fast"
 _CHECKSUMS_KEY = "checksums"
-_DTYPES = {  # that models have, and their names in files
+_DTYPES = {  # allowed in models, with their names in files
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -41,11 +41,11 @@ _DTYPES = {  # that models have, and their names in files
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-# JSON takes up to thirty times its size when read. Models have a hundred tensors and some kilobytes
-# of header.
+# Limits on what is read before it is checked: JSON takes up to thirty times its size when parsed. A
+# model has about a hundred tensors and a header of some kilobytes.
 _MOST_HEADER_BYTES = 1 << 22
 _MOST_TENSORS = 4096
-_PART_BYTES = 1 << 22  # that a thread takes the checksum of at once; part of the format
+_PART_BYTES = 1 << 22  # bytes per checksum of a part of a tensor; belongs to the format
 _THREADS = 2
 
 
@@ -54,8 +54,8 @@ def save(
 ) -> None:
     """Write tensors and a JSON-serialisable header; `kind` is "detector" or "checkpoint".
 
-    The file appears under its name only when it is complete and on disk; a failure leaves what was
-    there before. Raises OSError if it cannot be written.
+    The file appears under its name only when it is complete and on disk; after a failure, an older
+    file of that name is as it was. Raises OSError if it cannot be written.
     """
     path = Path(path)
     text = json.dumps(
@@ -77,9 +77,9 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the header of a model file.
 
     Tensors lie in the mapped file: contiguous, aligned, of the dtypes that models have. The header
-    has a `kind`, a `schema_version` and a dict of `parameters`. All else is for the caller to
-    check, within `naming`. Raises OSError if the file cannot be read, and ValueError if it is
-    damaged, of another program, or of a newer schema.
+    has a `kind`, a `schema_version` and a dict of `parameters`. The caller has to check everything
+    else, within `naming`. Raises OSError if the file cannot be read, and ValueError if it is
+    damaged, not a model file, or of a schema that this version does not read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,15 +108,15 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with the prefix, under the rest of their names."""
+    """The tensors whose names start with the prefix, by the rest of their names."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Within the context, what the contents of a file are found to lack is a ValueError naming it.
+    """Within the context, turn errors about a file's contents into a ValueError that names it.
 
-    So are the errors of code that takes a field for what it is not: a list for a dict, say.
+    That includes the errors of code that meets a field of the wrong type, such as a TypeError.
     """
     try:
         yield
@@ -135,10 +135,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, of contiguous tensors on the CPU.
+    """Write a safetensors file of contiguous tensors on the CPU.
 
-    Not by `safetensors.torch.save_file`, which writes to a name of its own beside the path: if it
-    is killed, nobody knows whose that file was.
+    `safetensors.torch.save_file` first writes to a temporary name of its own. If it is killed,
+    nobody can tell whose that file was, so it is not used here.
     """
     # The largest elements first, so that all are aligned.
     in_order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -166,9 +166,9 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _check_size_of_header(path: Path) -> None:
-    """Refuse before it is read what would take much memory to read."""
+    """Refuse a header that would take much memory to read, before reading it."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")  # of all that comes before the tensors' bytes
+        size = int.from_bytes(file.read(8), "little")  # of the header, after these 8 bytes
     if size > _MOST_HEADER_BYTES:
         raise ValueError(f"{path} is not a model file, or is damaged: a header of {size:,} bytes")
 
@@ -178,7 +178,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError(f"its header must be a JSON object, got {text[:40]}")
     for name, kind in {"kind": str, "schema_version": int, "parameters": dict}.items():
-        if type(header.get(name)) is not kind:  # a bool is no number
+        if type(header.get(name)) is not kind:  # `type`, as a bool is an instance of int
             given = repr(header.get(name))[:40]
             raise ValueError(f"{name} must be of type {kind.__name__}, got {given}")
     schema = header["schema_version"]
@@ -198,7 +198,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def _verify(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], schema: int) -> None:
-    # Whatever the schema says: it may be what is damaged.
+    # Checked whatever the schema says, since the schema itself may be damaged.
     if _CHECKSUMS_KEY not in metadata:
         if schema >= _OLDEST_WITH_CHECKSUMS:
             raise ValueError("its checksums are missing")
@@ -211,7 +211,7 @@ def _verify(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], schema: 
 
 
 def _checksums(text: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Of the header, and of each tensor: over its name, dtype, shape and bytes."""
+    """CRC-32 of the header, and of each tensor's name, dtype, shape and bytes."""
     parts = [
         (name, part)
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there."""
+"""Writing files so that they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields an empty file to write to, which then takes the place of `path`.
+    """Yield the path of a new file to write to, which then replaces `path`.
 
-    It does so only when complete and on disk; after a failure what was there before still is.
+    It replaces `path` only when it is complete and on disk; after a failure, `path` is as it was.
     Raises OSError naming `path` if it cannot be written.
     """
     partial = path.with_name(f"{_prefix(path)}{os.getpid()}{_PARTIAL}")
     try:
-        partial.unlink(missing_ok=True)  # of a killed process that had this one's number
+        partial.unlink(missing_ok=True)  # left by a killed process with the same number
         partial.touch()
         yield partial
         with partial.open("rb+") as file:
@@ -36,12 +36,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes of this machine that were killed while writing `path` have left.
+    """Remove the partial files of processes on this computer that were killed writing `path`.
 
-    Looks through the folder: for large files, of which there are few.
+    This lists the whole folder, so use it for large files, of which a folder holds few.
     """
     if os.name != "posix":
-        return  # elsewhere asking after a process might end it
+        return  # on Windows, os.kill with signal 0 might end the process
     prefix = _prefix(path)
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
         number = leftover.name.removeprefix(prefix).removesuffix(_PARTIAL)
@@ -51,7 +51,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """Of the names that `path` has while it is written: a folder may be that of many machines."""
+    """Prefix of partial files' names; has the computer's, as folders may be on a network."""
     return f".{path.name}.{platform.node()}."
 
 
@@ -60,13 +60,13 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # it belongs to another user
         pass
     return True
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
+    """Make a rename survive a power cut, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
