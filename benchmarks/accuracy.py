@@ -2,18 +2,18 @@
 
     python benchmarks/accuracy.py --data DIR --minutes 2.5 20 --seeds 3 --output benchmarks/results
 
-For each category in DIR (MVTec layout), way and seed, an encoder is trained; at the start and at
-given times the test images are scored, and again with the good ones alone made brighter: a detector
-that sees past light scores the same. Neither mode's rate depends on how long is still to go, so
-each point is what a run of that length would give. What labels say never reaches the training.
-Published weights (`--published`, files named <category>_*) are scored beside them.
+For each category in DIR (MVTec layout), way and seed, an encoder is trained. At the start and at
+the given times the test images are scored, and again with only the good ones made brighter: a
+detector that light does not mislead reaches the same figures. Neither mode's learning rate depends
+on the time left, so each point is what a run of that length would give. Labels never reach the
+training. Published weights (`--published`, files named <category>_*) are scored beside them.
 
 Patches of 32 pixels are scored at stride 8 instead of 4, which saves most of the evaluation's time
-and moves AUROC by up to a point or two; one mean image is taken from all (mean="paper"). Time is
-that of the process over its threads (CPU time), so that runs on a busy machine compare; on two idle
-cores a minute of it passes in half a minute. Runs that accuracy.json in the output folder holds
-already are not repeated, so a long series can be done in parts; a longer run replaces a shorter
-one. Writes accuracy.json, accuracy.md and accuracy.png.
+and moves AUROC by up to a point or two; one mean image is taken from all (mean="paper"). Times are
+CPU time, summed over the threads of the process, so that runs on a busy machine are comparable; on
+two idle cores a minute of it passes in half a minute. Runs that accuracy.json in the output folder
+already holds are not repeated, so a long series can be done in parts; a longer run replaces a
+shorter one. Writes accuracy.json, accuracy.md and accuracy.png.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ WAYS = {
     "faithful, matched light": ("faithful", "matched"),
     "dense": ("dense", "matched"),
 }
-"""What is compared: mode and illumination."""
+"""The ways of training that are compared: mode and illumination."""
 PUBLISHED = {"published weights": "as_is", "published weights, matched light": "matched"}
-"""What the full schedule reached, and in which illumination it is scored."""
+"""Weights from the full schedule, and the illumination in which they are scored."""
 
 
 class TestSet:
@@ -81,13 +81,13 @@ class TestSet:
         self.masks = read_masks(tests, SIDE)
 
     def good_but_brighter(self, share: float) -> Tensor:
-        """The good test images, so much brighter."""
+        """The good test images, brighter by this share."""
         good = self.images[torch.from_numpy(~self.labels)]
         return (good * (1 + share)).round().clamp(0, 255).byte()
 
 
 def evaluate(encoder: HierarchicalEncoder, tests: TestSet) -> dict[str, Any]:
-    """AUROC in percent by combination: detection, segmentation, detection in another light."""
+    """AUROC in percent by combination: detection, segmentation, detection in other light."""
     banks = fill_banks(encoder, tests.train, tests.mean, LEVELS)
     usual, *brighter = (
         score_images(encoder, banks, match_illumination(images, tests.light), tests.mean)
@@ -110,13 +110,13 @@ def evaluate(encoder: HierarchicalEncoder, tests: TestSet) -> dict[str, Any]:
 
 
 class _EnoughError(Exception):
-    """The last of the times has come."""
+    """The last of the given times has passed."""
 
 
 def train_and_evaluate(
     tests: TestSet, mode: str, seed: int, core_minutes: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """One run: a point at the start and at each time (CPU time of the process, in minutes)."""
+    """One run: a point at the start and at each of the given times (CPU time in minutes)."""
     settings = training_settings(mode, seed=seed, steps=10**9, check_every=0)
     torch.manual_seed(seed)
     encoder = HierarchicalEncoder(initialization=settings.initialization)
@@ -163,7 +163,7 @@ def train_and_evaluate(
 
 
 def evaluate_published(tests: TestSet, file: Path) -> list[dict[str, Any]]:
-    """The one point of weights that are there already."""
+    """The one point of published weights."""
     encoder = load_encoder(file)
     quality = DefectCheck(tests.train, tests.mean, LEVELS, light=tests.light)(encoder)
     return [
@@ -178,7 +178,7 @@ def evaluate_published(tests: TestSet, file: Path) -> list[dict[str, Any]]:
 
 
 def by_time(runs: Sequence[dict[str, Any]]) -> dict[float, list[tuple[dict[str, Any], int]]]:
-    """For each time asked for, and 0, the runs that reached it, with the number of the point."""
+    """By time (0 and those asked for): the runs that reached it, each with the point's number."""
     reached: dict[float, list[tuple[dict[str, Any], int]]] = {}
     for run in runs:
         for index, minutes in enumerate((0, *run["minutes"])):
@@ -187,7 +187,7 @@ def by_time(runs: Sequence[dict[str, Any]]) -> dict[float, list[tuple[dict[str, 
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Per category and way: mean and standard deviation over seeds at each time, as Markdown."""
+    """Mean and standard deviation over seeds, per category, way and time, as Markdown."""
     lines = [
         f"AUROC of the {SHOWN} map in percent; 5 % and 10 % brighter: detection with the good test "
         "images alone so much brighter. Mean ± standard deviation over seeds. Chosen: detection / "
@@ -221,7 +221,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def table_of_seeds(runs: Sequence[dict[str, Any]]) -> str:
-    """Trained beside untrained, detection / segmentation, a line per category, way and seed."""
+    """Untrained and trained detection / segmentation, per category, way and seed, as Markdown."""
     lines = [
         "| category | way | seed | untrained | core minutes | trained | chosen |",
         "|---|---|---|---|---|---|---|",
@@ -239,12 +239,12 @@ def table_of_seeds(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(run: dict[str, Any]) -> list[dict[str, float | None]]:
-    """The figures of its points that the table and the plot show."""
+    """The figures of a run's points that tables and plot show."""
     return [point["percent"][SHOWN] for point in run["points"]]
 
 
 def _criteria(run: dict[str, Any]) -> list[float]:
-    """What `selection.Quality.criterion` chooses by."""
+    """`Quality.criterion` of each point, by which training chooses its weights."""
     return [Quality(*point["drawn_defects"]).criterion for point in run["points"]]
 
 
@@ -253,7 +253,7 @@ def _detections(run: dict[str, Any]) -> list[float]:
 
 
 def _best(run: dict[str, Any], last: int, judge: Callable[[dict[str, Any]], list[float]]) -> int:
-    """The number of the first best point up to the last."""
+    """The number of the best of the points up to `last`; the first of equals."""
     values = judge(run)[: last + 1]
     return values.index(max(values))
 
@@ -277,7 +277,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel per category and metric: mean over seeds against time, with bars of deviation."""
+    """Plot the mean over seeds against time, one panel per category and metric."""
     try:
         import matplotlib
     except ImportError:
@@ -325,7 +325,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing; write JSON after every run, tables and plot at the end."""
+    """Run what is missing; write JSON after every run, and tables and plot at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=Path(named) / "data" if named else None)

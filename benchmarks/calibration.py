@@ -1,31 +1,31 @@
-"""Whether false alarms keep to the promised rate, on real normal images.
+"""Whether the false-alarm rate stays below the promised one, on real normal images.
 
     python benchmarks/calibration.py --data DIR --output benchmarks/results
 
-Good images are divided into some to calibrate with and new ones, and the share of new images above
+Good images are split into some to calibrate with and new ones. The share of new images above
 `threshold(rate)`, and of their pixels above `pixel_threshold(rate)`, is compared with the rate, for
-each rate that so many images can promise. How they are divided:
+each rate that so many images can promise. There are three kinds of splits:
 
-- *train*, *train + test*: at random, many times, five of six to calibrate with.
-- *halves*: at random into two, a few times.
-- *train, then test*: train/good to calibrate with, test/good as the new ones. Nothing promises that
-  these are alike; how far they are tells the share of patches whose nearest other image lies in
-  their own folder.
+- *train*, *train + test*: at random, many times, five of six images to calibrate with.
+- *halves*: at random into two halves, a few times.
+- *train, then test*: train/good to calibrate with, test/good as the new images. Nothing promises
+  that the two are alike; how alike they are is measured (`mixing`).
 
-And what is done with them:
+and two ways to use a split:
 
-- *encoded once*: light, mean image and the untrained encoder are those of all images, so that at
-  random the new ones differ from the others by chance alone, and the rate must hold whatever the
-  images. This tries the thresholds. Only pairs of images are searched: the nearest patch in a bank
-  is the nearest of the nearest in its images, bit for bit, which one split of each category is to
-  show against `calibrate` itself.
-- *fitted*: `PatchSVDD.fit` on the one part and `score` of the other, as a user would. Light and
-  mean are now those of the calibration images alone; where it says so, training too is theirs.
+- *encoded once*: light, mean image and untrained encoder are the same for all images. In a random
+  split the new images then differ from the others by chance alone, so the rate must hold for any
+  images: this tests the thresholds. To be fast, it searches pairs of images once and takes the
+  nearest patch in a bank as the minimum over the bank's images. That gives the same bits as
+  `calibrate`, which is checked on one split of each category.
+- *fitted*: `PatchSVDD.fit` on the first part and `score` of the second, as a user would do. Light
+  and mean are those of the calibration images alone. Encoders are trained on them only where the
+  table gives a number of steps.
 
-The promise is an average over splits: intervals are bootstrapped over them and say how far the
-images that are there keep it; those of a single split are binomial. DIR holds categories in MVTec
-layout in `data`; without it, built-in images are used. Writes calibration.json and calibration.md
-after each category; those of others that are there already stay.
+The promise is an average over splits. Intervals over many splits are bootstrapped and say how well
+these images keep it; those of a single split are binomial. DIR holds categories in MVTec layout in
+`data`; without it, built-in images are used. Writes calibration.json and calibration.md after each
+category, and keeps what they hold of other categories.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ from patchsvdd_fast.score.maps import combine
 SHAPE = (256, 256)
 COMBINATION = "mult"
 RATES = (0.01, 0.05, 0.1)
-NEW = 6  # one image in so many is new, where there are many splits
-MOST_TRAIN, MOST_TEST = 120, 30  # images of a category's folders that are taken
-PIXEL_STEP = 4  # every so manieth pixel along each axis enters a threshold; maps vary slowly
+NEW = 6  # one image in NEW is new, in the random splits that are made many times
+MOST_TRAIN, MOST_TEST = 120, 30  # images that are used of a category's two folders
+PIXEL_STEP = 4  # thresholds use every PIXEL_STEP-th pixel of each axis; maps vary slowly
 RESAMPLES = 2_000
 PERMUTATIONS = 10_000
-CHANCE = 0.025  # below which a single split is held to break the promise
+CHANCE = 0.025  # probability below which a single split counts as breaking the promise
 ENCODED_ONCE = "encoded once"
 
 Split = tuple[Tensor, Tensor]
@@ -76,21 +76,22 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """How one split came out."""
+    """The result of one split."""
 
     calibrated: int
-    """Images that the thresholds are from."""
+    """Number of images to calibrate with."""
     new: int
+    """Number of new images."""
     alarms: dict[float, float]
-    """By rate, the share of the new images above the threshold."""
+    """By promised rate, the share of the new images above the threshold."""
     pixels: dict[float, float]
-    """By rate, the share of their pixels above the pixel threshold."""
+    """By promised rate, the share of their pixels above the pixel threshold."""
     p_value: float
     """Mean of the new images' p-values."""
 
 
 def random_splits(images: Tensor, new: int, splits: int, seed: int) -> Iterator[Split]:
-    """Divide numbers of images at random, so that the second part has `new` of them."""
+    """Split numbers of images at random, many times; the second part has `new` of them."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(splits):
         mixed = images[torch.randperm(len(images), generator=generator)]
@@ -115,7 +116,7 @@ def try_out(calibration: Calibration, maps: Tensor) -> Trial:
 
 
 def pair_distances(embeddings: Tensor) -> Tensor:
-    """Of each patch to its nearest in each other image: [N, N, I J], [i, j] of i's patches in j.
+    """Distances [N, N, I J]: entry [i, j] from image i's patches to their nearest in image j.
 
     embeddings: [N, I, J, D]. An image is infinitely far from itself.
     """
@@ -130,9 +131,9 @@ def pair_distances(embeddings: Tensor) -> Tensor:
 
 
 def maps_against(distances: Mapping[PatchLevel, Tensor], bank: Tensor, images: Tensor) -> Tensor:
-    """Combined maps [N', H, W] of some images against a bank of some, each without itself.
+    """Combined maps [N', H, W] of images against a bank of images, each without itself.
 
-    distances: from `pair_distances`; bank, images: numbers, int64.
+    distances: from `pair_distances`. bank, images: numbers of images, int64.
     """
     maps = {}
     for level, pairs in distances.items():
@@ -143,14 +144,14 @@ def maps_against(distances: Mapping[PatchLevel, Tensor], bank: Tensor, images: T
 
 
 def calibration_of(maps: Tensor, step: int = PIXEL_STEP) -> Calibration:
-    """What `calibrate` makes of the maps [N, H, W] of images, each against the others."""
+    """The calibration from maps [N, H, W] of images, each scored against the others."""
     scores = maps.amax(dim=(1, 2)).double().sort().values
     pixels = maps[:, ::step, ::step].flatten().double()
     return Calibration(scores, _upper_quantiles(pixels, scores[-1:]))
 
 
 def encoded_once(distances: Mapping[PatchLevel, Tensor], split: Split) -> Trial:
-    """Try a split of images whose `pair_distances` are known."""
+    """Try a split of images, given their `pair_distances`."""
     kept, new = split
     calibration = calibration_of(maps_against(distances, kept, kept))
     return try_out(calibration, maps_against(distances, kept, new))
@@ -161,7 +162,7 @@ def check_against_calibrate(
     distances: Mapping[PatchLevel, Tensor],
     images: Tensor,
 ) -> None:
-    """Raise RuntimeError unless pairs of images give, to the bit, what banks of them give."""
+    """Raise RuntimeError unless pairs of images give the same bits as `calibrate` on banks."""
     theirs = calibrate(
         {level: NormalBank(values[images]) for level, values in embeddings.items()},
         SHAPE,
@@ -177,11 +178,14 @@ def check_against_calibrate(
 
 
 def mixing(pairs: Tensor, in_test: Tensor) -> dict[str, float]:
-    """How well two folders mix, from `pair_distances` and which images [N] lie in the second.
+    """How well the images of two folders mix.
 
-    `own_folder`: share of the patches whose nearest other image lies in their own folder;
-    `by_chance`: its mean over random folders of these sizes; `p_value`: how often those have as
-    high a share. `one_image`: the largest share of an image's patches that one other has nearest.
+    pairs: from `pair_distances`. in_test: [N] bool, whether an image lies in the second folder.
+
+    Returns `own_folder`, the share of the patches whose nearest other image lies in their own
+    folder; `by_chance`, its mean over random folders of these sizes; `p_value`, how often random
+    folders have as high a share; and `one_image`, the largest share of an image's patches whose
+    nearest image is the same.
     """
     count = len(pairs)
     nearest_image = pairs.argmin(dim=1)  # [N, I J]
@@ -204,7 +208,7 @@ def mixing(pairs: Tensor, in_test: Tensor) -> dict[str, float]:
 
 
 def fitted(images: Tensor, split: Split, mean: str, steps: int | None = None) -> Trial:
-    """Fit a detector on a part of uint8 images [N, 3, H, W], trained for `steps` if given."""
+    """Fit a detector on a part of images [N, 3, H, W] uint8, training for `steps` if given."""
     kept, new = split
     detector = PatchSVDD(mode="dense", steps=steps, mean=mean, image_size=SHAPE, device="cpu")
     encoder = detector.untrained_encoder() if steps is None else None
@@ -217,12 +221,12 @@ def fitted(images: Tensor, split: Split, mean: str, steps: int | None = None) ->
 
 
 def record(category: str, division: str, way: str, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Shares and intervals over the trials of a way, by rate."""
+    """A record for the table: shares with intervals over the trials, by promised rate."""
     calibrated, new = trials[0].calibrated, trials[0].new
     p_values = [trial.p_value for trial in trials]
     rates = []
     for rate in trials[0].alarms:
-        above = math.floor((calibrated + 1) * rate + 1e-9)  # places above the threshold
+        above = math.floor((calibrated + 1) * rate + 1e-9)  # ranks above the threshold, of N + 1
         alarms = [trial.alarms[rate] for trial in trials]
         entry: dict[str, Any] = {
             "rate": rate,
@@ -249,7 +253,7 @@ def record(category: str, division: str, way: str, trials: Sequence[Trial]) -> d
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean over splits with a bootstrapped 95 % interval; of a single one the value alone."""
+    """Mean over splits with a bootstrapped 95 % interval; for a single split, without one."""
     share = statistics.mean(values)
     if len(values) == 1:
         return {"share": share, "low": None, "high": None}
@@ -260,7 +264,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def one_split(share: float, new: int) -> dict[str, float | None]:
-    """A share of `new` images with the exact binomial 95 % interval."""
+    """A share of `new` images with its exact binomial 95 % interval."""
     found = binomtest(round(share * new), new).proportion_ci(method="exact")
     return {"share": share, "low": float(found.low), "high": float(found.high)}
 
@@ -268,7 +272,7 @@ def one_split(share: float, new: int) -> dict[str, float | None]:
 def records_of(
     category: Category, splits: int, fits: int, trained_fits: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """All ways on a category, a record each; one says how its folders mix."""
+    """A record for each split and way on a category; one also says how its folders mix."""
     train = some_of(find_images(category.root / "train" / "good"), MOST_TRAIN)
     test = some_of(find_images(category.root / "test" / "good"), MOST_TEST)
     raw = load_images([*train, *test], SHAPE, max(level.size for level in DEFAULT_LEVELS))
@@ -305,7 +309,7 @@ def records_of(
 
 
 def some_of(paths: Sequence[Path], most: int) -> list[Path]:
-    """At most so many of the paths, drawn at random, in their order."""
+    """At most `most` of the paths, drawn at random, in their original order."""
     if len(paths) <= most:
         return list(paths)
     drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))[:most]
@@ -377,7 +381,7 @@ def _with_interval(found: Mapping[str, float | None], unit: float) -> str:
 
 
 def main() -> None:
-    """Try all categories; print tables, write JSON and tables."""
+    """Try all categories, print the table, and write JSON and table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=named and Path(named))
@@ -402,7 +406,7 @@ def main() -> None:
                 print(category.name, one["division"], one["way"], flush=True)
                 found.append(one | {"commit": commit()})
             records = [one for one in records if one["category"] != category.name] + found
-            records.sort(key=lambda one: one["category"])  # stable: the ways stay in their order
+            records.sort(key=lambda one: one["category"])  # stable: keeps ways in order
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with written_whole(path) as partial:

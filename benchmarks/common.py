@@ -1,4 +1,4 @@
-"""What the benchmarks share: workloads, peers, timing, how right the answers are, plots."""
+"""What the benchmarks have in common: peers, workloads, timing, correctness of answers, plots."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def faiss_flat(bank: Tensor) -> Search:
 
 
 def faiss_search(index: Any) -> Search:
-    """The search of a FAISS index on the CPU; its squared distances may be negative."""
+    """The search of a FAISS index on the CPU, whose squared distances may come out negative."""
 
     def search(queries: Tensor) -> tuple[Tensor, Tensor]:
         squared, rows = index.search(queries.cpu().numpy(), 1)
@@ -72,7 +72,7 @@ def faiss_search(index: Any) -> Search:
 
 @dataclass(frozen=True)
 class Contender:
-    """A search to time; one that would take minutes is given the first of the queries only."""
+    """A search to time; one that would take minutes is given only the first `most_queries`."""
 
     name: str
     prepare: Prepare
@@ -81,7 +81,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Workload:
-    """Queries, a bank, who searches it (ours first) and whom the ratio is taken to."""
+    """Queries [Q, D], a bank [M, D], and the searches to time on them, ours first."""
 
     name: str
     queries: Tensor
@@ -128,7 +128,7 @@ def wall_clock(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def exact_distances(queries: Tensor, bank: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Float64 distances to the given rows, or to the nearest: from differences, not products.
+    """Float64 distances to the given rows [Q], or to the nearest: from differences, not products.
 
     A row that is not in the bank (-1, as some searches mark a failure) is infinitely far.
     """
@@ -147,9 +147,15 @@ def exact_distances(queries: Tensor, bank: Tensor, rows: Tensor | None = None) -
 def correctness(
     queries: Tensor, bank: Tensor, exact: Tensor, distances: Tensor, rows: Tensor
 ) -> dict[str, float]:
-    """How right the distances and rows found for some queries are; `exact`: the true distances."""
+    """How correct the found distances and rows are.
+
+    exact: the true nearest distances [Q] float64.
+
+    Returns the share of queries with a right neighbour, the share with a distance wrongly reported
+    as 0, and the largest relative error of a distance.
+    """
     distances, rows = distances.to(exact.device), rows.to(exact.device)
-    # A neighbour is right if no other is nearer by more than float32 can tell.
+    # A neighbour is right unless another is nearer by more than float32 can resolve.
     right = exact_distances(queries, bank, rows) <= exact * (1 + 1e-6)
     error = (distances.double() - exact).abs() / exact.clamp(min=1e-300)
     return {
@@ -162,7 +168,7 @@ def correctness(
 def prepared(
     workload: Workload, failures: tuple[type[Exception], ...]
 ) -> Iterator[tuple[Contender, Search | Exception, float]]:
-    """The contenders ready to search, or why not, with the seconds that took."""
+    """Each contender with its prepared search (or the error), and the seconds that took."""
     for contender in workload.contenders:
         started = time.perf_counter()
         search: Search | Exception
@@ -183,11 +189,11 @@ def measure(
     patience: float = 20.0,
     failures: tuple[type[Exception], ...] = (),
 ) -> list[dict[str, Any]]:
-    """One record per contender: times, pairs per second, how right the answers are.
+    """One record per contender: times, pairs per second, correctness of the answers.
 
-    A contender that is not installed, or fails with one of `failures`, has the reason instead.
-    warm_up: search once before, untimed. patience: seconds after which a slow search (one with
-    `most_queries`) is not repeated.
+    The record of a contender that is not installed, or fails with one of `failures`, has the reason
+    instead. warm_up: search once before, untimed. patience: a search with `most_queries` that takes
+    more seconds than this is not repeated.
     """
     missing: dict[str, Exception] = {}
     searches: list[tuple[Contender, Search, float]] = []
@@ -203,7 +209,7 @@ def measure(
         for contender, _, _ in searches
     }
     for repeat in range(-1 if warm_up else 0, repeats):
-        # In turn, so that a slow spell of the machine hits all alike.
+        # In turn, so that a slow spell of the machine affects all alike.
         for contender, search, _ in searches:
             name = contender.name
             slow = contender.most_queries and seconds[name] and seconds[name][0] > patience
@@ -252,7 +258,7 @@ def measure(
 
 
 def commit() -> str:
-    """The commit measured, as far as git tells."""
+    """The commit that is measured, as git describes it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(
@@ -267,7 +273,7 @@ def commit() -> str:
 
 
 def plot(panels: Iterable[tuple[str, dict[str, float]]], unit: str, path: Path) -> None:
-    """Bars of every panel's values on a logarithmic axis, the first (ours) in another colour."""
+    """Plot bars for each panel on a logarithmic axis, the first (ours) in another colour."""
     try:
         import matplotlib
 
@@ -298,7 +304,7 @@ def plot(panels: Iterable[tuple[str, dict[str, float]]], unit: str, path: Path) 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a workload is meant to reach, and what it did."""
+    """A number that a workload is meant to reach, and the one measured."""
 
     workload: str
     what: str
@@ -308,7 +314,7 @@ class Figure:
 
     @property
     def reached(self) -> bool | None:
-        """Whether it was; None if nothing was measured."""
+        """Whether the target was reached; None if nothing was measured."""
         if self.measured is None:
             return None
         return self.measured <= self.target if self.at_most else self.measured >= self.target

@@ -3,13 +3,13 @@
     python benchmarks/gpu.py --output DIR [--data DIR]
 
 Times are device times by CUDA events, from the call until the result is there: medians, after one
-call that is not counted. Peers that would take long are given the first of the queries and compared
-by rate. A peer that is not installed or fails has the reason instead of a number. Beside each time
-stands how right the answers are, on a sample, against float64 arithmetic on differences. Every
-workload names the figures it is meant to reach. Writes gpu.json, gpu.md and gpu.png.
+call that is not counted. Peers that would take long are given only the first queries and compared
+by rate. A peer that is not installed or fails has the reason instead of a number. A sample of the
+answers is compared with float64 arithmetic on differences. Every workload names the figures it is
+meant to reach. Writes gpu.json, gpu.md and gpu.png.
 
-With --data (see search.py) the pruned search is measured on real embeddings, otherwise on made-up
-ones. `--device cpu --quick` tries the script where there is no card.
+With --data (see search.py) the search of a clustered bank is measured on real embeddings, otherwise
+on made-up ones. `--device cpu --quick` tries the script where there is no GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from patchsvdd_fast.score.encoding import encode_images, score_images
 IMAGE = 3_249  # K=32 patches of a 256x256 image
 SIDE = 256
 PATIENCE = 3.0  # seconds after which a peer is not timed again
-ON_CPU, ON_GPU = IMAGE, 16_384  # queries given to peers that would take long
+ON_CPU, ON_GPU = IMAGE, 16_384  # queries given to slow peers on either
 FAISS_GPU, CDIST = "FAISS GPU flat", "torch.cdist + min"
 
 
@@ -69,7 +69,7 @@ class Setting:
     clock: Clock
 
     def pick(self, full: int, quick: int) -> int:
-        """A size."""
+        """The size to use: `quick` when trying the script, else `full`."""
         return quick if self.quick else full
 
 
@@ -91,7 +91,7 @@ def event_clock(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def ours(method: str) -> Callable[[Tensor], Search]:
-    """The library's brute force, in a named way."""
+    """The library's brute force, by a method of `ops.use_method`."""
 
     def prepare(bank: Tensor) -> Search:
         def search(queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def ours_in_a_graph(count: int) -> Callable[[Tensor], Search]:
 
 
 def faiss_gpu_flat(bank: Tensor) -> Search:
-    """FAISS's exact index on the GPU, given tensors that lie there."""
+    """FAISS's exact index on the GPU, given tensors on the GPU."""
     if bank.device.type != "cuda":
         raise ImportError("needs a CUDA device")
     import faiss
@@ -170,7 +170,7 @@ def keops(bank: Tensor) -> Search:
 
 
 def flash_kmeans(bank: Tensor) -> Search:
-    """Flash-KMeans's fused assignment; distances from the rows it names."""
+    """Flash-KMeans's fused assignment; distances are computed to the rows that it returns."""
     if bank.device.type != "cuda":
         raise ImportError("needs a CUDA device")
     from flash_kmeans.assign_euclid_triton import euclid_assign_triton
@@ -197,7 +197,7 @@ FUSED_PEERS = [
 def compare_searches(
     setting: Setting, name: str, queries: Tensor, bank: Tensor, contenders: list[Contender]
 ) -> list[dict[str, Any]]:
-    """Records of all contenders; whatever a peer or we raise becomes the reason."""
+    """Records of all contenders; an exception, of a peer or of ours, becomes the reason."""
     records = measure(
         Workload(name, queries, bank, contenders),
         setting.repeats,
@@ -218,12 +218,12 @@ def compare_searches(
 
 
 def value(records: list[dict[str, Any]], search: str, key: str) -> float | None:
-    """A field of a contender's record, None if it was not measured."""
+    """A field of a contender's record; None if it was not measured."""
     return next((record.get(key) for record in records if record["search"] == search), None)
 
 
 def brute_force(setting: Setting) -> Iterator[Results]:
-    """A large random bank that nothing can be skipped in; then long vectors."""
+    """A large random bank, in which clusters could rule out nothing; then long vectors."""
     generator = torch.Generator(setting.device).manual_seed(0)
 
     def random(rows: int, dim: int) -> Tensor:
@@ -261,10 +261,10 @@ def brute_force(setting: Setting) -> Iterator[Results]:
 
 
 def made_up_embeddings(setting: Setting, images: int, seed: int) -> Tensor:
-    """[images * 57 * 57, 64] as trained encoders leave them: a tiny ball far from the origin.
+    """Embeddings [images * 57 * 57, 64] like a trained encoder's: a tiny ball far from the origin.
 
-    Norm 3.58, deviation 0.0046 per coordinate, smooth over the image, along eight axes and a
-    twentieth of noise in all directions.
+    Their norm is 3.58, their deviation 0.0046 per coordinate. They vary smoothly over the image
+    along eight axes, with a twentieth of noise in all directions.
     """
     device = setting.device
     axes = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(device)
@@ -278,7 +278,7 @@ def made_up_embeddings(setting: Setting, images: int, seed: int) -> Tensor:
 
 
 def pruned(setting: Setting) -> Iterator[Results]:
-    """A bank as a detector's is, searched for many images and for one."""
+    """A bank like a detector's, searched for many images and for one."""
     if setting.data is not None:
         name, queries, bank = real_embeddings(setting.data, setting.quick, str(setting.device))
     else:
@@ -323,7 +323,7 @@ def pruned(setting: Setting) -> Iterator[Results]:
 
 @dataclass(frozen=True)
 class Call:
-    """Something to time: what it does, how much, and how right its result is."""
+    """Something to time: the call, its amount of work, and how to judge its result."""
 
     name: str
     run: Callable[[], Any]
@@ -332,13 +332,13 @@ class Call:
 
 
 def compare_calls(setting: Setting, name: str, unit: str, calls: list[Call]) -> list[Any]:
-    """A record per call, ours first: seconds, rate of work, how right the result is."""
+    """A record per call, ours first: seconds, rate of work, correctness of the result."""
     records = []
     for call in calls:
         record: dict[str, Any] = {"workload": name, "search": call.name}
         records.append(record)
         try:
-            record |= call.judge(call.run())  # the call that warms up; its result is let go
+            record |= call.judge(call.run())  # also warms up; the result is not kept
             seconds = [setting.clock(call.run)[1] for _ in range(setting.repeats)]
         except Exception as error:
             record["reason"] = f"{type(error).__name__}: {error}"
@@ -354,7 +354,7 @@ def compare_calls(setting: Setting, name: str, unit: str, calls: list[Call]) -> 
 
 
 def agreement(found: Tensor, expected: Tensor) -> dict[str, float]:
-    """How right values are that should be `expected` up to a rounding of float32."""
+    """Share of values equal to `expected` up to float32 rounding, and largest relative error."""
     found, expected = found.double(), expected.to(found.device).double()
     error = (found - expected).abs() / expected.abs().clamp(min=1e-30)
     error[found == expected] = 0
@@ -365,7 +365,7 @@ def agreement(found: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 def patches(setting: Setting) -> Iterator[Results]:
-    """Cutting out the patches: bound by memory, so measured against a copy."""
+    """extract_patches: bound by memory, so measured against a copy."""
     count, level = setting.pick(256, 2), DEFAULT_LEVELS[1]
     images = torch.rand(count, 3, SIDE, SIDE, device=setting.device)
     cells = level.grid_shape(SIDE, SIDE)
@@ -407,7 +407,7 @@ def patches(setting: Setting) -> Iterator[Results]:
 
 
 def maps(setting: Setting) -> Iterator[Results]:
-    """Spreading distances over pixels, against a transposed convolution with ones."""
+    """score_map, against a transposed convolution with ones."""
     count, level = setting.pick(256, 2), DEFAULT_LEVELS[1]
     size, stride = level.size, level.stride
     distances = torch.rand(count, *level.grid_shape(SIDE, SIDE), device=setting.device)
@@ -442,7 +442,7 @@ def random_images(count: int, seed: int) -> Tensor:
 
 
 def end_to_end(setting: Setting) -> Iterator[Results]:
-    """From images in the host's memory to their anomaly maps there, against two banks."""
+    """From images to anomaly maps, both in the host's memory, with banks for two levels."""
     torch.manual_seed(0)
     encoder = HierarchicalEncoder(initialization="kaiming").eval().to(setting.device)
     train, images = random_images(setting.pick(320, 2), 1), random_images(setting.pick(64, 1), 2)
@@ -464,7 +464,7 @@ def end_to_end(setting: Setting) -> Iterator[Results]:
     bank = rows[levels[1]]
 
     def judge(embeddings: Tensor, distances: Tensor, found: Tensor) -> dict[str, float]:
-        """Of some K=32 patches of the few images, given the embeddings that were searched for."""
+        """Correctness of the answers for some K=32 patches of the first images."""
         count = len(few) * IMAGE
         checked = torch.linspace(0, count - 1, CHECKED).long().to(setting.device)
         queries = embeddings.flatten(0, 2)[checked]
@@ -501,7 +501,7 @@ WORKLOADS = (brute_force, pruned, patches, maps, end_to_end)
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """Name, driver and size of the card; of the CPU, just that it is one."""
+    """Name, driver and size of the GPU; on a CPU, only a note that it is one."""
     if device.type == "cpu":
         return {"name": "none: measured on the CPU"}
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -584,7 +584,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def run(setting: Setting, output: Path | None) -> tuple[dict[str, Any], bool]:
-    """The result of all workloads, written after each; and whether all of ours were measured."""
+    """Run all workloads, write after each; returns the result and whether all of ours worked."""
     result: dict[str, Any] = {
         "commit": commit(),
         "machine": describe(),
@@ -608,7 +608,7 @@ def run(setting: Setting, output: Path | None) -> tuple[dict[str, Any], bool]:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON, table and plot."""
+    """Measure, print a table, and write JSON, table and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=named and Path(named))

@@ -7,8 +7,8 @@ Compiles every csrc/cuda/*.cu as the build does, reads what ptxas reports of eac
 the instructions in its disassembly. Needs no GPU, but nvcc on PATH and nvdisasm (on PATH, or from
 the dev extra). Counts are of instructions in the code, not of instructions executed.
 
-With --check, exits with 1 if a kernel spills registers or keeps anything in local memory, or lacks
-the instructions that RULES ask of it; without nvcc there is nothing to check, which it says.
+With --check, exits with 1 if a kernel spills registers, uses local memory, or lacks instructions
+that RULES ask for. Without nvcc nothing is checked: it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--fmad=false")  # as in CMakeLists.txt
 JOBS = 2
 
-# What is counted, in the order of the columns: the first pattern that matches an opcode has it.
+# Columns and what they count. An opcode counts for the first pattern that matches it.
 INSTRUCTIONS = {
     "HMMA": r"H(G)?MMA",  # float16 on the tensor cores
     "LDSM": r"LDSM",  # matrices from shared memory to registers
@@ -50,7 +50,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """The instructions that every kernel of a source whose name matches must have."""
+    """Instructions that every kernel of a source file must have, if its name matches."""
 
     source: str
     kernels: str  # a regular expression, matched at the start of the name
@@ -65,7 +65,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports of a kernel, sizes in bytes."""
+    """What ptxas reports about a kernel; sizes in bytes."""
 
     registers: int
     stack: int
@@ -89,7 +89,7 @@ class Kernel:
 
 
 def parse_resources(log: str) -> dict[str, Resources]:
-    """The resources of each kernel, by mangled name, in what `nvcc -Xptxas -v` prints."""
+    """The resources of each kernel, by mangled name, from the output of `nvcc -Xptxas -v`."""
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
         name = part.split("'", 1)[0]
@@ -111,7 +111,7 @@ def parse_resources(log: str) -> dict[str, Resources]:
 
 
 def parse_disassembly(text: str) -> dict[str, list[str]]:
-    """The opcodes of each function, by mangled name, in what `nvdisasm -c` prints."""
+    """The opcodes of each function, by mangled name, from the output of `nvdisasm -c`."""
     found: dict[str, list[str]] = {}
     opcodes: list[str] = []
     for line in text.splitlines():
@@ -146,7 +146,7 @@ def short_name(demangled: str) -> str:
 
 
 def _output(*command: str | Path, text: str | None = None) -> str:
-    """What the command prints; raises RuntimeError with it if the command fails."""
+    """What the command prints. Raises RuntimeError if the command fails."""
     done = subprocess.run(
         [str(word) for word in command],
         input=text,
@@ -171,13 +171,13 @@ def find_nvdisasm() -> str:
 
 
 def demangle(names: Sequence[str]) -> list[str]:
-    """The names as the source has them; as they are where no demangler is installed."""
+    """The names as in the source; unchanged where no demangler is installed."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     return _output(tool, text="\n".join(names)).splitlines() if tool else list(names)
 
 
 def compile_kernels(source: Path, arch: str, options: Sequence[str] = ()) -> list[Kernel]:
-    """The kernels of a .cu file compiled for an architecture such as sm_90, by name."""
+    """The kernels of a .cu file, compiled for an architecture such as sm_90, sorted by name."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         log = _output(
@@ -212,7 +212,7 @@ def compiler_version() -> str:
 
 
 def complaints(kernels: Sequence[Kernel], rules: Sequence[Rule]) -> list[str]:
-    """What is wrong with the kernels, a line each; a rule that fits no kernel is wrong, too."""
+    """What is wrong with the kernels, one line each, including rules that match no kernel."""
     found = []
     for kernel in kernels:
         used, local = kernel.resources, kernel.instructions["local"]
@@ -263,7 +263,7 @@ def markdown(kernels: Sequence[Kernel], arch: str, compiler: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Report and, if asked to, check; the exit code."""
+    """Report and, with --check, check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], help="architectures (sm_90)")
     parser.add_argument("--sources", type=Path, default=SOURCES, help="folder of .cu files")

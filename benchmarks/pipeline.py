@@ -1,17 +1,18 @@
-"""End to end on a CPU: image files to scores, by the library and in the usual way.
+"""End to end on a CPU: from image files to scores, by the library and in the usual way.
 
     python benchmarks/pipeline.py --data DIR --output benchmarks/results
 
-The usual way, written afresh after what the paper's implementation does: an image is standardised,
-its patches are cut out one by one, batched by a DataLoader and encoded each by itself; the nearest
-normal patch is found by scikit-learn's KD-tree for K=64 and by NGT's graph (approximate) for K=32;
-each distance is added to all pixels that its patch covers, divided by their number, and the levels'
-maps are multiplied. It works with the same encoder and threads, in the same process, in turn with
-ours. Its indexes hold the embeddings of our banks; that it encodes alike is measured beside.
+The usual way is what the paper's implementation does, written afresh. An image is standardised; its
+patches are cut out one by one, batched by a DataLoader and encoded each by itself. The nearest
+normal patch is found by scikit-learn's KD-tree for K=64 and by NGT's graph (approximate) for K=32.
+A pixel's value is the mean distance of the patches that cover it, and the levels' maps are
+multiplied. The usual way has the same encoder and threads as ours and takes turns with it in the
+same process. Its indexes hold the embeddings of our banks; how far its encoding differs from ours
+is measured as well.
 
-Ours is `PatchSVDD.score_stream` over files, what a user calls. How long opening a model takes and
-how much memory it needs is measured in processes of their own (Linux only). Files have been read
-before, so no time is the disk's.
+Ours is `PatchSVDD.score_stream` over files, as a user would call it. The time to open a model and
+the memory it needs are measured in separate processes (Linux only). Files have been read before, so
+no time is spent on the disk.
 
 DIR is as for search.py; without it, built-in images and an untrained encoder are used. Writes
 pipeline.json and pipeline.md.
@@ -55,7 +56,7 @@ BATCH = 2_048  # patches encoded together in the usual way
 SAME = 1e-3  # relative difference up to which two distances count as the same
 STAGES = ("read", "encode", "search", "map")
 SEARCHES: dict[int, Prepare] = {64: sklearn_kd_tree, 32: ngt_graph}
-"""By patch size: the search that the usual way takes."""
+"""By patch size, the search that the usual way uses."""
 
 IN_A_FRESH_PROCESS = """
 import json, sys, time
@@ -82,7 +83,7 @@ print(json.dumps({
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Adds the seconds the block takes."""
+    """Add the seconds that the block takes to `seconds[what]`."""
     started = time.perf_counter()
     yield
     seconds[what] += time.perf_counter() - started
@@ -92,7 +93,7 @@ def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
 
 
 class CutPatches(Dataset[np.ndarray]):
-    """The patches of an image [3, H, W] float32, each cut out when asked for."""
+    """The patches of an image [3, H, W] float32, each cut out when it is asked for."""
 
     def __init__(self, image: np.ndarray, level: PatchLevel) -> None:
         self.image, self.level = image, level
@@ -108,10 +109,10 @@ class CutPatches(Dataset[np.ndarray]):
 
 
 def embed(encoder: HierarchicalEncoder, patches: Tensor) -> Tensor:
-    """Embeddings [B, D] of patches [B, 3, K, K]; of K=64, quadrant by quadrant."""
+    """Embeddings [B, D] of patches [B, 3, K, K]; larger patches quadrant by quadrant."""
     size = patches.shape[-1]
     if size == SMALL_PATCH:
-        for layer in encoder.small:  # one after another, without what `forward` does for speed
+        for layer in encoder.small:  # layer by layer, without what `forward` does for speed
             patches = layer(patches)
         return patches.flatten(1)
     half = size // 2
@@ -133,7 +134,7 @@ def encode_each_patch(encoder: HierarchicalEncoder, image: np.ndarray, level: Pa
 
 
 def spread(distances: np.ndarray, level: PatchLevel, shape: tuple[int, int]) -> np.ndarray:
-    """The mean over the patches that cover a pixel, [H, W] float64, patch by patch; from [I, J]."""
+    """The anomaly map [H, W] float64 of distances [I, J]: per pixel, the mean of its patches."""
     total, covering = np.zeros(shape), np.zeros(shape)
     for (i, j), distance in np.ndenumerate(distances):
         top, left = i * level.stride, j * level.stride
@@ -145,7 +146,7 @@ def spread(distances: np.ndarray, level: PatchLevel, shape: tuple[int, int]) -> 
 
 @dataclass(frozen=True)
 class UsualResult:
-    """What the usual way finds in an image, and the seconds of each of STAGES."""
+    """What the usual way finds in an image, and the seconds of each stage of STAGES."""
 
     distances: dict[str, np.ndarray]
     maps: dict[str, np.ndarray]
@@ -155,7 +156,7 @@ class UsualResult:
 class UsualWay:
     """The pipeline of the paper's implementation.
 
-    mean: [3, H, W] float32; banks: embeddings [M, D] per level; searches: by patch size.
+    mean: [3, H, W] float32. banks: embeddings [M, D] by level. searches: by patch size.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class UsualWay:
                 self.searches[level] = searches[level.size](bank)
 
     def standardised(self, path: Path) -> np.ndarray:
-        """An image file as [3, H, W] float32, less the mean image."""
+        """An image file as [3, H, W] float32, `(pixel - mean) / 255`."""
         pixels = np.asarray(read_image(path).resize(SHAPE[::-1]), dtype=np.float32)
         return (pixels.transpose(2, 0, 1) - self.mean) / np.float32(255)
 
@@ -203,10 +204,10 @@ class UsualWay:
 def agreement(
     detector: PatchSVDD, paths: Sequence[Path], usual: Sequence[UsualResult]
 ) -> dict[str, dict[str, float]]:
-    """Per combination, how the usual way's image scores of some files compare with ours.
+    """By level and for "mult", how the usual way's image scores of some files compare with ours.
 
-    `worst`: largest relative difference. `rank_correlation`: Spearman's. Of single levels also
-    `same_distances`: share of the patches whose distances differ by at most SAME.
+    Returns `worst`, the largest relative difference, and `rank_correlation`, Spearman's; for single
+    levels also `same_distances`, the share of patches whose distances differ by at most SAME.
     """
     ours = detector.score(list(paths))
     figures = {}
@@ -225,7 +226,7 @@ def agreement(
 
 
 def encoding_difference(usual: UsualWay, detector: PatchSVDD, path: Path) -> float:
-    """Largest difference of an embedding's coordinate between encoding patch by patch and ours."""
+    """Largest difference of a coordinate between embeddings of the usual way and ours."""
     image = usual.standardised(path)
     ours = detector.encode(detector.load_images([path]).pixels)
     return max(
@@ -235,7 +236,7 @@ def encoding_difference(usual: UsualWay, detector: PatchSVDD, path: Path) -> flo
 
 
 def in_a_fresh_process(model: Path, paths: Sequence[Path]) -> dict[str, float]:
-    """Load a model and stream images: seconds to load, memory before and at the most."""
+    """Load a model and stream images in a process of its own: load time and memory."""
     done = subprocess.run(
         [sys.executable, "-c", IN_A_FRESH_PROCESS],
         input=json.dumps([str(model), *map(str, paths)]),
@@ -258,7 +259,7 @@ def time_in_turn(
 ) -> tuple[list[float], list[UsualResult]]:
     """Seconds per image of each stream over `paths`; the usual way's results on `usual_paths`.
 
-    The usual way's images are divided over the repeats, so that a slow spell hits both.
+    The usual way's images are spread over the repeats, so that a slow spell affects both.
     """
     streams = []
     results: dict[Path, UsualResult] = {}
@@ -280,7 +281,7 @@ def measure(
     usual_images: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """All figures: of the bank, ours, the usual way (or why it is missing), how they agree."""
+    """All measurements: the bank, ours, the usual way (or why it is missing), their agreement."""
     detector = PatchSVDD(image_size=SHAPE, mean="paper", device="cpu")
     spent = dict.fromkeys(("fit", "calibrate"), 0.0)
     with timed(spent, "fit"):
@@ -348,7 +349,7 @@ def measure(
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """What is to be reached on two cores with a bank of 300 images of 256x256."""
+    """The figures to reach on two cores with a bank of 300 images of 256x256."""
     ours, usual, bank = result["ours"], result["usual"], result["bank"]
     ratio = (
         usual["seconds_per_image"] / ours["seconds_per_image"]
@@ -431,7 +432,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _times(way: Mapping[str, Any]) -> str:
-    """Milliseconds an image: the median, and the range with what was measured."""
+    """Milliseconds per image: the median, the range, and the number of images."""
     low, high = (1e3 * end(way["all_seconds"]) for end in (min, max))
     return f"{1e3 * way['seconds_per_image']:.1f} ({low:.1f} .. {high:.1f}, {way['images']} images)"
 
@@ -445,7 +446,7 @@ def _before(ours: Mapping[str, Any]) -> float:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON and table."""
+    """Measure, print a table, and write JSON and table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=named and Path(named))

@@ -3,9 +3,9 @@
     python benchmarks/search.py --data DIR --output benchmarks/results
 
 Searches are timed in turn, several times, and the median is kept. Peers that would take minutes are
-given the first few thousand of the queries and compared by pairs per second. Beside the time stands
-how right the answers are, against float64 arithmetic on differences. Peers that are not installed
-are left out. Writes search.json, and search.md and search.png made from it.
+given only the first few thousand queries and compared by pairs per second. The answers are compared
+with float64 arithmetic on differences. Peers that are not installed are left out. Writes
+search.json, and search.md and search.png made from it.
 
 DIR holds `data/magnetic_tile` (a category in MVTec layout) and
 `reference/official_checkpoints/hazelnut_enchier.pkl`; without it, built-in images and an untrained
@@ -55,7 +55,7 @@ def ours(bank: Tensor) -> Search:
 
 
 def ours_plain(bank: Tensor) -> Search:
-    """Every canonical distance, without a screen."""
+    """The library's brute force that computes every canonical distance, without a screen."""
 
     def search(queries: Tensor) -> tuple[Tensor, Tensor]:
         with ops.use_method("plain"):
@@ -65,7 +65,7 @@ def ours_plain(bank: Tensor) -> Search:
 
 
 def ours_bank(bank: Tensor) -> Search:
-    """The library's bank, clustered if it thinks fit."""
+    """The library's bank, which clusters itself if that pays."""
     return NormalBank(bank).nearest
 
 
@@ -94,7 +94,7 @@ def sklearn_kd_tree(bank: Tensor) -> Search:
 
 
 def faiss_ivf(bank: Tensor) -> Search:
-    """FAISS's inverted file: 4,096 lists, of which 8 are looked at; approximate."""
+    """FAISS's inverted file of 4,096 lists, 8 of which are searched; approximate."""
     import faiss
 
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4096)
@@ -122,7 +122,7 @@ def ngt_graph(bank: Tensor) -> Search:
 
 
 def with_instruction_set(name: str, prepare: Prepare) -> Prepare:
-    """One of our searches on another instruction set."""
+    """One of our searches, on the named instruction set."""
 
     def prepared(bank: Tensor) -> Search:
         search = prepare(bank)
@@ -158,7 +158,7 @@ def lesser_instruction_sets(name: str, prepare: Prepare) -> list[Contender]:
 
 
 def hard_banks(generator: torch.Generator, quick: bool) -> dict[str, Tensor]:
-    """Banks [M, 64] on which screens and clusters have nothing to hold on to."""
+    """Banks [M, 64] of which screens and clusters can rule out little or nothing."""
     rows = 4_000 if quick else 50_000
     normal = torch.randn(rows, 64, generator=generator)
     blobs = normal + 1e4 * (torch.arange(rows)[:, None] % 2)
@@ -173,7 +173,7 @@ def hard_banks(generator: torch.Generator, quick: bool) -> dict[str, Tensor]:
 
 
 def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
-    """One after the other, so that only one bank is in memory."""
+    """The workloads, made one after the other so that only one bank is in memory."""
     generator = torch.Generator().manual_seed(0)
     name, queries, bank = real_embeddings(data, quick)
     size = f"bank {len(bank):,} x 64 ({name})"
@@ -210,7 +210,7 @@ def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
             torch.rand(rows, dim, generator=generator),
             [*brute, *peers, Contender("plain fp32 kernel", ours_plain)],
         )
-    # As trained encoders of an object class leave it: mean norm 3.58, deviation 0.00045 (K=64).
+    # Like the K=64 embeddings of an encoder trained on objects: mean norm 3.58, deviation 0.00045.
     rows = 5_000 if quick else 100_000
     yield Workload(
         f"{count:,} queries, bank {rows:,} x 64, a tiny ball far from the origin",
@@ -221,7 +221,7 @@ def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
     for hard, bank in hard_banks(generator, quick).items():
         picked = torch.randint(len(bank), (count,), generator=generator)
         near = bank[picked] + 0.01 * torch.randn(count, 64, generator=generator)
-        # At one distance from every row: the middle of the sphere they lie on.
+        # The centre of the sphere that all rows lie on is equally far from each.
         hard_queries = torch.zeros(count, 64) if hard == "all at one distance" else near
         yield Workload(
             f"{hard}, {count:,} queries, bank {len(bank):,} x 64",
@@ -242,7 +242,7 @@ def workloads(data: Path | None, quick: bool) -> Iterator[Workload]:
 
 
 def memory_of_a_bank(rows: int, dim: int) -> dict[str, float]:
-    """Bytes beyond the embeddings given, over their bytes: after building and at the most."""
+    """Memory that a bank takes beside the given embeddings, over their size: kept, and at most."""
     code = f"""
 import resource, torch
 from patchsvdd_fast import NormalBank
@@ -294,7 +294,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def panels(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """What to plot: pairs per second of every search, a panel per workload."""
+    """What to plot: pairs per second of every search, one panel per workload."""
     for workload in dict.fromkeys(record["workload"] for record in result["records"]):
         yield (
             workload,
@@ -307,7 +307,7 @@ def panels(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON, table and plot."""
+    """Measure, print a table, and write JSON, table and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = os.environ.get("PATCHSVDD_TEST_DATA")
     parser.add_argument("--data", type=Path, default=named and Path(named))

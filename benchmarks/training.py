@@ -1,16 +1,16 @@
-"""Speed of training: the faithful mode against the usual way, and what a step's time goes to.
+"""Speed of training: the faithful mode against the usual way, and where a step's time goes.
 
     python benchmarks/training.py --output benchmarks/results
 
 The usual way, written afresh after the paper's description: each patch is cut out of a float image
 in NumPy by one of two DataLoader workers, batched, augmented in the training process, and encoded
 patch size by patch size by a plain model under PyTorch's defaults (on a GPU, TF32 convolutions).
-Both train the same batches (64 pairs of each kind and size) from the same initialisation; their
-steps are timed in turn, the median is kept. The dense mode's steps are timed beside them: other
-things are learned in one, so no ratio is given.
+Both train on batches of the same size (64 pairs of each kind and patch size) from the same
+initialisation. Their steps are timed in turn, and the median is kept. The dense mode's steps are
+timed too; they learn from other data, so no ratio is given.
 
 A step's operations are counted, and the speed of a large matrix product is measured between the
-rounds: it bounds what direct convolutions could reach, and so every ratio.
+rounds. It bounds the speed that direct convolutions can reach, and so every ratio.
 
 Images are the built-in sample. Writes training.json and training.md.
 """
@@ -54,7 +54,7 @@ Patches = dict[str, Tensor]
 
 
 class CutPatches(Dataset[Patches]):
-    """One pair of each kind and size, cut out in NumPy; images: [N, H, W, 3] float32."""
+    """One pair of each kind and patch size, cut out in NumPy; images: [N, H, W, 3] float32."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -96,7 +96,7 @@ def _perturbed(patches: Tensor) -> Tensor:
 
 
 class UsualWay:
-    """Training with a DataLoader; each call makes a step."""
+    """Training in the usual way, with a DataLoader."""
 
     def __init__(self, images: Tensor, mean: Tensor, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -137,11 +137,11 @@ class UsualWay:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        float(loss)  # as one who prints it
+        float(loss)  # as if it were printed: waits for a GPU
 
 
 class Ours:
-    """A mode of the library, run some steps at a time."""
+    """Training in a mode of the library."""
 
     def __init__(self, mode: str, images: Tensor, mean: Tensor, device: torch.device) -> None:
         settings = training_settings(mode, steps=1_000_000)
@@ -150,13 +150,13 @@ class Ours:
         self.trainer = Trainer(encoder, images, mean, settings)
 
     def __call__(self, steps: int) -> None:
-        """Make some steps."""
+        """Make `steps` steps."""
         self.trainer.total = self.trainer.record.steps + steps
         self.trainer.run()
 
 
 def seconds_per_step(run: Callable[[int], None], steps: int, device: torch.device) -> float:
-    """Of `steps` steps in a row, the device waited for."""
+    """Seconds per step, over `steps` steps in a row, until the device is done."""
     started = time.perf_counter()
     run(steps)
     if device.type == "cuda":
@@ -165,7 +165,7 @@ def seconds_per_step(run: Callable[[int], None], steps: int, device: torch.devic
 
 
 def share_of_convolutions(run: Callable[[int], None], device: torch.device) -> float:
-    """The part of the operators' own time that goes to convolutions, forward and backward."""
+    """The share of all operators' time that convolutions take, forward and backward."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -180,14 +180,14 @@ def share_of_convolutions(run: Callable[[int], None], device: torch.device) -> f
 
 
 def gigaflops_of(run: Callable[[int], None]) -> float:
-    """Floating-point operations of a step, forward and backward, in 1e9."""
+    """Floating-point operations of a step, forward and backward, in billions."""
     with FlopCounterMode(display=False) as counter:
         run(1)
     return counter.get_total_flops() / 1e9
 
 
 def matrix_gigaflops(device: torch.device) -> float:
-    """Speed of a large float32 matrix product, in 1e9 operations per second."""
+    """Speed of a large float32 matrix product, in billions of operations per second."""
     matrix = torch.rand(MATRIX_SIDE, MATRIX_SIDE, device=device)
 
     def run(count: int) -> None:
@@ -201,7 +201,7 @@ def matrix_gigaflops(device: torch.device) -> float:
 def measure(
     images: Tensor, device: torch.device, rounds: int, steps: int, warm_up: int
 ) -> tuple[dict[str, Any], float]:
-    """Seconds per step of each way, rounds in turn; and the speed of a matrix product."""
+    """Seconds per step of each way, timed in turn, and the speed of a matrix product."""
     mean = mean_image(images)
     usual = UsualWay(images, mean, device)
 
@@ -250,7 +250,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON and table."""
+    """Measure, print a table, and write JSON and table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder for training.json and .md")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
