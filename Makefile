@@ -1,14 +1,14 @@
-# demo and test need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+# demo and test need Python >= 3.10, a C++ compiler and make; all else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPP_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-# pip's isolated builds take their tools at the pinned versions, too.
+# Also pins the build tools in pip's isolated build environments.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-# The commands for a card run under the machine's own Python, whose PyTorch is built for its CUDA.
+# The GPU targets use the system's Python, whose PyTorch is built for its CUDA.
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 
@@ -21,14 +21,14 @@ demo: $(VENV)/installed  ## train and score on a built-in sample
 test: $(VENV)/installed-dev  ## the whole test suite
 	$(BIN)/pytest
 
-test-slow: $(VENV)/installed-dev  ## with the long property runs
+test-slow: $(VENV)/installed-dev  ## the whole test suite and its long runs
 	$(BIN)/pytest --slow
 
-browser:  ## for the tests that look at HTML reports (Debian, as root); they are skipped without it
+browser:  ## install Chromium for tests of HTML reports (Debian, as root); skipped without it
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends chromium-headless-shell
 
-lint: $(VENV)/installed-dev  ## style, types, formatting, the rule of the rooms, what nvcc makes of the kernels
+lint: $(VENV)/installed-dev  ## style, formatting, types, imports between rooms, compiled CUDA kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -36,14 +36,14 @@ lint: $(VENV)/installed-dev  ## style, types, formatting, the rule of the rooms,
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/python benchmarks/kernel_report.py --check
 
-format: $(VENV)/installed-dev  ## bring the sources into shape
+format: $(VENV)/installed-dev  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-docs: $(VENV)/installed-dev  ## the documentation as HTML, in build/docs
+docs: $(VENV)/installed-dev  ## build the documentation as HTML, in build/docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
 
-# Installed editable either way, so that the two share one environment.
+# Both install the package as editable, into the same environment.
 $(VENV)/installed: $(NATIVE_SOURCES) | $(BIN)/python
 	$(BIN)/pip install -e .
 	touch $@
@@ -55,22 +55,22 @@ $(VENV)/installed-dev: $(NATIVE_SOURCES) | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-sanitize: $(VENV)/installed-dev  ## the C++ tests under address, undefined-behaviour, thread sanitizers
+sanitize: $(VENV)/installed-dev  ## the C++ tests under address, undefined-behaviour and thread sanitizers
 	$(BIN)/pytest tests/test_native.py
 
-bench: $(VENV)/installed-dev  ## search against its peers; results as JSON, table and plot
+bench: $(VENV)/installed-dev  ## the search against its peers; writes JSON, table and plot
 	$(BIN)/pip install -e '.[bench]'
 	$(BIN)/python benchmarks/search.py --output benchmarks/results
 
-build-gpu:  ## the extension in place, for this card alone unless PATCHSVDD_CUDA_ARCHITECTURES says
+build-gpu:  ## build the extension in place, for this GPU only unless PATCHSVDD_CUDA_ARCHITECTURES is set
 	card=$$($(GPU_PYTHON) tests/gpu/card.py) && PATCHSVDD_CUDA=ON \
 	  PATCHSVDD_CUDA_ARCHITECTURES="$${PATCHSVDD_CUDA_ARCHITECTURES:-$$card}" \
 	  $(GPU_PYTHON) setup.py build_ext --inplace
 
-test-gpu: build-gpu  ## the tests that need a card; installs nothing
+test-gpu: build-gpu  ## the tests that need a GPU; installs nothing
 	$(GPU_PYTHON) -m pytest tests/gpu -rs --durations=10
 
-bench-gpu: build-gpu  ## the library on a card against its peers: gpu.json, gpu.md, gpu.png in OUT
+bench-gpu: build-gpu  ## the library on a GPU against its peers; writes gpu.json, gpu.md, gpu.png to OUT
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) benchmarks/gpu.py --output "$(OUT)"
 
 clean:

@@ -1,4 +1,4 @@
-"""Options of the runs; fixtures: reference data where present, the CUDA-on-host module."""
+"""Command-line options of the tests, and fixtures: reference data, the CUDA-on-host module."""
 
 from __future__ import annotations
 

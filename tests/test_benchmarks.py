@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: what they write, and that what is wrong is shown as wrong."""
+"""The benchmarks' own logic: what they write, and that wrong answers are reported as wrong."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the host and executed there, against reference and CPU kernels."""
+"""The CUDA kernels, compiled for and run on the host, against the reference and the CPU kernels."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The report on compiled kernels: its parsers, and that its check notices what it is there for."""
+"""The report on compiled kernels: its parsers, and that its check finds faulty kernels."""
 
 import json
 import shutil

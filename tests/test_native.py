@@ -1,4 +1,4 @@
-"""The tests in C++: every bound against true distances, CPU and CUDA kernels under sanitizers."""
+"""Runs the C++ tests: every bound against true distances, and all kernels under sanitizers."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The rule of the rooms (ARCHITECTURE.md): who imports whom, and what comes along."""
+"""The rule of the rooms (ARCHITECTURE.md): which room imports which, and what an import loads."""
 
 import re
 import shutil

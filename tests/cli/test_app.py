@@ -1,4 +1,4 @@
-"""The command line as a user types it, in a process of its own."""
+"""The command line, run in a process of its own as a user would type it."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""`info`, `update`, `explain`, `export`, `evaluate --report`: in process, as a user types them."""
+"""The commands `info`, `update`, `explain`, `export` and `evaluate --report`, run in process."""
 
 import json
 import re

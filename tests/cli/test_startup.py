@@ -1,4 +1,4 @@
-"""How the command line starts: help without PyTorch, Ctrl-C without a traceback."""
+"""Start of the command line: help without PyTorch, Ctrl-C without a traceback."""
 
 import os
 import signal

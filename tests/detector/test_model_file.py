@@ -1,4 +1,4 @@
-"""Model files: damaged, forged, half written, read by two. Run as a script, it opens mutants."""
+"""Model files: damaged, forged, half written, opened twice. As a script, it opens mutated files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Changing what is normal: as if fitted afresh, nothing changed by a failure, in files, too."""
+"""Adding, removing and merging images: the same as a fresh fit, and a failure changes nothing."""
 
 import json
 import random

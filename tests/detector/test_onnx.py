@@ -1,4 +1,4 @@
-"""ONNX export: onnxruntime gives the encoder's embeddings, the recipe the detector's maps."""
+"""ONNX export: onnxruntime gives the encoder's embeddings, and the documented steps its maps."""
 
 import json
 import re

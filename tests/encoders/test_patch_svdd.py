@@ -1,4 +1,4 @@
-"""The encoder: dense equals patch by patch, official weights give official embeddings."""
+"""The encoder: dense encoding equals patch by patch, official weights the official embeddings."""
 
 import pickle
 

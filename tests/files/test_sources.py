@@ -1,4 +1,4 @@
-"""Where images to score come from: files, folders, globs, lists, folders that are being filled."""
+"""Where images to score come from: files, folders, globs, lists, folders that are watched."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Prints the architecture of the first card, as CMake names it; fails where there is none."""
+"""Prints the architecture of the first GPU as CMake names it; fails where there is none."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Tests on a card (`make test-gpu`); `pytest tests/gpu --gpu-device cpu` tries them without one.
+"""Tests on a GPU (`make test-gpu`); `pytest tests/gpu --gpu-device cpu` tries them without one.
 
-What the ops give on the device is compared with what they give on the CPU, bit for bit.
+Results of the ops on the device are compared with those on the CPU, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The search on the device against that on the CPU, bit for bit."""
+"""The search on a GPU against that on the CPU, bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Patches, their gradients and anomaly maps on the device against those on the CPU."""
+"""Patches, their gradients and anomaly maps on a GPU against those on the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The small tests again under compute-sanitizer: memory accesses, races in shared memory."""
+"""Runs the small GPU tests under compute-sanitizer: memory accesses, races in shared memory."""
 
 import os
 import shutil

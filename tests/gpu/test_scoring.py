@@ -1,4 +1,4 @@
-"""Banks and whole detectors on the device, given the same embeddings as on the CPU."""
+"""Banks and whole detectors on a GPU against the CPU, given the same embeddings."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The ops as citizens of torch on the device: streams, devices, graphs, compilation, errors."""
+"""The ops under torch on a GPU: streams, devices, CUDA graphs, compilation, errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Figures of images, their usual range, and streams that move: by hand and on real images."""
+"""Drift: figures of images, their usual range, and streams that leave it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is kept of the training images: in memory, in a model file, from a damaged one."""
+"""What a detector keeps of its training images: in memory, in model files, in damaged ones."""
 
 import io
 import struct

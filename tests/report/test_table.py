@@ -1,4 +1,4 @@
-"""Tables that survive kills and full disks, maps that read back, names that stay inside."""
+"""Tables survive kills and full disks, maps can be read back, files stay in the output folder."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Thresholds and p-values: their definition, and that false alarms keep to the promised rate."""
+"""Thresholds and p-values: their definition, and that the false-alarm rate is kept."""
 
 import numpy as np
 import pytest

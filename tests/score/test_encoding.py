@@ -1,5 +1,5 @@
-"""Images of any size: tiles whose seams cannot be seen, in bounded memory. Run as a script, it
-encodes one image and prints what that took."""
+"""Encoding images of any size: in tiles without seams, in bounded memory. Run as a script, it
+encodes one image and prints the memory that it took."""
 
 import json
 import math

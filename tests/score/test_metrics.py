@@ -1,4 +1,4 @@
-"""Metrics against independent computations."""
+"""Metrics (AUROC, AUPRO) against independent computations."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Why an image is anomalous: regions by hand, and matches computed anew from the pixels."""
+"""Explanations of anomalies: regions and matches against ones computed another way."""
 
 from collections import deque
 

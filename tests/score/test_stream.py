@@ -1,4 +1,4 @@
-"""Streams: results in their order, bounded read-ahead, errors that arrive, threads that end."""
+"""Streams: results in order, bounded read-ahead, errors passed on, threads that end."""
 
 import asyncio
 import contextvars

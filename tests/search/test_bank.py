@@ -1,4 +1,4 @@
-"""Banks, clustered and plain: exact whatever they hold, through their whole life."""
+"""Banks, clustered and plain: exact for any embeddings, also after changes, saving and loading."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""A bank that streams by in chunks: the answer is that of one search."""
+"""A bank that is searched chunk by chunk: the answer is that of one search."""
 
 import numpy as np
 import pytest

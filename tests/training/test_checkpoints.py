@@ -1,4 +1,4 @@
-"""Interrupted training: resumed, killed, terminated, nothing lost and nothing changed."""
+"""Training that is interrupted, terminated or killed: once resumed, it gives the same result."""
 
 import copy
 import json

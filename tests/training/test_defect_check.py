@@ -1,4 +1,4 @@
-"""Drawn defects, and judging an encoder by them."""
+"""Synthetic defects, and choosing an encoder's weights by how well it finds them."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The dense mode: its pairs, their embeddings, and that it learns."""
+"""Training in the dense mode: its pairs, their embeddings, and that the encoder improves."""
 
 import pytest
 import torch

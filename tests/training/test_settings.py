@@ -1,4 +1,4 @@
-"""Settings from the recipes: what is given wins, and checks can be switched off."""
+"""Training settings: given values override the recipes, and checks can be switched off."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Data-parallel training: two processes do what one does."""
+"""Data-parallel training: two processes train the same encoder as one."""
 
 import subprocess
 import sys
