@@ -1,1 +1,1 @@
-"""Images: read, lit alike, described, kept as pictures, and made up for demos and checks."""
+"""Images: reading, light and mean, drift statistics, stored pictures, synthetic defects."""

@@ -1,7 +1,8 @@
-"""Defects drawn into good images: what is known to be wrong, where no real defects are at hand.
+"""Synthetic defects: drawn into good images, where no images with real defects are at hand.
 
-Images are float arrays [H, W, 3] in 0 .. 255, masks boolean [H, W]; everything is drawn from a
-NumPy generator.
+Apart from `draw_defects`, which takes and returns tensors, functions work on float arrays
+[H, W, 3] in 0 .. 255 and boolean masks [H, W] (True: defective). `shape` is (height, width) in
+pixels, and all randomness comes from `rng`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Strength(NamedTuple):
-    """How plain a drawn defect is, in multiples of the usual."""
+    """Size and contrast of a synthetic defect, as multiples of the usual ones."""
 
     size: float = 1.0
     contrast: float = 1.0
-    """Of spots and scratches; what stains, rubs or replaces has none."""
+    """Of spots and scratches; the other kinds ignore it."""
 
 
 USUAL = Strength()
@@ -33,13 +34,16 @@ USUAL = Strength()
 def smooth_noise(
     rng: np.random.Generator, shape: tuple[int, int], length: float, deviation: float
 ) -> Array:
-    """A random field [H, W] that varies over `length` pixels."""
+    """A random field [H, W] of this standard deviation that varies over some `length` pixels."""
     field: Array = ndimage.gaussian_filter(rng.normal(size=shape), length / 3, mode="wrap")
     return field * (deviation / field.std())
 
 
 def blob(rng: np.random.Generator, shape: tuple[int, int], radius: float) -> Mask:
-    """A round region with an uneven border, away from the image's edge where there is room."""
+    """A mask of a round region with an uneven border, off the image's edge if there is room.
+
+    radius: of the region, in pixels; the border varies by about a sixth of it.
+    """
     y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
     margin = np.minimum(2 * radius, np.array(shape) / 2)
     centre = rng.uniform(margin, np.array(shape) - margin)
@@ -51,7 +55,11 @@ def blob(rng: np.random.Generator, shape: tuple[int, int], radius: float) -> Mas
 def cut(
     rng: np.random.Generator, shape: tuple[int, int], reach: tuple[float, float], margin: float = 70
 ) -> Mask:
-    """A thin, gently bent line of 2 * `reach` pixels."""
+    """A mask of a thin, gently bent line.
+
+    reach: (lowest, highest) of half its length; margin: of its centre from the image's edge, if
+    there is room. Both in pixels.
+    """
     y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
     angle, bend = rng.uniform(0, np.pi), rng.normal(0, 0.004)
     low = np.minimum(margin, np.array(shape) / 2)
@@ -63,7 +71,7 @@ def cut(
 
 
 def blend(image: Array, over: Array, mask: Mask, softness: float) -> Array:
-    """`over` where the mask is set, with a border that is soft over some pixels."""
+    """`image`, but `over` where the mask is set; softness: sigma of the border's blur, pixels."""
     weight = ndimage.gaussian_filter(mask.astype(float), softness)[..., None]
     blended: Array = image * (1 - weight) + over * weight
     return blended
@@ -74,7 +82,7 @@ def _radius(image: Array, rng: np.random.Generator, strength: Strength) -> float
 
 
 def _change(image: Array, rng: np.random.Generator, strength: Strength) -> float:
-    """Brighter or darker, at the usual strength by about the image's own deviation."""
+    """A change in gray levels, up or down: about the image's standard deviation x contrast."""
     deviation = max(8.0, float(image.std(axis=(0, 1)).mean()))
     return float(rng.choice([-1, 1]) * rng.uniform(0.7, 1.5) * deviation * strength.contrast)
 
@@ -107,7 +115,7 @@ def _scratch(image: Array, rng: np.random.Generator, strength: Strength) -> tupl
 
 
 def _enlarged(image: Array, rng: np.random.Generator, strength: Strength) -> tuple[Array, Mask]:
-    """Structure of a foreign size: the surroundings, enlarged and turned."""
+    """Structure of the wrong size: a part of the image, twice as large and upside down."""
     mask = blob(rng, image.shape[:2], _radius(image, rng, strength))
     height, width = image.shape[:2]
     rows, columns = np.arange(height) // 2, np.arange(width) // 2
@@ -127,7 +135,7 @@ DEFECTS: dict[str, Draw] = {
 
 
 _VISIBLE = 3.0  # gray levels by which at least half of a defect's pixels must differ
-_ATTEMPTS = 20  # at a visible one; a flat image may not let itself be blurred at all
+_ATTEMPTS = 20  # to draw a visible defect; blurring a flat image never gives one
 
 
 def draw_defects(
@@ -139,7 +147,7 @@ def draw_defects(
 ) -> tuple[Tensor, Tensor]:
     """A copy of a uint8 image [3, H, W] with `count` defects, and their mask [H, W] (bool).
 
-    kind: of `DEFECTS`; None: any.
+    kind: a key of `DEFECTS`; None: a random one for each defect.
     """
     pixels = image.permute(1, 2, 0).double().numpy()
     mask = np.zeros(pixels.shape[:2], dtype=bool)
@@ -154,7 +162,7 @@ def draw_defects(
 def _visible(
     draw: Draw, image: Array, rng: np.random.Generator, strength: Strength
 ) -> tuple[Array, Mask]:
-    """A defect drawn again until it shows: what darkens a black ground changes nothing."""
+    """Draw a defect, again if it does not show: darkening a black surface changes nothing."""
     for _ in range(_ATTEMPTS):
         changed, mask = draw(image, rng, strength)
         changed = changed.clip(0, 255)

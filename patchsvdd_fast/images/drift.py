@@ -1,8 +1,8 @@
 """Whether images look like the training images at all: light, contrast, focus, colour, size.
 
-A score alone cannot tell a dark lamp from a scratch. A few figures of each training image are kept;
-an image whose figures leave their range, or a stream whose recent images lie elsewhere in it than
-the training images did, is said to be unusual, in words.
+A score alone cannot tell a dim lamp from a scratch. So a few statistics of each training image are
+kept. An image whose statistics leave the training images' range is called unusual, in words; so is
+a stream whose recent images are distributed differently within that range.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 WINDOW = 50
-"""Images of a stream that are compared with the training images."""
+"""How many of the last images of a stream are compared with the training images."""
 
-# By figure: what an image below and above the usual range is called, and its decimals.
+# Per statistic: the words for an image below and above the usual range, and the decimals to show.
 _NAMES = {
     "brightness": ("darker", "brighter", 1),
     "contrast": ("flatter", "richer in contrast", 1),
@@ -28,27 +28,30 @@ _NAMES = {
     "height": ("shorter", "taller", 0),
 }
 STATISTICS = tuple(_NAMES)
-"""Names of the figures, in their order."""
+"""Names of the statistics, in their order."""
 
-_SIZES = 2  # the last of them, in pixels: any other than the training images' is unusual
-_FEWEST = 4  # training images that have a range
-_WIDENING = 0.25  # of the training images' range, on either side, at least
-_WIDENING_OF_FEW = 6.0  # over the number of images, likewise: few show little of what there is
-_FLOOR = 0.02  # of the median, likewise: images of one lamp differ by less than what matters
-_SURE = 1e-6  # probability of a stream's figures, were its images like the training images
-_RETURNED = 1e-2  # likewise, when it is no longer said to have drifted
-_EVERY = 10  # images between looks at a stream
+_SIZES = 2  # of the statistics, the last: width and height, whose range is not widened
+_FEWEST = 4  # training images from which the other statistics get a range
+# At both ends the training images' range is widened by the largest of these:
+_WIDENING = 0.25  # of the range
+_WIDENING_OF_FEW = 6.0  # / N of the range: N images, if few, show little of what there is
+_FLOOR = 0.02  # of the median: images under one lamp differ by less than what matters
+# p-values of the test whether a stream's images are distributed like the training images:
+_P_DRIFTED = 1e-6  # below it a stream has drifted,
+_P_RETURNED = 1e-2  # and from here on it no longer has
+_TEST_EVERY = 10  # images of a stream
 _PIXELS_AT_ONCE = 1 << 20
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def image_statistics(images: Tensor, original_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """The figures of uint8 images [N, 3, H, W], as [N, 7] float64 in the order of `STATISTICS`.
+    """The statistics of uint8 images [N, 3, H, W], as [N, 7] float64 in the order of `STATISTICS`.
 
-    Brightness and contrast: mean and standard deviation of the luma, 0 to 255. Sharpness: mean
-    absolute Laplacian of the luma over its mean, in percent. Red and blue: the channel's mean over
-    that of all. Width and height: of the file, before resizing, in pixels; original_sizes gives
-    (height, width).
+    original_sizes: (height, width) of each before resizing, in pixels.
+
+    Brightness and contrast are the mean and standard deviation of the luma, 0 to 255. Sharpness is
+    the mean absolute Laplacian of the luma, in percent of its mean. Red and blue are the channel's
+    mean divided by the mean of all three. Width and height are those before resizing.
     """
     rows = [
         [*_figures(image), width, height]
@@ -58,13 +61,13 @@ def image_statistics(images: Tensor, original_sizes: Sequence[tuple[int, int]]) 
 
 
 def _figures(image: Tensor) -> tuple[float, ...]:
-    """The figures of one image but for the size, looking at some rows at a time."""
+    """The statistics of one image, without its size; some rows at a time, to bound memory."""
     height, width = image.shape[1:]
     channels = torch.zeros(3, dtype=torch.float64)
     squares = laplacian = 0.0
     step = max(1, _PIXELS_AT_ONCE // width)
     for top in range(0, height, step):
-        above = min(top, 1)  # the rows beside them are needed, too
+        above = min(top, 1)  # the Laplacian needs a row above and below, too
         pixels = image[:, top - above : top + step + 1].float()
         luma = torch.einsum("c,chw->hw", _LUMA, pixels)
         own = slice(above, above + step)
@@ -82,11 +85,11 @@ def _figures(image: Tensor) -> tuple[float, ...]:
 
 
 def usual_range(training: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest usual value of each figure, [7] and [7], for training images' [N, 7].
+    """Lowest and highest usual value, [7] and [7], from the training images' statistics [N, 7].
 
-    Their range, widened on either side by a quarter, with fewer than 24 images by 6 / N, and by 2 %
-    of the median at least; not so the size. Fewer than four images have no range but of the size:
-    there it is infinite.
+    That is their range, widened at both ends by a quarter of it (by 6 / N of it with fewer than 24
+    images), or by 2 % of the median where that is more. The range of width and height is not
+    widened. With fewer than four images all other statistics have no bounds.
     """
     low, high = training.amin(dim=0), training.amax(dim=0)
     widening = max(_WIDENING, _WIDENING_OF_FEW / len(training))
@@ -99,7 +102,7 @@ def usual_range(training: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unusual(statistics: Tensor, training: Tensor) -> tuple[str, ...]:
-    """In words, how an image with figures [7] leaves the range of the training images' [N, 7]."""
+    """In words, which of an image's statistics [7] leave the usual range of `training` [N, 7]."""
     low, high = usual_range(training)
     return tuple(
         _departure(index, float(statistics[index]), float(low[index]), float(high[index]))
@@ -109,11 +112,12 @@ def unusual(statistics: Tensor, training: Tensor) -> tuple[str, ...]:
 
 
 class StreamDrift:
-    """Compares the last 50 images of a stream with the training images, figure by figure.
+    """Compares the last 50 images of a stream with the training images, each statistic by itself.
 
-    By the Kolmogorov-Smirnov test: each image may lie within the training images' range and the
-    stream still have moved, as when a lamp ages; by 2 % of the median at least. Five training
-    images are the fewest that can be compared so. training: their figures, [N, 7].
+    Each image may lie within the training images' range and the stream still drift, as when a lamp
+    ages. A statistic has drifted if the Kolmogorov-Smirnov test gives p < 1e-6 and the medians
+    differ by more than 2 % (width and height: at all). With fewer than five training images p never
+    gets so low. training: their statistics, [N, 7].
     """
 
     def __init__(self, training: Tensor) -> None:
@@ -123,13 +127,14 @@ class StreamDrift:
         self._said: set[int] = set()
 
     def update(self, statistics: Tensor) -> tuple[str, ...]:
-        """Take note of an image's figures [7]; in words, what has newly drifted, else nothing.
+        """Add an image's statistics [7]. Returns what has newly drifted, in words; else nothing.
 
-        A figure that has returned is said again when it drifts again.
+        Tested with every tenth image. What has drifted is told once, and again only if it returned
+        in between.
         """
         self._recent.append(statistics)
         self._seen += 1
-        if len(self._recent) < WINDOW or self._seen % _EVERY:
+        if len(self._recent) < WINDOW or self._seen % _TEST_EVERY:
             return ()
         from scipy.stats import ks_2samp
 
@@ -140,7 +145,7 @@ class StreamDrift:
         drifted = set()
         for index in range(len(STATISTICS)):
             test = ks_2samp(recent[:, index], self._training[:, index], method="exact")
-            unlikely = test.pvalue < (_RETURNED if index in self._said else _SURE)
+            unlikely = test.pvalue < (_P_RETURNED if index in self._said else _P_DRIFTED)
             if unlikely and abs(middle[index] - usual[index]) > least[index]:
                 drifted.add(index)
         new, self._said = drifted - self._said, drifted

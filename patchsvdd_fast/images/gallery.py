@@ -1,4 +1,4 @@
-"""The training images behind a bank: their names, figures, and small pictures for explanations."""
+"""The training images behind a bank: names, statistics, and small pictures for explanations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Gallery:
 
     @classmethod
     def of(cls, images: ImageSet, with_pictures: bool = True) -> Gallery:
-        """The gallery of prepared images, in their own light."""
+        """The gallery of prepared images, whose light has not been matched."""
         return cls(
             images.names,
             image_statistics(images.pixels, images.original_sizes),
@@ -50,7 +50,10 @@ class Gallery:
         )
 
     def num_alike(self, others: Gallery | None = None) -> int:
-        """How many images look exactly like another one here, or like one of `others`."""
+        """How many images have exactly the statistics of another one here.
+
+        others: or, if given, those of one of its images instead.
+        """
         rows = (
             self.statistics if others is None else torch.cat([self.statistics, others.statistics])
         )
@@ -61,7 +64,7 @@ class Gallery:
         return int(torch.isin(mine, kinds[len(self.names) :]).sum())
 
     def picture(self, number: int, size: tuple[int, int]) -> Image.Image | None:
-        """The training image of this number at (height, width) pixels, if it was kept.
+        """The training image of this number at (height, width) pixels; None if it was not kept.
 
         Raises ValueError for a picture from a damaged file.
         """
@@ -78,7 +81,7 @@ class Gallery:
             ) from error
 
     def only(self, numbers: Sequence[int]) -> Gallery:
-        """Those of these numbers."""
+        """The gallery of the images with these numbers alone, in their order."""
         pictures = self.pictures
         return Gallery(
             tuple(self.names[i] for i in numbers),
@@ -87,7 +90,7 @@ class Gallery:
         )
 
     def with_others(self, other: Gallery) -> Gallery:
-        """Those of both; without pictures unless both have them."""
+        """The images of both galleries, these first; without pictures unless both have them."""
         pictures = None
         if self.pictures is not None and other.pictures is not None:
             pictures = self.pictures + other.pictures
@@ -96,7 +99,7 @@ class Gallery:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for `from_tensors`."""
+        """As tensors by name, which `from_tensors` reads back."""
         tensors = {"names": _as_bytes(json.dumps(self.names)), "statistics": self.statistics}
         if self.pictures is not None:
             tensors["pictures"] = torch.from_numpy(
@@ -108,7 +111,7 @@ class Gallery:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Gallery:
-        """From what `tensors` gave. Raises ValueError if they do not fit together."""
+        """A gallery from its `tensors`. Raises ValueError if they are damaged."""
         try:
             names = json.loads(tensors["names"].numpy().tobytes())
             statistics = tensors["statistics"]
@@ -125,7 +128,7 @@ class Gallery:
             fits = ends[:1] == [0] and ends[-1:] == [len(joined)] and ends == sorted(ends)
             if joined.dtype != torch.uint8 or joined.ndim != 1 or not fits:
                 raise ValueError("the training images' pictures are damaged")
-            whole = joined.numpy().data  # of the file: not copied
+            whole = joined.numpy().data  # a view of the file's memory, not a copy
             pictures = tuple(whole[a:b] for a, b in pairwise(ends))
         return cls(tuple(names), statistics, pictures)
 

@@ -1,4 +1,4 @@
-"""What is taken from images before they are encoded: their light, and their mean."""
+"""What images go through before they are encoded: matching their light, subtracting a mean."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import torch
 from torch import Tensor
 
 ILLUMINATIONS = ("as_is", "matched")
-"""Whether images are brought to the training images' light, see `match_illumination`."""
+"""Whether images are encoded as they are, or in the training images' light.
+
+See `match_illumination`.
+"""
 
 MEANS = {
-    "pixel": "a mean image, of the others from training images",
+    "pixel": "the mean image; from training images, the mean of the others",
     "channel": "a mean of each channel",
     "paper": "one mean image from all",
 }
-"""What is subtracted from images: their mean image, or one mean of each channel.
+"""What is subtracted from images, and how to say so.
 
-The mean image holds a part of each training image and of a new one none. So with "pixel" the mean
-of the others is subtracted from a training image when it is embedded for the banks; with "paper"
-the mean of all, as in the paper's implementation.
+The mean image holds a part of each training image, and nothing of a new one. So with "pixel", a
+training image that is embedded for the banks has the mean of the other training images subtracted;
+with "paper" the mean of all, as in the paper's implementation.
 """
 
 
 def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
-    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32; of: see `MEANS`.
+    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32.
 
-    Raises ValueError for another kind of mean.
+    of: the kind of mean, a key of `MEANS`; "channel" repeats one value over each channel. Raises
+    ValueError for another kind.
     """
     if of not in MEANS:
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
@@ -44,8 +48,8 @@ def mean_colour(images: Tensor) -> Tensor:
 def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:
     """The mean to subtract from images of `height` x `width` pixels, [3, height, width].
 
-    mean: [3, H, W], of the kind `of`, see `MEANS`. Raises ValueError for another size than H x W,
-    unless the mean is one of each channel.
+    mean: [3, H, W]; of: its kind, a key of `MEANS`. Raises ValueError for another size than H x W,
+    unless the kind is "channel".
     """
     if mean.shape[1:] == (height, width):
         return mean
@@ -60,15 +64,15 @@ def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:
 def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
 
-    So an image taken in brighter light, or light of another colour, becomes what it would have been
-    in the usual one, but for pixels at the end of their range. Factors are kept between 1/2 and 2:
-    beyond, it is not the light. With None the images stay as they are.
+    An image taken in brighter light, or in light of another colour, then looks as in the usual
+    light, except where pixels are clipped to 0 .. 255. Factors are limited to 1/2 .. 2: larger
+    differences do not come from light. colour: None leaves the images as they are.
     """
     if colour is None:
         return images
     matched = torch.empty_like(images)
     for number, image in enumerate(images):
-        # Channel by channel, for the memory.
+        # Channel by channel, to save memory.
         for channel, usual, out in zip(image, colour, matched[number], strict=True):
             own = channel.double().mean().clamp(min=1e-6)
             factor = (usual.to(own) / own).clamp(0.5, 2)
@@ -80,11 +84,12 @@ def normalize(images: Tensor, mean: Tensor, num_in_mean: int | None = None) -> T
     """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
 
     num_in_mean: N, if these images are among the N that the mean was taken from; None for others.
-    The mean image holds 1/N of each image it was taken from, and nothing of a new one. So from each
-    of the former the mean of the other N - 1 is subtracted.
+
+    The mean image holds 1/N of each image it was taken from, and nothing of a new one. So with
+    num_in_mean, each image has the mean of the other N - 1 subtracted.
     """
     normalized = (images - mean) / 255
     if num_in_mean is not None:
-        # pixel - (N * mean - pixel) / (N - 1)
+        # pixel - (N * mean - pixel) / (N - 1) = N / (N - 1) * (pixel - mean)
         normalized *= num_in_mean / (num_in_mean - 1)
     return normalized

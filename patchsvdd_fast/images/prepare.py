@@ -1,4 +1,4 @@
-"""Reading images: files, arrays and batches; any mode, any size."""
+"""Reading images from files, arrays and batches, as 8-bit RGB of one size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ ImageSize = tuple[int, int] | None
 
 
 def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
-    """Bring an `image_size` argument to (height, width) or None. One number means a square."""
+    """Bring an `image_size` argument to (height, width) or None. One number means a square.
+
+    Raises ValueError for a size below 1.
+    """
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
@@ -64,10 +67,10 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as the encoder wants it, but for the light."""
+    """An image, read and resized; its light is not matched yet."""
 
     name: str
-    """Its path as given, or "image 3"."""
+    """Its path as given, or its number from 0: "image 3"."""
     pixels: Tensor
     """uint8 [3, H, W], resized."""
     original_size: tuple[int, int]
@@ -90,8 +93,9 @@ class ImageSet:
 def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> PreparedImage:
     """Read one image: a path, a PIL image, or an array [H, W] or [H, W, 3] uint8.
 
-    size: resize with Pillow's default filter (bicubic), or None to keep. smallest: refuse an image
-    below this many pixels on a side. Raises ValueError, TypeError or OSError naming it.
+    size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
+    smallest: least pixels on a side, before resizing. Raises ValueError, TypeError or OSError
+    naming the image.
     """
     image = _as_image(item, name)
     original = image.height, image.width
@@ -121,8 +125,9 @@ def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
 
     source: a folder (a category's good training images, or every image below it), one image file,
     a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
-    as a NumPy array, [N, 3, H, W] as a tensor. size, smallest: as `prepare_image`. The names of
-    images in a folder are relative to it.
+    as a NumPy array, [N, 3, H, W] as a tensor. size, smallest: as for `prepare_image`. The names of
+    images in a folder are relative to it. Raises as `prepare_image`, and ValueError if there are no
+    images or their sizes differ and `size` is None.
     """
     folder: Path | None = None
     if isinstance(source, str | Path):
@@ -163,7 +168,7 @@ def _as_image(item: Any, name: str) -> Image.Image:
     if isinstance(item, Image.Image):
         try:
             return _to_rgb(item)
-        except Exception as error:  # one that was only opened is decoded now
+        except Exception as error:  # Pillow decodes an opened file only now
             raise ValueError(f"cannot read {name}: {_reason(error)}") from error
     if isinstance(item, np.ndarray) and item.dtype == np.uint8:
         if item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (1, 3, 4)):
@@ -193,7 +198,7 @@ def _pixel_limit() -> str:
 
 def _reason(error: Exception) -> str:
     """Why an image cannot be read, in words."""
-    if isinstance(error, Image.DecompressionBombError):  # Pillow's words name no way out
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's message names no remedy
         return f"its pixels are more than {_pixel_limit()}"
     return str(error) or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""A small built-in data set: woven cloth with drawn defects, made afresh from a seed."""
+"""A small built-in data set: woven cloth with synthetic defects, generated from a seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _THREAD = 8.0  # pixels between threads
 def write_sample_category(
     root: Path, train: int = 20, test_good: int = 10, per_defect: int = 5, seed: int = 0
 ) -> Category:
-    """Write a category "cloth" in MVTec layout below `root`: PNG images of 256x256 and masks."""
+    """Write a category "cloth" in MVTec layout below `root`: PNG images of 256x256 and masks.
+
+    train, test_good: numbers of good images; per_defect: images of each kind in `DEFECTS`.
+    """
     rng = np.random.default_rng(seed)
     category = Category(root / "cloth")
     for i in range(train):
@@ -55,7 +58,7 @@ def woven_cloth(rng: np.random.Generator) -> Array:
 
 
 def _hole(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
-    """Threads missing in an irregular patch, the dark ground showing."""
+    """Threads missing in an irregular spot, where the dark ground shows."""
     mask = blob(rng, _SHAPE, rng.uniform(6, 10))
     ground = 45 + rng.normal(0, 4, size=image.shape)
     return blend(image, ground, mask, 1.0), mask
