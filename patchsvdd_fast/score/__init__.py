@@ -1,4 +1,4 @@
-"""Scoring: distances to the nearest normal patch, spread into anomaly maps, and combined.
+"""Scoring: distances to the nearest normal patches, made into anomaly maps and combined.
 
 Usable without the detector, with any embeddings::
 

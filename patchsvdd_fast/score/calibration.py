@@ -1,10 +1,10 @@
-"""What good images score, from good images alone: thresholds with a guarantee, and p-values.
+"""Thresholds with a guaranteed false-alarm rate, and p-values, from good images alone.
 
-Each training image is scored against the bank without its own patches, as a new one would be. A new
-good image is then one more of the same kind, equally likely to take any place among their scores;
-thresholds and p-values follow from that alone, whatever the scores' distribution (split conformal
-prediction; for the share of pixels, conformal risk control). They say nothing of images that differ
-from the training images in other ways than these differ among themselves, such as in light.
+Each training image is scored against the bank without its own patches, as if it were new. The score
+of a new good image is then equally likely to take any rank among theirs. Thresholds and p-values
+follow from that alone, whatever the scores' distribution (split conformal prediction; for the share
+of pixels, conformal risk control). Nothing is promised for images that differ from the training
+images in other ways than these differ from each other, such as in light.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from .maps import search_levels
 
 _COMBINED = "combined"
 _LEVEL = "level."
-_PIXELS_AT_ONCE = 1 << 19  # of the maps that are made together: 8 of 256x256
-_MOST_PIXELS = 1 << 22  # of all maps together, that quantiles are taken of
-_TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels above each of the values that are kept
+_PIXELS_AT_ONCE = 1 << 19  # of the images scored together: 8 of 256x256
+_MOST_PIXELS = 1 << 22  # over all maps, for the quantiles; of more only every `step`-th is taken
+_TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels; for each, the value it exceeds is kept
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What N good images score that the detector has not seen."""
+    """The scores of N training images, each scored as if it were new."""
 
     image_scores: Tensor
     """[N] float64, ascending."""
     pixel_values: Tensor
-    """[302] float64, ascending: what shares 1, 10^-0.02, ... 10^-6 and 0 of the pixels exceed."""
+    """[302] float64, ascending: the map values that at most a share of 1, 10^-0.02, 10^-0.04, ...
+    10^-6 and 0 of all pixels exceeds."""
     level_scores: dict[str, Tensor] = field(default_factory=dict)
-    """Per level: the maximum of its own map of each image, [N] float64, ascending."""
+    """Per level: the maximum of its own map for each image, [N] float64, ascending."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for `from_tensors`."""
+        """As tensors by name, which `from_tensors` reads back."""
         levels = {f"{_LEVEL}{name}": scores for name, scores in self.level_scores.items()}
         return {"image_scores": self.image_scores, "pixel_values": self.pixel_values, **levels}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
-        """From what `tensors` gave. Raises ValueError if they cannot be a calibration."""
+        """A calibration from its `tensors`. Raises ValueError if they are damaged."""
         if "image_scores" not in tensors or "pixel_values" not in tensors:
             raise ValueError("the calibration is incomplete")
         for name, values in tensors.items():
@@ -60,12 +61,12 @@ class Calibration:
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """N, how many images were scored."""
         return len(self.image_scores)
 
     @property
     def smallest_rate(self) -> float:
-        """The lowest false-alarm rate that so many images can promise, 1 / (N + 1)."""
+        """The lowest false-alarm rate that N images can promise, 1 / (N + 1)."""
         return 1 / (self.num_images + 1)
 
     @property
@@ -75,11 +76,14 @@ class Calibration:
 
     @property
     def highest(self) -> float:
-        """The highest score, which is the highest pixel, of a good image."""
+        """The highest image score: the highest pixel of all good images' maps."""
         return float(self.image_scores[-1])
 
     def level_of_alarm(self, values: Mapping[str, float]) -> str:
-        """The level whose value stands out most from what its own map reaches on good images."""
+        """The level that stands out most: by value / highest value of its maps of good images.
+
+        values: per level, the value of its map at some pixel.
+        """
         highest = {name: float(scores[-1]) for name, scores in self.level_scores.items()}
         return max(values, key=lambda name: values[name] / max(highest[name], 1e-30))
 
@@ -99,20 +103,21 @@ class Calibration:
         Raises ValueError for a rate outside of [1 / (N + 1), 1).
         """
         self._check_rate(false_alarm_rate)
-        # With a share of 1 assumed of the new image, the mean over all N + 1 is still the rate.
+        # Even if all pixels of the new image exceed it (a share of 1), the mean share over the
+        # N + 1 images, (N allowed + 1) / (N + 1), is the rate.
         allowed = (false_alarm_rate * (self.num_images + 1) - 1) / self.num_images
         return self.exceeded_by(max(allowed, 0.0))
 
     def exceeded_by(self, share: float) -> float:
-        """Map value that no more than this share of the good images' pixels exceeds."""
+        """Map value that at most this share of the good images' pixels exceeds."""
         tails = np.append(_TAILS, 0.0)
         return float(self.pixel_values[np.argmax(tails <= share + 1e-12)])
 
     def p_values(self, image_scores: Tensor | npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-        """How probable a good image scores so high, [N'] for image scores [N'].
+        """The probability that a good image scores at least so high, [N'] for image scores [N'].
 
-        (1 + number of calibration scores that are no lower) / (N + 1): of good images, at most a
-        share p has a p-value of p or less.
+        p = (1 + number of calibration scores that are no lower) / (N + 1). At most a share p of
+        good images has a p-value of p or less.
         """
         scores = np.asarray(image_scores, dtype=np.float64)
         below = np.searchsorted(self.image_scores.numpy(), scores, side="left")
@@ -138,9 +143,9 @@ def calibrate(
 ) -> Calibration | None:
     """Score each image of the banks against the banks without its own patches.
 
-    banks: of the same images, [N, I, J, D] each, every image a group of its own; image_shape:
-    (height, width) in pixels. progress: called now and then with the share done. None if there is
-    only one image.
+    banks: one per level, all of the same images [N, I, J, D], each image a group of its own.
+    image_shape: (height, width) in pixels. combination: as for `maps.combine`. progress: called now
+    and then with the share done. Returns None if there is only one image.
     """
     num_images = len(next(iter(banks.values())).groups)
     if num_images < 2:
@@ -171,7 +176,10 @@ def calibrate(
 
 
 def _upper_quantiles(values: Tensor, largest: Tensor) -> Tensor:
-    """For each of the tails a value that no more than this share exceeds; then the largest."""
+    """For each share in `_TAILS`, the lowest of `values` [P] that at most this share exceeds.
+
+    largest: [1], appended for a share of 0.
+    """
     ordered = values.sort().values
     above = torch.from_numpy(np.floor(_TAILS * len(values) + 1e-9)).long()
     return torch.cat([ordered[(len(values) - 1 - above).clamp(min=0)], largest])

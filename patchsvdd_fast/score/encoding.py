@@ -1,4 +1,4 @@
-"""From images to the embeddings of all their patches, in bounded memory, and banks of these."""
+"""From images to the embeddings of all their patches, in bounded memory, and to banks of these."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _encoding_limit: ContextVar[int | None] = ContextVar("encoding_limit", default=N
 # take three quarters of the time per image that 8 do.
 _DEFAULT_LIMITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 _BYTES_PER_PIXEL = 512  # of scratch; measured: 450 to 600, whatever the levels
-_SMALL_IMAGE = 1 << 14  # pixels; larger ones have more than 20,480 values at every layer
+_SMALL_IMAGE = 1 << 14  # pixels; larger images have over 20,480 values at every layer, see `_dense`
 
 
 @contextlib.contextmanager
 def use_encoding_limit(num_bytes: int) -> Iterator[None]:
     """Within the context, encoding keeps its scratch memory near `num_bytes`.
 
-    The default is 64 MiB on a CPU and 256 MiB on a GPU, which 2 and 8 images of 256x256 take. Less
-    means fewer images at once and smaller tiles of large ones, and on a CPU the same embeddings to
-    the bit. A tile holds at least one patch of each level. What is returned comes on top: 4 D bytes
-    a patch.
+    The default is 64 MiB on a CPU (2 images of 256x256 at once) and 256 MiB on a GPU (8 images).
+    With less, fewer images are encoded at once and large ones in smaller tiles; on a CPU the
+    embeddings stay the same to the bit. A tile holds at least one patch of each level. The returned
+    embeddings come on top: 4 D bytes a patch.
     """
     with byte_limit(_encoding_limit, num_bytes):
         yield
@@ -50,10 +50,12 @@ def encode_images(
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
-    mean: [3, H, W] float32. num_in_mean: N, if these images are among the N that the mean was taken
-    from, see `images.light.normalize`. The result lies on the encoder's device. Several images go
-    through the encoder together, large ones in tiles, in bounded memory (see `use_encoding_limit`):
-    on a CPU the same embeddings to the bit.
+    mean: [3, H, W] float32, subtracted from each image. num_in_mean: N, if these images are among
+    the N that the mean was taken from, see `images.light.normalize`.
+
+    Small images go through the encoder several at once and large ones in tiles, so that memory is
+    bounded (see `use_encoding_limit`); on a CPU that changes no bit of the embeddings. These lie on
+    the encoder's device. Raises ValueError if images and mean differ in size.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -97,8 +99,9 @@ def _encode_in_tiles(
 ) -> None:
     """Write the embeddings of one image [1, 3, H, W] into `whole`, one [1, I, J, D] per level.
 
-    A tile holds every patch that begins in its first `step` rows and columns, a multiple of all
-    strides: so each patch is encoded once, from the pixels it would have in the whole image.
+    A tile holds every patch that begins in its first `step` rows and columns. As `step` is a
+    multiple of all strides, each patch is encoded once, from the pixels it has in the whole image.
+    at_once: how many pixels a tile should have at most.
     """
     height, width = image.shape[-2:]
     strides = math.lcm(*(level.stride for level in levels))
@@ -126,8 +129,8 @@ def _dense(
 ) -> list[Tensor]:
     """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
 
-    On a CPU, PyTorch gives a layer's input to another library, which sums in another order, if it
-    is that of one image and has no more than 20,480 values. So a small image is encoded twice.
+    On a CPU, PyTorch uses another library, which sums in another order, for a layer whose input is
+    of a single image and has at most 20,480 values. So a small image is encoded as a batch of two.
     """
     count, _, height, width = images.shape
     normalized = normalize(images.to(mean.device), mean, num_in_mean)
@@ -143,9 +146,9 @@ def fill_banks(
     levels: Sequence[PatchLevel],
     seed: int = 0,
 ) -> dict[PatchLevel, NormalBank]:
-    """A bank per level of all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32.
+    """A bank per level with all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32.
 
-    seed: of the banks' clustering, which changes no answer.
+    seed: of the banks' clustering; search results do not depend on it.
     """
     return banks_of(levels, encode_images(encoder, images, mean, levels), seed)
 
@@ -153,7 +156,7 @@ def fill_banks(
 def banks_of(
     levels: Sequence[PatchLevel], encoded: Sequence[Tensor], seed: int = 0
 ) -> dict[PatchLevel, NormalBank]:
-    """A bank per level of embeddings, one [N, I, J, D] per level; seed as of `fill_banks`."""
+    """A bank per level, from one tensor of embeddings [N, I, J, D] each; seed: see `fill_banks`."""
     return {
         level: NormalBank(values, seed=seed) for level, values in zip(levels, encoded, strict=True)
     }

@@ -1,4 +1,4 @@
-"""What is said of one image of a stream."""
+"""The result for one image of a stream."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class ImageResult:
     score: float
     """Maximum of the anomaly map."""
     p_value: float | None
-    """How probable it is that a good image scores so high; None without a calibration."""
+    """Probability that a good image scores at least so high; None without a calibration."""
     threshold: float | None
-    """Image score above which an image is called anomalous, by the rate asked for; None of a
-    single training image."""
+    """Score above which an image is called anomalous, for the false-alarm rate asked for; None
+    without a calibration, that is, with a single training image."""
     anomalous: bool | None
     """Whether the score exceeds the threshold; None without one."""
     unusual: tuple[str, ...]
-    """In words, how its light, focus, colour or size leave the training images' range."""
+    """In words, how its light, contrast, focus, colour or size leave the training images' range."""
     pixels: Tensor = field(repr=False)
-    """uint8 [3, H, W]: the image as it was scored, in its own light."""
+    """uint8 [3, H, W]: the image, resized as for scoring, before its light is matched."""
     statistics: Tensor = field(repr=False)
-    """[7] float64: see `drift.STATISTICS`."""
+    """[7] float64, see `images.drift.STATISTICS`."""
     scores: ScoreResult = field(repr=False)
     """Maps, distances and matches, with N = 1."""
     source: Any = field(repr=False)
@@ -50,7 +50,7 @@ class ImageResult:
 
     @property
     def picture(self) -> Image.Image:
-        """The image as it was scored."""
+        """The `pixels` as a PIL image."""
         return Image.fromarray(self.pixels.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -61,7 +61,7 @@ def image_results(
     threshold: float | None,
     gallery: Gallery | None,
 ) -> list[ImageResult]:
-    """One result per image, from the scores of all."""
+    """One result per image; scores: of all N images, in their order."""
     results = []
     for number, (image, value) in enumerate(zip(images, scores.image_scores, strict=True)):
         score = float(value)

@@ -1,4 +1,4 @@
-"""Distances to the nearest normal patch, spread into anomaly maps, and combined over levels."""
+"""From distances to the nearest normal patches to anomaly maps, combined over levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..search.bank import NormalBank
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores of N images, from every patch to the whole image."""
+    """Scores of N images: of each patch, each pixel and each image."""
 
     combination: str
     """How the levels' maps are joined: "mult", "sum", or one level, e.g. "K32"."""
@@ -26,11 +26,11 @@ class ScoreResult:
     bank_rows: dict[str, Tensor] = field(repr=False)
     """Per level: row of that normal patch in the bank, [N, I, J] int64."""
     matches: dict[str, Tensor] = field(repr=False)
-    """Per level: where that normal patch came from, [N, I, J, 3] int64: the training image, and row
-    and column in its grid of patches (times the level's stride: top and left in pixels)."""
+    """Per level: where that normal patch came from, [N, I, J, 3] int64: number of the training
+    image, and row and column in its grid of patches (times the stride: top and left in pixels)."""
 
     def image(self, number: int) -> ScoreResult:
-        """The scores of one image alone, with N = 1; a copy, which does not keep all in memory."""
+        """The scores of one image alone, with N = 1; copied, so that the others can be freed."""
         one = slice(number, number + 1)
         parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
         return ScoreResult(
@@ -59,7 +59,10 @@ def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
 
 
 def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
-    """Join the levels' maps [N, H, W]: their product ("mult"), sum ("sum"), or one by name."""
+    """Join the levels' maps [N, H, W]: their product ("mult"), sum ("sum"), or one by name.
+
+    Raises ValueError for another combination.
+    """
     if combination in level_maps:
         return level_maps[combination]
     stacked = torch.stack(list(level_maps.values()))
@@ -79,10 +82,11 @@ def search_levels(
     combination: str = "mult",
     groups: Tensor | None = None,
 ) -> ScoreResult:
-    """Scores from embeddings, one [N, I, J, D] per level of the banks and in their order.
+    """Score images by their embeddings, one [N, I, J, D] per level of the banks, in their order.
 
-    image_shape: (height, width) in pixels. groups: [N] int64; an image does not match rows of its
-    own group. Results lie on the CPU.
+    image_shape: (height, width) in pixels. groups: [N] int64, one per image, whose patches match
+    no bank rows of that group. Results lie on the CPU. Raises ValueError for another
+    combination than `combine` takes.
     """
     if combination not in combinations_of(list(banks)):
         raise ValueError(

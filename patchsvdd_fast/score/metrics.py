@@ -17,7 +17,7 @@ METRICS = {
     "segmentation": "seg. AUROC",
     "aupro": "AUPRO",
 }
-"""Metrics by the key they have in results, with the name to show."""
+"""The metrics' names to show, by their key in results."""
 
 
 def detection_auroc(image_scores: FloatArray, is_anomalous: BoolArray) -> float:
@@ -30,7 +30,10 @@ def detection_auroc(image_scores: FloatArray, is_anomalous: BoolArray) -> float:
 
 
 def segmentation_auroc(maps: FloatArray, masks: BoolArray) -> float:
-    """Area under the ROC curve over all pixels pooled: maps [N, H, W], masks [N, H, W]."""
+    """Area under the ROC curve over the pixels of all images: maps and masks [N, H, W].
+
+    Raises ValueError unless there are both normal and anomalous pixels.
+    """
     _require_same_shape(maps, masks)
     _require_both("pixels", masks)
     return float(roc_auc_score(masks.ravel(), maps.ravel()))
@@ -39,9 +42,11 @@ def segmentation_auroc(maps: FloatArray, masks: BoolArray) -> float:
 def aupro(maps: FloatArray, masks: BoolArray, max_false_positive_rate: float = 0.3) -> float:
     """Area under the per-region overlap curve up to a false-positive rate, scaled to [0, 1].
 
-    For every threshold: the mean over all connected anomalous regions (8-neighbourhood) of the
-    share of the region found, against the share of normal pixels found; integrated by trapezoids
-    up to `max_false_positive_rate` (Bergmann et al. 2021). maps, masks: [N, H, W].
+    The curve has a point per threshold: the share of an anomalous region (8-connected) that lies
+    above it, averaged over all regions, against the share of normal pixels above it. It is
+    integrated by trapezoids up to `max_false_positive_rate` (Bergmann et al. 2021).
+
+    maps, masks: [N, H, W]. Raises ValueError unless there are both normal and anomalous pixels.
     """
     _require_same_shape(maps, masks)
     _require_both("pixels", masks)

@@ -1,4 +1,4 @@
-"""Why an image is anomalous: its regions, and the normal patch most like each of them."""
+"""Why an image is anomalous: its regions, and the normal patch nearest to each of them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ class Region:
     peak: float
     """Highest value of the anomaly map in it."""
     level: str
-    """The level that raised the alarm, "K64" or "K32": where the distances stand out most from
-    what they are on good images."""
+    """The level that raised the alarm, e.g. "K32": the one scored by, or of several the one whose
+    map stands out most at the peak, see `Calibration.level_of_alarm`."""
     distance: float
     """L2 distance at that level from the patch at the peak to its nearest normal patch."""
     patch: tuple[int, int, int]
-    """Left, top and size of that patch."""
+    """Left, top and size of that patch of this image."""
     match_image: int
     """Number of the training image that holds the nearest normal patch."""
     match_name: str
+    """Name of that training image."""
     match: tuple[int, int, int]
-    """Left, top and size of it there."""
+    """Left, top and size of the nearest normal patch in it."""
 
 
 def find_regions(
@@ -49,11 +50,13 @@ def find_regions(
 ) -> list[Region]:
     """The anomalous regions of one image, the most anomalous first.
 
-    A region is a connected part of the map above what one pixel in a thousand of good images
-    exceeds, that somewhere exceeds the threshold; so an image has one exactly where it is called
-    anomalous. Without a threshold, or with nothing above it, no regions; see `highest_place`.
+    A region is a connected part of the map whose peak exceeds the threshold. It ends where the map
+    falls to the value that one pixel in a thousand of good images exceeds (or to the threshold, if
+    that is lower). So there are regions exactly if the image is called anomalous; for others see
+    `highest_place`.
 
-    result: of one image (N = 1); names: of the training images.
+    result: of one image (N = 1); names: of the training images. Without a calibration or threshold
+    there are no regions.
     """
     if calibration is None or threshold is None:
         return []
@@ -78,7 +81,10 @@ def highest_place(
     calibration: Calibration | None,
     names: Sequence[str],
 ) -> Region:
-    """The pixel with the highest value of one image's map, anomalous or not, as a region."""
+    """The highest pixel of one image's map, anomalous or not, as a region of 1x1.
+
+    Arguments as for `find_regions`; without a calibration the first level explains it.
+    """
     anomaly_map = result.anomaly_map[0].numpy()
     y, x = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
     return _region((int(x), int(y), 1, 1), 1, (int(y), int(x)), result, levels, calibration, names)
@@ -122,7 +128,10 @@ def _region(
 def _patch_at(
     pixel: tuple[int, int], level: PatchLevel, distances: npt.NDArray[np.float32]
 ) -> tuple[int, int]:
-    """Of the patches that cover a pixel (nearly, at a margin) the one farthest from normal."""
+    """Of the patches that cover a pixel, grid row and column of that with the largest distance.
+
+    pixel: (y, x). At a margin that no patch reaches, the patches nearest to it are taken.
+    """
     first, last = [], []
     for place, count in zip(pixel, distances.shape, strict=True):
         last.append(min(place // level.stride, count - 1))

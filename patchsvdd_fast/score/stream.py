@@ -1,7 +1,7 @@
-"""Work on a stream of items in overlapped stages: read, encode, search, and what the caller does.
+"""Scoring a stream of images in stages that run at once: read, encode, search, the caller's work.
 
-Each stage runs in a thread of its own and hands on through a short queue, so a stream of any length
-takes bounded memory; results come in the order of the items, as soon as they are there.
+Each stage runs in a thread of its own and passes its results on through a short queue, so a stream
+of any length takes bounded memory. Results come in the order of the items, as soon as possible.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..images.prepare import PreparedImage
 Result = TypeVar("Result")
 Encoded = tuple[list[PreparedImage], Any]
 
-_READERS = 2
-_IMAGES_AHEAD = 8  # read before they are encoded
-_MOST_AT_ONCE = 8  # encoded and searched together,
-_PIXELS_AT_ONCE = _MOST_AT_ONCE << 16  # of all of them, for the memory: 8 images of 256x256
-_BATCHES_AHEAD = 1
+_READERS = 2  # threads
+_IMAGES_AHEAD = 8  # that may wait to be encoded
+_MOST_AT_ONCE = 8  # images encoded and searched together, ...
+_PIXELS_AT_ONCE = _MOST_AT_ONCE << 16  # ... with at most this many pixels: 8 images of 256x256
+_BATCHES_AHEAD = 1  # that may wait for each of the later stages
 _POLL = 0.1  # seconds between looks whether the stream was closed
 
 
@@ -34,8 +34,9 @@ class Stream(Generic[Result]):
     """An iterator, for `for` and `async for`, over the results of items in their order.
 
     items: iterated in a thread of its own.
-    read: one item and its number to a prepared image, in several threads. encode: a batch of images
-    of one size. search: that batch to one result per image.
+    read: makes a prepared image from an item and its number; called in several threads.
+    encode: encodes a batch of images of one size.
+    search: makes one result per image from what `encode` returned.
     on_error: called in the caller's thread, in the items' order, with an item that could not be
         read (ValueError, TypeError, OSError); it is then skipped. None: the error is raised, and
         ends the stream.
@@ -96,7 +97,7 @@ class Stream(Generic[Result]):
         self._stages.close()
 
     def _next_ready(self) -> Result | None:
-        """The next of the results that are here; None if there is none."""
+        """The next result that is ready; None if there is none."""
         for result in self._ready:
             if not isinstance(result, _Unreadable):
                 found: Result = result
@@ -110,7 +111,7 @@ class Stream(Generic[Result]):
     def _closed_by_errors(self) -> Iterator[None]:
         try:
             yield
-        except asyncio.CancelledError:  # the caller's wait alone: nothing was taken
+        except asyncio.CancelledError:  # ends only the caller's wait: no result was taken
             raise
         except BaseException:
             self.close()
@@ -118,7 +119,7 @@ class Stream(Generic[Result]):
 
 
 class _Stages:
-    """The threads of a stream. They hold no reference to it, so that it can be forgotten."""
+    """The threads of a stream. They hold no reference to it: once nobody uses it, they end."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class _Stages:
             (self._search_batches, self._found),
         )
         self._threads = [
-            # With the settings that hold where the stream is made, such as ops.use_method.
+            # In a copy of the caller's context, for settings such as ops.use_method.
             threading.Thread(
                 target=contextvars.copy_context().run, args=(self._run, *stage), daemon=True
             )
@@ -151,7 +152,10 @@ class _Stages:
             thread.start()
 
     def next_results(self) -> list[Any] | None:
-        """Results, or one that could not be read; None at the end. Raises what a stage raised."""
+        """The results of a batch, or one unreadable item; None at the end.
+
+        Raises what a stage raised.
+        """
         try:
             found: list[Any] = self._get(self._found)
             return found
@@ -159,7 +163,7 @@ class _Stages:
             return None
 
     async def awaited_results(self) -> list[Any] | None:
-        """As `next_results`; whoever cancels it has lost nothing."""
+        """As `next_results`, awaited; if it is cancelled, no result is lost."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -176,11 +180,11 @@ class _Stages:
         self.closed.set()
         self._wake_waiter()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        for thread in self._threads[1:]:  # the first may be waiting for an item
+        for thread in self._threads[1:]:  # not the first: it may wait long for an item
             thread.join()
 
     def _run(self, stage: Callable[[], None], out: queue.Queue[Any]) -> None:
-        """Run a stage to its end, and pass on how it ended."""
+        """Run a stage to its end, and tell the next stage how it ended."""
         try:
             stage()
             end: BaseException = _StreamEnd()
@@ -214,7 +218,7 @@ class _Stages:
             if batch and image.pixels.shape != batch[0].pixels.shape:
                 self._encode_batch(batch)
             batch.append(image)
-            # Waiting for more would delay those that are there.
+            # Do not wait to fill the batch: that would delay the images in it.
             if len(batch) >= _most_at_once(image) or not self._next_is_read():
                 self._encode_batch(batch)
 
@@ -235,7 +239,7 @@ class _Stages:
             found = [given] if isinstance(given, _Unreadable) else self._search(given)
             self._put(self._found, found)
 
-    # Nobody waits for ever: each wait ends when the stream is closed.
+    # The three waits: each raises _StreamEnd once the stream is closed.
 
     def _put(self, out: queue.Queue[Any], thing: Any) -> None:
         while not self.closed.is_set():
@@ -270,17 +274,17 @@ _running: weakref.WeakSet[_Stages] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A thread that is still in native code when the interpreter is gone aborts the process."""
+    """End all threads: one in native code when the interpreter has exited aborts the process."""
     for stages in list(_running):
         stages.close()
 
 
 def _nobody_waits() -> None:
-    """What wakes the caller before it has waited."""
+    """Does nothing: what is called to wake the caller until it first waits."""
 
 
 def _most_at_once(image: PreparedImage) -> int:
-    """How many images of this one's size are encoded together."""
+    """How many images of this one's size are encoded together; below 2, each alone."""
     height, width = image.pixels.shape[1:]
     return min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // (height * width))
 
@@ -290,14 +294,14 @@ class _StreamEnd(Exception):  # noqa: N818
 
 
 class _Raised:
-    """How a stage ended, on its way to the next."""
+    """In a queue: the exception with which the stage before ended."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class _Unreadable:
-    """An item that is no image, on its way to the caller."""
+    """In a queue: an item that could not be read, to be reported to the caller."""
 
     def __init__(self, item: Any, error: Exception) -> None:
         self.item, self.error = item, error
