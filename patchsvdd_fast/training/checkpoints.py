@@ -1,4 +1,4 @@
-"""Checkpoints: all of a training run's state in one file, from which it goes on to the bit."""
+"""Checkpoints: a training run's whole state in one file, from which it resumes exactly."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def run_with_checkpoints(
     resume: bool,
     on_step: Callable[[TrainingStep], None] | None = None,
 ) -> TrainingRecord:
-    """Train to the end, with the state of training in a file meanwhile.
+    """Train to the end, writing a checkpoint every so often.
 
-    path, header, minutes: as of `CheckpointKeeper`; the state is also written when training ends,
-    by Ctrl-C, SIGTERM or an error too. resume: go on from the file if there is one. mean:
-    [3, H, W], what is subtracted from the images. Raises as `Trainer.run` and `resume_from` do.
+    path, mean, header, minutes: as for `CheckpointKeeper`. resume: go on from the file if there is
+    one. The checkpoint is also written when training ends, be it by Ctrl-C, SIGTERM or an error
+    (but not by a loss that is not finite). Raises as `Trainer.run` and `resume_from` do.
     """
     found = path is not None and Path(path).exists()
     if resume and path is not None and trainer.workers.agreed(found):
@@ -45,7 +45,7 @@ def run_with_checkpoints(
     try:
         record = trainer.run(after_step)
     except FloatingPointError:
-        raise  # the weights are spoilt: the last checkpoint stands
+        raise  # the weights are useless: keep the last checkpoint
     except BaseException:
         keeper.write()
         raise
@@ -54,9 +54,11 @@ def run_with_checkpoints(
 
 
 class CheckpointKeeper:
-    """Writes a trainer's state to a file every so often, and reads it back.
+    """Writes a trainer's state to a file every so often; `resume_from` reads it back.
 
-    path: None: keep nothing. header: of the detector, for those who only want the encoder.
+    mean: [3, H, W] float32, what is subtracted from the images. header: the detector's header with
+    its parameters, by which the encoder alone can be read. path: None writes nothing. minutes:
+    between two checkpoints. Of several processes only the first writes.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class CheckpointKeeper:
             self.write()
 
     def write(self) -> None:
-        """Write the checkpoint; a disk that is full by now must not end the training."""
+        """Write the checkpoint; if that fails, as on a full disk, warn and let training go on."""
         trainer = self.trainer
         if self.path is None or trainer.record.steps == 0 or not trainer.is_between_steps:
             return
@@ -98,7 +100,7 @@ class CheckpointKeeper:
 def resume_from(trainer: Trainer, mean: Tensor, path: str | Path) -> None:
     """Bring a trainer to the state in a checkpoint.
 
-    Raises ValueError if the file is no checkpoint, or one of other settings, mean or images.
+    Raises ValueError if the file is no checkpoint, or one with other settings, mean or images.
     """
     tensors, header = store.load(path)
     with store.naming(path):

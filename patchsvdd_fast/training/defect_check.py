@@ -1,8 +1,8 @@
-"""Judging an encoder without labels: does it find defects drawn into normal images?
+"""Judging an encoder without labels: does it find synthetic defects in normal images?
 
-A few normal images are set aside; defects are drawn into copies of them, always the same ones. The
-encoder under test scores the clean and the defective images against the other normal images, and
-is judged by how well that tells defective from clean. No image with a real defect is needed.
+A few normal images are set aside, and synthetic defects are drawn into copies of them, the same in
+each check. The encoder scores the clean and the defective images against the other normal images,
+and is judged by how well that tells the two apart. No image with a real defect is needed.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from .record import Quality
 
 _MOST_HELD_OUT = 8
 _MOST_IN_BANK = 16
-# What is drawn into copies of each image set aside: kinds, which take turns, and their strength.
-# Faint ones alone are lost in what differs between normal images, plain ones are found by all.
+# What is drawn into copies of each image set aside: faint and plain defects, of kinds that take
+# turns. Faint ones alone are lost among the differences of normal images, plain ones always found.
 _DRAWN = (
     (tuple(DEFECTS), Strength(size=2.0, contrast=1.5)),
     (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
 )
-_COPIES = 2  # of an image with each of these
+_COPIES = 2  # of each image, for each of these
 
 
 class DefectCheck:
     """Call it with an encoder to get its Quality.
 
-    images: [N, 3, H, W] uint8, N >= 2, good ones; mean: [3, H, W] float32; combination: how the
-    levels' maps become one; light: [3], the colour that images are matched to before they are
-    scored (`images.match_illumination`), or None. Up to 8 images are set aside for the check; they
-    are trained on like the others, but not in the check's bank. Raises ValueError if there is only
-    one image.
+    images: [N, 3, H, W] uint8, N >= 2, good ones, already matched to `light`.
+    mean: [3, H, W] float32, what is subtracted from images.
+    levels, combination: the levels to score at, and how their maps become one.
+    light: [3], the colour that images are matched to before they are scored, or None; see
+        `images.light.match_illumination`.
+    seed: of the synthetic defects.
+
+    Up to 8 images are set aside for the check: training uses them like the others, but they are not
+    in the check's banks. Raises ValueError if there is only one image.
     """
 
     def __init__(
@@ -60,13 +64,13 @@ class DefectCheck:
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
         defective, masks = _with_defects(clean, np.random.default_rng(seed))
-        # As in use, where the defect has its part in an image's mean.
+        # Matched again, as in use, where a defect has its part in the image's mean colour.
         self.images = torch.cat([clean, match_illumination(defective, light)])
         self.labels = np.arange(len(self.images)) >= len(clean)
         self.masks = np.concatenate([np.zeros((len(clean), *masks.shape[1:]), dtype=bool), masks])
 
     def __call__(self, encoder: HierarchicalEncoder) -> Quality:
-        """Score the clean and the defective images and compare with what is known."""
+        """Score the clean and the defective images; AUROCs against the known defects."""
         banks = fill_banks(encoder, self.bank_images, self.mean, self.levels)
         result = score_images(encoder, banks, self.images, self.mean, self.combination)
         maps = result.anomaly_map.numpy()
@@ -77,12 +81,12 @@ class DefectCheck:
 
 
 def _spread(count: int, chosen: int) -> np.ndarray:
-    """`chosen` of the numbers below `count`, evenly spread."""
+    """`chosen` of the numbers 0 .. count - 1, evenly spread, ascending [chosen]."""
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def _with_defects(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Copies of uint8 images [N, 3, H, W] with a defect each, and their masks."""
+    """Four copies of each uint8 image [N, 3, H, W] with one defect each, and masks [4 N, H, W]."""
     drawn = [
         draw_defects(image, rng, kind=kinds[(number + copy) % len(kinds)], strength=strength)
         for number, image in enumerate(images)

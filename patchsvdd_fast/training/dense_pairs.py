@@ -1,4 +1,8 @@
-"""SVDD' over pairs of patches drawn from dense maps: thousands for the price of encoding a crop."""
+"""The objective of mode "dense": SVDD' over neighbouring patches from dense maps of crops.
+
+A dense map holds the embedding of every patch of a crop. Encoding the crop once gives thousands of
+embeddings for the price of a few dozen patches.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,18 @@ from .objectives import LevelLoss, TrainingImages, mixed_seed, svdd_loss
 
 
 def smallest_crop(largest_patch: int) -> int:
-    """Side that holds a pair of neighbours, in pixels."""
+    """Side of the smallest crop that holds a pair of neighbours, in pixels."""
     return largest_patch + TRUNK_STRIDE * _reach(largest_patch)
 
 
 def draw_neighbours(
     size: int, crop: int, count: int, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Corners of neighbouring patches, [P, 2] each: cells of the small encoder's dense map.
+    """Top left corners of first and second patches of neighbour pairs, [P, 2] and [P, 2].
 
-    A jitter of K/64 cells, at least one, along one or both axes; clipped to the crop.
+    size: K, the patches' side in pixels. crop: its side in pixels. count: P. Corners are rows and
+    columns of the small encoder's dense map. The second patch is 1 to max(1, K/64) cells
+    away in one of eight directions, clipped to the crop.
     """
     last = (crop - size) // TRUNK_STRIDE
     first = torch.randint(last + 1, (count, 2), generator=generator)
@@ -33,16 +39,19 @@ def draw_neighbours(
 
 
 def _reach(size: int) -> int:
-    """The longest jitter of a patch, in cells."""
+    """The longest way from a patch to its neighbour along an axis, in cells."""
     return max(1, size // (32 * TRUNK_STRIDE))
 
 
 class DensePairs:
     """SVDD' alone, over neighbours drawn from crops that are encoded densely.
 
-    The small encoder runs over a crop once and gives the embeddings of all its patches. As in the
-    paper, neighbours carry no noise. There are no position pairs: in minutes of training they
-    teach nothing that helps (ARCHITECTURE.md, "Dense pairs").
+    As in the paper, neighbours carry no noise. There are no position pairs: in minutes of training
+    they teach nothing that helps (docs/design/training.md, "Dense pairs").
+
+    crop_size: wanted side of a crop in pixels; at least what holds a pair of the largest patches is
+    taken, and at most the image. pairs_per_crop: per patch size. Raises ValueError if the images
+    are smaller than the smallest crop.
     """
 
     def __init__(
@@ -75,7 +84,7 @@ class DensePairs:
             Generator().manual_seed(mixed_seed(self.seed, step, crop))
             for crop in range(share.start, share.stop)
         ]
-        # Copied over before the device is at work, so that nothing waits for it.
+        # Copied to the device before it encodes: a copy would wait for that work to end.
         cells = {
             size: self._draw(size, generators).to(crops.device)
             for size in reversed(self.encoder.patch_sizes)
@@ -89,7 +98,10 @@ class DensePairs:
         return losses
 
     def _draw(self, size: int, generators: Sequence[Generator]) -> Tensor:
-        """Cells [2 b P, 3] of the first patches of all pairs and crops, then of the second."""
+        """Corners [2 b P, 3] for `embed_cells`: of all first patches, then of all second ones.
+
+        generators: one for each of the b crops; P pairs are drawn with each.
+        """
         drawn = [
             draw_neighbours(size, self.crop_size, self.pairs_per_crop, generator)
             for generator in generators
@@ -110,9 +122,9 @@ def embed_cells(encoder: HierarchicalEncoder, size: int, trunk: Tensor, cells: T
 def _embed_rows(
     encoder: HierarchicalEncoder, size: int, trunk: Tensor, width: int, rows: Tensor
 ) -> Tensor:
-    """As `embed_cells`, of cells counted through all maps of `width` columns: trunk [N h w, D]."""
+    """As `embed_cells`, but trunk: [N h w, D], maps of `width` columns; rows: [P], cells in it."""
     if size == SMALL_PATCH:
-        # Indexing would do, but its gradient is added up in no fixed order; this one's is.
+        # Unlike the gradient of indexing, that of an embedding is summed in a fixed order.
         return F.embedding(rows, trunk)
     half = size // 2
     step = half // TRUNK_STRIDE

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: what can be saved has been, and the process should end."""
+    """SIGTERM arrived; raised between two steps, so that the state can still be saved."""
 
 
 class Interrupts:
-    """What has arrived so far."""
+    """The signals noted within `delayed_interrupts`."""
 
     def __init__(self) -> None:
         self.arrived = 0
@@ -30,9 +30,12 @@ def take_effect(signum: int) -> None:
 
 @contextlib.contextmanager
 def delayed_interrupts() -> Iterator[Interrupts]:
-    """Within the context the first signal is only noted; a second one of a kind acts at once."""
+    """Within the context a first Ctrl-C or SIGTERM is only noted; a second of its kind acts.
+
+    Signals reach the main thread alone: in others the context does nothing.
+    """
     interrupts = Interrupts()
-    if threading.current_thread() is not threading.main_thread():  # they get no signals
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
         yield interrupts
         return
 

@@ -1,4 +1,4 @@
-"""Writing down how training goes: JSON lines, CSV, TensorBoard."""
+"""Logs of training, a row of figures per step: JSON lines, CSV, TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".csv")
 
 
 class Log(Protocol):
-    """Where steps are written to; called after each."""
+    """Where steps are written; called after each step that a progress callback receives."""
 
     def __call__(self, step: TrainingStep) -> None:
         """Write one step."""
@@ -28,7 +28,7 @@ class Log(Protocol):
 
 
 def figures_of(step: TrainingStep) -> dict[str, float | int | None]:
-    """A step as one flat row; names like "K64_accuracy"; None where nothing was checked."""
+    """A step as one row: names, such as "K64_accuracy", to values; None: not measured."""
     figures: dict[str, float | int | None] = {
         "step": step.step,
         "seconds": round(step.seconds, 3),
@@ -44,11 +44,11 @@ def figures_of(step: TrainingStep) -> dict[str, float | int | None]:
 
 
 class FileLog:
-    """One row per step in a .jsonl or .csv file, on disk after each.
+    """One row per step in a .jsonl or .csv file, written out after each step.
 
-    A file that is there is continued: rows from the first new step on, which a run that was killed
-    may have written after its last checkpoint, are replaced. Raises ValueError for another
-    suffix.
+    An existing file is continued. Its rows from the first new step on, which a killed run may have
+    written after its last checkpoint, are dropped. Raises ValueError for another suffix, and at the
+    first step if the file is no log, or one with other figures.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +89,11 @@ class FileLog:
             self._csv = csv.DictWriter(self._file, names)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """What was written before; a killed run may have left its last line unfinished."""
+        """The rows of an existing file, without a last line that a killed run left unfinished."""
         if not self.path.exists():
             return []
         *lines, unfinished = self.path.read_text().split("\n")
-        del unfinished  # "" where the last line is whole
+        del unfinished  # what follows the last newline: "", or an unfinished line
         try:
             if self.path.suffix == ".csv":
                 rows = list(csv.DictReader(lines))
@@ -105,10 +105,10 @@ class FileLog:
 
 
 class TensorBoardLog:
-    """Scalars for TensorBoard in a folder. Raises ValueError if it is not installed.
+    """Writes scalars for TensorBoard to a folder.
 
-    Steps that a killed run wrote after its last checkpoint are purged when it goes on. Raises
-    ValueError, too, if the folder is a file.
+    Steps that a killed run wrote after its last checkpoint are purged when it is resumed. Raises
+    ValueError if TensorBoard is not installed or the folder is a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,9 +136,9 @@ class TensorBoardLog:
 
 
 class LogOrWarning:
-    """Another log, until it cannot be written to, as on a full disk: then a warning, once.
+    """Wraps a log so that training goes on if it can no longer be written, as on a full disk.
 
-    Training is worth more than its log. What fails at the first step is raised.
+    Then it warns once and drops all further steps. An error at the first step is raised.
     """
 
     def __init__(self, log: Log) -> None:
@@ -168,13 +168,13 @@ class LogOrWarning:
     def _give_up(self, error: OSError) -> None:
         warnings.warn(f"the log ends at step {self._last_step}: {error}", stacklevel=3)
         log, self._log = self._log, None
-        with contextlib.suppress(OSError):  # of what it had still to write
+        with contextlib.suppress(OSError):  # closing may fail to write what is buffered
             if log is not None:
                 log.close()
 
 
 def check_log_path(path: Path) -> None:
-    """Require a folder to write to, and a suffix that says what to write. Raises ValueError."""
+    """Raise ValueError unless the folder of a log exists and its suffix is in `SUFFIXES`."""
     if not path.parent.is_dir():
         raise ValueError(f"the folder of the log does not exist: {path.parent}")
     if path.suffix not in SUFFIXES:

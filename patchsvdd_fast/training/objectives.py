@@ -1,8 +1,8 @@
 """What a training step minimises: the losses, the images it draws from, and the paper's objective.
 
-An objective draws everything from (seed, step), so that a step can be repeated by itself: that is
-what makes resuming exact. It takes a share of the batch, so that several processes can divide it.
-The other one is in `dense_pairs`.
+An item's random numbers depend only on the seed, the step and the item's number in the batch. So
+any step can be repeated, which makes resuming exact, and several processes can each compute a share
+of the batch. `PatchPairs` is the paper's objective (mode "faithful"); `dense_pairs` has the other.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from ..ops.pair_protocol import PairKind
 from .record import LevelMetrics, embedding_spread
 
 NUM_POSITIONS = 8
-_HIDDEN = 128
+_HIDDEN = 128  # width of the position classifier's layers
 
 
 class LevelLoss(NamedTuple):
-    """The losses of one patch size as tensors, so that nothing waits for the device."""
+    """The losses of one patch size, kept as tensors: reading numbers would wait for the device."""
 
     total: Tensor
-    """What is minimised, with its graph."""
+    """What is minimised; gradients flow through it."""
     svdd: Tensor
+    """See `svdd_loss`."""
     embeddings: Tensor
-    """[P, D]: of the first patches of the neighbour pairs."""
+    """[P, D], without gradient: of the first patches of the neighbour pairs."""
     classification: Tensor | None = None
+    """See `position_loss`; None without position pairs, as is `right`."""
     right: Tensor | None = None
-    """[P], bool: whose direction was told right."""
+    """[P] bool: whether the direction of a position pair was classified correctly."""
 
     def metrics(self) -> LevelMetrics:
-        """The figures to show."""
+        """As numbers, to show and to log."""
         return LevelMetrics(
             svdd_loss=float(self.svdd.detach()),
             spread=embedding_spread(self.embeddings),
@@ -49,23 +51,23 @@ class Objective(Protocol):
     """What the trainer calls each step."""
 
     classifiers: nn.ModuleDict
-    """What is trained besides the encoder, by patch size."""
+    """Trained besides the encoder: a position classifier per patch size, or none."""
 
     def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
-        """By patch size, largest first.
+        """The losses of a step by patch size, largest first, as means over the share.
 
-        image_of: [B] of the whole batch, on the CPU; share: the items to do. Losses are means over
-        the share.
+        image_of: [B] int64 on the CPU, the image that each item of the whole batch is drawn from.
+        step: its number, from 1. share: the items to compute here.
         """
 
 
 class PositionClassifier(nn.Module):
-    """Tells from two embeddings [B, D] in which of 8 directions the second patch lies: [B, 8].
+    """Classifies in which of 8 directions the second patch of a pair lies from the first.
 
-    Works on the difference of the embeddings (Doersch et al. 2015). By default the last layer is
-    as in the paper's implementation: its weight is divided by its norm over the classes and gets
-    no gradient, a fixed random projection of which only the bias learns. `train_last_layer` makes
-    it an ordinary linear layer.
+    It sees the difference of their embeddings (the task: Doersch et al. 2015). By default the last
+    layer is as in the paper's implementation: its weight, divided by its norm over the classes,
+    gets no gradient, so it is a fixed random projection and only the bias learns.
+    `train_last_layer` makes it an ordinary linear layer.
     """
 
     def __init__(self, embedding_dim: int = 64, train_last_layer: bool = False) -> None:
@@ -89,7 +91,7 @@ class PositionClassifier(nn.Module):
 
 
 def svdd_loss(first: Tensor, second: Tensor) -> Tensor:
-    """SVDD': mean Euclidean distance between embeddings [B, D] of neighbouring patches."""
+    """SVDD': mean Euclidean distance between embeddings [P, D] of neighbouring patches."""
     return torch.linalg.vector_norm(first - second, dim=1).mean()
 
 
@@ -105,9 +107,10 @@ def pair_loss(
     neighbours: tuple[Tensor, Tensor],
     svdd_weight: float,
 ) -> LevelLoss:
-    """CE + lambda * SVDD' of one patch size, from embeddings [P, D] and labels [P].
+    """The paper's loss of one patch size: cross-entropy of positions + lambda * SVDD'.
 
-    positions, neighbours: the first and the second patches of each pair.
+    positions, neighbours: embeddings [P, D] of the first and of the second patches of the pairs.
+    labels: [P] int64, the position pairs' directions. svdd_weight: lambda.
     """
     logits = classifier(*positions)
     position = position_loss(logits, labels)
@@ -118,7 +121,11 @@ def pair_loss(
 
 
 class DrawnPairs(NamedTuple):
-    """The patches of one size, [B, 3, K, K] each: position pairs, labels [B], neighbour pairs."""
+    """The patches of one size, [B, 3, K, K] each: position pairs, labels [B], neighbour pairs.
+
+    first, second, labels: position pairs, and the direction [B] of the second from the first.
+    near, jittered: neighbour pairs.
+    """
 
     first: Tensor
     second: Tensor
@@ -133,7 +140,7 @@ def patch_losses(
     drawn: Mapping[int, DrawnPairs],
     svdd_weight: float,
 ) -> dict[int, LevelLoss]:
-    """The losses by patch size from the patches themselves, all encoded in one pass."""
+    """The losses by patch size; patches of all sizes are encoded together."""
     embedded = encoder.forward_sizes(
         [
             torch.cat([pairs.first, pairs.second, pairs.near, pairs.jittered])
@@ -151,10 +158,10 @@ def patch_losses(
 
 
 class TrainingImages:
-    """The training set: on the device, or in the computer's memory if it would not fit there.
+    """The training set, on the device if it fits there (in half of a GPU's free memory).
 
-    images: [N, 3, H, W] uint8; mean: [3, H, W] float32. From the computer's memory (pinned) the
-    images of each batch are copied over; the pairs drawn are the same.
+    Otherwise it stays in pinned CPU memory, from where each batch is copied to the device; the
+    pairs drawn are the same. images: [N, 3, H, W] uint8; mean: [3, H, W] float32.
     """
 
     def __init__(self, images: Tensor, mean: Tensor, device: torch.device) -> None:
@@ -181,7 +188,7 @@ class TrainingImages:
         first_pair: int,
         redraw_clipped: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`ops.crop_pairs` on the device; image_of: [B] on the CPU; draw: seed and step."""
+        """`ops.crop_pairs` on the device; image_of: [B] int64 on the CPU; draw: (seed, step)."""
         images = self.images
         if images.device != self.device:
             images = images[image_of].pin_memory().to(self.device, non_blocking=True)
@@ -199,7 +206,7 @@ class TrainingImages:
 
 
 class PatchPairs:
-    """The paper's protocol: every patch of every pair is cut out and encoded by itself."""
+    """The paper's protocol: each patch of each pair is cut out and encoded by itself."""
 
     def __init__(
         self,
@@ -214,7 +221,7 @@ class PatchPairs:
         self.seed, self.svdd_weight, self.redraw_clipped = seed, svdd_weight, redraw_clipped
 
     def losses(self, image_of: Tensor, step: int, share: slice) -> dict[int, LevelLoss]:
-        """See `Objective`; an item is a pair of each kind."""
+        """See `Objective`; an item is a position and a neighbour pair of each patch size."""
         sizes = self.encoder.patch_sizes[::-1]
         drawn = {size: self._draw(size, image_of, step, share) for size in sizes}
         classifiers = {size: classifier_of(self.classifiers, size) for size in sizes}
@@ -231,14 +238,14 @@ class PatchPairs:
 
 
 def classifier_of(classifiers: nn.ModuleDict, size: int) -> PositionClassifier:
-    """The one of a patch size."""
+    """The position classifier of a patch size."""
     classifier = classifiers[str(size)]
     assert isinstance(classifier, PositionClassifier)
     return classifier
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed of several numbers, all of which matter (the mixing of SplitMix64)."""
+    """One 63-bit seed that depends on all the numbers (mixed as in SplitMix64)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64

@@ -1,4 +1,4 @@
-"""What training tells: of a step, of a whole run, of what was learned; plain values all."""
+"""Reports of training as plain values: of a step, a whole run, and a check of the encoder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class LevelMetrics:
     spread: float
     """Standard deviation of the embeddings over a batch of patches, mean over dimensions."""
     loss: float | None = None
-    """Cross-entropy of positions, nats; ln 8 = 2.079 is chance; None in mode dense."""
+    """Cross-entropy of positions in nats; ln 8 = 2.079 is chance; None in mode dense."""
     accuracy: float | None = None
-    """Share of right directions in the batch; 0.125 is chance; None in mode dense."""
+    """Share of positions classified correctly; 0.125 is chance; None in mode dense."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well an encoder finds the drawn defects, in percent."""
+    """How well an encoder finds synthetic defects, in percent; see `defect_check`."""
 
     detection: float
     """AUROC of images."""
@@ -36,56 +36,61 @@ class Quality:
 
     @property
     def criterion(self) -> float:
-        """What decides which weights are kept: a mean in which detection counts twice."""
+        """Decides which weights are kept: the mean of both, detection counting twice."""
         return (2 * self.detection + self.segmentation) / 3
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What a progress callback receives: after each step, on a GPU after every 20th."""
+    """What a progress callback receives after a step (which ones: see `Trainer.run`)."""
 
     step: int
-    """Steps done, from 1."""
+    """Number of this step, from 1."""
     total_steps: int | None
-    """Of the whole run; None until it has been fitted to the minutes."""
+    """Of the whole run; None until they have been fitted to `minutes`."""
     loss: float
+    """The minimised loss, summed over patch sizes."""
     learning_rate: float
+    """Of this step."""
     seconds: float
-    """Of training so far, interruptions left out."""
+    """Of training so far, without the time between being interrupted and resumed."""
     seconds_left: float | None
-    """At the speed so far; None until `total_steps` is known."""
+    """Expected until the last step, at the speed so far; None until `total_steps` is known."""
     levels: dict[int, LevelMetrics]
     """By patch size in pixels."""
     quality: Quality | None = None
-    """What a check after this step found, if there was one."""
+    """What the check after this step found; None without one."""
 
 
 @dataclass
 class TrainingRecord:
-    """What a finished run reports; kept in the model file."""
+    """What a run has done, kept in the model file and in checkpoints."""
 
     steps: int = 0
+    """Steps done."""
     seconds: float = 0.0
+    """See `TrainingStep.seconds`."""
     collapsed: bool = False
-    """Whether all embeddings became alike. With checks that ends the training, and the weights that
-    are kept are of before."""
+    """Whether all embeddings became alike, see `is_collapsed`. With checks of the encoder that ends
+    training, and the weights of an earlier check are kept."""
     final_loss: float | None = None
-    """None without training."""
+    """Of the last measured step; None without training."""
     accuracy: dict[int, float] = field(default_factory=dict)
-    """By patch size, share of positions told right in the last step; empty in mode dense."""
+    """By patch size: `LevelMetrics.accuracy` of the last measured step; empty in mode dense."""
     best_step: int | None = None
-    """The step whose weights were kept, where checks decided; 0: the untrained ones."""
+    """The step whose weights are kept (0: the untrained ones); None without checks."""
     qualities: list[tuple[int, float]] = field(default_factory=list)
-    """Step and criterion of each check."""
+    """Step and `Quality.criterion` of each check."""
 
 
 def record_of(values: Mapping[str, Any]) -> TrainingRecord:
-    """A record as JSON keeps it, read back."""
+    """A record from the JSON object that a file holds of it; older files are understood, too."""
     record = dict(values)
+    # Files of schema 2 call it position_accuracy.
     accuracy = record.pop("position_accuracy", None) or record.get("accuracy", {})
     record["accuracy"] = {int(size): value for size, value in accuracy.items()}
     loss = record.get("final_loss")
-    record["final_loss"] = None if loss is None or math.isnan(loss) else loss  # earlier files: NaN
+    record["final_loss"] = None if loss is None or math.isnan(loss) else loss  # NaN in older files
     record["qualities"] = [(step, value) for step, value in record.get("qualities", [])]
     return TrainingRecord(**record)
 
@@ -102,15 +107,15 @@ class CollapseWarning(UserWarning):
 def is_collapsed(embeddings: Tensor) -> bool:
     """Whether embeddings [..., D] differ by no more than float32 rounding noise.
 
-    Spreads of 1e-6 are still useful (a published leather encoder has less), a few units in the
-    last place are not: every patch then looks like every other and AUROC sits at 0.5.
+    A spread of 1e-6 is still useful (a published leather encoder has less). One of a few units in
+    the last place is not: all patches then look alike, and AUROC stays near 0.5.
     """
     magnitude = float(embeddings.detach().double().square().mean().sqrt())
     return embedding_spread(embeddings) <= 4 * torch.finfo(torch.float32).eps * magnitude
 
 
 def warn_of_collapse(when: str) -> None:
-    """Warn that the embeddings are all alike, and say what helps."""
+    """Warn that all embeddings are alike, and say what helps; when: such as "after 20 steps"."""
     warnings.warn(
         f"the embeddings have collapsed to one point {when}: scores will be no better than chance. "
         "Try fewer steps, or in mode faithful a smaller svdd_weight (lambda), "

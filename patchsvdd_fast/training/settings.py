@@ -1,4 +1,4 @@
-"""What determines a training run: its settings, and those that belong together (recipes.json)."""
+"""The settings of a training run, and their values for each mode and surface (recipes.json)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SURFACES = tuple(_RECIPES["surfaces"])
 SCHEDULES = ("constant", "cosine")
 
 CROPS_PER_IMAGE = 100
-"""How often an epoch visits each training image."""
+"""How many items of batches an epoch draws from each training image."""
 
 _FAITHFUL_ONLY = ("svdd_weight", "train_last_layer", "redraw_clipped")
 _LENGTHS = ("epochs", "steps", "minutes")
@@ -29,45 +29,52 @@ _LENGTHS = ("epochs", "steps", "minutes")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What determines a training run besides the images. The defaults are the paper's protocol."""
+    """What determines a training run besides the images. The defaults are the paper's protocol.
+
+    See `training_settings` for the values of a mode. Raises ValueError for settings that are out of
+    range or exclude each other.
+    """
 
     mode: str = "faithful"
-    """"faithful": pairs of patches as in the paper; "dense": neighbours alone, from dense maps."""
+    """"faithful": position and neighbour pairs, as in the paper; "dense": neighbour pairs alone,
+    from dense maps of crops."""
     epochs: int | None = 300
-    """Passes over CROPS_PER_IMAGE x the number of images; None: as many as `steps` take."""
+    """Epochs of CROPS_PER_IMAGE items per training image; None: `steps` or `minutes` decide."""
     steps: int | None = None
-    """Stop after this many steps, whatever `epochs` says."""
+    """Most steps of the run, whatever `epochs` says."""
     minutes: float | None = None
-    """Fit the number of steps to this time, measured in the first ten; never more than the above.
-    The other settings determine the result, this one leaves it to the machine."""
+    """Fit the number of steps to this time, by the speed of the first ten; never more than `epochs`
+    and `steps` allow. The result then depends on the machine's speed."""
     batch_size: int = 64
-    """Of a step. Faithful: pairs of each kind and patch size; dense: crops."""
+    """Items per step. Mode faithful: pairs of each kind and patch size; mode dense: crops."""
     learning_rate: float = 1e-4
     schedule: str = "constant"
-    """"constant", or "cosine": down to zero over the run."""
+    """Of the learning rate: "constant", or "cosine", which falls to zero over the run."""
     warmup_steps: int = 0
-    """Over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero."""
     svdd_weight: float = 1e-3
-    """Faithful only: lambda, the weight of SVDD' against the position loss."""
+    """Mode faithful only: lambda, the weight of SVDD' against the position loss."""
     initialization: str = "default"
-    """See `HierarchicalEncoder`."""
+    """"default" or "kaiming", see `HierarchicalEncoder`."""
     train_last_layer: bool = False
-    """Faithful only: of the position classifier."""
+    """Mode faithful only: train the last layer of the position classifier."""
     redraw_clipped: bool = False
-    """Faithful only: draw clipped position pairs again."""
+    """Mode faithful only: redraw position pairs whose second patch leaves the image, instead of
+    clipping it to the image, which may make the label wrong."""
     crop_size: int = 128
-    """Dense only: side of a crop, pixels; enough for a pair of the largest patches, and no more
-    than the image."""
+    """Mode dense only: side of a crop in pixels; raised to hold a pair of the largest patches, and
+    limited to the image."""
     pairs_per_crop: int = 256
-    """Dense only: pairs of neighbours per patch size."""
+    """Mode dense only: neighbour pairs per crop and patch size."""
     precision: str = "float32"
-    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; dense: "float32" alone."""
+    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; mode dense: "float32" alone."""
     check_every: int | None = None
-    """Steps between checks of what has been learned, see `selection`; the best weights are kept.
-    None: never, the last weights are the result."""
+    """Steps between checks on synthetic defects (see `defect_check`), by which the best weights are
+    kept. None: no checks, the last weights are the result."""
     patience: int | None = None
-    """Stop after so many checks without an improvement; None: go on to the end."""
+    """Stop after this many checks in a row without improvement; None: train to the end."""
     seed: int = 0
+    """Of all that is drawn at random."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -86,7 +93,7 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.mode == "dense" and self.precision != "float32":
             raise ValueError(
-                f'mode dense needs precision "float32", in which alone neighbours differ, '
+                'mode dense needs precision "float32", as neighbours differ too little for others, '
                 f"got {self.precision!r}"
             )
         if self.patience is not None and self.check_every is None:
@@ -100,7 +107,7 @@ class TrainingSettings:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def total_steps(self, num_images: int) -> int | None:
-        """Steps of the whole run; None where only `minutes` limits them."""
+        """Steps of a run on N images; None if only `minutes` limits them."""
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
             crops = self.epochs * num_images * CROPS_PER_IMAGE
@@ -108,7 +115,7 @@ class TrainingSettings:
         return min(limits, default=None)
 
     def learning_rate_at(self, step: int, total: int | None) -> float:
-        """Of step 1 .. total; None: the end is not in sight."""
+        """The learning rate of a step, from 1; total: steps of the run, None if not known yet."""
         rate = self.learning_rate
         if self.warmup_steps:
             rate *= min(1.0, step / self.warmup_steps)
@@ -118,7 +125,7 @@ class TrainingSettings:
 
 
 def illumination_of(mode: str) -> str:
-    """How the mode treats light, where nothing else is asked for; see `images.ILLUMINATIONS`."""
+    """The mode's default treatment of light, one of `images.light.ILLUMINATIONS`."""
     illumination: str = _RECIPES["illumination"][mode]
     return illumination
 
@@ -126,12 +133,14 @@ def illumination_of(mode: str) -> str:
 def training_settings(
     mode: str = "faithful", surface: str | None = None, **given: Any
 ) -> TrainingSettings:
-    """The mode's settings, changed by the kind of surface and then by what is given and not None.
+    """The settings of a mode, then of a surface (recipes.json), then those given that are not None.
 
-    surface: "texture" or "object", which differ in lambda (mode faithful); None: the mode's own.
-    Of epochs, steps and minutes, giving one replaces the mode's length. check_every=0: no checks,
-    where the mode has some. Raises ValueError for an unknown mode or surface, for what only mode
-    faithful has, and as TrainingSettings does.
+    surface: "texture" or "object", which set lambda (mode faithful only); None: the mode's lambda.
+    given: fields of `TrainingSettings`. Any of epochs, steps and minutes replaces the length that
+    the mode sets; check_every=0 turns off the checks of a mode that has them.
+
+    Raises ValueError for an unknown mode or surface, for settings in mode dense that only mode
+    faithful has, and as `TrainingSettings` does.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")

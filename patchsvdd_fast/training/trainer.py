@@ -1,8 +1,8 @@
-"""Self-supervised training of the encoder: seeded, resumable to the bit, over one or more workers.
+"""Self-supervised training of the encoder: seeded, exactly resumable, by one or more processes.
 
-A step is a function of the weights, the optimiser's state and the step's number alone: what is
-drawn for it comes from (seed, step). So a run that goes on from a checkpoint equals one that was
-never interrupted.
+A step depends on the weights, the optimiser's state and the step's number alone: its random numbers
+come from (seed, step). So a run that is resumed from a checkpoint equals one that was never
+interrupted (on a CPU to the bit).
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ from .record import Quality, TrainingRecord, TrainingStep, is_collapsed, record_
 from .settings import CROPS_PER_IMAGE, TrainingSettings
 from .workers import Workers
 
-_COLLAPSE_PATIENCE = 20  # consecutive measured steps
-_MEASURED_EVERY = 20  # steps on a GPU, where measuring waits for it; each step on a CPU
-_UNTIMED_STEPS, _FITTED_AFTER = 2, 10  # new steps, before the number is fitted to the minutes
+_COLLAPSE_PATIENCE = 20  # measured steps in a row with collapsed embeddings, before it counts
+_MEASURED_EVERY = 20  # steps on a GPU, since measuring waits for it; on a CPU each step is measured
+# To fit the number of steps to `minutes`, this process's steps 3 to 10 are timed.
+_UNTIMED_STEPS, _FITTED_AFTER = 2, 10
 
 
 class Trainer:
     """One training run.
 
-    images: [N, 3, H, W] uint8; mean: [3, H, W] float32, the per-pixel mean image. The encoder is
-    trained in place, on its device. The same settings, images and device give the same weights.
-    check: what judges the encoder every `settings.check_every` steps, see `selection`.
+    encoder: trained in place, on its device.
+    images: [N, 3, H, W] uint8.
+    mean: [3, H, W] float32, what is subtracted from the images.
+    check: judges the encoder every `settings.check_every` steps, such as a `DefectCheck`.
+    workers: the processes that share each batch; None: this one alone.
+
+    The same settings, images and device give the same weights. Raises ValueError for images that
+    are too small for mode dense, and for more workers than items in a batch.
     """
 
     def __init__(
@@ -80,17 +86,19 @@ class Trainer:
         self._collapsed_steps = 0
         self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
         self.is_between_steps = True
-        """Whether weights, optimiser and record belong together; not so in the midst of a step."""
+        """Whether weights, optimiser and record are of one step, so that they can be saved."""
 
     # --- running ----------------------------------------------------------------------------------
 
     def run(self, on_step: Callable[[TrainingStep], None] | None = None) -> TrainingRecord:
-        """Train to the end of the schedule, from where `load_state` left it or the beginning.
+        """Train to the last step, from where `load_state` left it or the beginning.
 
-        `on_step` is called after every step (on a GPU every 20th, and the last). Ctrl-C and
-        SIGTERM take effect between two steps, as KeyboardInterrupt and `interrupts.Terminated`.
-        Raises FloatingPointError if the loss stops being finite. Warns (CollapseWarning) once if
-        the embeddings collapse.
+        on_step: called after each step (on a GPU every 20th, those with a check and the last).
+
+        With checks, the encoder gets the best weights in the end. Ctrl-C and SIGTERM take effect
+        between two steps, as KeyboardInterrupt and `interrupts.Terminated`. Raises
+        FloatingPointError if the loss is no longer finite. Without checks, warns (CollapseWarning)
+        once if the embeddings collapse.
         """
         record, before = self.record, self.record.seconds
         self._first_step = record.steps
@@ -124,7 +132,7 @@ class Trainer:
 
     @property
     def _end(self) -> int | None:
-        """The last step, as far as it is known."""
+        """The number of the last step; None if not known yet."""
         return self.total or self._limit
 
     def _step(self, number: int) -> dict[int, LevelLoss]:
@@ -135,17 +143,18 @@ class Trainer:
         with computing_in(settings.precision, self.device):
             losses = self._objective.losses(images, number, self._share)
             total = torch.stack([level.total for level in losses.values()]).sum()
-            if self.device.type == "cpu":  # elsewhere, looking would wait for the device
+            if self.device.type == "cpu":  # on a GPU that would wait; there `_measure` does it
                 self._check_finite(float(total.detach()), number)
             self._optimizer.zero_grad(set_to_none=True)
-            # A mean over the share; the shares' gradients add up to that of the whole batch.
+            # The loss is a mean over the share. Weighted by the share, gradients add up to those
+            # of the mean over the whole batch.
             (total * ((self._share.stop - self._share.start) / settings.batch_size)).backward()
         self.workers.add_gradients(self._parameters)
         self._optimizer.step()
         return losses
 
     def _images_of(self, step: int) -> Tensor:
-        """The images of a step's batch; an epoch visits each CROPS_PER_IMAGE times."""
+        """The image of each item of a step's batch [B]; an epoch has each CROPS_PER_IMAGE times."""
         crops = len(self._data) * CROPS_PER_IMAGE
         missing = self.settings.batch_size
         position, batch = (step - 1) * missing, []
@@ -161,7 +170,7 @@ class Trainer:
         return torch.cat(batch)
 
     def _fit_to_minutes(self, seconds: float) -> None:
-        """Set how many steps there will be, once it can be told; never again after that.
+        """Set the number of steps, once, when this process's first steps have been timed.
 
         seconds: since this process began to train.
         """
@@ -181,7 +190,7 @@ class Trainer:
             self.total = int(self.workers.agreed(min(fitting, self._limit or fitting)))
 
     def _measure(self, losses: dict[int, LevelLoss]) -> TrainingStep | None:
-        """What the step just made tells, and a check if one is due; None if nobody looks."""
+        """Report the last step, with a check if one is due; None if it is not to be measured."""
         record, number = self.record, self.record.steps
         is_last = number == self._end
         every = 1 if self.device.type == "cpu" else _MEASURED_EVERY
@@ -243,7 +252,7 @@ class Trainer:
         if self.check is None:
             return False
         patience = self.settings.patience
-        # From a collapse there is no way back, and the best weights are those of an earlier check.
+        # A collapsed encoder does not recover; the best weights are those of an earlier check.
         return self.record.collapsed or (
             patience is not None and self._checks_since_best >= patience
         )
@@ -251,9 +260,9 @@ class Trainer:
     # --- state ------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that `load_state` needs to go on from here: tensors, and values for JSON.
+        """What `load_state` needs to go on from here: tensors by name, and values for JSON.
 
-        The encoder's own weights are not among them.
+        The encoder's current weights are not included; the best ones of the checks are.
         """
         tensors = {
             f"classifier.{k}": v for k, v in self._objective.classifiers.state_dict().items()
@@ -272,9 +281,9 @@ class Trainer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; the encoder's weights are to be loaded by the caller.
+        """Go on from what `state` returned; the caller loads the encoder's weights.
 
-        Raises ValueError if it was of a run with other settings or other images, or is damaged.
+        Raises ValueError if that was of a run with other settings or images, or is damaged.
         """
         ours = asdict(self.settings)
         other = {k: v for k, v in values["settings"].items() if ours.get(k, v) != v}
@@ -302,7 +311,7 @@ class Trainer:
         self._seconds_of_check = float(values.get("seconds_of_check", 0.0))
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Adam's averages; tensors: named <number of the parameter>.<slot>."""
+        """Load Adam's moments; tensors: by name, <number of the parameter>.<slot>."""
         groups = self._optimizer.state_dict()["param_groups"]
         shapes: dict[str, torch.Size] = {}
         for index, parameter in enumerate(self._parameters):
@@ -355,14 +364,14 @@ def all_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_count(name: str, value: Any) -> int:
-    """A count as JSON has it; raises ValueError for what is none."""
+    """A count read from JSON; raises ValueError if it is not an integer of 0 to 2^53."""
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{name} must be a count, got {value!r}")
     return value
 
 
 def _memory_format(device: torch.device, mode: str) -> torch.memory_format:
-    """The layout of convolutions that is fastest, as far as measured (ARCHITECTURE.md)."""
+    """The fastest layout for convolutions, measured in docs/design/training.md."""
     wide = any("avx512" in name for name in instruction_sets())
     if device.type == "cpu" and mode != "faithful" and not wide:
         return torch.contiguous_format
@@ -375,7 +384,7 @@ def _fingerprint(images: Tensor) -> str:
 
 @contextlib.contextmanager
 def _flushed_denormals() -> Iterator[None]:
-    """Flush subnormals to zero: the vanishing gradients of early training are full of them."""
+    """Flush subnormal numbers to zero: they are slow, and vanishing gradients are full of them."""
     torch.set_flush_denormal(True)
     try:
         yield

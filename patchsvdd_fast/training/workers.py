@@ -11,12 +11,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-# While the first process fills banks and evaluates, the others wait for the next training.
+# While the first process fills banks and evaluates, the others wait for the next run of training.
 _LONGEST_WAIT = timedelta(hours=6)
 
 
 class Workers:
-    """This process alone, or one of several under torchrun."""
+    """The processes that train together, as one of them sees them; here, this process alone."""
 
     rank = 0
     count = 1
@@ -27,7 +27,7 @@ class Workers:
         return self.rank == 0
 
     def share(self, batch: int) -> slice:
-        """The part of a batch that is this process's to do; parts differ by one at the most.
+        """The items of a batch that this process computes; shares differ by one item at most.
 
         Raises ValueError if there are more processes than items.
         """
@@ -39,14 +39,14 @@ class Workers:
         return slice(batch * self.rank // self.count, batch * (self.rank + 1) // self.count)
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by its sum over the processes."""
+        """Replace the gradient of each parameter by its sum over the processes."""
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest of the numbers that the processes pass."""
         return number
 
     def agreed(self, number: float) -> float:
-        """The number that the first process has; whole ones up to 2^53 stay exact."""
+        """The number that the first process passes, for all; integers up to 2^53 stay exact."""
         return number
 
 
@@ -54,8 +54,8 @@ class _ManyWorkers(Workers):
     """A process of torch.distributed's default group."""
 
     def __init__(self, device: torch.device) -> None:
-        # Numbers travel between the computers' memories where the group can do that: from a GPU,
-        # reading one would wait for all work it has been given.
+        # Single numbers are exchanged between CPUs where the group can do that: reading one from a
+        # GPU would wait for all work queued there.
         config = distributed.get_backend_config()
         self._numbers_on = torch.device("cpu") if "cpu:" in config else device
         self.rank = distributed.get_rank()
@@ -86,7 +86,7 @@ def under_torchrun() -> bool:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU where torchrun started several on a machine."""
+    """The device; for "cuda" without a number under torchrun, this process's own GPU."""
     if device.type == "cuda" and device.index is None and under_torchrun():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
@@ -96,7 +96,7 @@ def local_device(device: torch.device) -> torch.device:
 def joined_workers(device: torch.device) -> Iterator[Workers]:
     """Join the other processes of torchrun, by NCCL on GPUs and gloo on CPUs; else work alone.
 
-    Where a process group is there already, it is used and left.
+    An existing process group is used, and kept at the end.
     """
     if distributed.is_available() and distributed.is_initialized():
         yield _ManyWorkers(device)
@@ -104,8 +104,9 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     if not under_torchrun():
         yield Workers()
         return
-    # The functions of this module, which Adam imports, have the group of its import as their
-    # default: it would live on, and gloo's threads would abort the interpreter at its end.
+    # Adam imports this module, whose functions hold the group that exists then as a default
+    # argument. Imported before there is one, it cannot keep the group alive: gloo's threads would
+    # abort the interpreter at exit.
     importlib.import_module("torch.distributed.nn")
 
     if device.type == "cuda":
