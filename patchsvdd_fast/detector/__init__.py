@@ -1,1 +1,1 @@
-"""The detector: fit on good images, score new ones, save, load, change, evaluate, export."""
+"""The detector: fit it on good images, score new ones; save, load, update, evaluate, export."""

@@ -1,4 +1,4 @@
-"""Evaluating a detector on a category in MVTec layout."""
+"""Evaluate a detector on the labelled test images of a category in MVTec layout."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .patch_svdd import PatchSVDD
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """What a detector reaches on one category's test images."""
+    """The metrics of a detector on one category's test images."""
 
     category: str
     num_good: int
     num_anomalous: int
     percent: dict[str, dict[str, float | None]]
-    """By combination ("K64", "K32", "sum", "mult"), then metric: detection AUROC, segmentation
-    AUROC, AUPRO up to 0.3 false positives, in percent. None where labels or masks are missing."""
+    """By combination of the levels' maps ("K64", "K32", "sum", "mult"), then by key of `METRICS`:
+    detection AUROC, segmentation AUROC, and AUPRO up to a false-positive rate of 0.3. In percent;
+    the last two are None if an anomalous image has no mask."""
 
 
 def evaluate_category(
@@ -41,9 +42,10 @@ def evaluate_category(
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
-    on_result: called with each test image and what was found, as it is found.
-    Raises ValueError if there are no test images, they are all good or all anomalous, or their maps
-    are not of one size.
+    on_result: called with each test image and its result, as soon as it is scored.
+
+    Raises ValueError unless there are both good and anomalous test images, and if their maps differ
+    in size.
     """
     tests = category.test_images()
     labels = np.array([image.is_anomalous for image in tests])
@@ -81,21 +83,24 @@ def evaluate_category(
 def read_masks(
     tests: Sequence[LabelledImage], size: tuple[int, int]
 ) -> npt.NDArray[np.bool_] | None:
-    """What is anomalous, [N, height, width]; None if an anomalous image has no mask."""
+    """The masks of all test images, bool [N, height, width]; None if an anomalous one has none."""
     masks = [mask_of(image, size) for image in tests]
     known = [mask for mask in masks if mask is not None]
     return np.stack(known) if len(known) == len(masks) else None
 
 
 def mask_of(image: LabelledImage, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """What is anomalous in a test image, [height, width]; None if that is not known."""
+    """The mask of a test image, bool [height, width]; None if it is anomalous and has none."""
     if not image.is_anomalous:
         return np.zeros(size, dtype=bool)
     return None if image.mask is None else read_mask(image.mask, size)
 
 
 def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
-    """The mean over categories, per combination and metric; None where a category has none."""
+    """The mean over categories, per combination and metric; numbers of images are summed.
+
+    A metric is None if any category lacks it.
+    """
     percent: dict[str, dict[str, float | None]] = {}
     for combination in results[0].percent:
         percent[combination] = {}
@@ -114,7 +119,7 @@ def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
 
 
 def write_json(results: Sequence[CategoryResult], path: Path, **extra: object) -> None:
-    """Write the results, and what else is given, as JSON; the file appears when complete."""
+    """Write the results as JSON, `extra` as further fields; the file appears when complete."""
     text = json.dumps({**extra, "results": [asdict(result) for result in results]}, indent=2)
     with written_whole(path) as partial:
         partial.write_text(text + "\n")

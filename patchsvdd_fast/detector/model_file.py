@@ -1,7 +1,7 @@
-"""Detectors in files: writing, opening, and saying what is inside.
+"""Write and open model files, and describe what is in one.
 
-What a file holds is a plain value, `Model`; `PatchSVDD` hands it over and is filled in from it. The
-format itself, checksums and all, is that of `files.store`.
+What a file holds is a plain value, `Model`: `PatchSVDD` makes one to save, and is filled in from
+one when loaded. The format itself, with header and checksums, is that of `files.store`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from .parameters import (
     usual_light,
 )
 
-_CALIBRATION_SCHEMA = 4  # files before it lack the levels' scores, and are calibrated anew
-_FOREIGN_SUFFIXES = (".pkl", ".pt", ".pth")
+_CALIBRATION_SCHEMA = 4  # the first with scores of each level; older files are calibrated anew
+_FOREIGN_SUFFIXES = (".pkl", ".pt", ".pth")  # of official checkpoints
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that a fitted detector is."""
+    """Everything that makes up a fitted detector."""
 
     parameters: dict[str, Any]
-    """Those of `PatchSVDD`, by name."""
+    """The parameters of `PatchSVDD`, by name."""
     encoder: HierarchicalEncoder
     mean: Tensor
     """[3, H, W] float32: what is subtracted from images of H x W pixels."""
@@ -53,9 +53,10 @@ class Model:
     """[3] float32: the training images' mean colour."""
     banks: dict[PatchLevel, NormalBank]
     calibration: Calibration | None
-    """None of a single training image."""
+    """None if there is only one training image."""
     gallery: Gallery | None
-    """None in files of before."""
+    """The training images' names, figures and pictures; None if not known, as in files of schema 2
+    and 3."""
     record: TrainingRecord
 
     @property
@@ -70,7 +71,7 @@ class Model:
 
 
 def differences(one: Model, other: Model) -> list[str]:
-    """In what two models differ that decides how a patch is embedded, by name."""
+    """What makes two models embed a patch differently, by name; empty if nothing does."""
     differing = []
     mine, theirs = one.parameters, other.parameters
     if parse_size(mine["image_size"]) != parse_size(theirs["image_size"]):
@@ -107,10 +108,12 @@ def save_model(model: Model, path: str | Path) -> None:
 
 
 def load_model(path: str | Path, device: torch.device, defaults: Mapping[str, Any]) -> Model:
-    """Open a model's file; encoder and banks go to the device.
+    """Open a model file; encoder and banks go to the device.
 
-    defaults: all parameters by name, for what an older file lacks. Raises ValueError if the file
-    holds no model, or is damaged.
+    defaults: all parameters of `PatchSVDD` by name, with the values to use where an older file has
+        none.
+
+    Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema.
     """
     tensors, header = store.load(path)
     if header["kind"] != "detector":
@@ -130,14 +133,14 @@ def _model_of(
 ) -> Model:
     parameters = from_header(header)
     if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
-        parameters["mean"] = "paper"  # then the only one
+        parameters["mean"] = "paper"  # the only mean image that these schemas had
     unknown = parameters.keys() - defaults.keys()
     if unknown:
         raise ValueError(f"it has parameters that no detector has: {', '.join(sorted(unknown))}")
     parameters = {**defaults, **parameters}
     check_parameters(parameters)
     mean = tensors["mean"]
-    # Files of before illumination mattered lack it: then it is as it is.
+    # Early files of schema 2 have no light: take the colour of the mean image.
     light = tensors.get("light", mean.mean(dim=(1, 2)))
     height, width = mean.shape[1], mean.shape[2]
     _check("mean", mean, (3, height, width))
@@ -199,7 +202,7 @@ def _check_calibration(calibration: Calibration | None, levels: set[str], num_im
 
 
 def load_encoder(path: str | Path) -> HierarchicalEncoder:
-    """Read the encoder of a detector, a training checkpoint, or an official checkpoint (.pkl, .pt).
+    """Read an encoder from a model file, a training checkpoint, or an official checkpoint (.pkl).
 
     Raises ValueError if the file is none of these.
     """
@@ -211,7 +214,7 @@ def load_encoder(path: str | Path) -> HierarchicalEncoder:
 
 
 def preparation_of(path: str | Path) -> dict[str, str]:
-    """How images were prepared for the encoder of a file: `illumination` and `mean`."""
+    """How images were prepared for the encoder in a file: the `illumination` and `mean` to use."""
     if Path(path).suffix in _FOREIGN_SUFFIXES:
         return {"illumination": "as_is", "mean": "paper"}
     _, header = store.load(path)
@@ -224,9 +227,9 @@ def preparation_of(path: str | Path) -> dict[str, str]:
 
 
 def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
-    """The encoder in a file's tensors; of a training run with checks, the best so far.
+    """The encoder in a file's tensors; in a checkpoint of a training with checks, the best so far.
 
-    Raises ValueError if they hold none, or one of other levels than the header says.
+    Raises ValueError if there is none, or if it does not fit the levels in the header.
     """
     stored = below(tensors, "training.best.") or below(tensors, "encoder.")
     parameters = from_header(header)
@@ -249,7 +252,10 @@ def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Hier
 
 
 def describe(path: str | Path) -> dict[str, str]:
-    """What a model file or checkpoint holds, by name, in words. Raises ValueError as `load`."""
+    """What `patchsvdd info FILE` prints of a model file or checkpoint: values in words, by name.
+
+    Raises ValueError as `files.store.load` does.
+    """
     tensors, header = store.load(path)
     with naming(path):
         return _facts(tensors, header, Path(path).stat().st_size)

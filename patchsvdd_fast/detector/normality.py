@@ -1,6 +1,6 @@
-"""What a detector holds to be normal, and how that is changed: more images, fewer, another's too.
+"""The training images that a detector takes as normal: add, remove and merge them.
 
-Each function leaves what it is given as it is, and gives the banks and the gallery of afterwards.
+No function changes what it is given: each returns new banks and a new gallery.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Normality(NamedTuple):
     """The training images as a detector keeps them."""
 
     banks: dict[PatchLevel, NormalBank]
-    """Per level the embeddings of all their patches, each image a group of its own."""
+    """Per level: the embeddings of all patches of the images; each image is a group of its own."""
     gallery: Gallery | None
-    """Their names, figures and pictures; None if they are not known (files of before)."""
+    """Their names, figures and pictures; None if not known, as in files of schema 2 and 3."""
 
     @property
     def num_images(self) -> int:
-        """How many there are."""
+        """How many training images there are."""
         return len(next(iter(self.banks.values())).groups)
 
 
@@ -44,9 +44,13 @@ def normality_of(
     keep_pictures: bool,
     seed: int,
 ) -> Normality:
-    """These images alone are normal; warns (CollapseWarning) if their embeddings are all alike.
+    """New banks and a new gallery of these images alone.
 
-    encoded: of the images, one [N, I, J, D] per level. seed: of the banks' clustering.
+    encoded: the images' embeddings, one [N, I, J, D] float32 per level.
+    keep_pictures: whether the gallery keeps small pictures of them.
+    seed: of the banks' clustering.
+
+    Warns (CollapseWarning) if all embeddings of a level are (nearly) the same.
     """
     banks = {}
     for level, embeddings in zip(levels, encoded, strict=True):
@@ -59,7 +63,7 @@ def normality_of(
 def with_images(
     before: Normality, images: ImageSet, encoded: Sequence[Tensor], keep_pictures: bool
 ) -> Normality:
-    """These images, too. encoded: of the images, one [N, I, J, D] per level."""
+    """The training images and these. encoded: their embeddings, one [N, I, J, D] per level."""
     banks = _copies(before)
     for bank, embeddings in zip(banks.values(), encoded, strict=True):
         bank.add(embeddings)
@@ -70,9 +74,10 @@ def with_images(
 
 
 def without_images(before: Normality, images: Sequence[str | Path | int]) -> Normality:
-    """All but these images, given by name or number.
+    """All training images but these, which are given by name or number.
 
-    Raises ValueError for one that is not there or not unmistakable, and if none would be left.
+    Raises ValueError for an image that is not there, for a name that several images have, and if
+    no image would be left.
     """
     if isinstance(images, str | Path):
         raise TypeError(f"images must be a list of names and numbers, got {images!r}")
@@ -87,7 +92,7 @@ def without_images(before: Normality, images: Sequence[str | Path | int]) -> Nor
 
 
 def merged(one: Normality, other: Normality) -> Normality:
-    """The images of both, whose patches must have been embedded alike."""
+    """The images of both, which must have been embedded in the same way (`differences`)."""
     banks = _copies(one)
     for level, bank in banks.items():
         theirs = other.banks[level].to(bank.device)
@@ -101,7 +106,8 @@ def merged(one: Normality, other: Normality) -> Normality:
 
 def warn_of_twins(gallery: Gallery | None, calibration: Calibration | None) -> None:
     """Warn of training images that are there twice, which makes thresholds too low."""
-    # Embeddings of one image differ if the mean of the others was taken from it but once.
+    # The embeddings of twins may differ: with mean="pixel" an image of `fit` had the mean of the
+    # others subtracted, but not one that was added later. So figures are compared as well.
     twice = 0 if gallery is None else gallery.num_alike()
     if calibration is not None:
         twice = max(twice, int((calibration.image_scores == 0).sum()))
@@ -114,7 +120,7 @@ def warn_of_twins(gallery: Gallery | None, calibration: Calibration | None) -> N
 
 
 def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
-    """Warn of images that were among the earlier ones, and so have a part in the mean image."""
+    """Warn of images that are among the earlier ones, and so may be part of the mean image."""
     again = 0 if gallery is None or earlier is None else gallery.num_alike(earlier)
     if again:
         warnings.warn(
@@ -126,7 +132,7 @@ def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
 
 
 def _copies(before: Normality) -> dict[PatchLevel, NormalBank]:
-    """Banks to change without changing those of before; they share their rows till then."""
+    """Copies of the banks that can be changed by themselves; rows are shared until they are."""
     return {level: copy.copy(bank) for level, bank in before.banks.items()}
 
 

@@ -1,7 +1,7 @@
-"""The dense encoder as an ONNX model, for runtimes other than PyTorch; the search stays here.
+"""Export the dense encoder as an ONNX model, for runtimes other than PyTorch.
 
-A runtime gives the embeddings of images in their usual light, the banks what the detector would
-give, but for rounding (docs/onnx.md)::
+The search stays in this library. The runtime embeds images whose light has been matched, and
+`search_levels` scores them as the detector would, but for rounding (docs/onnx.md)::
 
     images = match_illumination(detector.load_images("images/new").pixels, detector.usual_light())
     outputs = runtime.run(None, {"images": images.numpy()})  # uint8 [N, 3, H, W] -> [N, I, J, D]
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = 10
-"""How many times PyTorch's own rounding, its distance from float64, onnxruntime may be off PyTorch.
+"""How far onnxruntime's embeddings may be from PyTorch's, in multiples of PyTorch's own rounding.
 
-Measured: about once. No absolute figure suits encoders whose embeddings differ by 1e-6 as well
-as those whose differ by 0.1.
+That rounding is the distance of PyTorch's embeddings from those in float64. Measured: about once.
+No absolute bound suits both encoders whose embeddings differ by 1e-6 and those with 0.1.
 """
 
-_LEAST_ROUNDING = 2.0**-24  # of a coordinate just below 1, where PyTorch happens to be exact
+_LEAST_ROUNDING = 2.0**-24  # float32's step just below 1, for where PyTorch happens to be exact
 _OPSET, _IR_VERSION = 13, 7  # the operators need no newer ones, and older runtimes read these
 _TO_THE_END = 2**31 - 1
 
 
 def export_detector(detector: PatchSVDD, path: str | Path) -> float | None:
-    """Write a fitted detector's encoder as an ONNX model: `export_onnx` says how.
+    """Write a fitted detector's encoder as an ONNX model with `export_onnx`.
 
-    Raises NotFittedError before `fit`, else as `export_onnx`.
+    Returns and raises what `export_onnx` does; raises NotFittedError before `fit`.
     """
     detector._require_fitted()
     light = detector.usual_light()
@@ -67,28 +67,32 @@ def export_onnx(
     mean: Tensor,
     light: Tensor | None = None,
 ) -> float | None:
-    """Write `encoder.dense` of `(pixel - mean) / 255` as an ONNX model, atomically.
+    """Write `encoder.dense` applied to `(pixel - mean) / 255` as an ONNX model, atomically.
 
-    Its input is `images`, uint8 [N, 3, H, W]; its outputs are "K64", "K32", ..., float32
-    [N, I, J, D] per level. N is free; H and W are the mean's, or free if the mean is the same all
-    over each channel.
+    The model's input is "images", uint8 [N, 3, H, W]. Its outputs are "K64", "K32", ..., one per
+    level, float32 [N, I, J, D]. N is free. H and W are those of the mean, or free if the mean has
+    one value per channel.
 
-    levels: of different sizes, as `dense` takes them. mean: [3, H, W] or [3, 1, 1] float32.
+    path: file to write.
+    levels: patch levels of different sizes, as `encoder.dense` takes them.
+    mean: [3, H, W] or [3, 1, 1] float32, in pixel values.
     light: [3] float32, the colour that images are to be matched to before they go into the model
-    (`images.match_illumination`); None: they stay as they are. Written into the metadata of the
-    model: "levels", a JSON list of [size, stride]; "illumination", see `images.ILLUMINATIONS`;
-    "light", a JSON list or null.
+        (`images.light.match_illumination`), in pixel values; None: they stay as they are.
 
-    Returns the largest difference of a coordinate, in (-1, 1), between onnxruntime and PyTorch on
-    random images; None, with a warning, where onnxruntime is not installed. Raises RuntimeError,
-    and writes nothing, if it is more than `TOLERANCE` allows; ValueError or TypeError for other
-    levels, mean or light; ValueError without onnx; OSError if the file cannot be written.
+    The model's metadata hold "levels" (JSON: a list of [size, stride]), "illumination" ("matched"
+    or "as_is") and "light" (JSON: a list or null).
+
+    Embeddings of random images are compared between onnxruntime and PyTorch. Returns the largest
+    difference of a coordinate, which lies in (-1, 1); None, with a warning, if onnxruntime is not
+    installed. Raises RuntimeError, and writes nothing, if the difference is more than `TOLERANCE`
+    allows; ValueError or TypeError for levels, mean or light that do not fit; ValueError if onnx
+    is not installed; OSError if the file cannot be written.
     """
     _check_arguments(levels, mean, light)
     if (mean == mean[:, :1, :1]).all():
         mean = mean[:, :1, :1]
     batches = _random_images(levels, mean)
-    embeddings = _encoded(encoder, batches, mean, levels)  # refuses levels it does not have
+    embeddings = _encoded(encoder, batches, mean, levels)  # raises for levels it lacks
     model = _model_of(encoder, levels, mean, light).SerializeToString()
     found = _run(model, batches)
     difference = None
@@ -206,7 +210,7 @@ def _model_of(
 
 
 class _Graph:
-    """Nodes and weights of `HierarchicalEncoder.dense`; maps [N, D, I, J] go by their names."""
+    """Collects nodes and weights of `HierarchicalEncoder.dense`; maps [N, D, I, J] are names."""
 
     def __init__(self, encoder: HierarchicalEncoder) -> None:
         self.encoder = encoder
@@ -218,8 +222,8 @@ class _Graph:
         """The small encoder's dense map of uint8 images."""
         from onnx import TensorProto
 
-        # No patch needs its last row and column. Without the image's, the map has exactly the rows
-        # and columns of its grid, and so have all maps built on it.
+        # A patch's last row and column do not enter its embedding. Without those of the image, the
+        # map has exactly the rows and columns of its grid, and so have all maps built on it.
         used = self.sliced(images, end=-1)
         mean = mean[:, :-1, :-1] if mean.shape[1:] != (1, 1) else mean
         pixels = self.add("Cast", used, to=TensorProto.FLOAT)
@@ -245,7 +249,7 @@ class _Graph:
                 below = PatchLevel(half, math.gcd(half, level.stride))
                 head = self.encoder.head(level.size)
                 assert isinstance(head, QuadrantHead)
-                # Quadrants need no gathering: a kernel with gaps adds up the same products.
+                # Quadrants need no gathering: a dilated convolution adds up the same products.
                 joined = self.convolved(
                     self.dense_map(below, maps),
                     head.join,

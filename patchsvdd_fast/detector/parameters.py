@@ -1,6 +1,6 @@
-"""What a detector's parameters mean: checked, turned into settings, written to a file's header.
+"""A detector's parameters: check them, turn them into settings, write them to a file's header.
 
-Parameters are those of `PatchSVDD`, by name, as scikit-learn's `get_params` gives them.
+Parameters are those of `PatchSVDD` by name, as scikit-learn's `get_params` returns them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Parameters = Mapping[str, Any]
 
 
 def check_parameters(parameters: Parameters) -> None:
-    """Raise ValueError for parameters that cannot be used; those of training check themselves."""
+    """Raise ValueError for unusable parameters; those of training are checked by `settings_of`."""
     levels = parameters["levels"]
     if not levels:
         raise ValueError("levels must name at least one patch level")
@@ -49,21 +49,21 @@ def check_parameters(parameters: Parameters) -> None:
 
 
 def settings_of(parameters: Parameters) -> TrainingSettings:
-    """How to train. Raises ValueError as `training_settings` does."""
+    """The settings to train with. Raises ValueError as `training_settings` does."""
     names = set(TrainingSettings.__dataclass_fields__) & set(parameters)
     given = {name: parameters[name] for name in names}
     return training_settings(surface=parameters["surface"], **given)
 
 
 def illumination_of(parameters: Parameters) -> str:
-    """Whether images are brought to the training images' light: one of `ILLUMINATIONS`."""
+    """The illumination that was asked for, else the mode's own: one of `ILLUMINATIONS`."""
     return parameters.get("illumination") or settings.illumination_of(
         parameters.get("mode", "faithful")
     )
 
 
 def usual_light(parameters: Parameters, light: Tensor) -> Tensor | None:
-    """What images are brought to, [3], if the training images' is `light`; None: nothing."""
+    """The colour that images are matched to: `light` [3], or None if they stay as they are."""
     return light if illumination_of(parameters) == "matched" else None
 
 
@@ -73,7 +73,7 @@ def largest_patch(levels: Iterable[PatchLevel]) -> int:
 
 
 def new_encoder(parameters: Parameters, initialization: str = "default") -> HierarchicalEncoder:
-    """An encoder for these levels and this dimension; its weights come from torch's generator."""
+    """A new encoder for these levels and this D, with weights from torch's default generator."""
     depth = (largest_patch(parameters["levels"]) // SMALL_PATCH).bit_length()
     return HierarchicalEncoder(parameters["embedding_dim"], depth, initialization)
 
@@ -86,9 +86,9 @@ def untrained_encoder(parameters: Parameters) -> HierarchicalEncoder:
 
 
 def to_header(parameters: Parameters) -> dict[str, Any]:
-    """The header of a file written by a detector with these parameters, as JSON takes it."""
+    """The part of a file's header that holds the parameters, as values that JSON has."""
     levels = [(level.size, level.stride) for level in parameters["levels"]]
-    # Whatever the mode's illumination will be one day.
+    # Illumination is written out: a mode's own may be another in later versions.
     return {
         "parameters": {
             **parameters,

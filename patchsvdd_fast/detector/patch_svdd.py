@@ -1,7 +1,7 @@
 """The detector: fit on good images, score new ones, save and load.
 
-A face of few lines per method: what they do is in the other files of this room and in the rooms
-below it.
+Methods have a few lines each: the work is done in the other files of this folder, and in the
+folders they import.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from torch import Tensor
 from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..images.light import match_illumination, mean_colour, mean_image, mean_of_size
-from ..images.prepare import (
-    ImageSet,
-    load_image_set,
-    parse_size,
-)
+from ..images.prepare import ImageSet, load_image_set, parse_size
 from ..ops.backends import resolve_device
 from ..score.calibration import calibrate
 from ..score.image_result import ImageResult
@@ -45,27 +41,31 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
-        illumination: "as_is", or "matched": each image's colours are scaled to the training images'
-            mean, so that the light they were taken in matters less; None: the mode's own.
-        mean: what is subtracted from images: the training images' mean image ("pixel"; from each
-            training image that of the others), or one mean per channel ("channel"), for things that
-            lie anywhere. "paper": one mean image for all, as in the paper's implementation; with
-            few training images thresholds are then too low, see the documentation on calibration.
-        image_size: resize images to this many pixels (a square), or (height, width); None keeps
-            their own size, which must then be one for all.
+        image_size: side of the square that images are resized to, or (height, width), in pixels;
+            None keeps their own size, which must be the same for all.
         levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
         contamination: share of good images that may be called anomalous; sets the threshold. N
             training images can promise 1 / (N + 1) at the lowest, see `false_alarm_rate_`.
-        mode: how to train: "faithful", the paper's protocol, or "dense", on neighbours from dense
-            maps, for a machine without a GPU or little time.
-        surface: "texture" or "object", which like another `svdd_weight` (mode faithful); None: the
-            mode's own.
-        epochs, steps, minutes, batch_size, learning_rate, svdd_weight, initialization,
-            train_last_layer, redraw_clipped, precision, check_every, patience, seed: see
-            `training.TrainingSettings`; None: what the mode and the surface say (recipes.json).
-            check_every=0: no checks.
-        embedding_dim: D.
+        illumination: how an image's light is treated; None: "matched" in mode dense, else "as_is".
+
+            - "as_is": it stays as it is.
+            - "matched": colours are scaled so that their mean is that of the training images.
+        mean: what is subtracted from every image. docs/calibration.md compares them.
+
+            - "pixel": the training images' mean image; from each of them, the mean of the others.
+            - "channel": one mean per colour channel, for objects that lie anywhere.
+            - "paper": one mean image from all, as in the paper's implementation.
+        mode: how the encoder is trained.
+
+            - "faithful": the paper's protocol; hours on a GPU.
+            - "dense": on neighbouring patches of dense maps; minutes on a CPU.
+        surface: "texture" or "object": sets the `svdd_weight` that suits it (mode faithful).
+        epochs, steps, minutes: limits of training; it ends at the first. None at all: the mode's.
+        batch_size, learning_rate, svdd_weight, initialization, train_last_layer, redraw_clipped,
+            precision, check_every, patience, seed: see `training.settings.TrainingSettings`. None:
+            as the mode and the surface say (recipes.json). check_every=0: no checks.
+        embedding_dim: D, the length of an embedding.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -74,8 +74,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     array, [N, 3, H, W] as a tensor.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the training images' mean colour),
-    `banks_` (a NormalBank per level), `calibration_`, `gallery_` (the training images' names,
-    figures and pictures; None in files of before), `record_` (what training reported).
+    `banks_` (a NormalBank per level), `calibration_` (None with one training image), `gallery_`
+    (the training images' names, figures and pictures; None if loaded from a file of schema 2 or 3),
+    `record_` (what training reported).
     """
 
     def __init__(
@@ -146,18 +147,18 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     ) -> PatchSVDD:
         """Train an encoder on good images and fill the banks with their embeddings.
 
-        encoder: use this one as it is instead of training. on_step: called after each step (on a
-            GPU, every 20th).
-        checkpoint: a file to which the state of training is written every `checkpoint_minutes` and
-            when training ends, by Ctrl-C, SIGTERM or an error too.
+        encoder: use this one as it is; nothing is trained.
+        on_step: called after each training step, on a GPU after every 20th.
+        checkpoint: file that the state of training is written to every `checkpoint_minutes`, and
+            when training ends, also by Ctrl-C, SIGTERM or an error.
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
             on a CPU to the bit.
 
-        Under torchrun each process trains its share of every batch; the banks are then filled in
-        the first process alone.
+        Under torchrun each process trains its share of every batch, and the first fills the banks.
 
         Raises ValueError for unusable images or parameters, and for a checkpoint of another run;
-        warns (CollapseWarning) if all embeddings are alike.
+        FloatingPointError if the loss does not stay finite. Warns (CollapseWarning) if all
+        embeddings are (nearly) the same.
         """
         given = self.get_params()
         parameters.check_parameters(given)
@@ -190,21 +191,21 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
             if not workers.is_first:
                 return self
         self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
-        # The mean image holds a part of each of these, as it does not of a new one.
+        # Each of these images is part of the mean image; a new one is not.
         self._fill_banks(loaded, num_in_mean=len(images) if self.mean == "pixel" else None)
         self.record_ = record
         return self
 
     def untrained_encoder(self) -> HierarchicalEncoder:
-        """A freshly initialised encoder, the one training with this seed starts from."""
+        """The randomly initialised encoder that training with this seed starts from."""
         return parameters.untrained_encoder(self.get_params())
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
-        """Images as they are prepared for this detector, but for the light."""
+        """Load and resize images as this detector does; their light is matched by `encode`."""
         return load_image_set(X, parse_size(self.image_size), parameters.largest_patch(self.levels))
 
     def encode(self, pixels: Tensor) -> list[Tensor]:
-        """Embed uint8 images [N, 3, H, W] in their own light: one [N, I, J, D] per level.
+        """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
 
         Raises ValueError for images of another size than in training, unless mean="channel".
         """
@@ -219,11 +220,11 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         )
 
     def _take_over(self, normal: Normality) -> None:
-        """Score against these banks from now on, calibrated; nothing is changed if that fails."""
+        """Calibrate these banks and score against them from now on; a failure changes nothing."""
         banks, gallery = normal
         calibration = calibrate(banks, self.image_shape(), self.combination)
         normality.warn_of_twins(gallery, calibration)
-        # In one step, which Ctrl-C cannot divide.
+        # All at once, so that Ctrl-C cannot leave a half of it.
         self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
 
     # --- changing what is normal ------------------------------------------------------------------
@@ -231,8 +232,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def add(self, X: Any) -> PatchSVDD:  # noqa: N803
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
-        The images are to be others than those of `fit`, which have a part in the mean image.
-        Raises ValueError for unusable images; the detector then stays as it was.
+        X must not hold images of `fit`, which are part of the mean image: thresholds would become
+        too low. Raises ValueError for unusable images; the detector then stays as it was.
         """
         normal, images = self._normality(), self.load_images(X)
         height, width = self.image_shape()
@@ -248,7 +249,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def remove(self, images: Sequence[str | Path | int]) -> PatchSVDD:
         """Take training images out of the banks, by name or number, and calibrate anew.
 
-        Names are those of `gallery_`, or their last part where that is unmistakable. Raises
+        Names are those of `gallery_`, or their last part if only one image has it. Raises
         ValueError for an image that is not there, and if none would be left.
         """
         self._take_over(normality.without_images(self._normality(), images))
@@ -257,8 +258,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def merge(self, other: PatchSVDD) -> PatchSVDD:
         """Add the training images of a detector with the same encoder, and calibrate anew.
 
-        Both must embed a patch alike: one encoder, mean, light and levels, as `refit` makes them.
-        Raises ValueError if they differ.
+        Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
+        makes such detectors. Raises ValueError if they differ.
         """
         differing = differences(self._model(), other._model())
         if differing:
@@ -270,11 +271,11 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
-        """A new detector with this one's encoder, mean and light, and banks of other images alone.
+        """A new detector with this one's encoder, mean and light, whose banks hold other images.
 
-        As for the same product of another line. The two can be merged. The images are to be others
-        than those of `fit`, which have a part in the mean image: to leave some out, use `remove`.
-        Raises ValueError for unusable images, as for those of another size unless mean="channel".
+        For the same product on another line, say; the two can be merged. X must not hold images of
+        `fit`, which are part of the mean image: to leave some of those out, use `remove`. Raises
+        ValueError for unusable images, and for those of another size unless mean="channel".
         """
         self._require_fitted()
         twin = type(self)(**self.get_params())
@@ -287,7 +288,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return twin
 
     def usual_light(self) -> Tensor | None:
-        """What images are brought to, [3]; None if they stay as they are."""
+        """The colour that images are matched to, [3] float32; None if they stay as they are."""
         return parameters.usual_light(vars(self), self.light_)
 
     def image_shape(self) -> tuple[int, int]:
@@ -306,7 +307,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     # --- scoring ----------------------------------------------------------------------------------
 
     def score(self, X: Any) -> ScoreResult:  # noqa: N803
-        """Anomaly maps and image scores of new images. Raises NotFittedError before `fit`."""
+        """Anomaly maps and image scores of new images, all in memory. Raises NotFittedError."""
         self._require_fitted()
         pixels = self.load_images(X).pixels
         shape = pixels.shape[2], pixels.shape[3]
@@ -324,22 +325,24 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         For `for` and `async for`. Reading, encoding, searching and what the caller does with a
         result overlap, in bounded memory. Scores are those of `score`.
 
-        sources: paths, PIL images or arrays [H, W, 3]; may be endless. They are drawn, some ahead,
-            in a thread of their own.
-        false_alarm_rate: sets the threshold; default: `threshold_`.
+        sources: paths, PIL images or uint8 arrays [H, W, 3]; may be endless. A thread of the stream
+            iterates over them, some images ahead.
+        false_alarm_rate: share of good images that may be called anomalous; None: `threshold_`.
         on_error: called with an image that cannot be read, and why; it is then skipped. None: the
             error is raised, and ends the stream.
         """
         self._require_fitted()
         threshold = self.threshold_or_none(false_alarm_rate)
-        # The model as it is now: what is done to the detector meanwhile does not reach the stream.
+        # The model as it is now: later changes of the detector do not reach the stream.
         return scoring.score_stream(self._model(), sources, threshold, on_error)
 
     def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
         """The anomalous regions of an image, each with the normal patch most like it.
 
-        The most anomalous first; none where the image is not anomalous. result: of
-        `score_stream`. false_alarm_rate: sets the threshold; default: that of the stream.
+        The most anomalous first; none if the image is not anomalous. `result` is one of
+        `score_stream`.
+
+        false_alarm_rate: sets the threshold; None: the threshold that the stream had.
         """
         self._require_fitted()
         threshold = result.threshold
@@ -350,12 +353,12 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         )
 
     def highest_place(self, result: ImageResult) -> Region:
-        """Where an image looks least normal, anomalous or not, as `explain` gives regions."""
+        """The pixel with the highest map value of an image, anomalous or not, as a `Region`."""
         self._require_fitted()
         return highest_place(result.scores, self.levels, self.calibration_, self._image_names())
 
     def match_picture(self, region: Region) -> Image.Image | None:
-        """The training image that holds a region's nearest normal patch, if it was kept."""
+        """The training image that holds a region's nearest normal patch; None if not kept."""
         self._require_fitted()
         if self.gallery_ is None:
             return None
@@ -374,7 +377,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def load(cls, path: str | Path, device: str = "auto") -> PatchSVDD:
         """Open a detector written by `save`; the file is mapped, not copied.
 
-        Files of schema 2 and 3 are calibrated anew, which takes a while: save it to keep that.
+        A file of schema 2 or 3 is calibrated anew each time, which takes a while: `save` it once.
         Raises ValueError if the file holds no detector, is damaged, or of a newer version.
         """
         model = load_model(path, resolve_device(device), cls().get_params())
@@ -389,5 +392,5 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return Model(self.get_params(), **fitted)
 
 
-# What `fit` finds out: fields of a model, and attributes of the detector with "_" after them.
+# What `fit` sets: fields of `Model`, which are attributes of the detector with "_" appended.
 _FITTED = tuple(field.name for field in fields(Model) if field.name != "parameters")

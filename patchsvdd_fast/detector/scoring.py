@@ -1,4 +1,4 @@
-"""Embedding and scoring of images by a fitted detector: one after another, in overlapped stages."""
+"""How a fitted detector embeds images, and scores a stream of them in overlapped stages."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def encode(
     pixels: Tensor,
     num_in_mean: int | None = None,
 ) -> list[Tensor]:
-    """Embed uint8 images [N, 3, H, W] in their own light: one [N, I, J, D] per level.
+    """Match the light of images and embed all their patches: one [N, I, J, D] float32 per level.
 
-    mean: [3, H, W], light: [3], of the training images. num_in_mean: as of `encode_images`. Raises
-    ValueError for images of another size than the mean, unless it is one of each channel.
+    mean: [3, H, W] float32, what is subtracted from images, in pixel values.
+    light: [3] float32, the training images' mean colour, in pixel values.
+    pixels: uint8 [N, 3, H, W], in the light they were taken in.
+    num_in_mean: N, if these images are the N that the mean was taken from; see `encode_images`.
+
+    Raises ValueError for images of another size than the mean, unless the mean is one per channel.
     """
     matched = match_illumination(pixels, usual_light(parameters, light))
     mean = mean_of_size(mean, parameters["mean"], *pixels.shape[-2:])
@@ -43,13 +47,16 @@ def score_stream(
     threshold: float | None,
     on_error: Callable[[Any, Exception], None] | None,
 ) -> Stream[ImageResult]:
-    """The results of images in their order; arguments as of `PatchSVDD.score_stream`."""
+    """Score images in their order; sources, on_error: see `PatchSVDD.score_stream`.
+
+    threshold: image score above which an image is called anomalous; None: no verdicts.
+    """
     parameters = model.parameters
 
     def read(item: Any, number: int) -> PreparedImage:
         size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
         image = prepare_image(item, name_of(item, number), size, smallest)
-        # Refuses what cannot be encoded.
+        # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
         return image
 

@@ -1,4 +1,4 @@
-"""What follows from a detector's calibration: thresholds, p-values, scikit-learn's verdicts."""
+"""What follows from a detector's calibration: thresholds, p-values, scikit-learn's predictions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..score.maps import ScoreResult
 
 
 class ThresholdsMixin:
-    """For a detector that has scores, a contamination and, once it is fitted, a calibration."""
+    """Thresholds and p-values for a detector with `score`, `contamination` and `calibration_`."""
 
     contamination: float
     calibration_: Calibration | None
 
     def score(self, X: Any) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
-        """Of the detector itself."""
+        """Anomaly maps and image scores; the detector defines it."""
         raise NotImplementedError
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
@@ -38,24 +38,24 @@ class ThresholdsMixin:
 
     @property
     def threshold_(self) -> float:
-        """Image score above which an image is called anomalous, from the training images."""
+        """Image score above which an image is called anomalous, at `false_alarm_rate_`."""
         return self.threshold(self.false_alarm_rate_)
 
     @property
     def false_alarm_rate_(self) -> float:
-        """What `threshold_` promises: `contamination`, or the least that N images can promise."""
+        """The rate that `threshold_` promises: `contamination`, but no less than 1 / (N + 1)."""
         return max(self.contamination, self._calibration().smallest_rate)
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """Image score that new good images exceed with at most this probability.
+        """Image score that a new good image exceeds with at most this probability.
 
         Holds for images like the training images; see `Calibration.threshold`. Raises ValueError
-        if there are too few of these for so low a rate (1 % takes 99).
+        if there are too few training images for so low a rate (1 % takes 99).
         """
         return self._calibration().threshold(false_alarm_rate)
 
     def threshold_or_none(self, false_alarm_rate: float | None = None) -> float | None:
-        """`threshold` of the rate given, else `threshold_`; None of a single training image.
+        """The threshold for this rate; for None `threshold_`, or None with one training image.
 
         Raises ValueError for a rate that cannot be promised.
         """
@@ -73,7 +73,7 @@ class ThresholdsMixin:
     def p_values(
         self, image_scores: Tensor | npt.NDArray[np.floating[Any]]
     ) -> npt.NDArray[np.float64]:
-        """How probable it is that a good image scores so high: [N] for image scores [N]."""
+        """Probability that a good image scores so high: [N] float64 for image scores [N]."""
         return self._calibration().p_values(image_scores)
 
     @property
