@@ -1,1 +1,1 @@
-"""What is made of scores: tables, maps, heat maps, an HTML page."""
+"""Outputs made from scores: tables, map files, heat maps, an HTML report."""

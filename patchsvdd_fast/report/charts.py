@@ -17,7 +17,7 @@ _BINS = 30
 _LOGARITHMIC_FROM = 30
 
 _WIDTH, _HEIGHT = 390, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 376, 10, 218  # of the plot inside, in the same units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 376, 10, 218  # edges of the plot area in it
 
 
 def charts(
@@ -28,8 +28,12 @@ def charts(
 ) -> str:
     """The histogram of scores and, where there are both kinds of label, the ROC curve.
 
-    scores: [N]; kinds: whether each image is anomalous by its label, None without one.
-    good_scores: of the calibration. Nothing for no images.
+    scores: image scores, [N].
+    kinds: [N], whether each image is anomalous by its label; None without a label.
+    threshold: image score to mark in both charts; None marks nothing.
+    good_scores: image scores of the calibration, drawn as one more histogram.
+
+    Returns HTML with inline SVG, or "" if there are no images.
     """
     if not len(scores):
         return ""
@@ -50,7 +54,7 @@ def charts(
 def _histogram(
     groups: Mapping[tuple[str, str], npt.NDArray[np.float64]], threshold: float | None
 ) -> str:
-    """groups: scores by (CSS class, name)."""
+    """groups: the scores to draw, by (CSS class, name in the legend)."""
     values = np.concatenate([*groups.values(), [] if threshold is None else [threshold]])
     low, high = float(values.min()), float(values.max())
     logarithmic = low > 0 and high / low > _LOGARITHMIC_FROM

@@ -1,4 +1,4 @@
-"""From a detector's results to the entries of an HTML report."""
+"""Turn a detector's results into entries of an HTML report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from ..score.regions import Region
 from .heat_maps import scale_map
 from .html import Finding, ReportEntry, ReportWriter
 
-_MOST_FINDINGS = 20  # of an image: a map above the threshold everywhere may fall into hundreds
+_MOST_FINDINGS = 20  # of an image: where all of it is anomalous, regions may be hundreds
 
 
 def open_report(
     folder: Path, detector: PatchSVDD, threshold: float | None, title: str = "Anomaly scores"
 ) -> ReportWriter:
-    """A report of images that this detector scores, in `folder`/index.html."""
+    """Begin a report of images that this detector scores, `folder`/index.html.
+
+    threshold: image score above which an image is called anomalous, shown in the report.
+    title: heading of the page.
+    """
     banks = ", ".join(f"{level}: {len(bank):,}" for level, bank in detector.banks_.items())
     facts = {"patches in the banks": banks, "maps are joined by": detector.combination}
     scores: list[float] = []
@@ -31,7 +35,7 @@ def open_report(
         facts["training images"] = str(detector.calibration_.num_images)
     if threshold is not None:
         above = float(np.mean(np.array(scores) > threshold))
-        facts["training images above it"] = f"{above:.1%}"
+        facts["training images above the threshold"] = f"{above:.1%}"
     facts["patchsvdd_fast"] = installed_version()
     return ReportWriter(folder, title, facts, threshold, scores)
 
@@ -43,7 +47,12 @@ def report_entry(
     label: str | None = None,
     mask: npt.NDArray[np.bool_] | None = None,
 ) -> ReportEntry:
-    """What the report shows of an image. label: "good" or its defect; mask: [H, W]."""
+    """What the report shows of a scored image.
+
+    regions: those of `detector.explain`, the most anomalous first; the first 20 are shown.
+    label: "good" or the defect's name; None if unknown.
+    mask: bool [H, W], True where anomalous; None if unknown.
+    """
     return ReportEntry(
         name=result.name,
         picture=result.picture,
@@ -61,7 +70,7 @@ def report_entry(
 def _finding(detector: PatchSVDD, region: Region) -> Finding:
     names = () if detector.gallery_ is None else detector.gallery_.names
     picture = detector.match_picture(region)
-    if names.count(region.match_name) > 1:  # as in a merged detector: the report tells them apart
+    if names.count(region.match_name) > 1:  # as after `merge`; a report knows images by name
         unique = f"{region.match_name} (image {region.match_image})"
         region = replace(region, match_name=unique)
     return Finding(region, picture)

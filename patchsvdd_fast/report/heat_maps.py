@@ -11,7 +11,7 @@ from PIL import Image
 from ..files.whole import written_whole
 from ..score.calibration import Calibration
 
-# Anchors of a perceptually ordered colour scale, dark blue over violet and orange to yellow.
+# Anchors of a perceptually ordered colour scale: dark blue, violet, orange, yellow.
 _ANCHORS = np.array(
     [(13, 8, 60), (84, 15, 109), (158, 42, 99), (224, 88, 60), (250, 160, 40), (252, 250, 160)]
 )
@@ -19,7 +19,7 @@ _OPACITY = 0.6
 
 
 def colour_scale(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Colours [..., 3] for values in [0, 1]; values outside are clipped."""
+    """Colours, uint8 [..., 3], for values [...] in [0, 1]; values outside are clipped."""
     positions = np.clip(values, 0, 1) * (len(_ANCHORS) - 1)
     channels = [np.interp(positions, range(len(_ANCHORS)), _ANCHORS[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -28,10 +28,10 @@ def colour_scale(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def scale_map(
     anomaly_map: npt.NDArray[np.float32], calibration: Calibration | None
 ) -> npt.NDArray[np.float32]:
-    """Bring a map [H, W] to [0, 1] for colours: 0 is a typical good pixel, 0.5 the highest.
+    """Scale a map [H, W] to [0, 1] for colours: 0 is a typical good pixel, 0.5 the highest one.
 
-    Good pixels are those of the calibration. Without one the map's own range is used, and maps are
-    not comparable.
+    Good pixels are those of the calibration. Without one the map's own range is used, and colours
+    of different images cannot be compared.
     """
     if calibration is not None and calibration.highest > calibration.typical:
         low, span = calibration.typical, 2 * (calibration.highest - calibration.typical)
@@ -43,7 +43,10 @@ def scale_map(
 def heat_map_overlay(
     image: Image.Image, anomaly_map: npt.NDArray[np.float32], calibration: Calibration | None
 ) -> Image.Image:
-    """The image (RGB, resized to the map) with the map [H, W] over it, beside the plain image."""
+    """The image, and beside it the image under its heat map, as one RGB picture [H, 2 W].
+
+    anomaly_map: [H, W] float32; the image is resized to it.
+    """
     height, width = anomaly_map.shape
     plain = image.convert("RGB").resize((width, height))
     scaled = scale_map(anomaly_map, calibration)
@@ -62,7 +65,7 @@ def write_heat_map(
     anomaly_map: npt.NDArray[np.float32],
     calibration: Calibration | None,
 ) -> None:
-    """Write `heat_map_overlay` as a PNG. Raises OSError."""
+    """Write the picture of `heat_map_overlay` as a PNG. Raises OSError."""
     with written_whole(path) as partial:
         pair = heat_map_overlay(image, anomaly_map, calibration)
-        pair.save(partial, format="PNG", compress_level=1)  # a third of the time, 7 % larger
+        pair.save(partial, format="PNG", compress_level=1)  # in a third of the time, 7 % larger

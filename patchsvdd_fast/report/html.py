@@ -1,10 +1,11 @@
 """A report of scored images as one HTML file that needs nothing else: no network, no folder.
 
-Each image's pictures lie in the page as inert JSON, and the page decodes them when they come near
-the screen. They are written to disk as they come, so that memory does not grow with their number.
+Each image's pictures lie in the page as JSON, which the page decodes when the image comes near the
+screen. They are written to a temporary file as they are added, so that memory does not grow with
+their number.
 
-Names and labels may hold anything. Text passes through `shown`, then through `html_text` or
-`_json`; a content security policy allows the page its one script, its one style and `data:`
+Names and labels may hold anything: text passes through `shown`, then through `html_text` or
+`_json`. A content security policy allows the page its one script, its one style and `data:`
 pictures, and nothing else.
 """
 
@@ -36,29 +37,29 @@ from .pictures import heat_text, jpeg_text, outline_path, scale_text
 from .text import html_text, shown
 
 Metrics = Mapping[str, Mapping[str, float | None]]
-"""By combination ("K64", "K32", "sum", "mult"), then metric, in percent or None; see
-`evaluation.CategoryResult.percent`."""
+"""In percent or None, by combination ("K64", "K32", "sum", "mult"), then metric: what
+`detector.evaluation.CategoryResult.percent` is."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An anomalous region, and the training image that its nearest normal patch is from."""
+    """An anomalous region, and the training image that holds its nearest normal patch."""
 
     region: Region
-    """Its `match_name` tells the training images apart."""
+    """Its `match_name` must name one training image only."""
     match_picture: Image.Image | None
-    """That image, as large as `region.match` counts its pixels; None if it was not kept."""
+    """That training image, in the size that `region.match` refers to; None if it was not kept."""
 
 
 @dataclass(frozen=True)
 class ReportEntry:
-    """A scored image."""
+    """What a report shows of one scored image."""
 
     name: str
     picture: Image.Image
-    """As large as the map."""
+    """The image, [H, W] pixels."""
     heat: npt.NDArray[np.float32]
-    """[H, W] in [0, 1], see `heat_maps.scale_map`."""
+    """The map scaled to [0, 1], [H, W]; see `heat_maps.scale_map`."""
     score: float
     p_value: float | None
     anomalous: bool | None
@@ -66,22 +67,26 @@ class ReportEntry:
     label: str | None
     """"good" or the defect's name; None where labels are unknown."""
     mask: npt.NDArray[np.bool_] | None
-    """[H, W]: what is anomalous."""
+    """[H, W], True where anomalous; None if unknown."""
     findings: Sequence[Finding] = ()
     notes: Sequence[str] = ()
-    """What else is worth knowing, a short sentence each."""
+    """What is unusual about the image, a short sentence each."""
 
 
 class ReportWriter:
-    """Writes `folder`/index.html when closed, as a context manager at its end.
+    """Collects scored images, and writes `folder`/index.html when it is closed.
 
-    After an exception inside the context nothing is written, and an older report stays.
+    As a context manager it is closed at the end; after an exception nothing is written, and an
+    older report stays.
 
-    folder: made if it is missing. title: of the page. facts: what was scored with what, by name.
-    threshold: image score above which an image is called anomalous. good_scores: of the
-    calibration, [N]. tables: further tables by caption, each a row of headings and then its rows.
+    folder: made if it is missing.
+    title: heading of the page.
+    facts: what the images were scored with, values by name.
+    threshold: image score above which an image is called anomalous; None if there is none.
+    good_scores: image scores of the calibration, [N].
+    tables: further tables by caption, each a row of headings and then its rows.
     picture_side: larger pictures are shrunk to this many pixels on the longer side, heat maps to
-    half of it.
+        half of it.
 
     Raises ValueError if `folder` is a file or a number is not finite, OSError if nothing can be
     written there.
@@ -116,7 +121,7 @@ class ReportWriter:
         self._entries: list[_Entry] = []
         self._failures: list[tuple[str, str]] = []
         self._matches: dict[str, int] = {}
-        # Where the report goes, since there is the room: /tmp may lie in memory.
+        # In the report's own folder, which has room for it: /tmp may be kept in memory.
         self._pictures = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
 
     def __enter__(self) -> ReportWriter:
@@ -133,7 +138,7 @@ class ReportWriter:
         self._pictures.close()
 
     def add(self, entry: ReportEntry) -> None:
-        """Write an image's pictures to disk and remember its figures.
+        """Add an image: its pictures go to disk, its figures stay in memory.
 
         Raises ValueError if sizes differ or numbers are not finite, and after `close`.
         """
@@ -160,9 +165,9 @@ class ReportWriter:
         self._failures.append((name, message))
 
     def close(self, metrics: Metrics | None = None) -> Path:
-        """Write the page with what was added; returns its path. Once closed it does nothing more.
+        """Write the page with all that was added, and return its path; a second call does nothing.
 
-        metrics: for a table. Raises OSError.
+        metrics: shown as a table. Raises OSError.
         """
         if self._pictures.closed:
             return self.path
@@ -179,7 +184,7 @@ class ReportWriter:
             raise ValueError(f"the report {self.path} is closed already")
 
     def _match_number(self, finding: Finding) -> int | None:
-        """Under which number the training image lies in the page, which holds each once."""
+        """Number of the finding's training image in the page, which holds each once."""
         name, picture = finding.region.match_name, finding.match_picture
         if name not in self._matches and picture is not None:
             payload = {"size": list(picture.size), "picture": jpeg_text(picture, self._side)}
@@ -192,7 +197,7 @@ class ReportWriter:
         self._pictures.write(block.encode())
 
     def _values(self, metrics: Metrics | None) -> dict[str, str]:
-        """What stands in the template's places."""
+        """Texts for the placeholders of page.html."""
         tables = dict(self._tables)
         if metrics:
             tables = {"Metrics, in %": _metric_rows(metrics)} | tables
@@ -220,7 +225,7 @@ class ReportWriter:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What of an image is kept in memory."""
+    """What is kept of an image in memory."""
 
     name: str
     score: float
@@ -362,7 +367,7 @@ def _figures(entries: Sequence[_Entry], failed: int, threshold: float | None) ->
 
 
 def _template(values: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """The page before and after its pictures, with `values` in the places of their names."""
+    """page.html before and after its pictures, with the placeholders replaced by `values`."""
     text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
@@ -372,7 +377,7 @@ def _template(values: Mapping[str, str]) -> tuple[bytes, bytes]:
     )
     filled = {**values, "policy": policy}
     head, tail = (
-        # In one pass: what is filled in may itself look like a place.
+        # In one pass: what is filled in may itself look like a placeholder.
         re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], part).encode()
         for part in text.split("{{pictures}}")
     )

@@ -1,4 +1,4 @@
-"""Anomaly maps as files, and the names that files made of an image have, which stay inside."""
+"""Write anomaly maps to files; name files made from an image so that they stay in a folder."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..score.calibration import Calibration
 MAP_FORMATS = ("png", "tiff", "npy")
 
 MAP_UNIT = "patchsvdd.map_unit"
-"""Name of the text in a PNG map that says what one step of its 16 bits stands for."""
+"""Key of the text in a PNG map that says which map value one step of its 16 bits stands for."""
 
-_FULL_SCALE = 16  # times the highest good score: 65,535 in a PNG map
-_LONGEST_NAME = 140  # bytes, of a part of a path: there is to be room for what is added to it
-_LONGEST_FOLDER = 1_000  # bytes
-_ROOT = "root"
+_FULL_SCALE = 16  # times the highest good score: what 65,535 in a PNG map stands for
+_LONGEST_NAME = 140  # bytes of one part of a path, which leaves room for what is added to it
+_LONGEST_FOLDER = 1_000  # bytes of all folders of a path
+_ROOT = "root"  # takes the place of "/"
 
 
 def map_unit(calibration: Calibration | None, anomaly_map: npt.NDArray[np.float32]) -> float:
-    """What one step of a 16-bit map stands for: 65,535 are 16 times the highest good score.
+    """Map value of one step of a 16-bit map: 65,535 steps are 16 times the highest good score.
 
-    So maps of one detector are comparable; higher values are cut off there. Without a calibration
-    each map has its own unit, its maximum being 65,535.
+    So the maps of one detector can be compared; higher values are cut off. Without a calibration
+    each map has a unit of its own, in which its maximum is 65,535.
     """
     top = float(anomaly_map.max()) if calibration is None else _FULL_SCALE * calibration.highest
     return (top or 1.0) / 65535
@@ -39,10 +39,10 @@ def map_unit(calibration: Calibration | None, anomaly_map: npt.NDArray[np.float3
 def write_map(
     path: Path, anomaly_map: npt.NDArray[np.float32], calibration: Calibration | None
 ) -> None:
-    """Write a map [H, W] as the path's suffix says.
+    """Write a map [H, W] in the format that the path's suffix names.
 
-    .tiff and .npy: float32, as it is. .png: 16 bits in units that the file names as text
-    (`MAP_UNIT`), see `map_unit`. Raises OSError.
+    .tiff and .npy hold float32 as it is. .png holds 16 bits in steps of `map_unit`, which the file
+    states as text under the key `MAP_UNIT`. Raises OSError.
     """
     with written_whole(path) as partial:
         if path.suffix == ".npy":
@@ -59,11 +59,13 @@ def write_map(
 
 
 def inner_path(name: PurePath, suffix: str) -> Path:
-    """A relative path for what is made of an image, never outside of where it is put.
+    """A relative path for a file made from an image, which never leads out of the folder it is in.
 
-    The image's own path with the suffix instead of ".png", or after any other; an absolute one
-    begins with "root". Where something had to be left out or changed, or another image's might be
-    the same, a hash keeps it apart.
+    name: path of the image. suffix: of the file, such as ".png".
+
+    The image's own path with `suffix` in place of ".png", or after any other ending: for ".png",
+    a.png stays a.png, and a.jpg becomes a.jpg.png. An absolute path begins with "root". Where a
+    part was left out or changed, or another image could get the same path, a hash is added.
     """
     *folders, file = [_ROOT if part == name.anchor else part for part in name.parts] or [""]
     stem = file.removesuffix(".png")
@@ -85,12 +87,12 @@ def inner_path(name: PurePath, suffix: str) -> Path:
 
 
 def _plain(part: str) -> str:
-    """The part of a path without what file systems or users of theirs stumble over."""
+    """A part of a path, shortened, and with "_" for characters that some file systems refuse."""
     plain = "".join(c if c.isprintable() and c not in '\\:*?"<>|' else "_" for c in part)
     return plain.encode()[:_LONGEST_NAME].decode(errors="ignore")
 
 
 def _plain_folder(part: str) -> str:
-    """Likewise, and told apart from the files that are written."""
+    """As `_plain`; "_" is added to a folder that is named like a file that might be written."""
     plain = _plain(part)
     return f"{plain}_" if plain.lower().endswith((*SUFFIXES, ".npy")) else plain

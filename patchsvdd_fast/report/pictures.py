@@ -12,7 +12,7 @@ from PIL import Image
 from .heat_maps import colour_scale
 
 _JPEG_QUALITY = 80
-_HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more cost space and look no different
+_HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more take more space and look the same
 _PALETTE = colour_scale(_HEAT_LEVELS).tobytes()
 _OPACITY = (255 * (0.1 + 0.9 * _HEAT_LEVELS)).round().astype(np.uint8).tobytes()
 
@@ -22,15 +22,15 @@ def jpeg_text(picture: Image.Image, side: int) -> str:
     small = picture.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
-    # Colour in full: patches are shown enlarged, and a stain may be all there is to see.
+    # Colours are not subsampled: patches are shown enlarged, and a defect may be a stain alone.
     small.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def heat_text(heat: npt.NDArray[np.float32], side: int) -> str:
-    """A map [H, W] in [0, 1] in colours, as PNG in base64; `side` as of the picture it goes over.
+    """A map [H, W] in [0, 1] in colours, as PNG in base64; `side` is that of the picture below it.
 
-    Half as large as the picture: maps are smooth, a patch being much larger than two pixels.
+    It is half as large as the picture: maps are smooth, as patches are much larger than two pixels.
     """
     height, width = heat.shape
     shrink = max(1.0, max(height, width) / max(1, side // 2))
@@ -40,7 +40,7 @@ def heat_text(heat: npt.NDArray[np.float32], side: int) -> str:
 
 
 def _heat_image(heat: npt.NDArray[np.float32]) -> Image.Image:
-    """[H, W] in [0, 1] in colours; the hotter, the more opaque."""
+    """A map [H, W] in [0, 1] in colours; the hotter, the more opaque."""
     image = Image.fromarray((heat * (len(_HEAT_LEVELS) - 1)).round().astype(np.uint8))
     image.putpalette(_PALETTE)
     image.info["transparency"] = _OPACITY
@@ -48,7 +48,7 @@ def _heat_image(heat: npt.NDArray[np.float32]) -> Image.Image:
 
 
 def scale_text() -> str:
-    """The colours of heat from 0 to 1, a row of pixels as PNG in base64."""
+    """The colours of a heat map from 0 to 1: one row of pixels, as PNG in base64."""
     return _png_text(_heat_image(_HEAT_LEVELS[None]))
 
 

@@ -8,7 +8,7 @@ from ..score.regions import Region
 
 _PANEL = 256  # side of each part of a picture, in pixels
 _BORDER = 8
-_SMALLEST_MARK = 8  # side in pixels, of a small patch in a large image
+_SMALLEST_MARK = 8  # side in pixels of the mark of a small patch in a large image
 _MARK = (255, 40, 40)
 
 
@@ -17,9 +17,12 @@ def side_by_side(
 ) -> Image.Image:
     """A picture of four parts: the image and its patch, the training image and its nearest patch.
 
-    Patches are marked in the images and enlarged beside them. image: as large as the anomaly map;
-    match_image: as large as the training images were when encoded. Without the latter the picture
-    has its first two parts alone.
+    Patches are marked in the images and enlarged beside them.
+
+    image: the scored image, as large as its anomaly map.
+    region: the region to show.
+    match_image: the training image of `region.match`, as large as it was when encoded
+        (`PatchSVDD.match_picture`). None: the picture has its first two parts alone.
     """
     parts = [*_with_patch(image, region.patch)]
     if match_image is not None:

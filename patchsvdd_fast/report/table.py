@@ -1,4 +1,4 @@
-"""The table of scored images, row by row: CSV, JSON lines, Parquet."""
+"""The table of scored images, written row by row: CSV, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from ..files.whole import written_whole
 TABLE_FORMATS = ("csv", "jsonl", "parquet")
 
 COLUMNS = ("image", "score", "p_value", "threshold", "verdict", "level", "unusual", "error")
-"""Of the table; JSON lines have the anomalous regions as well."""
+"""Columns of the table; JSON lines also have the anomalous regions."""
 
 
-_AS_PATHS = sys.getfilesystemencodeerrors()  # how bytes that are no UTF-8 stand in a path
-_ROWS_AT_ONCE = 10_000  # of a Parquet file
+_AS_PATHS = sys.getfilesystemencodeerrors()  # error handler for names of files that are not UTF-8
+_ROWS_AT_ONCE = 10_000  # that are written to a Parquet file
 
 
 class Table:
     """A table of scored images in a file that is complete after each row.
 
-    path: NAME.csv or NAME.jsonl. resume: keep the rows that are there, but for those with an error
-    and an incomplete last one. threshold: of this run; rows of another are no basis to go on from.
+    path: NAME.csv or NAME.jsonl.
+    threshold: of this run; a table with another threshold is not continued.
+    resume: keep the rows that are there, except those with an error and an incomplete last one;
+        else the file is written anew.
 
-    Raises ValueError if there is something else in the file, OSError if it cannot be written.
+    Raises ValueError if a file to continue is no such table, OSError if it cannot be written.
     """
 
     def __init__(self, path: Path, threshold: float | None, resume: bool = False) -> None:
         self.path, self._threshold = path, _cell(threshold)
         self._is_csv = path.suffix == ".csv"
         self.done: set[str] = set()
-        """Images that have a row."""
+        """Paths of the images that have a row already."""
         with written_whole(path) as partial, partial.open("wb") as file:
             if self._is_csv:
                 file.write(self._line(dict(zip(COLUMNS, COLUMNS, strict=True))))
@@ -47,14 +49,14 @@ class Table:
         self._file = path.open("ab", buffering=0)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; what it lacks of the columns stays empty."""
+        """Append a row; columns that it lacks stay empty. Raises OSError."""
         size, rest = self._file.seek(0, os.SEEK_END), memoryview(self._line(row))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(size)  # half a row on a full disk
+                self._file.truncate(size)  # drops half a row, as of a full disk
             raise self._cannot_write(error) from error
 
     def __enter__(self) -> Table:
@@ -64,7 +66,7 @@ class Table:
         self.close()
 
     def close(self) -> None:
-        """Make the rows last. Raises OSError."""
+        """Have all rows written to disk, and close the file. Raises OSError."""
         try:
             with self._file:
                 os.fsync(self._file.fileno())
@@ -85,7 +87,7 @@ class Table:
         return text.getvalue().encode("utf-8", _AS_PATHS)
 
     def _kept_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of an earlier run, without those that are to be done again."""
+        """The rows of an earlier run, without those of images that are to be tried again."""
         for row in self._earlier_rows():
             if row.get("error"):
                 continue
@@ -120,7 +122,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cell(value: Any) -> str:
-    """A value as CSV has it: numbers to the last digit, lists joined."""
+    """A value as text: numbers to the last digit, lists joined by "; "."""
     if value is None:
         return ""
     if isinstance(value, int | float):
@@ -131,7 +133,7 @@ def _cell(value: Any) -> str:
 
 
 def _no_formula(text: str) -> str:
-    """What begins with a path, so that no spreadsheet takes it for a formula; the same path."""
+    """The text, after "./" if a spreadsheet would take it for a formula: still the same path."""
     return f"./{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -169,7 +171,7 @@ def write_parquet(source: Path, path: Path) -> None:
 
 
 def require_parquet() -> None:
-    """Raise ImportError now, rather than when all is scored, without pyarrow."""
+    """Raise ImportError if pyarrow is missing: at the start, not when all has been scored."""
     _pyarrow()
 
 
@@ -183,5 +185,5 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _printable(text: str) -> str | None:
-    """Valid Unicode, as Parquet wants it; None for nothing."""
+    """The text as valid Unicode, which Parquet needs; None for an empty one."""
     return text.encode("utf-8", _AS_PATHS).decode("utf-8", "replace") or None

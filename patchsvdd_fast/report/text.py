@@ -1,4 +1,4 @@
-"""Text that may hold anything, for an HTML report."""
+"""Text that may hold anything, such as file names, made fit for a terminal and for HTML."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u
 
 
 def shown(text: str) -> str:
-    r"""The text with what cannot be seen or encoded spelled out, "\n" for a line break say.
+    r"""The text with characters that cannot be seen or encoded spelled out: "\n" for a line break.
 
-    These are control characters, unpaired surrogates (of file names that are no UTF-8) and
-    characters that turn the direction of writing.
+    These are control characters, unpaired surrogates (of file names that are not UTF-8) and
+    characters that change the direction of writing.
     """
     return "".join(
         character.encode("unicode_escape").decode()
@@ -24,5 +24,5 @@ def shown(text: str) -> str:
 
 
 def html_text(text: str) -> str:
-    """The text as HTML shows it."""
+    """The text, after `shown`, escaped for HTML."""
     return escape(shown(text))
