@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command; Ctrl-C is no traceback, not even while it is being loaded."""
+    """Run the command line; Ctrl-C prints "interrupted", even while modules are being loaded."""
     try:
         from .cli.app import main as run
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""The `patchsvdd` command: its commands put together, and how it ends.
+"""The `patchsvdd` command: puts the commands together, shows errors and sets the exit status.
 
-Neither this module nor those of the commands import PyTorch: that is left to the commands'
-functions, so that help and mistakes are answered at once.
+Neither this module nor those of the commands import PyTorch: the commands' functions do, so that
+--help and wrong usage are answered at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import demo, evaluate, model, score, train
 from .options import INTERRUPTED, TERMINATED
 from .terminal import errors, print_error, print_warning
 
-_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's, which --max-pixels changes
+_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(
     add_completion=False,
@@ -45,23 +45,23 @@ def limits(
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            help="Refuse images of more pixels than this, which a small file may unfold to; "
-            "0: no limit.",
+            help="Refuse images of more pixels than this, since a small file may decompress to "
+            "gigabytes; 0: no limit.",
             min=0,
             show_default=_USUAL_LIMIT,
         ),
     ] = None,
 ) -> None:
     """Options of all commands."""
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # they are refused
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels or None
 
 
 def main() -> None:
-    """Entry point: errors in one line, exit status 1; 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line: errors are one line, status 1; 2 is wrong usage, 130 Ctrl-C."""
     warnings.showwarning = _show_warning
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)  # Typer turns Ctrl-C into an exit status or an Abort
@@ -70,7 +70,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         _fail(str(error) or type(error).__name__, status=1)
     except Exception as error:
-        # Usage errors of Typer know how to show themselves; everything else is a bug.
+        # Usage errors of Typer have format_message; everything else is a bug.
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message(), status=2)

@@ -1,4 +1,4 @@
-"""`patchsvdd demo`: a built-in sample, and settings that learn quickly."""
+"""`patchsvdd demo`: train and score on a built-in sample, with settings that learn quickly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def demo(
         "demo-output"
     ),
     steps: Annotated[int, typer.Option(help="Training steps.")] = STEPS,
-    seed: Annotated[int, typer.Option(help="Seed of images, weights and pairs.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of images, initial weights and training pairs.")
+    ] = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
@@ -79,7 +81,7 @@ def _detector(steps: int, seed: int, device: str) -> PatchSVDD:
         steps=steps,
         batch_size=32,
         learning_rate=3e-4,
-        svdd_weight=1.0,  # textures like a large one
+        svdd_weight=1.0,  # a large one suits textures
         initialization="kaiming",
         train_last_layer=True,
         seed=seed,

@@ -1,4 +1,4 @@
-"""`patchsvdd evaluate`."""
+"""`patchsvdd evaluate`: AUROC and AUPRO of a model or an encoder on labelled test images."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 def evaluate(
     data: Annotated[Path, typer.Argument(help="A category in MVTec layout, or a folder of them.")],
     model: Annotated[
-        Path | None, typer.Option(help="Model file, or folder of <category>.safetensors.")
+        Path | None, typer.Option(help="Model file, or a folder of them, <category>.safetensors.")
     ] = None,
     encoder: Annotated[
         Path | None,
         typer.Option(
-            help="Encoder file, or folder of <category>*; banks are built from train/good."
+            help="Encoder to fill banks with from train/good: a file, or a folder of them, "
+            "<category>*."
         ),
     ] = None,
-    untrained: Annotated[bool, typer.Option(help="Use a fresh encoder, as a baseline.")] = False,
+    untrained: Annotated[bool, typer.Option(help="Use an untrained encoder: a baseline.")] = False,
     mode: Annotated[
-        str, typer.Option(help="Whose untrained encoder, in whose light: faithful's or dense's.")
+        str,
+        typer.Option(help='With --untrained: whose weights and light, "faithful" or "dense".'),
     ] = "faithful",
     seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
     resize: ResizeOption = "256",
@@ -43,7 +45,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure detection and segmentation AUROC and AUPRO; several categories give a table."""
+    """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category."""
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
     if json_path is not None:
@@ -74,7 +76,7 @@ def evaluate(
             if report is None:
                 results.append(evaluate_category(detector, category))
             else:
-                # Its own name, not what it may be a link to, as two of them might be.
+                # Its own name, not that of what it links to: two may link to the same.
                 folder = report / category.root.name if len(categories) > 1 else report
                 results.append(_evaluate_with_report(detector, category, folder))
     console.print(results_table(results))
@@ -103,7 +105,10 @@ def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path)
 
 
 def _file_for(path: Path, category: Category) -> Path:
-    """The file itself, or in a folder the one file whose name starts with the category's."""
+    """The file itself; in a folder the category's file.
+
+    That is <category>.safetensors, else the only file whose name starts with the category's.
+    """
     if not path.is_dir():
         return path
     exact = path / f"{category.name}.safetensors"

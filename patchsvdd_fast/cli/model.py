@@ -1,4 +1,4 @@
-"""`patchsvdd info`, `update`, `explain` and `export`: what one does with a model file."""
+"""`patchsvdd info`, `update`, `explain` and `export`: commands for one model file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..score.image_result import ImageResult
     from ..score.regions import Region
 
-_MOST_PICTURES = 20  # of an image: a map above the threshold everywhere may fall into hundreds
+_MOST_PICTURES = 20  # of an image: where all of it is anomalous, regions may be hundreds
 
 
 def info(
@@ -36,7 +36,7 @@ def info(
         Path | None, typer.Argument(help="A model file or training checkpoint to describe.")
     ] = None,
 ) -> None:
-    """Versions, backends, instruction sets and GPU; or what a model file holds."""
+    """Show versions, backends, instruction sets and GPUs; or what a model file holds."""
     with loading():
         from ..ops.backends import describe
 
@@ -65,17 +65,18 @@ def update(
     ] = None,
     merge: Annotated[
         list[Path] | None,
-        typer.Option(help="Model file of the same encoder whose images to add; may be repeated."),
+        typer.Option(help="Model with the same encoder, whose images to add; may be repeated."),
     ] = None,
     replace: Annotated[
         Path | None,
-        typer.Option(help="Folder of good images, others than these, to use instead of all."),
+        typer.Option(help="Folder of other good images, to use instead of all that the model has."),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Change what a model holds to be normal, without training; thresholds are calibrated anew.
+    """Change which images a model takes as normal, without training; calibrates anew.
 
-    In the order: --replace, --remove, --add, --merge. `patchsvdd info MODEL` counts the images.
+    Changes are made in this order: --replace, --remove, --add, --merge. `patchsvdd info MODEL` says
+    how many images there are.
     """
     if not (remove or add or merge or replace):
         raise typer.BadParameter("give at least one of --replace, --remove, --add and --merge")
@@ -117,9 +118,9 @@ def explain(
     false_alarm_rate: RateOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Show, for each anomalous region, the normal patch most like it, side by side.
+    """Show each anomalous region side by side with the normal patch most like it.
 
-    Of an image that is not anomalous, the place with the highest score.
+    Of an image that is not anomalous, the pixel with the highest map value is shown.
     """
     with loading():
         from ..detector.patch_svdd import PatchSVDD

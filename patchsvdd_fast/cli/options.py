@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their values mean; imports nothing that is slow."""
+"""Options that several commands share, and helpers for their values; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ INTERRUPTED = 130
 TERMINATED = 143
 """Exit status after SIGTERM, likewise."""
 SOME_FAILED = 3
-"""Exit status when images could not be read, and all others were scored."""
+"""Exit status if some images could not be read; all others were scored."""
 
 
-DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu", "cuda" or "cuda:N".')]
+DeviceOption = Annotated[
+    str, typer.Option(help='"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".')
+]
 ResizeOption = Annotated[
-    str, typer.Option(help='Resize images: pixels of a square, "HEIGHTxWIDTH", or "none".')
+    str,
+    typer.Option(
+        help='Resize images to a square of this side, or "HEIGHTxWIDTH" pixels; or "none".'
+    ),
 ]
 CombinationOption = Annotated[
-    str, typer.Option(help='How the levels join into one map: "mult", "sum", "K64" or "K32".')
+    str, typer.Option(help='How levels become one map: "mult" (product), "sum", "K64" or "K32".')
 ]
 EncoderOption = Annotated[
     Path | None,
     typer.Option(
         help="Use this encoder instead of training one: a model, a training checkpoint, or an "
-        "official .pkl."
+        "official checkpoint (.pkl)."
     ),
 ]
 RateOption = Annotated[
@@ -56,10 +61,11 @@ ModelArgument = Annotated[Path, typer.Argument(help="Model file written by `patc
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Within the context Ctrl-C ends the process at once: for the imports of a command.
+    """Within the context, which is for a command's imports, Ctrl-C ends the process at once.
 
-    PyTorch takes a second to import, in which an interruption would end in a traceback, or be taken
-    for a broken library by whatever was being imported; and there is nothing to save yet.
+    PyTorch takes seconds to import. A KeyboardInterrupt in that time would end in a traceback, or
+    the module that is being imported might take it for a broken library. Nothing is lost: there is
+    nothing to save yet.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,7 +84,7 @@ def loading() -> Iterator[None]:
 
 
 def parse_resize(text: str) -> int | tuple[int, int] | None:
-    """What --resize says, as `image_size`. Raises typer.BadParameter."""
+    """The value of --resize as `PatchSVDD`'s `image_size`. Raises typer.BadParameter."""
     if text.lower() == "none":
         return None
     parts = text.lower().split("x")
@@ -89,7 +95,7 @@ def parse_resize(text: str) -> int | tuple[int, int] | None:
 
 
 def threshold_in_words(detector: PatchSVDD) -> str:
-    """What a calibrated detector's threshold is, and promises."""
+    """A line that says a calibrated detector's threshold, and the rate that it promises."""
     return (
         f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
         f"{detector.false_alarm_rate_:.2g} of good images like these"
@@ -97,7 +103,7 @@ def threshold_in_words(detector: PatchSVDD) -> str:
 
 
 def require_writable(output: Path, option: str = "--output") -> None:
-    """Refuse before hours of training what could only fail after them."""
+    """Raise ValueError for a file that cannot be written: now, not after hours of training."""
     if output.is_dir():
         raise ValueError(f"{output} is a folder; {option} names a file")
     if not output.parent.is_dir():

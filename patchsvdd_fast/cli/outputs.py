@@ -25,7 +25,7 @@ from .terminal import console, print_error, print_warning
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is to be written of each image. Raises ValueError for formats that are none."""
+    """What to write for each image. Raises ValueError for an unknown format or a file as folder."""
 
     folder: Path
     table_format: str
@@ -44,12 +44,12 @@ class Outputs:
 
     @property
     def table(self) -> Path:
-        """The table that grows row by row; of a Parquet file, the lines it is made from."""
+        """The table that grows row by row; for Parquet the JSON lines that it is made from."""
         return self.folder / ("scores.csv" if self.table_format == "csv" else "scores.jsonl")
 
     @property
     def pictures(self) -> tuple[Path, Path]:
-        """Folders of the heat maps and of the maps."""
+        """Folders of the heat maps and of the anomaly maps."""
         return self.folder / "heat-maps", self.folder / "maps"
 
 
@@ -65,8 +65,12 @@ def score_all(
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
 
-    sources: from the paths that have a row already; pictures of an earlier run are left out.
-    line_each: print this, then a line per image.
+    sources: called with the paths that have a row already; returns the images to score. Heat maps
+        and maps of an earlier run are left out.
+    false_alarm_rate: share of good images that may be called anomalous; None: as in training.
+    resume: keep the rows that an earlier run wrote into the table.
+    report: folder for an HTML report.
+    line_each: a line to print at the start, if there is to be a line per image.
     """
     threshold = detector.threshold_or_none(false_alarm_rate)
     outputs.folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,8 @@ MapsOption = Annotated[
 FormatOption = Annotated[
     str,
     typer.Option(
-        "--format", help='Of the table: "csv", "jsonl" (with regions), "parquet" (needs pyarrow).'
+        "--format",
+        help='Format of the table: "csv", "jsonl" (with regions) or "parquet" (needs pyarrow).',
     ),
 ]
 
@@ -61,7 +62,7 @@ def score(
     """Score images: writes a table, scores.csv, and a heat map per image.
 
     Any number of images, in bounded memory. One that cannot be read is reported in the table and
-    skipped; the exit status is then 3. Heat maps and maps in OUTPUT itself are left out.
+    skipped; the exit status is then 3. Heat maps and maps in OUTPUT are not scored themselves.
     """
     with loading():
         from ..detector.patch_svdd import PatchSVDD
@@ -91,7 +92,9 @@ def watch(
     maps: MapsOption = None,
     table_format: FormatOption = "csv",
     false_alarm_rate: RateOption = None,
-    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.05)] = 1.0,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between looks into the folder.", min=0.05)
+    ] = 1.0,
     device: DeviceOption = "auto",
 ) -> None:
     """Score the images of a folder as they arrive, until Ctrl-C.
@@ -125,7 +128,7 @@ def watch(
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Within the context SIGTERM, too, ends the run between two steps of it, all files whole."""
+    """Within the context, SIGTERM ends the run as Ctrl-C does, with exit status 143."""
 
     def end(*_: object) -> None:
         raise Terminated

@@ -29,12 +29,12 @@ def print_error(message: str) -> None:
 
 
 def print_warning(message: str) -> None:
-    """Likewise, for what does not stop anything."""
+    """As `print_error`, for what does not end the run."""
     errors.print("[bold yellow]warning:[/] ", end="")
     errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
 
 
-_TIMED_STEPS = 12  # shown before saying how long it will take
+_TIMED_STEPS = 12  # steps shown before the line that says how long training will take
 
 
 def fit_with_progress(
@@ -43,12 +43,13 @@ def fit_with_progress(
     logs: Sequence[Callable[[TrainingStep], None]] = (),
     **fit_options: Any,
 ) -> None:
-    """Fit the detector under a progress bar with the figures that tell how training goes.
+    """Fit the detector under a progress bar, with figures that show how training goes.
 
-    Shown, smoothed over some 20 steps: the loss and, per level, the share of positions told right
-    (chance is 12.5 %; not in mode dense); the embeddings' spread in the last step; and what the
-    last check found.
-    logs: called after each step, too. Further options go to `PatchSVDD.fit`.
+    These are the loss; per level the share of positions that the classifier tells right (12.5 % is
+    chance; not in mode dense) and the spread of the embeddings; and how well the last check found
+    synthetic defects. Loss and shares are smoothed over some 20 steps.
+
+    logs: called after each training step. fit_options: passed on to `PatchSVDD.fit`.
     """
     with _training_progress() as show:
 

@@ -1,4 +1,4 @@
-"""`patchsvdd train`; `training_sets` does it."""
+"""`patchsvdd train`: its options, and the choice of a mode; `training_sets` does the rest."""
 
 from __future__ import annotations
 
@@ -38,24 +38,26 @@ def train(
         typer.Option(
             "--output",
             "-o",
-            help="Model file to write, model.safetensors; for several categories a folder, models.",
+            help="Model file to write (default: model.safetensors); for several categories a "
+            "folder (default: models).",
         ),
     ] = None,
     mode: Annotated[
         str,
         typer.Option(
-            help='"faithful": the paper\'s protocol; "dense": neighbours from dense maps, for '
-            'little time. "auto": faithful on a GPU, dense on a CPU.'
+            help='"faithful": the paper\'s protocol; "dense": neighbouring patches of dense maps, '
+            'for little time; "auto": faithful on a GPU, dense on a CPU.'
         ),
     ] = "auto",
     surface: Annotated[
-        str | None, typer.Option(help='"texture" or "object": a lambda that suits it (faithful).')
+        str | None,
+        typer.Option(help='"texture" or "object": sets the lambda that suits it (mode faithful).'),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train for about so long instead of the mode's length.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over 100 x the number of images.")
+        int | None, typer.Option(help="Train for so many epochs; one takes each image 100 times.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     batch_size: Annotated[
@@ -68,21 +70,30 @@ def train(
     ] = None,
     initialization: Annotated[
         str | None,
-        typer.Option(help='"default": the paper\'s; "kaiming": learns positions at once.'),
+        typer.Option(
+            help='Initial weights: "default", the paper\'s, or "kaiming", which learns positions '
+            "at once."
+        ),
     ] = None,
     train_last_layer: Annotated[
         bool | None,
-        typer.Option(help="Train the classifier's last layer (faithful; the paper's is fixed)."),
+        typer.Option(
+            help="Train the position classifier's last layer, fixed in the paper (faithful)."
+        ),
     ] = None,
     redraw_clipped: Annotated[
-        bool, typer.Option(help="Draw pairs that leave the image again, do not clip (faithful).")
+        bool,
+        typer.Option(help="Draw a pair again if it leaves the image, do not clip it (faithful)."),
     ] = False,
     precision: Annotated[
-        str, typer.Option(help='On a GPU: "float32", "tf32" or "bfloat16".')
+        str, typer.Option(help='Of convolutions on a GPU: "float32", "tf32" or "bfloat16".')
     ] = "float32",
     check_every: Annotated[
         int | None,
-        typer.Option(help="Steps between checks on drawn defects, the best are kept; 0: none."),
+        typer.Option(
+            help="Steps between checks on synthetic defects, which decide what weights are kept; "
+            "0: no checks."
+        ),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many checks without an improvement.")
@@ -90,14 +101,16 @@ def train(
     illumination: Annotated[
         str | None,
         typer.Option(
-            help='"matched": scale colours to the usual light; "as_is". Default: the mode\'s.'
+            help='"matched": scale each image\'s colours to the mean of the training images; '
+            '"as_is": leave them. Default: the mode\'s.'
         ),
     ] = None,
     mean: Annotated[
         str | None,
         typer.Option(
-            help='Subtract the mean image ("pixel"), one mean per channel ("channel"), or the mean '
-            'image as the paper does ("paper"). Default: "pixel", or as for the encoder given.'
+            help='What to subtract from images: "pixel", the mean image (of the others, from a '
+            'training image); "channel", one mean per channel; "paper", one mean image from all. '
+            'Default: "pixel", or as for the encoder given.'
         ),
     ] = None,
     resize: ResizeOption = "256",
@@ -108,7 +121,7 @@ def train(
     keep_images: Annotated[
         bool, typer.Option(help="Keep small pictures of the images, for explanations.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of weights and pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and training pairs.")] = 0,
     device: DeviceOption = "auto",
     encoder: EncoderOption = None,
     checkpoint_minutes: Annotated[
@@ -121,7 +134,7 @@ def train(
         Path | None, typer.Option(help="Write each step's figures to this .jsonl or .csv file.")
     ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Write them for TensorBoard to this folder.")
+        Path | None, typer.Option(help="Write the same figures for TensorBoard to this folder.")
     ] = None,
 ) -> None:
     """Train on good images and write a model file.
@@ -190,7 +203,10 @@ def train(
 
 
 def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
-    """The mode that suits the machine; says what was chosen, and how long the dense one lasts."""
+    """The mode that suits the device; says so if it is a CPU.
+
+    size: that images are resized to. lasting: how long mode dense takes, to add to the line.
+    """
     import torch
 
     from ..encoders.levels import DEFAULT_LEVELS
@@ -213,6 +229,6 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
 
 
 def _say_once(message: str) -> None:
-    """Under torchrun in the first process alone."""
+    """Print a line; under torchrun only the first process does."""
     if os.environ.get("RANK", "0") == "0":
         console.print(message, soft_wrap=True)

@@ -21,14 +21,14 @@ from .terminal import console, errors, fit_with_progress, results_table
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Good images to train on and the model file to make of them."""
+    """A folder of good images to train on, and the model file to write."""
 
     data: Path
     output: Path
 
     @property
     def checkpoint(self) -> Path:
-        """Where the state of training is kept meanwhile."""
+        """The file that keeps the state of a training until it has ended."""
         return self.output.with_name(self.output.name + ".checkpoint")
 
     def is_done(self) -> bool:
@@ -38,7 +38,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a training run is kept safe and written down."""
+    """Checkpoints and logs of a training, and the processes that do it."""
 
     checkpoint_minutes: float = 5.0
     resume: bool = False
@@ -49,10 +49,12 @@ class Keeping:
 
 
 def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
-    """The folder itself; or the categories in it, with a model each in the folder `output`.
+    """The training sets in a folder: each category that lies in it, else the folder itself.
 
-    output: None is "model.safetensors", or the folder "models", in the working directory. Raises
-    ValueError where a model could not be written.
+    output: the model file, or for several categories the folder of the models. None:
+        "model.safetensors" or "models" in the working directory.
+
+    Raises ValueError if a model could not be written there.
     """
     categories: list[Path] = []
     if data.is_dir() and not is_category(data):
@@ -74,10 +76,13 @@ def train_all(
     keeping: Keeping,
     encoder: HierarchicalEncoder | None = None,
 ) -> int:
-    """Train on each set; of several, evaluate those with test images. Returns how many failed.
+    """Train on each set and write its model; returns how many failed.
 
-    With several sets an error ends only that set's training. Several sets log to files beside
-    their models, in the format of `keeping.log`.
+    Several sets are also evaluated where they have test images. An error then ends the training of
+    one set alone, and logs are files beside the models, in the format of `keeping.log`.
+
+    make_detector: returns a new detector for each set.
+    encoder: an encoder to use; nothing is trained.
     """
     results: list[CategoryResult] = []
     failed = 0
@@ -92,7 +97,7 @@ def train_all(
             else:
                 _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if len(sets) == 1 or keeping.workers.count > 1:  # the others would go on without it
+            if len(sets) == 1 or keeping.workers.count > 1:  # or other processes go on alone
                 raise
             errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -101,7 +106,7 @@ def train_all(
         if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
             try:
                 results.append(evaluate_category(detector, Category(one.data)))
-            except ValueError as error:  # such as good images alone
+            except ValueError as error:  # such as no anomalous image
                 console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
     if results:
         console.print(results_table(results))
@@ -176,12 +181,13 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
         soft_wrap=True,
     )
     if record.collapsed and record.best_step is not None:
-        console.print(f"training ended at step {record.steps:,}, where all embeddings were alike")
+        console.print(f"training ended at step {record.steps:,}: all embeddings had become alike")
     if record.best_step is not None:
         untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
         console.print(
-            f"kept the weights of step {record.best_step:,}: they find drawn defects at "
-            f"{best:.1f}, untrained ones at {untrained:.1f} (AUROC, that of images counted twice)",
+            f"kept the weights of step {record.best_step:,}: they find synthetic defects at "
+            f"{best:.1f}, untrained ones at {untrained:.1f} (AUROC in %, that of images counted "
+            "twice, that of pixels once)",
             soft_wrap=True,
         )
     if detector.calibration_ is not None:
@@ -189,7 +195,7 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
 
 
 def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
-    """Save the model; if that fails after training, save it elsewhere."""
+    """Save the model; if that fails after training, save it to a temporary folder as well."""
     try:
         detector.save(one.output)
     except OSError:
