@@ -1,11 +1,16 @@
 """Settings of the documentation; its option tables are made from the command line itself."""
 
+import inspect
 import re
+import sys
+from pathlib import Path
 
 import typer
 
 from patchsvdd_fast import __version__
 from patchsvdd_fast.cli.app import app
+
+sys.path.insert(0, str(Path(__file__).parent))  # for public_names
 
 project = "patchsvdd_fast"
 release = __version__
@@ -13,7 +18,7 @@ html_title = f"patchsvdd_fast {release}"
 html_theme = "furo"
 html_show_copyright = False
 smartquotes = False  # would make dashes of the options in "--resume"
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "public_names"]
 myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 default_role = "literal"  # docstrings have code in single backticks
@@ -46,17 +51,29 @@ myst_substitutions = {
 }
 
 
-NAME = r"^( *)([a-z_]+(?:,\s+[a-z_]+)*): "
-FIELD = re.compile(rf"{NAME}(.*?)(?=\n\n|\n{NAME[1:]}|\Z)", re.MULTILINE | re.DOTALL)
-
-
 def list_arguments(app, what, name, obj, options, lines):
-    """Make a list of what a docstring says as "name: what it is" or "name, name: ..."."""
-    text = FIELD.sub(
-        lambda m: f"\n{m[1]}- `{' '.join(m[2].split())}`: {' '.join(m[3].split())}",
-        "\n".join(lines),
-    )
-    lines[:] = text.split("\n")
+    """Make a list of what a docstring says of arguments: "name: what it is", "name, name: ..."."""
+    try:
+        names = "|".join(map(re.escape, inspect.signature(obj).parameters))
+    except (TypeError, ValueError):  # nothing that is called
+        return
+    if not names:
+        return
+    begins = rf"(?:^|(?<=[.,:;] ))((?:{names})(?:, (?:{names}))*): "
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+        before, *pairs = re.split(begins, " ".join(paragraph.split()))
+        if not pairs:
+            paragraphs.append(paragraph)
+            continue
+        items = [
+            f"- `{argument}`: {text.strip(' ,;')}"
+            for argument, text in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+        # What a function returns and raises is said of no argument.
+        items[-1:] = re.split(r"(?<=[.)]) (?=(?:Returns|Raises|Results) )", items[-1], maxsplit=1)
+        paragraphs += [before.strip(" ,;"), *items]
+    lines[:] = "\n\n".join(filter(None, paragraphs)).split("\n")
 
 
 def setup(app):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import html
+import importlib
 import io
 import re
 import shlex
@@ -50,6 +51,11 @@ PAGES = [
 def write(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +284,100 @@ def site(tmp_path_factory):
 
 
 def test_site_has_every_page(site):
-    for page in DOCS.glob("*.md"):
-        assert page.name == "index.md" or f'href="{page.stem}.html"' in read(site / "index.html")
-    assert "PatchSVDD.score_stream" in read(site / "reference.html")
+    for page in DOCS.rglob("*.md"):
+        address = page.relative_to(DOCS).with_suffix(".html").as_posix()
+        assert address == "index.html" or f'href="{address}"' in read(site / "index.html")
+    assert 'id="patchsvdd_fast.PatchSVDD.score_stream"' in read(site / "reference/detector.html")
+
+
+@pytest.fixture
+def public_names(monkeypatch):
+    """The module with the check that the reference has every public name."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("public_names")
+
+
+def test_every_name_is_public_or_internal(public_names):
+    arguments = public_names.PACKAGE, public_names.PUBLIC, public_names.INTERNAL
+    names, problems = public_names.public_names(*arguments)
+    assert problems == []
+    assert public_names.problems_of(names) == []  # a reference with all of them
+    for gone in ("score.maps.combine", "detector.patch_svdd.PatchSVDD.threshold_"):
+        (problem,) = public_names.problems_of(names.keys() - {f"patchsvdd_fast.{gone}"})
+        assert problem == f"patchsvdd_fast.{gone} is public, but not in the reference"
+
+
+def test_what_the_reference_lacks_is_noticed(public_names, tmp_path, monkeypatch):
+    files = {
+        "__init__.py": '__all__ = ["exported"]\nfrom .inside import exported\n',
+        "inside.py": 'def exported():\n    """Text."""\ndef other(): ...\n',
+        "new.py": "",
+        "outside.py": """
+LIMIT = 3
+BARE = 4
+"Text."
+class Thing:
+    "Text."
+    side: int
+    def told(self):
+        "Text."
+    def silent(self): ...
+    def _own(self): ...
+def helper(): ...
+def shown():
+    "Text."
+def _own(): ...
+""",
+    }
+    for name, text in files.items():
+        write_text(tmp_path / "undocumented" / name, text)
+    monkeypatch.syspath_prepend(tmp_path)
+    problems = public_names.problems_of(
+        [
+            "undocumented.outside.Thing",
+            "undocumented.outside.Thing.silent",
+            "undocumented.inside.other",
+        ],
+        "undocumented",
+        ("outside", "gone"),
+        {"inside": "", "inside.other": "", "outside.helper": "", "outside.missing": ""},
+    )
+    assert sorted(problems) == [
+        f"undocumented.{problem}"
+        for problem in (
+            "gone is listed, but does not exist",
+            "inside.exported is public, but not in the reference",
+            "inside.other is internal, but in the reference",
+            "new is neither in PUBLIC nor in INTERNAL",
+            "outside.BARE is public, but not in the reference",
+            "outside.LIMIT is public, but has no docstring",
+            "outside.LIMIT is public, but not in the reference",
+            "outside.Thing.side is public, but has no docstring",
+            "outside.Thing.side is public, but not in the reference",
+            "outside.Thing.silent is public, but has no docstring",
+            "outside.Thing.told is public, but not in the reference",
+            "outside.missing is listed, but does not exist",
+            "outside.shown is public, but not in the reference",
+        )
+    ]
+
+
+def test_site_with_a_name_missing_fails(public_names, tmp_path, capsys):
+    from sphinx.cmd.build import build_main
+
+    write_text(tmp_path / "conf.py", 'extensions = ["public_names"]\n')
+    names = public_names.PACKAGE, public_names.PUBLIC, public_names.INTERNAL
+    *documented, missing = sorted(public_names.public_names(*names)[0])
+    entries = "".join(f".. py:data:: {name}\n" for name in documented)
+    write_text(tmp_path / "index.rst", f"Names\n=====\n\n{entries}")
+    options = ["-W", "--keep-going", "-q", "-b", "html", str(tmp_path), str(tmp_path / "site")]
+    assert build_main(options) == 1
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{missing} is public, but not in the reference" in warning
+    with (tmp_path / "index.rst").open("a") as file:
+        file.write(f".. py:data:: {missing}\n")
+    assert build_main(options) == 0
 
 
 def test_command_line_lists_every_option(site):

@@ -27,8 +27,11 @@ class CategoryResult:
     """The metrics of a detector on one category's test images."""
 
     category: str
+    """Its name."""
     num_good: int
+    """Good test images."""
     num_anomalous: int
+    """The other test images."""
     percent: dict[str, dict[str, float | None]]
     """By combination of the levels' maps ("K64", "K32", "sum", "mult"), then by key of `METRICS`:
     detection AUROC, segmentation AUROC, and AUPRO up to a false-positive rate of 0.3. In percent;

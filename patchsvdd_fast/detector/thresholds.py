@@ -17,7 +17,9 @@ class ThresholdsMixin:
     """Thresholds and p-values for a detector with `score`, `contamination` and `calibration_`."""
 
     contamination: float
+    """Share of good images that may be called anomalous, as the detector was given it."""
     calibration_: Calibration | None
+    """What good images score; None of a single training image."""
 
     def score(self, X: Any) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
         """Anomaly maps and image scores; the detector defines it."""

@@ -12,7 +12,9 @@ class PatchLevel:
     """One patch size K with the stride of its scoring grid, both in pixels."""
 
     size: int
+    """K, the side of a patch."""
     stride: int
+    """From one patch to the next, at most the size."""
 
     def __post_init__(self) -> None:
         check_patch(self.size, self.stride)

@@ -35,6 +35,7 @@ _QUADRANTS_IN_CACHE = 256  # of 32 pixels; 128 is as fast, 64 and 1,280 are a te
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
 
 INITIALIZATIONS = ("default", "kaiming")
+"""How weights may begin, see `HierarchicalEncoder`."""
 
 # The convolution that PyTorch's own compiler calls on a CPU. It is not public; without it the
 # encoder is slower.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
+"""What `computing_in` knows."""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+"""Of the files that count as images, in any case."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class LabelledImage:
     """A test image of a `Category`."""
 
     path: Path
+    """Of its file."""
     defect: str
     """Kind of defect, the name of its folder below test; "good" for a normal image."""
     mask: Path | None
@@ -31,6 +33,7 @@ class Category:
     """A data set in MVTec layout: train/good, test/good, test/<defect>, ground_truth/<defect>."""
 
     root: Path
+    """The folder that has all of them."""
 
     @property
     def name(self) -> str:

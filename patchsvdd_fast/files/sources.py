@@ -21,6 +21,7 @@ class Source(os.PathLike[str]):
     """An image to score; can be passed wherever a path can."""
 
     path: Path
+    """Of its file."""
     inner: PurePath
     """What its outputs are named after: its path within the given folder, or the given path."""
 

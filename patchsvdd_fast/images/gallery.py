@@ -25,6 +25,7 @@ class Gallery:
     """What is kept of N training images, in the order of the banks' first axis."""
 
     names: tuple[str, ...]
+    """Paths relative to the folder, or as given."""
     statistics: Tensor
     """[N, 7] float64, see `drift.image_statistics`."""
     pictures: tuple[bytes | memoryview, ...] | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files.folders import training_paths
 
 MASK_THRESHOLD = 128
-
+"""Pixels of a mask above this are anomalous."""
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -84,6 +84,7 @@ class ImageSet:
     """Prepared images of one size."""
 
     names: tuple[str, ...]
+    """Paths relative to the folder, or as given."""
     pixels: Tensor
     """uint8 [N, 3, H, W]."""
     original_sizes: tuple[tuple[int, int], ...]

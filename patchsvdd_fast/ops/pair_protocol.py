@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 PairKind = Literal["position", "neighbour", "view"]
+"""How the second patch of a pair lies to the first, see above."""
 
 
 class Draw(NamedTuple):

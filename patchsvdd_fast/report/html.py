@@ -56,12 +56,15 @@ class ReportEntry:
     """What a report shows of one scored image."""
 
     name: str
+    """To show; may hold anything."""
     picture: Image.Image
     """The image, [H, W] pixels."""
     heat: npt.NDArray[np.float32]
     """The map scaled to [0, 1], [H, W]; see `heat_maps.scale_map`."""
     score: float
+    """Maximum of the anomaly map."""
     p_value: float | None
+    """How probable it is that a good image scores so high; None if that is unknown."""
     anomalous: bool | None
     """The verdict; None if there is no threshold."""
     label: str | None
@@ -69,6 +72,7 @@ class ReportEntry:
     mask: npt.NDArray[np.bool_] | None
     """[H, W], True where anomalous; None if unknown."""
     findings: Sequence[Finding] = ()
+    """Its anomalous regions, in the order to show them."""
     notes: Sequence[str] = ()
     """What is unusual about the image, a short sentence each."""
 

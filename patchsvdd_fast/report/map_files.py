@@ -16,6 +16,7 @@ from ..files.whole import written_whole
 from ..score.calibration import Calibration
 
 MAP_FORMATS = ("png", "tiff", "npy")
+"""Suffixes of the files that `write_map` writes, without the dot."""
 
 MAP_UNIT = "patchsvdd.map_unit"
 """Key of the text in a PNG map that says which map value one step of its 16 bits stands for."""

@@ -15,6 +15,7 @@ from typing import Any
 from ..files.whole import written_whole
 
 TABLE_FORMATS = ("csv", "jsonl", "parquet")
+"""Of the command line; a `Table` is one of the first two, `write_parquet` makes the third."""
 
 COLUMNS = ("image", "score", "p_value", "threshold", "verdict", "level", "unusual", "error")
 """Columns of the table; JSON lines also have the anomalous regions."""

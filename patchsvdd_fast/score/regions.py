@@ -19,9 +19,13 @@ class Region:
     """A part of an image that looks anomalous. All positions are pixels of the anomaly map."""
 
     left: int
+    """First column of its box."""
     top: int
+    """First row of its box."""
     width: int
+    """Columns of its box."""
     height: int
+    """Rows of its box."""
     area: int
     """Pixels that belong to it."""
     peak: float

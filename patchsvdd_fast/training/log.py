@@ -15,6 +15,7 @@ from ..files.whole import written_whole
 from .record import TrainingStep
 
 SUFFIXES = (".jsonl", ".csv")
+"""Of a `FileLog`."""
 
 
 class Log(Protocol):

@@ -17,6 +17,7 @@ class LevelMetrics:
     """What one step measured at one patch size."""
 
     svdd_loss: float
+    """SVDD', the mean over pairs of neighbours."""
     spread: float
     """Standard deviation of the embeddings over a batch of patches, mean over dimensions."""
     loss: float | None = None

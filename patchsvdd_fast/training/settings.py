@@ -16,9 +16,12 @@ _RECIPES: dict[str, Any] = json.loads(
 )
 
 MODES = tuple(_RECIPES["modes"])
+"""How to train, see `TrainingSettings.mode`."""
 SURFACES = tuple(_RECIPES["surfaces"])
+"""Kinds of surface, see `training_settings`."""
 
 SCHEDULES = ("constant", "cosine")
+"""Of the learning rate, see `TrainingSettings.schedule`."""
 
 CROPS_PER_IMAGE = 100
 """How many items of batches an epoch draws from each training image."""
@@ -48,6 +51,7 @@ class TrainingSettings:
     batch_size: int = 64
     """Items per step. Mode faithful: pairs of each kind and patch size; mode dense: crops."""
     learning_rate: float = 1e-4
+    """Of Adam, at its highest."""
     schedule: str = "constant"
     """Of the learning rate: "constant", or "cosine", which falls to zero over the run."""
     warmup_steps: int = 0
