@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from .cli.app import main as run
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)  # by the shell's convention
     run()
 
 

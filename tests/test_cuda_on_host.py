@@ -11,7 +11,9 @@ from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
 from patchsvdd_fast.ops.checks import Groups
 from patchsvdd_fast.ops.gpu_bank import visit_tile
+from patchsvdd_fast.ops.search import search_segments
 from patchsvdd_fast.search import bank as bank_module
+from patchsvdd_fast.search import gpu_clusters
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
 
 CPU = torch.device("cpu")
@@ -249,7 +251,7 @@ def test_clusters_give_the_canonical_answer(
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels(), ops.use_workspace_limit(limit):
         arrays = build_segments(bank, 5)
-        found = ops.search_segments(queries, arrays, Groups(*groups), visits)
+        found = search_segments(queries, arrays, Groups(*groups), visits)
         tiles = -(-300 // visit_tile(bank))
     expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
     assert_same(found, expected, CPU)
@@ -268,7 +270,7 @@ def test_clusters_of_difficult_values(on_cuda_kernels, change):
         if arrays is None:
             assert change is _too_large_to_screen
             return
-        found = ops.search_segments(queries, arrays)
+        found = search_segments(queries, arrays)
     expected = ops.nearest(queries, bank)
     assert_same(found, expected, CPU)
 
@@ -283,7 +285,7 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels():
         arrays = segments_about(bank, centroids)
-        found = ops.search_segments(queries, arrays, Groups(query_groups, groups), visits)
+        found = search_segments(queries, arrays, Groups(query_groups, groups), visits)
         tiles = -(-len(queries) // visit_tile(bank))
     assert_same(found, ops.nearest(queries, bank, exclude_same_group=(query_groups, groups)), CPU)
     assert 0 < int(visits) < 0.4 * tiles * len(arrays.segment_clusters)
@@ -292,7 +294,7 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     visits.zero_()
     with on_cuda_kernels():
         groups = Groups(query_groups * 0, groups * 0)
-        none = ops.search_segments(queries, arrays, groups, visits)
+        none = search_segments(queries, arrays, groups, visits)
     assert torch.isinf(none[0]).all()
     assert (none[1] == -1).all()
     assert int(visits) == 0
@@ -305,7 +307,7 @@ def test_clusters_of_equal_rows(on_cuda_kernels):
     queries = torch.cat([centroids, centroids + 0.1 * torch.randn(4, 20), torch.randn(30, 20)])
     with on_cuda_kernels():
         arrays = segments_about(bank, centroids)
-        found = ops.search_segments(queries, arrays)
+        found = search_segments(queries, arrays)
     assert len(arrays.segment_clusters) == 8
     assert_same(found, ops.nearest(queries, bank), CPU)
 
@@ -316,7 +318,7 @@ def test_no_queries_of_a_clustered_bank(on_cuda_kernels):
     with on_cuda_kernels():
         arrays = build_segments(bank, 3)
         for groups in ((None, None), (nothing, torch.arange(300))):
-            distances, indices = ops.search_segments(torch.empty(0, 9), arrays, Groups(*groups))
+            distances, indices = search_segments(torch.empty(0, 9), arrays, Groups(*groups))
             assert distances.shape == indices.shape == (0,)
 
 
@@ -406,3 +408,9 @@ def test_the_runtime_runs_every_thread(cuda_on_host, count):
         grid, images.data_ptr(), 0, patches.data_ptr(), 4, module.PixelType.FLOAT32, 0
     )
     assert torch.equal(patches.flatten(), images.flatten())
+
+
+def test_no_more_clusters_are_made_than_their_distances_have_room_for(on_cuda_kernels, monkeypatch):
+    monkeypatch.setattr(gpu_clusters, "MOST_CLUSTERS", 8)
+    with on_cuda_kernels():
+        assert len(build_segments(torch.randn(300, 9), 100).centroids) <= 8

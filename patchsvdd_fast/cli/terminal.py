@@ -80,7 +80,7 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None)
         means: dict[str, float] = {}
-        shown = 0
+        steps_shown = 0
         checked = ""
 
         def smooth(name: str, value: float) -> float:
@@ -88,9 +88,9 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
             return means[name]
 
         def show(step: TrainingStep) -> None:
-            nonlocal shown, checked
-            shown += 1
-            if shown == _TIMED_STEPS and step.seconds_left is not None:
+            nonlocal steps_shown, checked
+            steps_shown += 1
+            if steps_shown == _TIMED_STEPS and step.seconds_left is not None:
                 left = _duration(step.seconds_left)
                 console.print(f"{step.total_steps:,} steps, about {left} to go")
             if step.quality is not None:

@@ -131,9 +131,7 @@ def _model_of(
     device: torch.device,
     defaults: Mapping[str, Any],
 ) -> Model:
-    parameters = from_header(header)
-    if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
-        parameters["mean"] = "paper"  # the only mean image that these schemas had
+    parameters = _parameters_in(header)
     unknown = parameters.keys() - defaults.keys()
     if unknown:
         raise ValueError(f"it has parameters that no detector has: {', '.join(sorted(unknown))}")
@@ -171,6 +169,14 @@ def _model_of(
         raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")
     record = record_of(header["record"])
     return Model(parameters, encoder, mean, light, banks, calibration, gallery, record)
+
+
+def _parameters_in(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in a file's header, under the names and with the values they have today."""
+    parameters = from_header(header)
+    if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
+        parameters["mean"] = "paper"  # the only mean image that these schemas had
+    return parameters
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -218,8 +224,8 @@ def preparation_of(path: str | Path) -> dict[str, str]:
     if Path(path).suffix in _FOREIGN_SUFFIXES:
         return {"illumination": "as_is", "mean": "paper"}
     _, header = store.load(path)
-    parameters = header["parameters"]
     with naming(path):
+        parameters = _parameters_in(header)
         return {
             "illumination": illumination_of(parameters),
             "mean": parameters.get("mean", "pixel"),
@@ -262,7 +268,7 @@ def describe(path: str | Path) -> dict[str, str]:
 
 
 def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
-    parameters, record = from_header(header), record_of(header.get("record", {}))
+    parameters, record = _parameters_in(header), record_of(header.get("record", {}))
     facts = {
         "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),

@@ -7,7 +7,7 @@ threads, CUDA kernels on the current stream.
 
 from .backends import instruction_sets, use_instruction_set, use_method, use_workspace_limit
 from .patches import crop_pairs, extract_patches, score_map
-from .search import nearest, nearest_in_bank, search_clusters, search_segments
+from .search import nearest, nearest_in_bank
 
 __all__ = [
     "crop_pairs",
@@ -16,8 +16,6 @@ __all__ = [
     "nearest",
     "nearest_in_bank",
     "score_map",
-    "search_clusters",
-    "search_segments",
     "use_instruction_set",
     "use_method",
     "use_workspace_limit",

@@ -54,7 +54,8 @@ def backend_of(tensor: Tensor) -> Iterator[tuple[type[_native.Backend], int]]:
 def resolve_device(device: str) -> torch.device:
     """The named device; "auto" is the GPU if this build has kernels for one, else the CPU.
 
-    Raises ValueError for any device but a CPU or a CUDA GPU, and for a GPU where torch finds none.
+    Raises ValueError for any device but a CPU or a CUDA GPU, and for a GPU that torch does not
+    find.
     """
     if device == "auto":
         usable = _native.cuda is not None and torch.cuda.is_available()
@@ -67,6 +68,11 @@ def resolve_device(device: str) -> torch.device:
         ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch finds no GPU")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} was asked for, but torch finds {torch.cuda.device_count()} GPUs, "
+            "numbered from 0"
+        )
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or a CUDA GPU, got {device!r}")
     return resolved

@@ -24,6 +24,7 @@ from ..ops.cpu_bank import (
     project,
     release_memory,
 )
+from ..ops.search import search_clusters
 from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
 _COVARIANCE_SAMPLES = 32_768
@@ -166,7 +167,7 @@ def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Gen
     rows = arrays.data.shape[0]
     picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator, device="cpu")
     itself = Groups(arrays.ids[picked], torch.arange(rows, device="cpu"))
-    *_, looked_at = ops.search_clusters(arrays.data[picked].float(), arrays, stretch, itself)
+    *_, looked_at = search_clusters(arrays.data[picked].float(), arrays, stretch, itself)
     return looked_at / (rows * _TRIAL_QUERIES)
 
 

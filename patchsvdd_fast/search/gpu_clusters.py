@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.checks import Groups
+from ..ops.cpu_bank import MOST_CLUSTERS
 from ..ops.gpu_bank import (
     SEGMENT_ROWS,
     SegmentArrays,
@@ -17,6 +18,7 @@ from ..ops.gpu_bank import (
     padded_code_dim,
     visit_tile,
 )
+from ..ops.search import search_segments
 from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
 
 _ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
@@ -37,7 +39,8 @@ def build_segments(
     Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
     rows = embeddings.shape[0]
-    wanted = default_clusters(rows) if num_clusters is None else min(num_clusters, rows)
+    wanted = default_clusters(rows) if num_clusters is None else num_clusters
+    wanted = min(wanted, rows, MOST_CLUSTERS)
     if wanted < 1 or not can_be_clustered(embeddings):
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -139,6 +142,6 @@ def _share_looked_at(
     picked = (firsts + within).flatten().to(device)
     visits = torch.zeros(1, dtype=torch.int64, device=device)
     itself = Groups(picked, torch.arange(rows, device=device))
-    ops.search_segments(embeddings[picked].float(), arrays, itself, visits)
+    search_segments(embeddings[picked].float(), arrays, itself, visits)
     tiles = -(-len(picked) // visit_tile(embeddings))
     return int(visits) / (tiles * len(arrays.segment_clusters))

@@ -56,7 +56,9 @@ class DefectCheck:
         seed: int = 0,
     ) -> None:
         if len(images) < 2:
-            raise ValueError("a check of what was learned needs at least two images, got one")
+            raise ValueError(
+                f"a check of what was learned needs at least two images, got {len(images)}"
+            )
         held_out = _spread(len(images), min(_MOST_HELD_OUT, len(images) // 2))
         others = np.setdiff1d(np.arange(len(images)), held_out)
         others = others[_spread(len(others), min(_MOST_IN_BANK, len(others)))]

@@ -16,6 +16,7 @@ from patchsvdd_fast.cli import model as model_commands
 from patchsvdd_fast.cli.app import app
 from patchsvdd_fast.detector import patch_svdd as detector
 from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.detector.model_file import preparation_of
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.folders import Category
 from patchsvdd_fast.images import sample_cloth
@@ -89,6 +90,19 @@ def make_older(path, schema):
 
 
 # --- info -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema", [2, 3])
+def test_the_mean_of_an_earlier_file_is_the_papers(model, fitted, schema):
+    """The only one there was, though the file's header may name none."""
+    make_older(model, schema)
+    tensors, header = store.load(model)
+    del header["parameters"]["mean"]
+    text = json.dumps(header)
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(kept, model, metadata={"patchsvdd_fast": text})
+    assert re.search("subtracted +one mean image from all", run("info", model))
+    assert preparation_of(model)["mean"] == PatchSVDD.load(model, "cpu").mean == "paper"
 
 
 def test_info_says_what_a_model_holds(model, fitted):

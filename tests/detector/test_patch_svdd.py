@@ -340,6 +340,14 @@ def test_cuda_is_refused_where_there_is_none():
         resolve_device("cuda")
 
 
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="'cuda:2' was asked for, but torch finds 2 GPUs"):
+        resolve_device("cuda:2")
+
+
 def test_images_unlike_training_are_refused(good_folder):
     detector = PatchSVDD(**FAST | {"image_size": None}).fit(good_folder)
     with pytest.raises(ValueError, match="must have 96x96 pixels as in training"):
