@@ -1,4 +1,11 @@
-"""Builds the extension by calling CMake; everything about the build is in CMakeLists.txt."""
+"""Builds the extension by calling CMake; everything about the build is in CMakeLists.txt.
+
+Written by hand: scikit-build-core's plugin for setuptools (tried: 1.1.2) keeps the environment
+variables, wheels and editable installs, but lacks two things that `make build-gpu` needs. Where it
+cannot be installed, `setup.py build_ext --inplace` warns of an unknown option, builds nothing and
+exits with 0. And it empties its build folder before every build, so that all is compiled again (for
+sm_90 on two cores 40 s, where this takes 1 s if nothing has changed).
+"""
 
 import os
 import shutil
