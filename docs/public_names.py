@@ -99,8 +99,6 @@ INTERNAL = {
     "images.prepare.name_of": "ImageResult.name",
     "images.prepare.parse_size": "what `image_size` means",
     "ops.pair_protocol.Draw": "the arguments of crop_pairs, together",
-    "ops.search.search_clusters": "a part of nearest_in_bank, which checks no arguments",
-    "ops.search.search_segments": "a part of nearest_in_bank, which checks no arguments",
     "score.image_result.image_results": "a part of PatchSVDD.score_stream",
     "score.metrics.BoolArray": "a type of arguments",
     "score.metrics.FloatArray": "a type of arguments",
