@@ -30,10 +30,10 @@ from patchsvdd_fast.cli import app as cli
 from patchsvdd_fast.cli import terminal
 from patchsvdd_fast.files import store
 from patchsvdd_fast.images import drift
-from patchsvdd_fast.report import table as outputs
+from patchsvdd_fast.report import table
 from patchsvdd_fast.score.image_result import ImageResult
 from patchsvdd_fast.score.regions import Region
-from patchsvdd_fast.training import settings as recipes
+from patchsvdd_fast.training import settings
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -102,9 +102,9 @@ def example_folder(example_files, tmp_path, monkeypatch):
     folder = shutil.copytree(example_files, tmp_path / "work")
     monkeypatch.chdir(folder)
     monkeypatch.setitem(
-        recipes._RECIPES["modes"],
+        settings._RECIPES["modes"],
         "dense",
-        recipes._RECIPES["modes"]["dense"] | {"steps": 2, "batch_size": 1},
+        settings._RECIPES["modes"]["dense"] | {"steps": 2, "batch_size": 1},
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(terminal.console, "width", 80)
@@ -257,7 +257,7 @@ def sizes_of(tensors, level):
 def test_pages_name_every_field():
     """Tables of fields and columns cannot go stale."""
     for page, names in {
-        "streaming.md": [*outputs.COLUMNS, *(field.name for field in fields(ImageResult))],
+        "streaming.md": [*table.COLUMNS, *(field.name for field in fields(ImageResult))],
         "explaining.md": [field.name for field in fields(Region)],
         "calibration.md": drift.STATISTICS,
     }.items():

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from patchsvdd_fast.report import charts as report_charts
+from patchsvdd_fast.report import charts
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,11 @@ from patchsvdd_fast.report import charts as report_charts
     ],
 )
 def test_histogram_holds_every_score(values, logarithmic):
-    drawing = report_charts._histogram({("good", "good"): np.array(values)}, None)
+    drawing = charts._histogram({("good", "good"): np.array(values)}, None)
     assert ("logarithmic" in drawing) == logarithmic
     (path,) = re.findall(r'class="good" d="([^"]*)"', drawing)
     tops = [float(y) for y in re.findall(r"V([\d.]+)H", path)]
-    heights = (report_charts._BOTTOM - np.array(tops)) / (
-        report_charts._BOTTOM - report_charts._TOP
-    )
+    heights = (charts._BOTTOM - np.array(tops)) / (charts._BOTTOM - charts._TOP)
     shares = heights / heights.max()
     counts = np.round(shares * len(values) / shares.sum())
     assert counts.sum() == len(values)
@@ -33,7 +31,7 @@ def test_histogram_holds_every_score(values, logarithmic):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8e5), (1e-9, 3e-9), (0.1, 0.1001)])
 def test_ticks_are_few_round_and_inside(low, high):
-    ticks = report_charts._ticks(low, high)
+    ticks = charts._ticks(low, high)
     assert 2 <= len(ticks) <= 7
     slack = 1e-6 * (high - low)
     assert all(low - slack <= tick <= high + slack for tick in ticks)
@@ -41,5 +39,5 @@ def test_ticks_are_few_round_and_inside(low, high):
 
 
 def test_logarithmic_ticks_are_inside():
-    assert report_charts._log_ticks(0.04, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
-    assert report_charts._log_ticks(1e-12, 5e-3) == pytest.approx([10.0**e for e in range(-12, -2)])
+    assert charts._log_ticks(0.04, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert charts._log_ticks(1e-12, 5e-3) == pytest.approx([10.0**e for e in range(-12, -2)])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchsvdd_fast.report import table as outputs
+from patchsvdd_fast.files.whole import written_whole
 from patchsvdd_fast.report.map_files import MAP_UNIT, inner_path, map_unit, write_map
 from patchsvdd_fast.score.calibration import Calibration
 from processes import largest_file
@@ -106,7 +106,7 @@ def test_no_two_images_write_to_one_place(tmp_path, suffix):
     assert len(set(paths.values())) == len(names)
     for path in paths.values():  # nor is one's folder another's file, and all can be written
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        with outputs.written_whole(tmp_path / path) as partial:
+        with written_whole(tmp_path / path) as partial:
             partial.write_text(str(path))
     for path in paths.values():
         assert (tmp_path / path).read_text() == str(path)

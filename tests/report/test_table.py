@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchsvdd_fast.report import table as outputs
+from patchsvdd_fast.report import table as table_module
 from patchsvdd_fast.report.table import COLUMNS, Table, require_parquet, write_parquet
 from processes import largest_file
 
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, suffix):
 
 def test_parquet_reads_back(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(outputs, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(table_module, "_ROWS_AT_ONCE", 4)
     rows = [row_of(name, number) for number, name in enumerate(ODD_NAMES)]
     rows.insert(2, {"image": "bad.png", "error": "cannot read"})
     rows.insert(5, {"image": "unjudged.png", "score": 0.25, "level": "K64", "unusual": []})
