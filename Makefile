@@ -82,6 +82,7 @@ wheel: $(BIN)/python  ## build the sdist and a wheel, in dist; try the wheel in 
 	build/wheel-venv/bin/pip install dist/*.whl
 	build/wheel-venv/bin/patchsvdd info
 	build/wheel-venv/bin/python .ci/smoke.py
+	cd build && PATH=wheel-venv/bin wheel-venv/bin/patchsvdd demo --steps 5  # without a compiler
 
 build-gpu:  ## build the extension in place, for this GPU only unless PATCHSVDD_CUDA_ARCHITECTURES is set
 	card=$$($(GPU_PYTHON) tests/gpu/card.py) && PATCHSVDD_CUDA=ON \

@@ -190,13 +190,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, per category, way and time, as Markdown."""
     lines = [
         f"AUROC of the {SHOWN} map in percent; 5 % and 10 % brighter: detection with the good test "
-        "images alone so much brighter. Mean ± standard deviation over seeds. Chosen: detection / "
-        "segmentation of a training that ends here with the weights, of this point and those "
-        "before, which the check on drawn defects likes best; it sees no labels. Oracle: of those "
-        "points, the one with the best detection.",
+        "images alone so much brighter. Mean ± standard deviation over seeds. Kept: detection / "
+        "segmentation of the weights that a training which ends here keeps, those that find "
+        "synthetic defects best so far; it sees no labels. Best: of the same points the one with "
+        "the best detection, picked with labels.",
         "",
         "| category | way | core minutes | seeds | detection | segmentation | 5 % brighter | "
-        "10 % brighter | chosen | oracle |",
+        "10 % brighter | kept | best |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     keys = sorted({(run["category"], run["way"]) for run in runs})
@@ -223,17 +223,17 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def table_of_seeds(runs: Sequence[dict[str, Any]]) -> str:
     """Untrained and trained detection / segmentation, per category, way and seed, as Markdown."""
     lines = [
-        "| category | way | seed | untrained | core minutes | trained | chosen |",
+        "| category | way | seed | untrained | core minutes | trained | kept |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in sorted(runs, key=_key):
         if run["way"] not in WAYS:
             continue
         points = _shown(run)
-        chosen = points[_best(run, len(points) - 1, _criteria)]
+        kept = points[_best(run, len(points) - 1, _criteria)]
         lines.append(
             f"| {run['category']} | {run['way']} | {run['seed']} | {_both(points[:1])} "
-            f"| {run['minutes'][-1]:g} | {_both(points[-1:])} | {_both([chosen])} |"
+            f"| {run['minutes'][-1]:g} | {_both(points[-1:])} | {_both([kept])} |"
         )
     return "\n".join(lines) + "\n"
 

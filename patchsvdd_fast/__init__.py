@@ -10,6 +10,7 @@ Names are imported on first use, so using the search alone does not load the det
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ _HOMES = {
     "score_map": "score",
 }
 
+_ROOMS = {
+    *("cli", "report", "detector", "training", "score"),
+    *("encoders", "search", "images", "ops", "files"),
+}
+
 __all__ = [
     "HierarchicalEncoder",
     "NormalBank",
@@ -46,9 +52,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = import_module(f"{__name__}.ops.backends").installed_version()
+        value: Any = _installed_version()
     elif name in _HOMES:
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _ROOMS:
+        value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -57,3 +65,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    """From the installed metadata; "unknown" in a source tree that was never installed."""
+    try:
+        return version("patchsvdd-fast")
+    except PackageNotFoundError:
+        return "unknown"

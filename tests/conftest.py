@@ -142,7 +142,7 @@ def build_native(folder, target, *options):
 
 @pytest.fixture(scope="session")
 def cuda_on_host():
-    """The CUDA kernels compiled for the host, as a module like patchsvdd_fast._native."""
+    """The CUDA kernels compiled for the host, as a module like patchsvdd_fast.ops._native."""
     build = build_native("cuda_on_host", "_cuda_on_host", "-DPATCHSVDD_CUDA_ON_HOST=ON")
     (path,) = build.glob("_cuda_on_host*.so")
     spec = importlib.util.spec_from_file_location("_cuda_on_host", path)

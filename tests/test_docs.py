@@ -42,8 +42,8 @@ LONGEST_WAIT = 30  # seconds, for what is to be there before Ctrl-C
 
 # onnx.md is run by detector/test_onnx.py, which also compares what it computes.
 PAGES = [
-    page.name
-    for page in sorted(DOCS.glob("*.md"))
+    page.relative_to(DOCS).as_posix()
+    for page in sorted(DOCS.rglob("*.md"))
     if page.name != "onnx.md" and BLOCK.search(page.read_text(encoding="utf-8"))
 ]
 

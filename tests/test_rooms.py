@@ -40,7 +40,8 @@ def test_the_search_comes_alone():
 
 
 def test_a_name_of_the_package_is_imported_when_it_is_used():
-    assert "torch" not in imported_by("import patchsvdd_fast")
+    assert "torch" not in imported_by("import patchsvdd_fast; patchsvdd_fast.__version__")
+    assert "patchsvdd_fast.ops" in imported_by("import patchsvdd_fast; patchsvdd_fast.ops.nearest")
     modules = imported_by("from patchsvdd_fast import nearest, PatchLevel, __version__")
     assert "patchsvdd_fast.detector" not in modules
     assert "patchsvdd_fast.detector.patch_svdd" in imported_by(

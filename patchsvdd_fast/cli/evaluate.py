@@ -51,11 +51,11 @@ def evaluate(
     if json_path is not None:
         require_writable(json_path, "--json")
     with loading():
+        from .. import __version__
         from ..detector.evaluation import evaluate_category, write_json
         from ..detector.model_file import load_encoder, preparation_of
         from ..detector.patch_svdd import PatchSVDD
         from ..files.folders import find_categories
-        from ..ops.backends import installed_version
 
     categories = find_categories(data)
     results = []
@@ -81,7 +81,7 @@ def evaluate(
                 results.append(_evaluate_with_report(detector, category, folder))
     console.print(results_table(results))
     if json_path is not None:
-        write_json(results, json_path, version=installed_version())
+        write_json(results, json_path, version=__version__)
         console.print(f"wrote {json_path}", soft_wrap=True)
 
 

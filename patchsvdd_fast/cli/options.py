@@ -67,7 +67,10 @@ def loading() -> Iterator[None]:
     the module that is being imported might take it for a broken library. Nothing is lost: there is
     nothing to save yet.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # a background job's
+    ):
         yield
         return
 

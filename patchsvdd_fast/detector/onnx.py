@@ -179,7 +179,7 @@ def _model_of(
         from onnx import TensorProto, checker, helper
     except ImportError as error:
         raise ValueError("onnx is not installed: pip install patchsvdd-fast[onnx]") from error
-    from ..ops.backends import installed_version
+    from .. import __version__
 
     size = None if mean.shape[1:] == (1, 1) else (mean.shape[1], mean.shape[2])
     graph = _Graph(encoder)
@@ -197,7 +197,7 @@ def _model_of(
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,
         producer_name="patchsvdd_fast",
-        producer_version=installed_version(),
+        producer_version=__version__,
     )
     metadata = {
         "levels": json.dumps([(level.size, level.stride) for level in levels]),

@@ -6,7 +6,6 @@ folders they import.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,11 +25,10 @@ from ..score.image_result import ImageResult
 from ..score.maps import ScoreResult, search_levels
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
-from ..training.checkpoints import run_with_checkpoints
-from ..training.defect_check import DefectCheck
+from ..training.checkpoints import train_encoder
+from ..training.defect_check import check_of
 from ..training.record import TrainingRecord, TrainingStep
-from ..training.trainer import Trainer
-from ..training.workers import joined_workers, local_device
+from ..training.workers import local_device
 from . import normality, parameters, scoring
 from .model_file import Model, differences, load_model, save_model
 from .normality import Normality
@@ -166,7 +164,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         device = local_device(resolve_device(self.device))
         loaded = self.load_images(X)
         light = mean_colour(loaded.pixels)
-        images = match_illumination(loaded.pixels, parameters.usual_light(given, light))
+        usual = parameters.usual_light(given, light)
+        images = match_illumination(loaded.pixels, usual)
         mean = mean_image(images, self.mean)
         if self.mean != "channel" and len(images) == 1:
             raise ValueError(
@@ -176,20 +175,13 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         record = TrainingRecord()
         if encoder is None:
             encoder = self.untrained_encoder().to(device)
-            check = None
-            if settings.check_every is not None and len(images) == 1:
-                warnings.warn("one image: what is learned cannot be checked", stacklevel=2)
-            elif settings.check_every is not None:
-                usual = parameters.usual_light(given, light)
-                check = DefectCheck(images, mean, self.levels, self.combination, usual)
-            with joined_workers(device) as workers:
-                trainer = Trainer(encoder, images, mean, settings, check, workers)
-                header = parameters.to_header(given)
-                record = run_with_checkpoints(
-                    trainer, mean, header, checkpoint, checkpoint_minutes, resume, on_step
-                )
-            if not workers.is_first:
+            check = check_of(settings, images, mean, self.levels, self.combination, usual)
+            header = parameters.to_header(given)
+            keeping = header, checkpoint, checkpoint_minutes, resume
+            trained = train_encoder(encoder, images, mean, settings, check, *keeping, on_step)
+            if trained is None:  # the first process has it
                 return self
+            record = trained
         self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
         # Each of these images is part of the mean image; a new one is not.
         self._fill_banks(loaded, num_in_mean=len(images) if self.mean == "pixel" else None)

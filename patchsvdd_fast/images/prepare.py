@@ -41,7 +41,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
     samples are scaled to 8 bits, and the camera's rotation (EXIF) is applied. Raises ValueError
     naming the file if it is no image, is damaged, has samples of another kind, or more pixels than
-    Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may unfold to
+    Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may decompress to
     gigabytes.
     """
     name = os.fspath(path)
@@ -131,7 +131,7 @@ def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
     images or their sizes differ and `size` is None.
     """
     folder: Path | None = None
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         path = Path(source)
         folder = path if path.is_dir() else None
         source = [path] if folder is None else training_paths(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import __version__
 from . import _native
 
 library = torch.library.Library("patchsvdd_fast", "DEF")
@@ -170,14 +170,6 @@ def pointer(tensor: Tensor | None) -> int:
 # --- versions -------------------------------------------------------------------------------------
 
 
-def installed_version() -> str:
-    """The version of this package; "unknown" in a source tree that was never installed."""
-    try:
-        return importlib.metadata.version("patchsvdd-fast")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def describe() -> dict[str, str]:
     """Versions, instruction sets and GPUs by topic, for `patchsvdd info` and for benchmarks."""
     sets = instruction_sets()
@@ -191,7 +183,7 @@ def describe() -> dict[str, str]:
     else:
         gpu = ", ".join(gpus) or "none found"
     return {
-        "patchsvdd_fast": installed_version(),
+        "patchsvdd_fast": __version__,
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "NumPy": np.__version__,

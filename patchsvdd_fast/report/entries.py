@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
-from ..ops.backends import installed_version
 from ..score.image_result import ImageResult
 from ..score.regions import Region
 from .heat_maps import scale_map
@@ -36,7 +36,7 @@ def open_report(
     if threshold is not None:
         above = float(np.mean(np.array(scores) > threshold))
         facts["training images above the threshold"] = f"{above:.1%}"
-    facts["patchsvdd_fast"] = installed_version()
+    facts["patchsvdd_fast"] = __version__
     return ReportWriter(folder, title, facts, threshold, scores)
 
 

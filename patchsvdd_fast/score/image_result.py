@@ -41,7 +41,7 @@ class ImageResult:
     scores: ScoreResult = field(repr=False)
     """Maps, distances and matches, with N = 1."""
     source: Any = field(repr=False)
-    """What was given: a path, a PIL image or an array."""
+    """What was given: a path, a PIL image or an array, which lives as long as the result."""
 
     @property
     def anomaly_map(self) -> Tensor:

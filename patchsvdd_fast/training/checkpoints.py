@@ -13,44 +13,56 @@ from torch import Tensor
 
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..files import store
+from .defect_check import DefectCheck
 from .record import TrainingRecord, TrainingStep
+from .settings import TrainingSettings
 from .trainer import Trainer, all_float32
+from .workers import joined_workers
 
 
-def run_with_checkpoints(
-    trainer: Trainer,
+def train_encoder(
+    encoder: HierarchicalEncoder,
+    images: Tensor,
     mean: Tensor,
+    settings: TrainingSettings,
+    check: DefectCheck | None,
     header: Mapping[str, Any],
-    path: str | Path | None,
+    checkpoint: str | Path | None,
     minutes: float,
     resume: bool,
     on_step: Callable[[TrainingStep], None] | None = None,
-) -> TrainingRecord:
-    """Train to the end, writing a checkpoint every so often.
+) -> TrainingRecord | None:
+    """Train an encoder where it lies, with the state of training in a file meanwhile.
 
-    path, mean, header, minutes: as for `CheckpointKeeper`. resume: go on from the file if there is
-    one. The checkpoint is also written when training ends, be it by Ctrl-C, SIGTERM or an error
-    (but not by a loss that is not finite). Raises as `Trainer.run` and `resume_from` do.
+    images, mean, settings, check: as of `Trainer`.
+    header, minutes: as of `CheckpointKeeper`; the state is also written when training ends, by
+        Ctrl-C, SIGTERM or an error too. resume: go on from the checkpoint if there is one.
+    on_step: called after each step, on a GPU after every 20th.
+
+    Under torchrun this process does its share; None is returned in all but the first. Raises as
+    `Trainer.run` and `resume_from` do.
     """
-    found = path is not None and Path(path).exists()
-    if resume and path is not None and trainer.workers.agreed(found):
-        resume_from(trainer, mean, path)
-    keeper = CheckpointKeeper(trainer, mean, header, path, minutes)
+    with joined_workers(next(encoder.parameters()).device) as workers:
+        trainer = Trainer(encoder, images, mean, settings, check, workers)
+        found = checkpoint is not None and Path(checkpoint).exists()
+        if resume and checkpoint is not None and workers.agreed(found):
+            resume_from(trainer, mean, checkpoint)
+        keeper = CheckpointKeeper(trainer, mean, header, checkpoint, minutes)
 
-    def after_step(step: TrainingStep) -> None:
-        if on_step is not None:
-            on_step(step)
-        keeper.after_step()
+        def after_step(step: TrainingStep) -> None:
+            if on_step is not None:
+                on_step(step)
+            keeper.after_step()
 
-    try:
-        record = trainer.run(after_step)
-    except FloatingPointError:
-        raise  # the weights are useless: keep the last checkpoint
-    except BaseException:
+        try:
+            record = trainer.run(after_step)
+        except FloatingPointError:
+            raise  # the weights are useless: keep the last checkpoint
+        except BaseException:
+            keeper.write()
+            raise
         keeper.write()
-        raise
-    keeper.write()
-    return record
+        return record if workers.is_first else None
 
 
 class CheckpointKeeper:
@@ -93,7 +105,7 @@ class CheckpointKeeper:
         try:
             store.save(self.path, "checkpoint", tensors, header)
         except OSError as error:
-            warnings.warn(f"no checkpoint was written: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"no checkpoint was written: {error}", RuntimeWarning, stacklevel=4)
         self.written = time.monotonic()
 
 

@@ -7,6 +7,7 @@ and is judged by how well that tells the two apart. No image with a real defect 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..images.light import match_illumination
 from ..score import metrics
 from ..score.encoding import fill_banks, score_images
 from .record import Quality
+from .settings import TrainingSettings
 
 _MOST_HELD_OUT = 8
 _MOST_IN_BANK = 16
@@ -80,6 +82,23 @@ class DefectCheck:
             100 * metrics.detection_auroc(maps.max(axis=(1, 2)), self.labels),
             100 * metrics.segmentation_auroc(maps, self.masks),
         )
+
+
+def check_of(
+    settings: TrainingSettings,
+    images: Tensor,
+    mean: Tensor,
+    levels: Sequence[PatchLevel],
+    combination: str,
+    light: Tensor | None,
+) -> DefectCheck | None:
+    """The check that the settings ask for; None without one, or, with a warning, of one image."""
+    if settings.check_every is None:
+        return None
+    if len(images) == 1:
+        warnings.warn("one image: what is learned cannot be checked", stacklevel=3)
+        return None
+    return DefectCheck(images, mean, levels, combination, light)
 
 
 def _spread(count: int, chosen: int) -> np.ndarray:

@@ -43,7 +43,13 @@ def delayed_interrupts() -> Iterator[Interrupts]:
         interrupts.arrived = signum
         signal.signal(signum, before[signal.Signals(signum)])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A background job of a shell ignores Ctrl-C; None: set by native code, and not to be put back.
+    heeded = [
+        n
+        for n in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(n) not in (signal.SIG_IGN, None)
+    ]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield interrupts
     finally:

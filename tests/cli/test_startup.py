@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -35,10 +36,9 @@ def test_help_is_answered_without_pytorch(command):
     assert "slow []" in done.stdout
 
 
-@pytest.mark.parametrize("command", [("info",), ("score", "model", "image"), ("demo",)])
-def test_interrupted_while_pytorch_is_imported(command, tmp_path):
-    """Whatever the library that is being imported makes of it."""
-    (tmp_path / "torch.py").write_text(
+def importing_pytorch(command, folder, **options):
+    """A process of the command that has begun to import PyTorch, which takes a minute there."""
+    (folder / "torch.py").write_text(
         "import time\n"
         "print('importing', flush=True)\n"
         "try:\n    time.sleep(60)\n"
@@ -49,11 +49,30 @@ def test_interrupted_while_pytorch_is_imported(command, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        **options,
     )
     assert process.stdout.readline() == "importing\n"
+    return process
+
+
+@pytest.mark.parametrize("command", [("info",), ("score", "model", "image"), ("demo",)])
+def test_interrupted_while_pytorch_is_imported(command, tmp_path):
+    """Whatever the library that is being imported makes of it."""
+    process = importing_pytorch(command, tmp_path)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert (output, errors) == ("", "interrupted\n")
+
+
+def test_a_background_job_goes_on_after_ctrl_c(tmp_path):
+    """A shell starts it with SIGINT ignored."""
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process = importing_pytorch(("info",), tmp_path, preexec_fn=ignore)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.kill()
+    process.communicate()

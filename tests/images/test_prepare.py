@@ -3,6 +3,7 @@
 import io
 import random
 import warnings
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from patchsvdd_fast.files.folders import find_images
+from patchsvdd_fast.files.sources import Source
 from patchsvdd_fast.images.prepare import (
     load_image_set,
     load_images,
@@ -263,3 +265,11 @@ def test_bad_sets_are_named(tmp_path):
         load_images([COLOUR / 255], None, 1)
     with pytest.raises(TypeError, match="uint8, got float32"):
         load_images(torch.rand(1, 3, 80, 80), None, 1)
+
+
+def test_anything_that_is_a_path_is_read(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    source = Source(tmp_path / "a.png", PurePath("a.png"))
+    for given in (source, [source], str(tmp_path), tmp_path):
+        assert torch.equal(load_images(given, None, 8), load_images([COLOUR], None, 8))
+    assert load_image_set([source], None, 8).names == (str(source.path),)
