@@ -73,7 +73,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the training images' mean colour),
     `banks_` (a NormalBank per level), `calibration_` (None with one training image), `gallery_`
-    (the training images' names, figures and pictures; None if loaded from a file of schema 2 or 3),
+    (the training images' names, statistics and pictures; None from a file of schema 2 or 3),
     `record_` (what training reported).
     """
 
