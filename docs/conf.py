@@ -52,7 +52,10 @@ myst_substitutions = {
 
 
 def list_arguments(app, what, name, obj, options, lines):
-    """Make a list of what a docstring says of arguments: "name: what it is", "name, name: ..."."""
+    """Make a list of what a docstring says of arguments: "name: what it is", "name, name: ...".
+
+    Lines that begin with "- " are a list below the argument before them, such as of its values.
+    """
     try:
         names = "|".join(map(re.escape, inspect.signature(obj).parameters))
     except (TypeError, ValueError):  # nothing that is called
@@ -62,14 +65,17 @@ def list_arguments(app, what, name, obj, options, lines):
     begins = rf"(?:^|(?<=[.,:;] ))((?:{names})(?:, (?:{names}))*): "
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
-        before, *pairs = re.split(begins, " ".join(paragraph.split()))
-        if not pairs:
+        marked = re.sub(r"^ *- ", "\0", paragraph, flags=re.MULTILINE)
+        before, *pairs = re.split(begins, " ".join(marked.split()))
+        if not pairs and not (paragraphs and "\0" in before and paragraphs[-1].startswith("- ")):
             paragraphs.append(paragraph)
             continue
-        items = [
-            f"- `{argument}`: {text.strip(' ,;')}"
-            for argument, text in zip(pairs[::2], pairs[1::2], strict=True)
-        ]
+        before, *values = before.split("\0")
+        items = [f"  - {value.strip()}" for value in values]
+        for argument, said in zip(pairs[::2], pairs[1::2], strict=True):
+            text, *values = said.split("\0")
+            items.append(f"- `{argument}`: {text.strip(' ,;')}")
+            items += [f"  - {value.strip()}" for value in values]
         # What a function returns and raises is said of no argument.
         items[-1:] = re.split(r"(?<=[.)]) (?=(?:Returns|Raises|Results) )", items[-1], maxsplit=1)
         paragraphs += [before.strip(" ,;"), *items]

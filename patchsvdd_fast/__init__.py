@@ -2,7 +2,7 @@
 
 from patchsvdd_fast import PatchSVDD
 
-detector = PatchSVDD(epochs=10).fit("images/good")
+detector = PatchSVDD(mode="dense").fit("images/good")
 result = detector.score("images/new")
 result.image_scores, result.anomaly_map
 

@@ -18,7 +18,7 @@ from . import demo, evaluate, model, score, train
 from .options import INTERRUPTED, TERMINATED
 from .terminal import errors, print_error, print_warning
 
-_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,}"  # Pillow's own, which --max-pixels changes
+_USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(
     add_completion=False,
@@ -82,7 +82,8 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print_error(message)
+    if message:  # none after the help that a command without arguments gives
+        print_error(message)
     sys.exit(status)
 
 

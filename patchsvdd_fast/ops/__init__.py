@@ -7,14 +7,13 @@ threads, CUDA kernels on the current stream.
 
 from .backends import instruction_sets, use_instruction_set, use_method, use_workspace_limit
 from .patches import crop_pairs, extract_patches, score_map
-from .search import nearest, nearest_in_bank
+from .search import nearest
 
 __all__ = [
     "crop_pairs",
     "extract_patches",
     "instruction_sets",
     "nearest",
-    "nearest_in_bank",
     "score_map",
     "use_instruction_set",
     "use_method",

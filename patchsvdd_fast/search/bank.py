@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops.checks import (
     NO_GROUPS,
     FloatArray,
@@ -22,6 +21,7 @@ from ..ops.checks import (
 )
 from ..ops.cpu_bank import ClusterArrays
 from ..ops.gpu_bank import SegmentArrays
+from ..ops.search import nearest_in_bank
 from .centroids import can_be_clustered
 from .cpu_clusters import build_clusters, extend_clusters, link
 from .gpu_clusters import build_segments, segments_about
@@ -146,7 +146,7 @@ class NormalBank:
                     f"got {list(query_groups.shape)}"
                 )
             groups = Groups(query_groups.reshape(-1), self._groups, self._rows_per_group)
-        distances, rows = ops.nearest_in_bank(
+        distances, rows = nearest_in_bank(
             given.reshape(-1, self.dim),
             self._data if self._clusters is None else self._clusters,
             self._stretch,

@@ -76,3 +76,13 @@ def test_a_background_job_goes_on_after_ctrl_c(tmp_path):
         process.wait(timeout=0.5)
     process.kill()
     process.communicate()
+
+
+def test_without_a_command_there_is_the_help_and_no_error():
+    done = subprocess.run(
+        COMMAND, capture_output=True, text=True, check=False, env=script_environment()
+    )
+    assert done.returncode == 2
+    assert "Usage: " in done.stdout
+    assert "patchsvdd" in done.stdout
+    assert "error" not in done.stderr
