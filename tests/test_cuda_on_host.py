@@ -13,7 +13,7 @@ from patchsvdd_fast.ops.checks import Groups
 from patchsvdd_fast.ops.gpu_bank import visit_tile
 from patchsvdd_fast.ops.search import search_segments
 from patchsvdd_fast.search import bank as bank_module
-from patchsvdd_fast.search import gpu_clusters
+from patchsvdd_fast.search import centroids as k_means
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
 
 CPU = torch.device("cpu")
@@ -411,6 +411,6 @@ def test_the_runtime_runs_every_thread(cuda_on_host, count):
 
 
 def test_no_more_clusters_are_made_than_their_distances_have_room_for(on_cuda_kernels, monkeypatch):
-    monkeypatch.setattr(gpu_clusters, "MOST_CLUSTERS", 8)
+    monkeypatch.setattr(k_means, "MOST_CLUSTERS", 8)
     with on_cuda_kernels():
         assert len(build_segments(torch.randn(300, 9), 100).centroids) <= 8

@@ -198,19 +198,20 @@ class ClusterArrays(NamedTuple):
         )
 
 
+def floats(*shape: int) -> Tensor:
+    """Uninitialised float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=float32, device="cpu")
+
+
 def project(
-    embeddings: Tensor,
-    mean: Tensor,
-    basis: Tensor,
-    stretch: float,
-    projected: Tensor,
-    errors: Tensor,
-) -> None:
-    """Fill in the projected rows [M, A] of embeddings [M, D], and bounds on their error [M].
+    embeddings: Tensor, mean: Tensor, basis: Tensor, stretch: float
+) -> tuple[Tensor, Tensor]:
+    """The projected rows [M, A] float32 of embeddings [M, D], and bounds on their error [M].
 
     mean: [D], subtracted first. basis: [D, A], or [0, A] to subtract only the mean. stretch: an
     upper bound on the norm of the basis.
     """
+    projected, errors = floats(len(embeddings), basis.shape[1]), floats(len(embeddings))
     _native.cpu.project(
         projection=_projection(mean, basis, stretch),
         rows=len(embeddings),
@@ -220,11 +221,18 @@ def project(
         errors=errors.data_ptr(),
         context=torch.get_num_threads(),
     )
+    return projected, errors
 
 
-def link_clusters(arrays: ClusterArrays) -> None:
-    """Fill in `centroid_tiles` and `gaps` from the centroids."""
-    _native.cpu.link_clusters(bank=arrays.native(1.0), context=torch.get_num_threads())
+def link_clusters(arrays: ClusterArrays) -> ClusterArrays:
+    """The arrays with `centroid_tiles` and `gaps`, which are computed from the centroids."""
+    count, axes = arrays.centroids.shape
+    tiles = -(-count // LANES)
+    linked = arrays._replace(
+        centroid_tiles=floats(tiles, axes, LANES), gaps=floats(count, tiles * LANES)
+    )
+    _native.cpu.link_clusters(bank=linked.native(1.0), context=torch.get_num_threads())
+    return linked
 
 
 def pack_clusters(

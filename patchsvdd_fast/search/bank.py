@@ -19,11 +19,11 @@ from ..ops.checks import (
     check_same_device,
     like_input,
 )
-from ..ops.cpu_bank import ClusterArrays
+from ..ops.cpu_bank import ClusterArrays, link_clusters
 from ..ops.gpu_bank import SegmentArrays
 from ..ops.search import nearest_in_bank
 from .centroids import can_be_clustered
-from .cpu_clusters import build_clusters, extend_clusters, link
+from .cpu_clusters import build_clusters, extend_clusters
 from .gpu_clusters import build_segments, segments_about
 
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
@@ -301,7 +301,7 @@ class NormalBank:
                 arrays.check()
                 if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
                     raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
-                bank._clusters, bank._stretch = link(arrays), float(state["stretch"])
+                bank._clusters, bank._stretch = link_clusters(arrays), float(state["stretch"])
                 (bank._clustered_rows,) = _integers(state, "clustered_rows", 1)
         except KeyError as error:
             raise ValueError(f"these tensors are not a bank: {error} is missing") from error

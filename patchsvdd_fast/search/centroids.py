@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ def default_clusters(rows: int) -> int:
     if rows < _SMALLEST:
         return 0
     return min(MOST_CLUSTERS, round(_CLUSTERS_PER_ROOT * math.sqrt(rows) / LANES) * LANES)
+
+
+def clusters_wanted(embeddings: Tensor, num_clusters: int | None) -> int:
+    """How many clusters to sort a bank [M, D] into; 0 to search it without clusters.
+
+    num_clusters: what was asked for; None chooses it from M. Never more than rows or MOST_CLUSTERS,
+    and 0 where `can_be_clustered` is false.
+    """
+    rows = embeddings.shape[0]
+    wanted = default_clusters(rows) if num_clusters is None else num_clusters
+    wanted = min(wanted, rows, MOST_CLUSTERS)
+    return wanted if wanted > 0 and can_be_clustered(embeddings) else 0
 
 
 def can_be_clustered(embeddings: Tensor) -> bool:
@@ -51,12 +64,29 @@ def find_centroids(points: Tensor, wanted: int, generator: torch.Generator) -> T
     return centroids
 
 
-def in_order_of_clusters(nearest: Tensor, radii: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sort a bank's rows by cluster, within a cluster by radius, the lowest row first on ties.
+class SortedRows(NamedTuple):
+    """The M rows of a bank, sorted into C clusters."""
 
-    nearest: [M] int64, the cluster of each row. radii: [M], its distance to the cluster's centroid.
-    Returns the row numbers [M] in that order, and the number of rows in each cluster [count].
+    order: Tensor
+    """[M] int64: row numbers by cluster, within a cluster by radius, the lowest first on ties."""
+    radii: Tensor
+    """[M] float32: distance of each row to its centroid, in the order of the row numbers."""
+    centroids: Tensor
+    """[C, A] float32: centroids of the clusters, none of which is empty."""
+    counts: Tensor
+    """[C] int64: rows of each cluster."""
+
+
+def sort_into_clusters(points: Tensor, centroids: Tensor, rows_at_once: int) -> SortedRows:
+    """Assign each of the points [M, A] to its nearest centroid, and drop clusters without any.
+
+    points: float32 or float16. centroids: [C, A] float32. rows_at_once: how many points to convert
+    to float32 and search at once.
     """
+    found = [ops.nearest(part.float(), centroids) for part in points.split(rows_at_once)]
+    radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
     by_radius = torch.argsort(radii, stable=True)
     order = by_radius[torch.argsort(nearest[by_radius], stable=True)]
-    return order, torch.bincount(nearest, minlength=count)
+    counts = torch.bincount(nearest, minlength=len(centroids))
+    used = counts > 0
+    return SortedRows(order, radii, centroids[used].contiguous(), counts[used])

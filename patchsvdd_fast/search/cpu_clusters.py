@@ -13,19 +13,18 @@ import math
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops.checks import Groups
 from ..ops.cpu_bank import (
     LANES,
-    MOST_CLUSTERS,
     ClusterArrays,
+    floats,
     link_clusters,
     pack_clusters,
     project,
     release_memory,
 )
 from ..ops.search import search_clusters
-from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
+from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
 _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
@@ -45,14 +44,12 @@ def build_clusters(
 
     Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
-    rows = embeddings.shape[0]
-    wanted = default_clusters(rows) if num_clusters is None else num_clusters
-    wanted = min(wanted, rows, MOST_CLUSTERS)
-    if wanted < 1 or not can_be_clustered(embeddings):
+    wanted = clusters_wanted(embeddings, num_clusters)
+    if wanted == 0:
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
     mean, basis, stretch = _principal_axes(embeddings, generator)
-    projected, errors = _project(embeddings, mean, basis, stretch)
+    projected, errors = project(embeddings, mean, basis, stretch)
     centroids = find_centroids(projected, wanted, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
@@ -66,22 +63,11 @@ def extend_clusters(
     embeddings: Tensor, arrays: ClusterArrays, stretch: float
 ) -> tuple[ClusterArrays, float]:
     """Cluster other embeddings [M, D] about the centroids of `arrays`, in the same projection."""
-    projected, errors = _project(embeddings, arrays.mean, arrays.basis, stretch)
+    projected, errors = project(embeddings, arrays.mean, arrays.basis, stretch)
     packed = _pack(
         embeddings, arrays.mean, arrays.basis, stretch, projected, errors, arrays.centroids
     )
     return packed, stretch
-
-
-def link(arrays: ClusterArrays) -> ClusterArrays:
-    """The arrays with `centroid_tiles` and `gaps`, which are computed from the centroids."""
-    count, axes = arrays.centroids.shape
-    tiles = -(-count // LANES)
-    linked = arrays._replace(
-        centroid_tiles=_floats(tiles, axes, LANES), gaps=_floats(count, tiles * LANES)
-    )
-    link_clusters(linked)
-    return linked
 
 
 def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -99,23 +85,12 @@ def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Ten
     enough = int((left_out > _VARIANCE_LEFT_OUT * share[-1]).sum()) + 1
     axes = _padded(enough)
     if axes > 3 * dim // 4:
-        return mean, _floats(0, _padded(dim)), 1.0
+        return mean, floats(0, _padded(dim)), 1.0
     basis = vectors.flip(1)[:, :axes].float().contiguous()
     # |basis^T x|^2 <= |basis^T basis|_2 |x|^2, and a matrix norm is at most the Frobenius norm.
     gram = basis.double().T @ basis.double()
     excess = float((gram - torch.eye(axes, dtype=torch.float64, device="cpu")).norm())
     return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
-
-
-def _project(
-    embeddings: Tensor, mean: Tensor, basis: Tensor, stretch: float
-) -> tuple[Tensor, Tensor]:
-    """Projected rows [M, A] float32 and bounds on their error [M] float32."""
-    rows = embeddings.shape[0]
-    projected = _floats(rows, basis.shape[1])
-    errors = _floats(rows)
-    project(embeddings, mean, basis, stretch, projected, errors)
-    return projected, errors
 
 
 def _pack(
@@ -129,16 +104,12 @@ def _pack(
 ) -> ClusterArrays:
     """Assign every row to its nearest centroid and lay the rows out cluster by cluster."""
     dim = embeddings.shape[1]
-    found = [ops.nearest(part, centroids) for part in projected.split(_ROWS_AT_ONCE)]
-    radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order, counts = in_order_of_clusters(nearest, radii, len(centroids))
-    used = counts > 0
-    centroids, counts = centroids[used].contiguous(), counts[used]
+    order, radii, centroids, counts = sort_into_clusters(projected, centroids, _ROWS_AT_ONCE)
     blocks = -(-counts // LANES)
     num_blocks = int(blocks.sum())
     packs = basis.shape[1] // 4 if len(basis) else -(-dim // 4)
     count = len(centroids)
-    arrays = link(
+    arrays = link_clusters(
         ClusterArrays(
             data=embeddings[order],
             ids=order,
@@ -146,16 +117,16 @@ def _pack(
             blocks=_offsets(blocks),
             codes=torch.empty(num_blocks, packs, LANES, 4, dtype=torch.int8, device="cpu"),
             bias=torch.empty(num_blocks * LANES, dtype=torch.int32, device="cpu"),
-            block_radius=_floats(num_blocks),
+            block_radius=floats(num_blocks),
             mean=mean,
             basis=basis,
             centroids=centroids,
-            scales=_floats(count),
-            slack=_floats(count),
-            code_slack=_floats(count),
-            reach=_floats(count),
-            centroid_tiles=_floats(0),
-            gaps=_floats(0),
+            scales=floats(count),
+            slack=floats(count),
+            code_slack=floats(count),
+            reach=floats(count),
+            centroid_tiles=floats(0),
+            gaps=floats(0),
         )
     )
     pack_clusters(arrays, stretch, projected, errors, radii)
@@ -173,11 +144,6 @@ def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Gen
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _floats(*shape: int) -> Tensor:
-    """Uninitialised float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _padded(count: int) -> int:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops.checks import Groups
-from ..ops.cpu_bank import MOST_CLUSTERS
 from ..ops.gpu_bank import (
     SEGMENT_ROWS,
     SegmentArrays,
@@ -19,7 +17,7 @@ from ..ops.gpu_bank import (
     visit_tile,
 )
 from ..ops.search import search_segments
-from .centroids import can_be_clustered, default_clusters, find_centroids, in_order_of_clusters
+from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
 _TRIAL_RUNS = 8  # runs of consecutive rows, like the patches of an image
@@ -38,10 +36,8 @@ def build_segments(
 
     Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
-    rows = embeddings.shape[0]
-    wanted = default_clusters(rows) if num_clusters is None else num_clusters
-    wanted = min(wanted, rows, MOST_CLUSTERS)
-    if wanted < 1 or not can_be_clustered(embeddings):
+    wanted = clusters_wanted(embeddings, num_clusters)
+    if wanted == 0:
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
     centroids = find_centroids(embeddings, wanted, generator)
@@ -55,11 +51,7 @@ def segments_about(embeddings: Tensor, centroids: Tensor) -> SegmentArrays:
     """Assign every row to its nearest centroid and lay the rows out in segments."""
     rows, dim = embeddings.shape
     device = embeddings.device
-    found = [ops.nearest(part.float(), centroids) for part in embeddings.split(_ROWS_AT_ONCE)]
-    radii, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order, counts = in_order_of_clusters(nearest, radii, len(centroids))
-    used = counts > 0
-    centroids, counts = centroids[used].contiguous(), counts[used]
+    order, radii, centroids, counts = sort_into_clusters(embeddings, centroids, _ROWS_AT_ONCE)
 
     starts = counts.cumsum(0) - counts  # [C], first row of each cluster
     per_cluster = -(-counts // SEGMENT_ROWS)
