@@ -59,16 +59,6 @@ class Model:
     and 3."""
     record: TrainingRecord
 
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """(height, width) of the training images as they were encoded, in pixels."""
-        return self.mean.shape[1], self.mean.shape[2]
-
-    @property
-    def num_images(self) -> int:
-        """How many training images the banks hold."""
-        return len(next(iter(self.banks.values())).groups)
-
 
 def differences(one: Model, other: Model) -> list[str]:
     """What makes two models embed a patch differently, by name; empty if nothing does."""

@@ -19,6 +19,7 @@ from ..encoders.levels import PatchLevel
 from ..images.gallery import Gallery
 from ..images.prepare import ImageSet
 from ..score.calibration import Calibration
+from ..score.encoding import banks_of
 from ..search.bank import NormalBank
 from ..training.record import is_collapsed, warn_of_collapse
 
@@ -52,9 +53,8 @@ def normality_of(
 
     Warns (CollapseWarning) if all embeddings of a level are (nearly) the same.
     """
-    banks = {}
-    for level, embeddings in zip(levels, encoded, strict=True):
-        banks[level] = bank = NormalBank(embeddings, seed=seed)
+    banks = banks_of(levels, encoded, seed)
+    for level, bank in banks.items():
         if is_collapsed(bank.embeddings):
             warn_of_collapse(f"at {level}")
     return Normality(banks, Gallery.of(images, keep_pictures))

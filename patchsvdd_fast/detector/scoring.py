@@ -53,8 +53,9 @@ def score_stream(
     """
     parameters = model.parameters
 
+    size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
+
     def read(item: Any, number: int) -> PreparedImage:
-        size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
         image = prepare_image(item, name_of(item, number), size, smallest)
         # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])

@@ -110,11 +110,8 @@ def use_method(name: str) -> Iterator[None]:
     """
     if name not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {name}")
-    token = search_method.set(name)
-    try:
+    with _setting(search_method, name):
         yield
-    finally:
-        search_method.reset(token)
 
 
 workspace_limit = ContextVar("workspace_limit", default=1 << 30)
@@ -136,7 +133,14 @@ def byte_limit(setting: ContextVar[Any], num_bytes: int) -> Iterator[None]:
     """Within the context, set the setting to `num_bytes`. Raises ValueError below 1."""
     if num_bytes < 1:
         raise ValueError(f"the limit must be at least 1 byte, got {num_bytes}")
-    token = setting.set(num_bytes)
+    with _setting(setting, num_bytes):
+        yield
+
+
+@contextlib.contextmanager
+def _setting(setting: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Within the context, the setting has the value."""
+    token = setting.set(value)
     try:
         yield
     finally:
@@ -155,11 +159,6 @@ def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
 
 
 # --- arguments of kernels -------------------------------------------------------------------------
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor made contiguous; None stays None. Keep it alive while its pointer is in use."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def pointer(tensor: Tensor | None) -> int:
