@@ -88,6 +88,18 @@ def texture(rng: np.random.Generator, side: int = 96) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
+def plain_image(path, side):
+    """Write a grey image of side x side pixels."""
+    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(path)
+
+
+def truncated_image(path):
+    """Write an image file that ends too early."""
+    pixels = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
 @pytest.fixture
 def good_folder(tmp_path):
     """Four good 96x96 images in a folder."""

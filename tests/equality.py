@@ -1,4 +1,4 @@
-"""Comparing what the ops give on two devices, bit for bit."""
+"""Comparing what the ops give on two devices, bit for bit, from arrays of any kind."""
 
 import torch
 
@@ -18,3 +18,16 @@ def assert_same(found, expected, device):
         assert ours.device == device
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours.cpu(), theirs)
+
+
+class ForeignArray:
+    """As CuPy's arrays are to us: no tensor, no NumPy array, but with DLPack."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()

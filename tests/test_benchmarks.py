@@ -1,7 +1,6 @@
 """The benchmarks' own logic: what they write, and that wrong answers are reported as wrong."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import search
 import torch
 
 import common
-from conftest import ROOT
+from conftest import ROOT, script_environment
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, nearest, score_map
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.score.encoding import encode_images
@@ -30,15 +29,15 @@ def small_and_without_data(monkeypatch):
 
 
 def test_the_gpu_benchmark_runs_on_the_cpu_in_little(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "PATCHSVDD_TEST_DATA"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = script_environment()
+    environment.pop("PATCHSVDD_TEST_DATA", None)
     done = subprocess.run(
         [
             *(sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick"),
             *("--repeats", "1", "--output", str(tmp_path)),
         ],
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": path},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

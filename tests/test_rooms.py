@@ -1,5 +1,6 @@
 """The rule of the rooms (ARCHITECTURE.md): which room imports which, and what an import loads."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -76,7 +77,7 @@ def run(command, folder):
         capture_output=True,
         text=True,
         check=False,
-        env=script_environment() | {"PYTHONPATH": str(folder)},
+        env=os.environ | {"PYTHONPATH": str(folder)},
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import plain_image, truncated_image
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.cli import training_sets as commands
 from patchsvdd_fast.cli.training_sets import TrainingSet, training_sets
@@ -216,8 +217,8 @@ def test_training_says_what_it_chose_and_how_long_it_takes(category_folder, tmp_
     [
         (lambda folder: None, "holds no images"),
         (lambda folder: (folder / "a.png").write_text("hello"), "a.png is not an image"),
-        (lambda folder: _truncated(folder / "a.png"), "cannot read image"),
-        (lambda folder: _plain(folder / "a.png", 20), "20x20 pixels, less than one patch"),
+        (lambda folder: truncated_image(folder / "a.png"), "cannot read image"),
+        (lambda folder: plain_image(folder / "a.png", 20), "20x20 pixels, less than one patch"),
     ],
 )
 def test_bad_images_end_in_one_line(tmp_path, prepare, message):
@@ -230,7 +231,7 @@ def test_bad_images_end_in_one_line(tmp_path, prepare, message):
 
 
 def test_mixed_sizes_end_in_one_line_unless_resized(good_folder, tmp_path):
-    _plain(good_folder / "wide.png", 120)
+    plain_image(good_folder / "wide.png", 120)
     output = tmp_path / "model.safetensors"
     done = run("train", good_folder, "-o", output, *FAST, "--resize", "none")
     assert "images must all have one size" in one_line_error(done)
@@ -269,16 +270,3 @@ def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_pat
         commands._save_or_rescue(detector, TrainingSet(category_folder, missing))
     kept = Path("".join(capsys.readouterr().err.split()).removeprefix("themodeliskeptin"))
     assert PatchSVDD.load(kept).threshold_ == detector.threshold_
-
-
-# --- score and watch ------------------------------------------------------------------------------
-
-
-def _plain(path, side):
-    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(path)
-
-
-def _truncated(path):
-    pixels = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    path.write_bytes(path.read_bytes()[:5000])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import texture
+from conftest import plain_image, texture, truncated_image
 from patchsvdd_fast import PatchSVDD
 from processes import COMMAND, ended, one_line_error
 
@@ -63,8 +63,8 @@ def test_bad_images_are_reported_and_skipped(here, ready_model, tmp_path):
     folder = image_folder(tmp_path / "in", ["a.png", "c.png", "f.png", "z.png"])
     (folder / "b.png").write_text("hello")
     (folder / "d.png").write_bytes(b"")
-    _truncated(folder / "e.png")
-    _plain(folder / "g.png", 20)
+    truncated_image(folder / "e.png")
+    plain_image(folder / "g.png", 20)
     Image.new("1", (20_000, 20_000)).save(folder / "h.png")  # of 50 kB
     (folder / "i.png").symlink_to("nowhere.png")
     output, report = tmp_path / "out", tmp_path / "report"
@@ -406,13 +406,3 @@ def test_watch_scores_what_arrives_until_it_is_ended(here, ready_model, tmp_path
         good = [Path(row["image"]).name for row in rows_of(output) if not row["error"]]
         assert sorted(good) == sorted(["done.png", "there.png", odd.name, "slow.png"])
         assert {Path(row["image"]).name for row in rows_of(output) if row["error"]} >= {"bad.png"}
-
-
-def _plain(path, side):
-    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(path)
-
-
-def _truncated(path):
-    pixels = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    path.write_bytes(path.read_bytes()[:5000])

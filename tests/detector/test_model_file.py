@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ROOT, texture
+from conftest import script_environment, texture
 from forging import HEADER, HUGE, packed
 from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
@@ -267,12 +267,6 @@ def test_mutants_are_refused_or_harmless(folder, name, few, many, is_forged, req
         assert searched > count // 10
 
 
-# --- what exactly is refused ----------------------------------------------------------------------
-
-
-# --- banks that would lead a search astray --------------------------------------------------------
-
-
 # --- saving and opening ---------------------------------------------------------------------------
 
 
@@ -283,15 +277,7 @@ def test_two_processes_score_with_one_file(folder, model):
         "print(t.digest(found))"
     )
     command = [sys.executable, "-c", code, str(model)]
-    path = os.pathsep.join(
-        [
-            str(ROOT),
-            str(Path(__file__).parent),
-            str(ROOT / "tests"),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-    )
-    environment = os.environ | {"PYTHONPATH": path}
+    environment = script_environment(Path(__file__).parent)
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
     printed = [process.communicate()[0].decode().strip() for process in both]
     assert printed == [digest(answers(model, folder))] * 2
@@ -299,9 +285,6 @@ def test_two_processes_score_with_one_file(folder, model):
 
 def digest(tensors):
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-
-
-# --- nothing is executed --------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

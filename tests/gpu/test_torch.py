@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from equality import assert_same, to
+from equality import ForeignArray, assert_same, to
 from patchsvdd_fast import NormalBank, ops
 
 METHODS = ["plain", "screened"]
@@ -184,27 +184,14 @@ def test_arrays_of_other_libraries(device, library):
             given = [cupy.asarray(values.numpy()) for values in (queries, bank)]
             groups = tuple(cupy.arange(len(values)) for values in given)
     else:
-        given = [DLPackOnly(values.to(device)) for values in (queries, bank)]
-        groups = tuple(DLPackOnly(torch.arange(len(v), device=device)) for v in (queries, bank))
+        given = [ForeignArray(values.to(device)) for values in (queries, bank)]
+        groups = tuple(ForeignArray(torch.arange(len(v), device=device)) for v in (queries, bank))
     expected = ops.nearest(queries, bank)
     assert_same(ops.nearest(*given), expected, device)
     assert_same(ops.nearest(queries.to(device), given[1]), expected, device)
     own = torch.arange(300), torch.arange(900)
     expected = ops.nearest(queries, bank, exclude_same_group=own)
     assert_same(ops.nearest(*given, exclude_same_group=groups), expected, device)
-
-
-class DLPackOnly:
-    """An array that is known by DLPack alone."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __dlpack__(self, **options):
-        return self.values.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.values.__dlpack_device__()
 
 
 @pytest.mark.needs_card

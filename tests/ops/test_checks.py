@@ -3,21 +3,9 @@
 import pytest
 import torch
 
+from equality import ForeignArray
 from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops.checks import check_finite_rows, first_bad_row
-
-
-class ForeignArray:
-    """As CuPy's arrays are to us: no tensor, no NumPy array, but with DLPack."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __dlpack__(self, **options):
-        return self.values.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.values.__dlpack_device__()
 
 
 def test_arrays_of_other_libraries():

@@ -313,12 +313,3 @@ def test_without_pyarrow_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install patchsvdd-fast\[parquet\]"):
         require_parquet()
-
-
-# --- maps -----------------------------------------------------------------------------------------
-
-
-# --- heat maps ------------------------------------------------------------------------------------
-
-
-# --- names ----------------------------------------------------------------------------------------
