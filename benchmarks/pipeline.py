@@ -231,7 +231,7 @@ def encoding_difference(usual: UsualWay, detector: PatchSVDD, path: Path) -> flo
     ours = detector.encode(detector.load_images([path]).pixels)
     return max(
         float((encode_each_patch(usual.encoder, image, level) - encoded[0]).abs().max())
-        for level, encoded in zip(detector.levels, ours, strict=True)
+        for level, encoded in zip(detector.levels_, ours, strict=True)
     )
 
 

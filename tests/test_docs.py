@@ -24,10 +24,12 @@ import torch
 import typer
 from PIL import Image
 
+from backbones import Plain
 from conftest import ROOT, texture
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.cli import app as cli
 from patchsvdd_fast.cli import terminal
+from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.files import store
 from patchsvdd_fast.images import drift
 from patchsvdd_fast.report import table
@@ -229,18 +231,31 @@ def test_file_format_has_every_tensor(example_folder):
         )
     }
     found = set()
-    for name, tensor in tensors.items():
+    pretrained = pretrained_tensors()
+    for name, tensor in {**tensors, **pretrained}.items():
         level = next(iter(re.findall(r"K\d+", name)), "K32")
         general = re.sub(r"(small|heads)\.\d+", r"\1.NUMBER", name.replace(level, "LEVEL"))
         found.add(general)
         dtype, shape = table[general]
         assert tensor.dtype == getattr(torch, dtype), name
-        sizes = sizes_of(tensors, level)
+        sizes = {"C": 24, "D": 8} if name in pretrained else sizes_of(tensors, level)
         for size, term in zip(tensor.shape, shape, strict=True):
             assert term in ("bytes", "in", "out") or eval(term, sizes) == size, name
     assert found == table.keys()
     assert f"schema {store.SCHEMA_VERSION}" in page
     assert [field for field in header if f"`{field}`" not in page] == []
+
+
+def pretrained_tensors():
+    """What only the file of a pretrained encoder holds."""
+    rng = np.random.default_rng(0)
+    encoder = BackboneEncoder(Plain(), projection="axes", dim=8)
+    detector = PatchSVDD(encoder=encoder, image_size=96).fit([texture(rng, 96), texture(rng, 96)])
+    detector.save("pretrained.safetensors")
+    tensors, header = store.load("pretrained.safetensors")
+    assert header["encoder"]["projection"] == "axes"
+    assert any(name.startswith("encoder.backbone.") for name in tensors)
+    return {name: tensors[name] for name in ("encoder.axes", "calibration.border.K24")}
 
 
 def sizes_of(tensors, level):

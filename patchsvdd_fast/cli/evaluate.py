@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DeviceOption, ResizeOption, loading, parse_resize, require_writable
+from .options import (
+    DeviceOption,
+    ResizeOption,
+    encoder_parameters,
+    loading,
+    parse_resize,
+    require_writable,
+)
 from .terminal import console, results_table
 
 if TYPE_CHECKING:
@@ -23,10 +30,10 @@ def evaluate(
         Path | None, typer.Option(help="Model file, or a folder of them, <category>.safetensors.")
     ] = None,
     encoder: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Encoder to fill banks with from train/good: a file, or a folder of them, "
-            "<category>*."
+            help="Encoder to fill banks with from train/good: the name of a pretrained one, a "
+            "file, or a folder of them, <category>*."
         ),
     ] = None,
     untrained: Annotated[bool, typer.Option(help="Use an untrained encoder: a baseline.")] = False,
@@ -53,7 +60,6 @@ def evaluate(
     with loading():
         from .. import __version__
         from ..detector.evaluation import evaluate_category, write_json
-        from ..detector.model_file import load_encoder, preparation_of
         from ..detector.patch_svdd import PatchSVDD
         from ..files.folders import find_categories
 
@@ -67,12 +73,11 @@ def evaluate(
                 detector = PatchSVDD(
                     image_size=parse_resize(resize), mode=mode, seed=seed, device=device
                 )
-                ready = detector.untrained_encoder()
-                if encoder is not None:
-                    file = _file_for(encoder, category)
-                    ready = load_encoder(file)
-                    detector.set_params(**preparation_of(file))
-                detector.fit(category.root, encoder=ready)
+                if untrained:
+                    detector.set_params(encoder=detector.untrained_encoder())
+                else:
+                    detector.set_params(**_encoder_for(str(encoder), category))
+                detector.fit(category.root)
             if report is None:
                 results.append(evaluate_category(detector, category))
             else:
@@ -102,6 +107,15 @@ def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path)
         page.close(evaluated.percent)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated
+
+
+def _encoder_for(encoder: str, category: Category) -> dict[str, Any]:
+    """The parameters of `PatchSVDD` that --encoder stands for."""
+    if Path(encoder).is_dir():
+        return encoder_parameters(encoder, _file_for(Path(encoder), category))
+    if encoder == "patch-svdd":
+        raise typer.BadParameter("patch-svdd has to be trained first: patchsvdd train")
+    return encoder_parameters(encoder)
 
 
 def _file_for(path: Path, category: Category) -> Path:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,10 +37,26 @@ CombinationOption = Annotated[
     str, typer.Option(help='How levels become one map: "mult" (product), "sum", "K64" or "K32".')
 ]
 EncoderOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Use this encoder instead of training one: a model, a training checkpoint, or an "
-        "official checkpoint (.pkl)."
+        help='"patch-svdd" is trained on the images. Others are used as they are: '
+        '"efficientnet_lite0" to 2, "timm/NAME", "torchvision/NAME", or that of a model, of a '
+        "training checkpoint, or of an official checkpoint (.pkl).",
+        show_default="patch-svdd",
+    ),
+]
+ProjectionOption = Annotated[
+    str | None,
+    typer.Option(
+        help='What is made of a pretrained encoder\'s maps: "none", "axes" (principal axes) or '
+        '"whiten".'
+    ),
+]
+DimOption = Annotated[
+    int | None,
+    typer.Option(
+        "--dim",
+        help="Length of an embedding. Default: 64, or all channels of a pretrained encoder.",
     ),
 ]
 RateOption = Annotated[
@@ -95,6 +111,25 @@ def parse_resize(text: str) -> int | tuple[int, int] | None:
         raise typer.BadParameter(f'--resize takes pixels, "HEIGHTxWIDTH" or "none", got {text!r}')
     sizes = [int(part) for part in parts]
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def encoder_parameters(encoder: str | None, file: Path | None = None) -> dict[str, Any]:
+    """The parameters of `PatchSVDD` that --encoder stands for: `encoder`, and what images it takes.
+
+    file: the encoder's file, if it is not named by the option itself. Raises ValueError for what is
+    no name and no such file.
+    """
+    from ..detector.model_file import load_encoder, preparation_of
+    from ..encoders.pretrained import PATCH_SVDD, encoder_names, is_encoder_name
+
+    if encoder is None:
+        return {"encoder": PATCH_SVDD}
+    path = file or Path(encoder)
+    if is_encoder_name(encoder) and not path.exists():
+        return {"encoder": encoder}
+    if not path.exists():
+        raise ValueError(f"--encoder takes a file or one of {encoder_names()}, got {encoder!r}")
+    return {"encoder": load_encoder(path), **preparation_of(path)}
 
 
 def threshold_in_words(detector: PatchSVDD) -> str:

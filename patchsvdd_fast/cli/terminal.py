@@ -49,23 +49,26 @@ def fit_with_progress(
     chance; not in mode dense) and the spread of the embeddings; and how well the last check found
     synthetic defects. Loss and shares are smoothed over some 20 steps.
 
+    Before and after training, each phase of the rest has a bar of its own.
+
     logs: called after each training step. fit_options: passed on to `PatchSVDD.fit`.
     """
-    with _training_progress() as show:
+    with _fit_progress() as (show_step, show_phase):
 
         def on_step(step: TrainingStep) -> None:
             for log in logs:
                 log(step)
-            show(step)
+            show_step(step)
 
-        detector.fit(data, on_step=on_step, **fit_options)
+        detector.fit(data, on_step=on_step, on_progress=show_phase, **fit_options)
 
 
 @contextmanager
-def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
+def _fit_progress() -> Iterator[
+    tuple[Callable[[TrainingStep], None], Callable[[str, float], None]]
+]:
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
@@ -73,12 +76,12 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
 
     columns = (
         BarColumn(bar_width=8),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[done]}"),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting", total=None)
+        phases: dict[str, Any] = {}
         means: dict[str, float] = {}
         steps_shown = 0
         checked = ""
@@ -101,14 +104,22 @@ def _training_progress() -> Iterator[Callable[[TrainingStep], None]]:
                 if level.accuracy is not None:
                     figures[-1] += f" right {smooth(f'accuracy {size}', level.accuracy):.0%}"
                 figures[-1] += f" spread {level.spread:.0e}"
+            if "training" not in phases:
+                phases["training"] = progress.add_task("training", done="")
             progress.update(
-                task,
+                phases["training"],
                 completed=step.step,
                 total=step.total_steps,
+                done=f"{step.step}/{'?' if step.total_steps is None else step.total_steps}",
                 description="  ".join(figures) + checked,
             )
 
-        yield show
+        def show_phase(name: str, share: float) -> None:
+            if name not in phases:
+                phases[name] = progress.add_task(name, total=1.0, done="")
+            progress.update(phases[name], completed=share, done=f"{share:.0%}")
+
+        yield show, show_phase
 
 
 def _duration(seconds: float) -> str:

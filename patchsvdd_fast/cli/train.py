@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,11 @@ from .options import (
     TERMINATED,
     CombinationOption,
     DeviceOption,
+    DimOption,
     EncoderOption,
+    ProjectionOption,
     ResizeOption,
+    encoder_parameters,
     loading,
     parse_resize,
 )
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
 
     from ..detector.patch_svdd import PatchSVDD
     from ..images.prepare import ImageSize
+
+
+_HINT = (
+    "(--encoder efficientnet_lite0 needs no training and mostly detects more: "
+    "pip install 'patchsvdd-fast[pretrained]')"
+)
 
 
 def train(
@@ -42,6 +51,9 @@ def train(
             "folder (default: models).",
         ),
     ] = None,
+    encoder: EncoderOption = None,
+    projection: ProjectionOption = None,
+    dim: DimOption = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -123,7 +135,6 @@ def train(
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and training pairs.")] = 0,
     device: DeviceOption = "auto",
-    encoder: EncoderOption = None,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between training checkpoints.")
     ] = 5.0,
@@ -137,37 +148,50 @@ def train(
         Path | None, typer.Option(help="Write the same figures for TensorBoard to this folder.")
     ] = None,
 ) -> None:
-    """Train on good images and write a model file.
+    """Make a model file from good images: train an encoder on them, or take a pretrained one.
 
     The state of training is kept in OUTPUT.checkpoint: after Ctrl-C, a kill or a full disk the same
     command with --resume goes on from there. Several GPUs or processes: torchrun
     --nproc-per-node N -m patchsvdd_fast train ...
     """
     with loading():
-        from ..detector.model_file import load_encoder, preparation_of
         from ..detector.patch_svdd import PatchSVDD
+        from ..encoders.pretrained import PATCH_SVDD
         from ..images.prepare import parse_size
         from ..ops.backends import resolve_device
         from ..training.workers import joined_workers, local_device
         from .training_sets import Keeping, train_all, training_sets
 
     target = local_device(resolve_device(device))
-    if encoder is not None:
+    chosen = encoder_parameters(encoder)
+    is_trained = chosen["encoder"] == PATCH_SVDD
+    length = minutes or epochs or steps
+    if not is_trained:
+        if length:
+            raise typer.BadParameter(
+                "--minutes, --epochs and --steps are for the encoder patch-svdd: others are used "
+                "as they are, nothing is trained"
+            )
         mode = "faithful" if mode == "auto" else mode
-        prepared = preparation_of(encoder)
-        illumination, mean = illumination or prepared["illumination"], mean or prepared["mean"]
-    if mode == "auto":
+    elif mode == "auto":
         size = parse_size(parse_resize(resize))
-        length = minutes or epochs or steps
         mode = _mode_for(target, size, "" if length else ", a few minutes")
+    if is_trained:
+        _say_once(_HINT)
+    preparation: dict[str, Any] = {
+        "illumination": illumination or chosen.get("illumination"),
+        "mean": mean or chosen.get("mean"),
+    }
 
     def make_detector() -> PatchSVDD:
         return PatchSVDD(
+            encoder=chosen["encoder"],
+            projection=projection,
+            embedding_dim=dim,
             image_size=parse_resize(resize),
             combination=combination,
             contamination=contamination,
-            illumination=illumination,
-            mean=mean or "pixel",
+            **preparation,
             mode=mode,
             surface=surface,
             epochs=epochs,
@@ -188,14 +212,13 @@ def train(
         )
 
     sets = training_sets(data, output)
-    ready = None if encoder is None else load_encoder(encoder)
     with joined_workers(target) as workers:
         if not workers.is_first:
             console.quiet = True
             warnings.simplefilter("ignore")  # the first one says the same
         keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers)
         try:
-            failed = train_all(sets, make_detector, keeping, ready)
+            failed = train_all(sets, make_detector, keeping)
         except Terminated:
             raise typer.Exit(TERMINATED) from None
         if failed:

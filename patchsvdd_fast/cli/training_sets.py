@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..detector.evaluation import CategoryResult, evaluate_category
 from ..detector.patch_svdd import PatchSVDD
-from ..encoders.patch_svdd import HierarchicalEncoder
+from ..encoders.pretrained import PATCH_SVDD
 from ..files.folders import Category, is_category
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
@@ -74,7 +74,6 @@ def train_all(
     sets: Sequence[TrainingSet],
     make_detector: Callable[[], PatchSVDD],
     keeping: Keeping,
-    encoder: HierarchicalEncoder | None = None,
 ) -> int:
     """Train on each set and write its model; returns how many failed.
 
@@ -82,7 +81,6 @@ def train_all(
     one set alone, and logs are files beside the models, in the format of `keeping.log`.
 
     make_detector: returns a new detector for each set.
-    encoder: an encoder to use; nothing is trained.
     """
     results: list[CategoryResult] = []
     failed = 0
@@ -95,7 +93,7 @@ def train_all(
                 console.print(f"{one.output} is done already", soft_wrap=True)
                 detector = PatchSVDD.load(one.output, device=detector.device)
             else:
-                _train_one(one, detector, keeping, encoder, several=len(sets) > 1)
+                _train_one(one, detector, keeping, several=len(sets) > 1)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if len(sets) == 1 or keeping.workers.count > 1:  # or other processes go on alone
                 raise
@@ -117,17 +115,17 @@ def _train_one(
     one: TrainingSet,
     detector: PatchSVDD,
     keeping: Keeping,
-    encoder: HierarchicalEncoder | None,
     several: bool,
 ) -> None:
     started = time.perf_counter()
+    is_trained = detector.encoder == PATCH_SVDD
     leftover = keeping.workers.is_first and one.checkpoint.exists()
-    if leftover and not keeping.resume and encoder is None:
+    if leftover and not keeping.resume and is_trained:
         raise ValueError(
             f"{one.checkpoint} is there from a training that did not end: --resume goes on, "
             "or remove it to begin anew"
         )
-    if keeping.resume and encoder is None:
+    if keeping.resume and is_trained:
         found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
         console.print(f"{found} {one.checkpoint}", soft_wrap=True)
     try:
@@ -135,7 +133,6 @@ def _train_one(
             fit_with_progress(
                 detector,
                 one.data,
-                encoder=encoder,
                 logs=_open_logs(one, keeping, several, stack),
                 checkpoint=one.checkpoint,
                 checkpoint_minutes=keeping.checkpoint_minutes,
@@ -145,14 +142,14 @@ def _train_one(
             return
         _save_or_rescue(detector, one)
     except (KeyboardInterrupt, OSError, RuntimeError):
-        if encoder is None and one.checkpoint.exists() and keeping.workers.is_first:
+        if is_trained and one.checkpoint.exists() and keeping.workers.is_first:
             errors.print(
                 f"training is kept in {one.checkpoint}: the same command with --resume goes on, "
                 "--encoder makes a model of it as it is",
                 soft_wrap=True,
             )
         raise
-    if encoder is None:
+    if is_trained:
         one.checkpoint.unlink(missing_ok=True)
     _say_what_was_made(detector, one.output, time.perf_counter() - started)
 
@@ -175,9 +172,11 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
 def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> None:
     record = detector.record_
     banks = " and ".join(f"{len(bank):,}" for bank in detector.banks_.values())
+    made = detector.encoder_.name
+    if made == PATCH_SVDD:
+        made = f"{record.steps:,} training steps"
     console.print(
-        f"wrote {output}: {record.steps:,} training steps, banks of {banks} patches, "
-        f"{seconds:.0f} s",
+        f"wrote {output}: {made}, banks of {banks} patches, {seconds:.0f} s",
         soft_wrap=True,
     )
     if record.collapsed and record.best_step is not None:

@@ -71,7 +71,7 @@ def evaluate_category(
     level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
     masks = read_masks(tests, (height, width))
     percent: dict[str, dict[str, float | None]] = {}
-    for combination in combinations_of(detector.levels):
+    for combination in combinations_of(detector.levels_):
         maps = combine(level_maps, combination).numpy()
         percent[combination] = {
             "detection": 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), labels),

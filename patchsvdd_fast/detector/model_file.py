@@ -6,6 +6,7 @@ one when loaded. The format itself, with header and checksums, is that of `files
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..encoders.backbone import BackboneEncoder
 from ..encoders.levels import PatchLevel
-from ..encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
+from ..encoders.patch_encoder import PatchEncoder
+from ..encoders.patch_svdd import load_official_checkpoint
+from ..encoders.pretrained import PATCH_SVDD, rebuilt_encoder
 from ..files import store
 from ..files.store import below, naming
 from ..images.drift import STATISTICS, usual_range
@@ -32,6 +36,7 @@ from .parameters import (
     from_header,
     illumination_of,
     new_encoder,
+    resolved,
     to_header,
     usual_light,
 )
@@ -45,8 +50,8 @@ class Model:
     """Everything that makes up a fitted detector."""
 
     parameters: dict[str, Any]
-    """The parameters of `PatchSVDD`, by name."""
-    encoder: HierarchicalEncoder
+    """The parameters of `PatchSVDD` by name, none of which is left to the encoder."""
+    encoder: PatchEncoder
     mean: Tensor
     """[3, H, W] float32: what is subtracted from images of H x W pixels."""
     light: Tensor
@@ -71,7 +76,11 @@ def differences(one: Model, other: Model) -> list[str]:
         differing.append("levels or embedding_dim")
     else:
         ours, others = one.encoder.state_dict(), other.encoder.state_dict()
-        if not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours):
+        if (
+            one.encoder.settings() != other.encoder.settings()
+            or ours.keys() != others.keys()
+            or not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours)
+        ):
             differing.append("encoder")
     if not torch.equal(one.mean, other.mean):
         differing.append("mean")
@@ -94,16 +103,25 @@ def save_model(model: Model, path: str | Path) -> None:
     if model.gallery is not None:
         tensors |= {f"training.{k}": v for k, v in model.gallery.tensors().items()}
     header = to_header(model.parameters) | {"record": asdict(model.record)}
+    if model.parameters["encoder"] != PATCH_SVDD:
+        header["encoder"] = model.encoder.settings()
     store.save(path, "detector", tensors, header)
 
 
-def load_model(path: str | Path, device: torch.device, defaults: Mapping[str, Any]) -> Model:
+def load_model(
+    path: str | Path,
+    device: torch.device,
+    defaults: Mapping[str, Any],
+    module: nn.Module | None = None,
+) -> Model:
     """Open a model file; encoder and banks go to the device.
 
     defaults: all parameters of `PatchSVDD` by name, with the values to use where an older file has
         none.
+    module: as of `encoder_of`.
 
-    Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema.
+    Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema;
+    ImportError if its encoder cannot be made here.
     """
     tensors, header = store.load(path)
     if header["kind"] != "detector":
@@ -112,7 +130,7 @@ def load_model(path: str | Path, device: torch.device, defaults: Mapping[str, An
             f"`patchsvdd train --encoder {path}`"
         )
     with naming(path):
-        return _model_of(tensors, header, device, defaults)
+        return _model_of(tensors, header, device, defaults, module)
 
 
 def _model_of(
@@ -120,13 +138,16 @@ def _model_of(
     header: Mapping[str, Any],
     device: torch.device,
     defaults: Mapping[str, Any],
+    module: nn.Module | None,
 ) -> Model:
     parameters = _parameters_in(header)
     unknown = parameters.keys() - defaults.keys()
     if unknown:
         raise ValueError(f"it has parameters that no detector has: {', '.join(sorted(unknown))}")
-    parameters = {**defaults, **parameters}
+    encoder = encoder_of(tensors, header, module).to(device)
+    parameters = resolved({**defaults, **parameters}, encoder)
     check_parameters(parameters)
+    encoder.check_levels(parameters["levels"])
     mean = tensors["mean"]
     # Early files of schema 2 have no light: take the colour of the mean image.
     light = tensors.get("light", mean.mean(dim=(1, 2)))
@@ -137,7 +158,6 @@ def _model_of(
         raise ValueError(
             f"its images are of {parameters['image_size']} pixels, its mean of {width}x{height}"
         )
-    encoder = encoder_of(tensors, header).to(device)
     banks: dict[PatchLevel, NormalBank] = {}
     for level in parameters["levels"]:
         bank = NormalBank.from_state_dict(below(tensors, f"bank.{level}."))
@@ -152,7 +172,9 @@ def _model_of(
     else:
         stored = below(tensors, "calibration.")
         calibration = Calibration.from_tensors(stored) if stored else None
-        _check_calibration(calibration, {str(level) for level in banks}, count)
+        _check_calibration(
+            calibration, {str(level) for level in banks}, count, encoder.surroundings != 0
+        )
     kept = below(tensors, "training.")
     gallery = Gallery.from_tensors(kept) if kept else None
     if gallery is not None and len(gallery.names) != count:
@@ -189,18 +211,22 @@ def _check_bank(
         )
 
 
-def _check_calibration(calibration: Calibration | None, levels: set[str], num_images: int) -> None:
+def _check_calibration(
+    calibration: Calibration | None, levels: set[str], num_images: int, has_border: bool
+) -> None:
     calibrated = 1 if calibration is None else calibration.num_images
     if calibrated != num_images:
         raise ValueError(f"{num_images} training images cannot have {calibrated} scores")
     if calibration is not None and set(calibration.level_scores) != levels:
         raise ValueError(f"the calibration must have scores of {', '.join(sorted(levels))}")
+    if calibration is not None and set(calibration.border) != (levels if has_border else set()):
+        raise ValueError("the calibration's factors of the border do not suit the encoder")
 
 
-def load_encoder(path: str | Path) -> HierarchicalEncoder:
+def load_encoder(path: str | Path) -> PatchEncoder:
     """Read an encoder from a model file, a training checkpoint, or an official checkpoint (.pkl).
 
-    Raises ValueError if the file is none of these.
+    Raises ValueError if the file is none of these; ImportError if its encoder cannot be made here.
     """
     if Path(path).suffix in _FOREIGN_SUFFIXES:
         return load_official_checkpoint(path)
@@ -222,29 +248,49 @@ def preparation_of(path: str | Path) -> dict[str, str]:
         }
 
 
-def encoder_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> HierarchicalEncoder:
+def encoder_of(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], module: nn.Module | None = None
+) -> PatchEncoder:
     """The encoder in a file's tensors; in a checkpoint of a training with checks, the best so far.
 
-    Raises ValueError if there is none, or if it does not fit the levels in the header.
+    module: of the architecture, for an encoder that has no name; the weights are the file's.
+
+    Raises ValueError if there is none, or if it does not fit the levels in the header; ImportError
+    if it cannot be made here.
     """
     stored = below(tensors, "training.best.") or below(tensors, "encoder.")
     parameters = from_header(header)
+    name = parameters.get("encoder", PATCH_SVDD)
+    if name == PATCH_SVDD:
+        return _patch_svdd_of(stored, parameters)
+    settings = header["encoder"]
+    if module is None:
+        encoder: PatchEncoder = rebuilt_encoder(name, settings)
+    elif isinstance(module, PatchEncoder):
+        encoder = copy.deepcopy(module)
+    else:
+        encoder = BackboneEncoder(copy.deepcopy(module), name=name, **settings)
+    if _shapes(stored) != _shapes(encoder.state_dict()):
+        raise ValueError(f"its weights are not those of the encoder {name}")
+    encoder.load_state_dict(stored)
+    return encoder.eval()
+
+
+def _patch_svdd_of(stored: Mapping[str, Tensor], parameters: Mapping[str, Any]) -> PatchEncoder:
     with torch.device("meta"):  # takes no memory, however large a header says it is
         encoder = new_encoder(parameters)
-    wanted = {name: value.shape for name, value in encoder.state_dict().items()}
-    found = {name: value.shape for name, value in stored.items()}
     sizes = {level.size for level in parameters["levels"]}
-    if (
-        found != wanted
-        or sizes - {*encoder.patch_sizes}
-        or any(value.dtype != torch.float32 for value in stored.values())
-    ):
+    if _shapes(stored) != _shapes(encoder.state_dict()) or sizes - {*encoder.patch_sizes}:
         raise ValueError(
             f"its encoder is not one for patches of {max(sizes)} pixels and "
             f"D = {parameters['embedding_dim']}"
         )
     encoder.load_state_dict(stored, assign=True)
     return encoder.eval()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
 
 
 def describe(path: str | Path) -> dict[str, str]:
@@ -262,12 +308,15 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
     facts = {
         "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
+        "encoder": parameters.get("encoder", PATCH_SVDD),
         "mode": str(parameters.get("mode")),
         "steps": f"{record.steps or header.get('steps', 0):,}",
         "images": f"{_sides(tensors['mean'])}, light {parameters.get('illumination')}",
         "subtracted": MEANS[parameters.get("mean", "pixel")],
         "joined by": str(parameters.get("combination")),
     }
+    if facts["encoder"] != PATCH_SVDD:
+        del facts["mode"], facts["steps"]  # nothing was trained
     if record.best_step is not None:
         facts["steps"] += f", weights of step {record.best_step:,} kept"
     for level in parameters["levels"]:

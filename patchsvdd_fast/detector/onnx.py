@@ -12,10 +12,12 @@ The search stays in this library. The runtime embeds images whose light has been
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.levels import PatchLevel
+from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import (
     LEAKY_SLOPE,
     SMALL_PATCH,
@@ -31,6 +34,7 @@ from ..encoders.patch_svdd import (
     QuadrantHead,
 )
 from ..files.whole import written_whole
+from ..images.light import normalize
 from ..ops.checks import check_dtype, check_shape
 from ..score.encoding import encode_images
 from .patch_svdd import PatchSVDD
@@ -57,21 +61,21 @@ def export_detector(detector: PatchSVDD, path: str | Path) -> float | None:
     """
     detector._require_fitted()
     light = detector.usual_light()
-    return export_onnx(detector.encoder_, path, detector.levels, detector.mean_, light)
+    return export_onnx(detector.encoder_, path, detector.levels_, detector.mean_, light)
 
 
 def export_onnx(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     path: str | Path,
     levels: Sequence[PatchLevel],
     mean: Tensor,
     light: Tensor | None = None,
 ) -> float | None:
-    """Write `encoder.dense` applied to `(pixel - mean) / 255` as an ONNX model, atomically.
+    """Write `encoder.dense` of normalised images as an ONNX model, atomically.
 
-    The model's input is "images", uint8 [N, 3, H, W]. Its outputs are "K64", "K32", ..., one per
-    level, float32 [N, I, J, D]. N is free. H and W are those of the mean, or free if the mean has
-    one value per channel.
+    The model's input is "images", uint8 [N, 3, H, W]; it normalises them. Its outputs are "K64",
+    "K32", ..., one per level, float32 [N, I, J, D]. N is free. H and W are those of the mean, or
+    free for Patch SVDD's encoder if the mean has one value per channel.
 
     path: file to write.
     levels: patch levels of different sizes, as `encoder.dense` takes them.
@@ -88,12 +92,18 @@ def export_onnx(
     allows; ValueError or TypeError for levels, mean or light that do not fit; ValueError if onnx
     is not installed; OSError if the file cannot be written.
     """
+    if find_spec("onnx") is None:
+        raise ValueError("onnx is not installed: pip install patchsvdd-fast[onnx]")
     _check_arguments(levels, mean, light)
-    if (mean == mean[:, :1, :1]).all():
+    if isinstance(encoder, HierarchicalEncoder) and (mean == mean[:, :1, :1]).all():
         mean = mean[:, :1, :1]
     batches = _random_images(levels, mean)
     embeddings = _encoded(encoder, batches, mean, levels)  # raises for levels it lacks
-    model = _model_of(encoder, levels, mean, light).SerializeToString()
+    if isinstance(encoder, HierarchicalEncoder):
+        built = _built(encoder, levels, mean)
+    else:
+        built = _traced(encoder, levels, mean)
+    model = _described(built, levels, light).SerializeToString()
     found = _run(model, batches)
     difference = None
     if found is not None:
@@ -134,7 +144,7 @@ def _random_images(levels: Sequence[PatchLevel], mean: Tensor) -> list[Tensor]:
 
 
 def _encoded(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     batches: Sequence[Tensor],
     mean: Tensor,
     levels: Sequence[PatchLevel],
@@ -172,14 +182,11 @@ def _largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> flo
     return float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())  # NaN if any is
 
 
-def _model_of(
-    encoder: HierarchicalEncoder, levels: Sequence[PatchLevel], mean: Tensor, light: Tensor | None
+def _built(
+    encoder: HierarchicalEncoder, levels: Sequence[PatchLevel], mean: Tensor
 ) -> onnx.ModelProto:
-    try:
-        from onnx import TensorProto, checker, helper
-    except ImportError as error:
-        raise ValueError("onnx is not installed: pip install patchsvdd-fast[onnx]") from error
-    from .. import __version__
+    """The graph of Patch SVDD's encoder, node by node, so that it stays small and H and W free."""
+    from onnx import TensorProto, helper
 
     size = None if mean.shape[1:] == (1, 1) else (mean.shape[1], mean.shape[2])
     graph = _Graph(encoder)
@@ -192,13 +199,56 @@ def _model_of(
         shape = ("N", *grid, encoder.embedding_dim)
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ("N", 3, *(size or "HW")))
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph(graph.nodes, "encoder", [images], outputs, list(graph.weights.values())),
         opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_IR_VERSION,
-        producer_name="patchsvdd_fast",
-        producer_version=__version__,
     )
+
+
+class _Encoding(nn.Module):
+    """What `encode_images` does of images of one size, as a module."""
+
+    def __init__(self, encoder: PatchEncoder, levels: Sequence[PatchLevel], mean: Tensor) -> None:
+        super().__init__()
+        self.encoder, self.levels, self.mean = encoder, levels, mean
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        normalized = normalize(images.float(), self.mean, scale=self.encoder.pixel_scale)
+        return tuple(self.encoder.dense(normalized, self.levels))
+
+
+def _traced(encoder: PatchEncoder, levels: Sequence[PatchLevel], mean: Tensor) -> onnx.ModelProto:
+    """The graph that PyTorch records of any encoder at work, for images of the mean's size."""
+    import onnx
+
+    names = [str(level) for level in levels]
+    images = torch.zeros(1, *mean.shape, dtype=torch.uint8)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the recording makes a constant, such as sizes
+        torch.onnx.export(
+            _Encoding(copy.deepcopy(encoder).cpu(), levels, mean.cpu()).eval(),
+            (images,),
+            file,  # type: ignore[arg-type]
+            input_names=["images"],
+            output_names=names,
+            dynamic_axes={name: {0: "N"} for name in ("images", *names)},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+def _described(
+    model: onnx.ModelProto, levels: Sequence[PatchLevel], light: Tensor | None
+) -> onnx.ModelProto:
+    """The model with its metadata, checked."""
+    from onnx import checker, helper
+
+    from .. import __version__
+
+    model.ir_version = _IR_VERSION
+    model.producer_name, model.producer_version = "patchsvdd_fast", __version__
     metadata = {
         "levels": json.dumps([(level.size, level.stride) for level in levels]),
         "illumination": "as_is" if light is None else "matched",

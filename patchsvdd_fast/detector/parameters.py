@@ -9,30 +9,96 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..encoders.levels import PatchLevel
+from ..encoders.backbone import BackboneEncoder
+from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
+from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
+from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import parse_size
-from ..score.maps import combinations_of
+from ..score.maps import check_combination
 from ..training import settings
 from ..training.settings import TrainingSettings, training_settings
 
 Parameters = Mapping[str, Any]
 
+_DEFAULT_DIM = 64  # D of the paper's encoder
+
+
+def ready_encoder(parameters: Parameters, given: nn.Module | None = None) -> PatchEncoder | None:
+    """The encoder to use as it is; None: Patch SVDD's is to be trained.
+
+    given: instead of the parameter `encoder`. Raises ValueError for an unknown name, and for
+    parameters that do not suit the encoder; TypeError for what is no module.
+    """
+    chosen = parameters["encoder"] if given is None else given
+    projection = {"projection": parameters["projection"], "dim": parameters["embedding_dim"]}
+    projection = {name: value for name, value in projection.items() if value is not None}
+    if isinstance(chosen, str) and chosen == PATCH_SVDD:
+        if parameters["projection"] is not None:
+            raise ValueError("projection is for pretrained encoders, not for Patch SVDD's")
+        _check_mean(parameters["mean"], None)
+        return None
+    if "dim" in projection:
+        projection.setdefault("projection", "axes")
+    if isinstance(chosen, str):
+        encoder: PatchEncoder = pretrained_encoder(chosen, **projection)
+    elif isinstance(chosen, PatchEncoder):
+        encoder = chosen
+    elif isinstance(chosen, nn.Module):
+        encoder = BackboneEncoder(chosen, **projection)
+    else:
+        raise TypeError(f"encoder must be a name or a module, got {type(chosen).__name__}")
+    _check_encoder(resolved(parameters, encoder), encoder)
+    return encoder
+
+
+def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dict[str, Any]:
+    """The parameters, with the encoder's own values for those that are None.
+
+    encoder: the one in use; None: Patch SVDD's, not made yet.
+    """
+    fixed = encoder is not None and encoder.pixel_mean is not None
+    own = {
+        "levels": DEFAULT_LEVELS if encoder is None else encoder.default_levels,
+        "embedding_dim": _DEFAULT_DIM if encoder is None else encoder.embedding_dim,
+        "mean": "fixed" if fixed else "pixel",
+        "illumination": "as_is" if fixed else settings.illumination_of(parameters["mode"]),
+    }
+    values = dict(parameters)
+    values |= {name: value for name, value in own.items() if values[name] is None}
+    values["encoder"] = PATCH_SVDD if encoder is None else encoder.name
+    if encoder is not None:
+        values["embedding_dim"] = encoder.embedding_dim
+        values["projection"] = getattr(encoder, "projection", None)
+    return values
+
+
+def _check_encoder(parameters: Parameters, encoder: PatchEncoder) -> None:
+    encoder.check_levels(parameters["levels"])
+    _check_mean(parameters["mean"], encoder)
+
+
+def _check_mean(mean: str | None, encoder: PatchEncoder | None) -> None:
+    brings_one = encoder is not None and encoder.pixel_mean is not None
+    if mean == "fixed" and not brings_one:
+        raise ValueError('mean="fixed" is for pretrained encoders, which bring such constants')
+    if encoder is not None and brings_one and mean != "fixed":
+        raise ValueError(
+            f"the encoder {encoder.name} has a mean of its own to subtract, "
+            f"it takes no mean={mean!r}"
+        )
+
 
 def check_parameters(parameters: Parameters) -> None:
-    """Raise ValueError for unusable parameters; those of training are checked by `settings_of`."""
+    """Raise ValueError for unusable resolved parameters; `settings_of` checks those of training."""
     levels = parameters["levels"]
     if not levels:
         raise ValueError("levels must name at least one patch level")
-    if parameters["combination"] not in combinations_of(levels):
-        raise ValueError(
-            f"combination must be one of {combinations_of(levels)}, "
-            f"got {parameters['combination']!r}"
-        )
-    if parameters["illumination"] not in (None, *ILLUMINATIONS):
+    check_combination(parameters["combination"], levels)
+    if parameters["illumination"] not in ILLUMINATIONS:
         raise ValueError(
             f"illumination must be one of {ILLUMINATIONS}, got {parameters['illumination']!r}"
         )
@@ -79,23 +145,17 @@ def new_encoder(parameters: Parameters, initialization: str = "default") -> Hier
 
 
 def untrained_encoder(parameters: Parameters) -> HierarchicalEncoder:
-    """The encoder that training with these parameters starts from."""
+    """The encoder that training with these resolved parameters starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parameters["seed"])
         return new_encoder(parameters, settings_of(parameters).initialization).eval()
 
 
 def to_header(parameters: Parameters) -> dict[str, Any]:
-    """The part of a file's header that holds the parameters, as values that JSON has."""
+    """The part of a file's header that holds resolved parameters, as values that JSON has."""
     levels = [(level.size, level.stride) for level in parameters["levels"]]
-    # Illumination is written out: a mode's own may be another in later versions.
-    return {
-        "parameters": {
-            **parameters,
-            "levels": levels,
-            "illumination": illumination_of(parameters),
-        }
-    }
+    # All are resolved, hence written out: an encoder's or mode's own may change in later versions.
+    return {"parameters": {**parameters, "levels": levels}}
 
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,35 +1,32 @@
 """The detector: fit on good images, score new ones, save and load.
 
-Methods have a few lines each: the work is done in the other files of this folder, and in the
-folders they import.
+Methods have a few lines each: the work is done in the other files of this folder, and below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
+from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
-from ..images.light import match_illumination, mean_colour, mean_image, mean_of_size
-from ..images.prepare import ImageSet, load_image_set, parse_size
+from ..encoders.pretrained import PATCH_SVDD
+from ..images.light import mean_of_size
+from ..images.prepare import ImageSet
 from ..ops.backends import resolve_device
-from ..score.calibration import calibrate
 from ..score.image_result import ImageResult
 from ..score.maps import ScoreResult, search_levels
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
-from ..training.checkpoints import train_encoder
-from ..training.defect_check import check_of
-from ..training.record import TrainingRecord, TrainingStep
-from ..training.workers import local_device
+from ..training.record import TrainingStep
 from . import normality, parameters, scoring
+from .fitting import Keeping, OnProgress, calibrated, filled, fit_model, load
 from .model_file import Model, differences, load_model, save_model
 from .normality import Normality
 from .thresholds import ThresholdsMixin
@@ -39,21 +36,30 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
+        encoder: what embeds patches. "patch-svdd" is the paper's, which is trained on X;
+            "efficientnet_lite0" to 2, "timm/NAME" and "torchvision/NAME" are pretrained and
+            stay as they are, see `encoders.pretrained`. Or a module: a `PatchEncoder`, or a
+            backbone that gives feature maps, see `encoders.backbone`.
+        projection: of a pretrained encoder, see `BackboneEncoder`; None: its own.
         image_size: side of the square that images are resized to, or (height, width), in pixels;
             None keeps their own size, which must be the same for all.
-        levels: patch sizes and strides to score at; sizes 32, 64, 128 or 256, even strides.
+        levels: patch sizes and strides to score at; of Patch SVDD sizes 32, 64, 128 or 256 and
+            even strides, of others see there; None: the encoder's own.
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
         contamination: share of good images that may be called anomalous; sets the threshold. N
             training images can promise 1 / (N + 1) at the lowest, see `false_alarm_rate_`.
-        illumination: how an image's light is treated; None: "matched" in mode dense, else "as_is".
+        illumination: how an image's light is treated; None: "matched" for Patch SVDD in mode
+            dense, else "as_is".
 
             - "as_is": it stays as it is.
             - "matched": colours are scaled so that their mean is that of the training images.
-        mean: what is subtracted from every image. docs/calibration.md compares them.
+        mean: what is subtracted from every image; None: "pixel" for Patch SVDD, "fixed" for
+            pretrained encoders. docs/calibration.md compares them.
 
             - "pixel": the training images' mean image; from each of them, the mean of the others.
             - "channel": one mean per colour channel, for objects that lie anywhere.
             - "paper": one mean image from all, as in the paper's implementation.
+            - "fixed": the constants that a pretrained encoder was trained with.
         mode: how the encoder is trained.
 
             - "faithful": the paper's protocol; hours on a GPU.
@@ -63,7 +69,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         batch_size, learning_rate, svdd_weight, initialization, train_last_layer, redraw_clipped,
             precision, check_every, patience, seed: see `training.settings.TrainingSettings`. None:
             as the mode and the surface say (recipes.json). check_every=0: no checks.
-        embedding_dim: D, the length of an embedding.
+        embedding_dim: D, the length of an embedding; None: 64 for Patch SVDD, all channels of
+            others.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -80,12 +87,14 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def __init__(
         self,
         *,
+        encoder: str | nn.Module = PATCH_SVDD,
+        projection: str | None = None,
         image_size: int | tuple[int, int] | None = 256,
-        levels: Sequence[PatchLevel] = DEFAULT_LEVELS,
+        levels: Sequence[PatchLevel] | None = None,
         combination: str = "mult",
         contamination: float = 0.01,
         illumination: str | None = None,
-        mean: str = "pixel",
+        mean: str | None = None,
         mode: str = "faithful",
         surface: str | None = None,
         epochs: int | None = None,
@@ -100,11 +109,13 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         precision: str = "float32",
         check_every: int | None = None,
         patience: int | None = None,
-        embedding_dim: int = 64,
+        embedding_dim: int | None = None,
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
     ) -> None:
+        self.encoder = encoder
+        self.projection = projection
         self.image_size = image_size
         self.levels = levels
         self.combination = combination
@@ -137,16 +148,19 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         X: Any,  # noqa: N803 (scikit-learn's name)
         y: None = None,
         *,
-        encoder: HierarchicalEncoder | None = None,
+        encoder: nn.Module | None = None,
         on_step: Callable[[TrainingStep], None] | None = None,
+        on_progress: OnProgress = None,
         checkpoint: str | Path | None = None,
         checkpoint_minutes: float = 5.0,
         resume: bool = False,
     ) -> PatchSVDD:
-        """Train an encoder on good images and fill the banks with their embeddings.
+        """Train an encoder on good images, or take one, and fill the banks with their embeddings.
 
-        encoder: use this one as it is; nothing is trained.
+        encoder: use this one as it is, instead of the parameter `encoder`; nothing is trained.
         on_step: called after each training step, on a GPU after every 20th.
+        on_progress: called with the name of a phase ("reading", "encoding", "filling banks",
+            "calibrating") and the share of it that is done, 0 to 1.
         checkpoint: file that the state of training is written to every `checkpoint_minutes`, and
             when training ends, also by Ctrl-C, SIGTERM or an error.
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
@@ -158,66 +172,50 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         FloatingPointError if the loss does not stay finite. Warns (CollapseWarning) if all
         embeddings are (nearly) the same.
         """
-        given = self.get_params()
-        parameters.check_parameters(given)
-        settings = parameters.settings_of(given)
-        device = local_device(resolve_device(self.device))
-        loaded = self.load_images(X)
-        light = mean_colour(loaded.pixels)
-        usual = parameters.usual_light(given, light)
-        images = match_illumination(loaded.pixels, usual)
-        mean = mean_image(images, self.mean)
-        if self.mean != "channel" and len(images) == 1:
-            raise ValueError(
-                "one training image is its own mean image, which leaves nothing of it: give more, "
-                'or mean="channel" (--mean channel)'
-            )
-        record = TrainingRecord()
-        if encoder is None:
-            encoder = self.untrained_encoder().to(device)
-            check = check_of(settings, images, mean, self.levels, self.combination, usual)
-            header = parameters.to_header(given)
-            keeping = header, checkpoint, checkpoint_minutes, resume
-            trained = train_encoder(encoder, images, mean, settings, check, *keeping, on_step)
-            if trained is None:  # the first process has it
-                return self
-            record = trained
-        self.encoder_, self.mean_, self.light_ = encoder.to(device).eval(), mean, light
-        # Each of these images is part of the mean image; a new one is not.
-        self._fill_banks(loaded, num_in_mean=len(images) if self.mean == "pixel" else None)
-        self.record_ = record
+        ready = parameters.ready_encoder(self.get_params(), encoder)
+        given = parameters.resolved(self.get_params(), ready)
+        keeping = Keeping(checkpoint, checkpoint_minutes, resume)
+        model = fit_model(given, X, ready, keeping, on_step, on_progress)
+        if model is not None:  # else the first process has it
+            self._use(model)
         return self
 
     def untrained_encoder(self) -> HierarchicalEncoder:
-        """The randomly initialised encoder that training with this seed starts from."""
-        return parameters.untrained_encoder(self.get_params())
+        """The random encoder that the training of Patch SVDD with this seed starts from."""
+        return parameters.untrained_encoder(parameters.resolved(self.get_params()))
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
         """Load and resize images as this detector does; their light is matched by `encode`."""
-        return load_image_set(X, parse_size(self.image_size), parameters.largest_patch(self.levels))
+        return load(X, self.parameters_)
 
     def encode(self, pixels: Tensor) -> list[Tensor]:
         """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
 
-        Raises ValueError for images of another size than in training, unless mean="channel".
+        Raises ValueError for another size than in training, unless the mean is one per channel.
         """
-        return scoring.encode(self.encoder_, self.mean_, self.light_, vars(self), pixels)
+        return scoring.encode(self.encoder_, self.mean_, self.light_, self.parameters_, pixels)
 
-    def _fill_banks(self, images: ImageSet, num_in_mean: int | None = None) -> None:
-        encoded = scoring.encode(
-            self.encoder_, self.mean_, self.light_, vars(self), images.pixels, num_in_mean
-        )
-        self._take_over(
-            normality.normality_of(self.levels, images, encoded, self.keep_images, self.seed)
-        )
+    @property
+    def levels_(self) -> tuple[PatchLevel, ...]:
+        """The patch levels that images are scored at."""
+        return tuple(self.banks_)
+
+    @property
+    def parameters_(self) -> dict[str, Any]:
+        """The parameters, with the encoder's own values for those that are None."""
+        given, fitted = self.get_params(), getattr(self, "encoder_", None)
+        return parameters.resolved(given, fitted or parameters.ready_encoder(given))
+
+    def _use(self, model: Model) -> None:
+        # All at once, so that Ctrl-C cannot leave a half of it.
+        self.__dict__.update({f"{name}_": getattr(model, name) for name in _FITTED})
 
     def _take_over(self, normal: Normality) -> None:
         """Calibrate these banks and score against them from now on; a failure changes nothing."""
-        banks, gallery = normal
-        calibration = calibrate(banks, self.image_shape(), self.combination)
-        normality.warn_of_twins(gallery, calibration)
-        # All at once, so that Ctrl-C cannot leave a half of it.
-        self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
+        calibration = calibrated(self.parameters_, self.encoder_, normal, self.image_shape())
+        self.__dict__.update(
+            banks_=dict(normal.banks), gallery_=normal.gallery, calibration_=calibration
+        )
 
     # --- changing what is normal ------------------------------------------------------------------
 
@@ -269,19 +267,28 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         `fit`, which are part of the mean image: to leave some of those out, use `remove`. Raises
         ValueError for unusable images, and for those of another size unless mean="channel".
         """
-        self._require_fitted()
+        before = self._model()
+        given = before.parameters
+        images = load(X, given)
+        mean = mean_of_size(self.mean_, given["mean"], *images.pixels.shape[-2:])
+        normal, calibration = filled(given, self.encoder_, mean, self.light_, images)
         twin = type(self)(**self.get_params())
-        images = twin.load_images(X)
-        twin.encoder_, twin.light_, twin.record_ = self.encoder_, self.light_, self.record_
-        twin.mean_ = mean_of_size(self.mean_, self.mean, *images.pixels.shape[-2:])
-        twin._fill_banks(images)
-        if self.mean == "pixel":
-            normality.warn_of_repeats(twin.gallery_, self.gallery_)
+        twin._use(
+            replace(
+                before,
+                mean=mean,
+                banks=normal.banks,
+                gallery=normal.gallery,
+                calibration=calibration,
+            )
+        )
+        if given["mean"] == "pixel":
+            normality.warn_of_repeats(normal.gallery, self.gallery_)
         return twin
 
     def usual_light(self) -> Tensor | None:
         """The colour that images are matched to, [3] float32; None if they stay as they are."""
-        return parameters.usual_light(vars(self), self.light_)
+        return parameters.usual_light(self.parameters_, self.light_)
 
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of the training images as they were encoded, in pixels."""
@@ -303,7 +310,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self._require_fitted()
         pixels = self.load_images(X).pixels
         shape = pixels.shape[2], pixels.shape[3]
-        return search_levels(self.banks_, self.encode(pixels), shape, self.combination)
+        rule = scoring.map_rule(self.encoder_, self.calibration_)
+        return search_levels(self.banks_, self.encode(pixels), shape, self.combination, rule=rule)
 
     def score_stream(
         self,
@@ -341,13 +349,13 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         if false_alarm_rate is not None:
             threshold = self.threshold(false_alarm_rate)
         return find_regions(
-            result.scores, self.levels, self.calibration_, threshold, self._image_names()
+            result.scores, self.levels_, self.calibration_, threshold, self._image_names()
         )
 
     def highest_place(self, result: ImageResult) -> Region:
         """The pixel with the highest map value of an image, anomalous or not, as a `Region`."""
         self._require_fitted()
-        return highest_place(result.scores, self.levels, self.calibration_, self._image_names())
+        return highest_place(result.scores, self.levels_, self.calibration_, self._image_names())
 
     def match_picture(self, region: Region) -> Image.Image | None:
         """The training image that holds a region's nearest normal patch; None if not kept."""
@@ -366,22 +374,26 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         save_model(self._model(), path)
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto") -> PatchSVDD:
+    def load(
+        cls, path: str | Path, device: str = "auto", encoder: nn.Module | None = None
+    ) -> PatchSVDD:
         """Open a detector written by `save`; the file is mapped, not copied.
+
+        encoder: for a detector with an encoder of your own, which the file describes only by its
+            weights: a module of the same architecture.
 
         A file of schema 2 or 3 is calibrated anew each time, which takes a while: `save` it once.
         Raises ValueError if the file holds no detector, is damaged, or of a newer version.
         """
-        model = load_model(path, resolve_device(device), cls().get_params())
+        model = load_model(path, resolve_device(device), cls().get_params(), encoder)
         detector = cls(**{**model.parameters, "device": device})
-        for name in _FITTED:
-            setattr(detector, f"{name}_", getattr(model, name))
+        detector._use(model)
         return detector
 
     def _model(self) -> Model:
         self._require_fitted()
         fitted: Mapping[str, Any] = {name: getattr(self, f"{name}_") for name in _FITTED}
-        return Model(self.get_params(), **fitted)
+        return Model(self.parameters_, **fitted)
 
 
 # What `fit` sets: fields of `Model`, which are attributes of the detector with "_" appended.

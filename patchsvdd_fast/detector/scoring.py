@@ -8,24 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoders.patch_svdd import HierarchicalEncoder
+from ..encoders.patch_encoder import PatchEncoder
 from ..images.light import match_illumination, mean_of_size
 from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
-from ..score.encoding import encode_images
+from ..score.calibration import Calibration
+from ..score.encoding import NotFiniteError, encode_images
 from ..score.image_result import ImageResult, image_results
-from ..score.maps import search_levels
+from ..score.maps import MapRule, search_levels
 from ..score.stream import Stream
 from .model_file import Model
 from .parameters import Parameters, largest_patch, usual_light
 
 
 def encode(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     mean: Tensor,
     light: Tensor,
     parameters: Parameters,
     pixels: Tensor,
     num_in_mean: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Tensor]:
     """Match the light of images and embed all their patches: one [N, I, J, D] float32 per level.
 
@@ -33,12 +35,19 @@ def encode(
     light: [3] float32, the training images' mean colour, in pixel values.
     pixels: uint8 [N, 3, H, W], in the light they were taken in.
     num_in_mean: N, if these images are the N that the mean was taken from; see `encode_images`.
+    progress: called now and then with the share done, 0 to 1.
 
     Raises ValueError for images of another size than the mean, unless the mean is one per channel.
     """
     matched = match_illumination(pixels, usual_light(parameters, light))
     mean = mean_of_size(mean, parameters["mean"], *pixels.shape[-2:])
-    return encode_images(encoder, matched, mean, parameters["levels"], num_in_mean)
+    return encode_images(encoder, matched, mean, parameters["levels"], num_in_mean, progress)
+
+
+def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:
+    """How a detector with this encoder makes maps."""
+    border = {} if calibration is None else calibration.border
+    return MapRule(interpolate=encoder.surroundings != 0, border=border)
 
 
 def score_stream(
@@ -53,6 +62,7 @@ def score_stream(
     """
     parameters = model.parameters
 
+    rule = map_rule(model.encoder, model.calibration)
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
 
     def read(item: Any, number: int) -> PreparedImage:
@@ -63,12 +73,17 @@ def score_stream(
 
     def embed(images: list[PreparedImage]) -> tuple[list[PreparedImage], list[Tensor]]:
         pixels = torch.stack([image.pixels for image in images])
-        return images, encode(model.encoder, model.mean, model.light, parameters, pixels)
+        try:
+            return images, encode(model.encoder, model.mean, model.light, parameters, pixels)
+        except NotFiniteError as error:
+            raise error.named([image.name for image in images]) from None
 
     def search(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
         images, embeddings = embedded
         height, width = images[0].pixels.shape[1:]
-        scores = search_levels(model.banks, embeddings, (height, width), parameters["combination"])
+        scores = search_levels(
+            model.banks, embeddings, (height, width), parameters["combination"], rule=rule
+        )
         return image_results(images, scores, model.calibration, threshold, model.gallery)
 
     return Stream(sources, read, embed, search, on_error)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .levels import DEFAULT_LEVELS, PatchLevel
+from .patch_encoder import PatchEncoder
 
 SMALL_PATCH = 32
 """Side of a patch that the small encoder embeds, in pixels."""
@@ -128,7 +129,7 @@ class QuadrantHead(nn.Module):
         return joined[:count]
 
 
-class HierarchicalEncoder(nn.Module):
+class HierarchicalEncoder(PatchEncoder):
     """Embeds patches of 32, 64, ... 32 * 2^(num_levels-1) pixels (Yi & Yoon, 2020, section 3.3).
 
     Input pixels are float32, normalised as `(pixel - mean) / 255`. Embeddings lie in (-1, 1)^D.
@@ -140,6 +141,9 @@ class HierarchicalEncoder(nn.Module):
 
     Raises ValueError for a value out of range.
     """
+
+    name = "patch-svdd"
+    default_levels = DEFAULT_LEVELS
 
     def __init__(
         self,
@@ -156,11 +160,16 @@ class HierarchicalEncoder(nn.Module):
             raise ValueError(
                 f"initialization must be one of {INITIALIZATIONS}, got {initialization!r}"
             )
-        self.embedding_dim = embedding_dim
+        self._dim = embedding_dim
         self.small = SmallEncoder(embedding_dim)
         self.heads = nn.ModuleList(QuadrantHead(embedding_dim) for _ in range(num_levels - 1))
         if initialization != "default":
             self._initialize_variance_preserving()
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the length of an embedding."""
+        return self._dim
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:

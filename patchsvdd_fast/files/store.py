@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .whole import remove_leftovers, written_whole
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _OLDEST_SCHEMA = 2  # that is still read
 _OLDEST_WITH_CHECKSUMS = 4
 _KINDS = ("detector", "checkpoint")

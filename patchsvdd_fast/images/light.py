@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ MEANS = {
     "pixel": "the mean image; from training images, the mean of the others",
     "channel": "a mean of each channel",
     "paper": "one mean image from all",
+    "fixed": "the constants that the encoder was trained with",
 }
 """What is subtracted from images, and how to say so.
 
@@ -23,14 +26,17 @@ training image that is embedded for the banks has the mean of the other training
 with "paper" the mean of all, as in the paper's implementation.
 """
 
+PER_CHANNEL = ("channel", "fixed")
+"""The kinds of mean that have one value per channel, and so suit images of any size."""
+
 
 def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
     """The mean of uint8 images [N, C, H, W] as [C, H, W] float32.
 
-    of: the kind of mean, a key of `MEANS`; "channel" repeats one value over each channel. Raises
-    ValueError for another kind.
+    of: the kind of mean, a key of `MEANS` but "fixed", which no images decide; "channel" repeats
+    one value over each channel. Raises ValueError for another kind.
     """
-    if of not in MEANS:
+    if of not in MEANS or of == "fixed":
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
     if of == "channel":
         return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
@@ -38,6 +44,11 @@ def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
     for image in images:
         total += image
     return (total.double() / len(images)).float()
+
+
+def constant_mean(values: Sequence[float], height: int, width: int) -> Tensor:
+    """A value per channel as a mean image, [3, height, width] float32."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None].repeat(1, height, width)
 
 
 def mean_colour(images: Tensor) -> Tensor:
@@ -49,11 +60,11 @@ def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:
     """The mean to subtract from images of `height` x `width` pixels, [3, height, width].
 
     mean: [3, H, W]; of: its kind, a key of `MEANS`. Raises ValueError for another size than H x W,
-    unless the kind is "channel".
+    unless the kind is one of `PER_CHANNEL`.
     """
     if mean.shape[1:] == (height, width):
         return mean
-    if of == "channel":
+    if of in PER_CHANNEL:
         return mean[:, :1, :1].expand(3, height, width)
     raise ValueError(
         f"images must have {mean.shape[2]}x{mean.shape[1]} pixels as in "
@@ -80,15 +91,24 @@ def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
     return matched
 
 
-def normalize(images: Tensor, mean: Tensor, num_in_mean: int | None = None) -> Tensor:
-    """`(pixel - mean) / 255`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
+def normalize(
+    images: Tensor,
+    mean: Tensor,
+    num_in_mean: int | None = None,
+    scale: Sequence[float] = (255.0,),
+) -> Tensor:
+    """`(pixel - mean) / scale`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
 
+    scale: one number, or one per channel.
     num_in_mean: N, if these images are among the N that the mean was taken from; None for others.
 
     The mean image holds 1/N of each image it was taken from, and nothing of a new one. So with
     num_in_mean, each image has the mean of the other N - 1 subtracted.
     """
-    normalized = (images - mean) / 255
+    if len({*scale}) == 1:
+        normalized = (images - mean) / scale[0]
+    else:
+        normalized = (images - mean) / mean.new_tensor(scale)[:, None, None]
     if num_in_mean is not None:
         # pixel - (N * mean - pixel) / (N - 1) = N / (N - 1) * (pixel - mean)
         normalized *= num_in_mean / (num_in_mean - 1)

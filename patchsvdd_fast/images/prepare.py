@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,22 @@ def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
     return load_image_set(source, size, smallest).pixels
 
 
-def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
+def load_image_set(
+    source: Any,
+    size: ImageSize,
+    smallest: int,
+    progress: Callable[[float], None] | None = None,
+) -> ImageSet:
     """Load images of one size.
 
     source: a folder (a category's good training images, or every image below it), one image file,
     a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
-    as a NumPy array, [N, 3, H, W] as a tensor. size, smallest: as for `prepare_image`. The names of
-    images in a folder are relative to it. Raises as `prepare_image`, and ValueError if there are no
-    images or their sizes differ and `size` is None.
+    as a NumPy array, [N, 3, H, W] as a tensor. The names of images in a folder are relative to it.
+    size, smallest: as for `prepare_image`.
+    progress: called after each image with the share that is read, 0 to 1.
+
+    Raises as `prepare_image`, and ValueError if there are no images or their sizes differ and
+    `size` is None.
     """
     folder: Path | None = None
     if isinstance(source, str | os.PathLike):
@@ -159,6 +167,8 @@ def load_image_set(source: Any, size: ImageSize, smallest: int) -> ImageSet:
                 f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
             )
         batch[index] = image.pixels
+        if progress is not None:
+            progress((index + 1) / len(source))
     assert batch is not None
     return ImageSet(tuple(names), batch, tuple(sizes))
 

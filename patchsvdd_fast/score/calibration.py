@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..search.bank import NormalBank
-from .maps import search_levels
+from .border import RINGS, border_factors, ring_means
+from .maps import MapRule, check_combination, combine
 
 _COMBINED = "combined"
-_LEVEL = "level."
+_LEVEL, _BORDER = "level.", "border."
 _PIXELS_AT_ONCE = 1 << 19  # of the images scored together: 8 of 256x256
 _MOST_PIXELS = 1 << 22  # over all maps, for the quantiles; of more only every `step`-th is taken
 _TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels; for each, the value it exceeds is kept
@@ -40,24 +41,36 @@ class Calibration:
     10^-6 and 0 of all pixels exceeds."""
     level_scores: dict[str, Tensor] = field(default_factory=dict)
     """Per level: the maximum of its own map for each image, [N] float64, ascending."""
+    border: dict[str, Tensor] = field(default_factory=dict)
+    """Per level, of an encoder that sees more than its patches: the factors by which maps are
+    corrected near the border, [RINGS] float64, see `score.border`; empty for other encoders."""
 
     def tensors(self) -> dict[str, Tensor]:
         """As tensors by name, which `from_tensors` reads back."""
         levels = {f"{_LEVEL}{name}": scores for name, scores in self.level_scores.items()}
-        return {"image_scores": self.image_scores, "pixel_values": self.pixel_values, **levels}
+        border = {f"{_BORDER}{name}": factors for name, factors in self.border.items()}
+        scores = {"image_scores": self.image_scores, "pixel_values": self.pixel_values}
+        return scores | levels | border
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
         """A calibration from its `tensors`. Raises ValueError if they are damaged."""
         if "image_scores" not in tensors or "pixel_values" not in tensors:
             raise ValueError("the calibration is incomplete")
+        border = {k: v for k, v in tensors.items() if k.startswith(_BORDER)}
+        for name, values in border.items():
+            if values.dtype != torch.float64 or values.shape != (RINGS,) or not (values >= 1).all():
+                raise ValueError(f"the calibration's {name} are damaged")
         for name, values in tensors.items():
+            if name in border:
+                continue
             count = len(_TAILS) + 1 if name == "pixel_values" else len(tensors["image_scores"])
             fits = values.dtype == torch.float64 and values.shape == (count,) and count > 1
             if not (fits and bool(values.isfinite().all()) and bool((values.diff() >= 0).all())):
                 raise ValueError(f"the calibration's {name} are damaged")
         levels = {k.removeprefix(_LEVEL): v for k, v in tensors.items() if k.startswith(_LEVEL)}
-        return cls(tensors["image_scores"], tensors["pixel_values"], levels)
+        factors = {name.removeprefix(_BORDER): values for name, values in border.items()}
+        return cls(tensors["image_scores"], tensors["pixel_values"], levels, factors)
 
     @property
     def num_images(self) -> int:
@@ -140,39 +153,77 @@ def calibrate(
     image_shape: tuple[int, int],
     combination: str,
     progress: Callable[[float], None] | None = None,
+    sees_surroundings: bool = False,
 ) -> Calibration | None:
     """Score each image of the banks against the banks without its own patches.
 
     banks: one per level, all of the same images [N, I, J, D], each image a group of its own.
-    image_shape: (height, width) in pixels. combination: as for `maps.combine`. progress: called now
-    and then with the share done. Returns None if there is only one image.
+    image_shape: (height, width) in pixels. combination: as for `maps.combine`.
+    progress: called now and then with the share done.
+    sees_surroundings: whether the encoder sees more than its patches, so that maps are
+        interpolated, and corrected near the border.
+
+    Returns None if there is only one image.
     """
     num_images = len(next(iter(banks.values())).groups)
     if num_images < 2:
         return None
-    height, width = image_shape
-    embeddings = [
-        bank.embeddings.view(num_images, *level.grid_shape(height, width), bank.dim)
-        for level, bank in banks.items()
-    ]
-    groups = next(iter(banks.values())).groups
-    step = max(1, math.isqrt(num_images * height * width // _MOST_PIXELS))
+    check_combination(combination, list(banks))
+    at_once = max(1, _PIXELS_AT_ONCE // (image_shape[0] * image_shape[1]))
+    distances = _own_distances(banks, image_shape, at_once, progress)
+    border, of_others = {}, {}
+    if sees_surroundings:
+        for name, found in distances.items():
+            means = ring_means(found)
+            border[name] = border_factors(means.mean(dim=0))
+            # An image is corrected as a new one would be: by the others' distances.
+            others = (means.sum(dim=0) - means) / (num_images - 1)
+            of_others[name] = border_factors(others)  # [N, RINGS]
+    rule = MapRule(interpolate=sees_surroundings)
+    step = max(1, math.isqrt(num_images * image_shape[0] * image_shape[1] // _MOST_PIXELS))
     scores: dict[str, list[Tensor]] = {}
     pixels = []
-    for numbers in torch.arange(num_images).split(max(1, _PIXELS_AT_ONCE // (height * width))):
-        mine = [values[numbers.to(values.device)].float() for values in embeddings]
-        there = groups[numbers.to(groups.device)]
-        result = search_levels(banks, mine, image_shape, combination, there)
-        maps = result.level_maps | {_COMBINED: result.anomaly_map}
-        for name, values in maps.items():
+    for some in torch.arange(num_images).split(at_once):
+        maps = {
+            str(level): rule.map(
+                distances[str(level)][some],
+                level,
+                image_shape,
+                of_others[str(level)][some] if of_others else None,
+            ).cpu()
+            for level in banks
+        }
+        combined = combine(maps, combination).double()
+        for name, values in {**maps, _COMBINED: combined}.items():
             scores.setdefault(name, []).append(values.double().amax(dim=(1, 2)))
-        pixels.append(result.anomaly_map.double()[:, ::step, ::step].flatten())
-        if progress is not None:
-            progress((int(numbers[-1]) + 1) / num_images)
+        pixels.append(combined[:, ::step, ::step].flatten())
     ordered = {name: torch.cat(parts).sort().values for name, parts in scores.items()}
     image_scores = ordered.pop(_COMBINED)
     quantiles = _upper_quantiles(torch.cat(pixels), image_scores[-1:])
-    return Calibration(image_scores, quantiles, ordered)
+    return Calibration(image_scores, quantiles, ordered, border)
+
+
+def _own_distances(
+    banks: Mapping[PatchLevel, NormalBank],
+    image_shape: tuple[int, int],
+    at_once: int,
+    progress: Callable[[float], None] | None,
+) -> dict[str, Tensor]:
+    """Per level, the distances [N, I, J] of each image's patches to those of the other images."""
+    num_images = len(next(iter(banks.values())).groups)
+    distances = {}
+    for number, (level, bank) in enumerate(banks.items()):
+        grid = level.grid_shape(*image_shape)
+        embeddings = bank.embeddings.view(num_images, *grid, bank.dim)
+        found = torch.empty(num_images, *grid, device=bank.device)
+        for some in torch.arange(num_images, device=bank.device).split(at_once):
+            own = bank.groups[some][:, None, None].expand(-1, *grid)
+            found[some], _ = bank.nearest(embeddings[some].float(), exclude_same_group=own)
+            if progress is not None:
+                done = number + (int(some[-1]) + 1) / num_images
+                progress(done / len(banks))
+        distances[str(level)] = found
+    return distances
 
 
 def _upper_quantiles(values: Tensor, largest: Tensor) -> Tensor:

@@ -6,24 +6,42 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..encoders.levels import PatchLevel
-from ..encoders.patch_svdd import HierarchicalEncoder
+from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.precision import computing_in
 from ..images.light import normalize
 from ..ops.backends import byte_limit
 from ..search.bank import NormalBank
 from .maps import ScoreResult, search_levels
 
+
+class NotFiniteError(ValueError):
+    """An encoder gave NaN or infinity.
+
+    image: the image's number among those that were encoded. place: its patch, in words.
+    """
+
+    def __init__(self, image: int, place: str, name: str | None = None) -> None:
+        self.image, self.place = image, place
+        called = f"image {image}" if name is None else name
+        super().__init__(f"{called}: the encoder gives NaN or infinity at {place}")
+
+    def named(self, names: Sequence[str]) -> NotFiniteError:
+        """The same error, with the image's name out of those of all images."""
+        return NotFiniteError(self.image, self.place, names[self.image])
+
+
 _encoding_limit: ContextVar[int | None] = ContextVar("encoding_limit", default=None)
 # On a CPU few images at once leave more of a layer's input in the caches: measured, 2 of 256x256
 # take three quarters of the time per image that 8 do.
 _DEFAULT_LIMITS = {"cpu": 1 << 26, "cuda": 1 << 28}
-_BYTES_PER_PIXEL = 512  # of scratch; measured: 450 to 600, whatever the levels
+# Of a tile whose patches are seen with their surroundings: its side as a multiple of these. Half of
+# each side is then encoded for nothing, and less would cost more.
+_TILE_OF_SURROUNDINGS = 4
 _SMALL_IMAGE = 1 << 14  # pixels; larger images have over 20,480 values at every layer, see `_dense`
 
 
@@ -42,20 +60,23 @@ def use_encoding_limit(num_bytes: int) -> Iterator[None]:
 
 @torch.no_grad()
 def encode_images(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     images: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
     num_in_mean: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
     mean: [3, H, W] float32, subtracted from each image. num_in_mean: N, if these images are among
-    the N that the mean was taken from, see `images.light.normalize`.
+    the N that the mean was taken from, see `images.light.normalize`. progress: called now and then
+    with the share done, 0 to 1.
 
     Small images go through the encoder several at once and large ones in tiles, so that memory is
     bounded (see `use_encoding_limit`); on a CPU that changes no bit of the embeddings. These lie on
-    the encoder's device. Raises ValueError if images and mean differ in size.
+    the encoder's device. Raises ValueError if images and mean differ in size, and NotFiniteError
+    for NaN or infinity in an embedding.
     """
     if images.shape[1:] != mean.shape:
         raise ValueError(
@@ -64,68 +85,94 @@ def encode_images(
         )
     device = next(encoder.parameters()).device
     mean = mean.to(device)
-    dense = partial(_dense, encoder, num_in_mean)
     height, width = images.shape[-2:]
     shapes = [
         (len(images), *level.grid_shape(height, width), encoder.embedding_dim) for level in levels
     ]
     whole = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
-    limit = _encoding_limit.get() or _DEFAULT_LIMITS[device.type]
-    at_once = max(1, limit // _BYTES_PER_PIXEL)
+    at_once = _pixels_at_once(encoder, device, height * width)
+    count = max(1, at_once // (height * width))
     with computing_in("float32", device):
-        if height * width > at_once:
-            for number in range(len(images)):
-                one = slice(number, number + 1)
-                _encode_in_tiles(
-                    dense, images[one], mean, levels, at_once, [values[one] for values in whole]
-                )
-        else:
-            count = at_once // (height * width)
-            for first in range(0, len(images), count):
-                some = slice(first, first + count)
-                encoded = dense(images[some], mean, levels)
-                for values, found in zip(whole, encoded, strict=True):
-                    values[some] = found
+        for first in range(0, len(images), count):
+            some = slice(first, first + count)
+            into = [values[some] for values in whole]
+            if height * width > at_once:
+                _encode_in_tiles(encoder, images[some], mean, levels, num_in_mean, at_once, into)
+            else:
+                encoded = _dense(encoder, images[some], mean, levels, num_in_mean)
+                for values, found in zip(into, encoded, strict=True):
+                    values.copy_(found)
+            for level, values in zip(levels, into, strict=True):
+                _check_finite(values, level, first)
+            if progress is not None:
+                progress(min(1.0, (first + count) / len(images)))
     return whole
 
 
+def _check_finite(embeddings: Tensor, level: PatchLevel, first: int) -> None:
+    """Raise NotFiniteError for a bad value in [N, I, J, D]; first: number of the first image."""
+    if not bool(embeddings.isfinite().all()):
+        bad = ~embeddings.isfinite().all(dim=-1)
+        image, row, column = (int(index) for index in bad.nonzero()[0])
+        raise NotFiniteError(first + image, f"patch {row}, {column} of {level}")
+
+
+def _pixels_at_once(encoder: PatchEncoder, device: torch.device, of_image: int) -> int:
+    """How many pixels to encode at once, of images with so many pixels each."""
+    if encoder.surroundings is None:
+        return max(1, of_image)  # it has to see whole images
+    limit = _encoding_limit.get()
+    at_once = max(1, (limit or _DEFAULT_LIMITS[device.type]) // encoder.scratch_bytes)
+    if limit is None:
+        at_once = max(at_once, (_TILE_OF_SURROUNDINGS * encoder.surroundings) ** 2)
+    return at_once
+
+
 def _encode_in_tiles(
-    dense: Callable[[Tensor, Tensor, Sequence[PatchLevel]], list[Tensor]],
+    encoder: PatchEncoder,
     image: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
+    num_in_mean: int | None,
     at_once: int,
     whole: Sequence[Tensor],
 ) -> None:
     """Write the embeddings of one image [1, 3, H, W] into `whole`, one [1, I, J, D] per level.
 
-    A tile holds every patch that begins in its first `step` rows and columns. As `step` is a
-    multiple of all strides, each patch is encoded once, from the pixels it has in the whole image.
+    A tile is for every patch that begins in `step` rows and columns. It holds these patches, and
+    around them the pixels that have a part in their embeddings. As `step` is a multiple of all
+    strides, each patch is encoded once, from the pixels it has in the whole image.
     at_once: how many pixels a tile should have at most.
     """
     height, width = image.shape[-2:]
-    strides = math.lcm(*(level.stride for level in levels))
+    multiple = math.lcm(encoder.tile_step, *(level.stride for level in levels))
+    around = -(-(encoder.surroundings or 0) // multiple) * multiple
     smallest, overlap = min(level.size for level in levels), max(level.size for level in levels)
-    step = max(1, (math.isqrt(at_once) - overlap) // strides) * strides
+    step = max(1, (math.isqrt(at_once) - overlap - 2 * around) // multiple) * multiple
     for top in range(0, height - smallest + 1, step):
         for left in range(0, width - smallest + 1, step):
-            rows, columns = slice(top, top + step + overlap), slice(left, left + step + overlap)
+            begin = max(0, top - around), max(0, left - around)
+            rows = slice(begin[0], top + step + overlap + around)
+            columns = slice(begin[1], left + step + overlap + around)
             tile = image[:, :, rows, columns]
             inside = [level for level in levels if level.size <= min(tile.shape[2:])]
-            encoded = dense(tile, mean[:, rows, columns], inside)
+            encoded = _dense(encoder, tile, mean[:, rows, columns], inside, num_in_mean)
             for level, found in zip(inside, encoded, strict=True):
                 cells = step // level.stride
                 target = whole[levels.index(level)]
                 i, j = top // level.stride, left // level.stride
-                target[:, i : i + cells, j : j + cells] = found[:, :cells, :cells]
+                up, aside = ((top - begin[0]) // level.stride, (left - begin[1]) // level.stride)
+                target[:, i : i + cells, j : j + cells] = found[
+                    :, up : up + cells, aside : aside + cells
+                ]
 
 
 def _dense(
-    encoder: HierarchicalEncoder,
-    num_in_mean: int | None,
+    encoder: PatchEncoder,
     images: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
+    num_in_mean: int | None,
 ) -> list[Tensor]:
     """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
 
@@ -133,14 +180,14 @@ def _dense(
     of a single image and has at most 20,480 values. So a small image is encoded as a batch of two.
     """
     count, _, height, width = images.shape
-    normalized = normalize(images.to(mean.device), mean, num_in_mean)
+    normalized = normalize(images.to(mean.device), mean, num_in_mean, encoder.pixel_scale)
     if count == 1 and height * width < _SMALL_IMAGE and mean.device.type == "cpu":
         normalized = normalized.repeat(2, 1, 1, 1)
     return [found[:count] for found in encoder.dense(normalized, levels)]
 
 
 def fill_banks(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     images: Tensor,
     mean: Tensor,
     levels: Sequence[PatchLevel],
@@ -163,7 +210,7 @@ def banks_of(
 
 
 def score_images(
-    encoder: HierarchicalEncoder,
+    encoder: PatchEncoder,
     banks: Mapping[PatchLevel, NormalBank],
     images: Tensor,
     mean: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..ops import score_map
 from ..search.bank import NormalBank
+from .border import corrected
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,16 @@ class ScoreResult:
 
 
 def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
-    """Every way to turn the levels' maps into one: each alone, "sum" and "mult"."""
-    return [*(str(level) for level in levels), "sum", "mult"]
+    """Every way to turn the levels' maps into one: each alone and, of several, "sum" and "mult"."""
+    names = [str(level) for level in levels]
+    return names if len(names) == 1 else [*names, "sum", "mult"]
+
+
+def check_combination(combination: str, levels: Sequence[PatchLevel]) -> None:
+    """Raise ValueError for what is no combination of these levels' maps."""
+    known = [*(str(level) for level in levels), "sum", "mult"]
+    if combination not in known:
+        raise ValueError(f"combination must be one of {known}, got {combination!r}")
 
 
 def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
@@ -75,23 +84,71 @@ def combine(level_maps: Mapping[str, Tensor], combination: str) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class MapRule:
+    """How the distances of a level's patches become its anomaly map."""
+
+    interpolate: bool = False
+    """False: a pixel's value is the mean over all patches that cover it, as in the paper. True: it
+    is interpolated between the centres of patches, so that the map's maximum is about the largest
+    distance: for encoders that see more than their patches."""
+    border: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per level: factors that distances near the border are divided by, see `score.border`."""
+
+    def map(
+        self,
+        distances: Tensor,
+        level: PatchLevel,
+        image_shape: tuple[int, int],
+        border: Tensor | None = None,
+    ) -> Tensor:
+        """The map [N, H, W] of distances [N, I, J].
+
+        border: instead of the rule's own, [RINGS] or [N, RINGS].
+        """
+        factors = self.border.get(str(level)) if border is None else border
+        values = distances if factors is None else corrected(distances, factors)
+        if self.interpolate:
+            return _interpolated(values, level, image_shape)
+        return score_map(values, level.size, level.stride, *image_shape)
+
+
+def _interpolated(values: Tensor, level: PatchLevel, image_shape: tuple[int, int]) -> Tensor:
+    """Bilinear between the centres of patches, constant beyond the outermost: [N, H, W]."""
+    down, across = (
+        _weights(pixels, count, level, values)
+        for pixels, count in zip(image_shape, values.shape[1:], strict=True)
+    )
+    return down @ values @ across.T
+
+
+def _weights(pixels: int, count: int, level: PatchLevel, like: Tensor) -> Tensor:
+    """What each patch along an axis has to say to each pixel: [pixels, count]."""
+    centres = torch.arange(pixels, dtype=torch.float64) + 0.5
+    place = ((centres - level.size / 2) / level.stride).clamp(0, count - 1)
+    number = torch.arange(count, dtype=torch.float64)
+    return (1 - (place[:, None] - number).abs()).clamp(min=0).to(like)
+
+
+DEFAULT_RULE = MapRule()
+"""That of encoders that see nothing but their patches."""
+
+
 def search_levels(
     banks: Mapping[PatchLevel, NormalBank],
     encoded: Sequence[Tensor],
     image_shape: tuple[int, int],
     combination: str = "mult",
     groups: Tensor | None = None,
+    rule: MapRule = DEFAULT_RULE,
 ) -> ScoreResult:
     """Score images by their embeddings, one [N, I, J, D] per level of the banks, in their order.
 
     image_shape: (height, width) in pixels. groups: [N] int64, one per image, whose patches match
-    no bank rows of that group. Results lie on the CPU. Raises ValueError for another
-    combination than `combine` takes.
+    no bank rows of that group. rule: how maps are made; it changes no distance. Results lie on the
+    CPU. Raises ValueError for another combination than `combine` takes.
     """
-    if combination not in combinations_of(list(banks)):
-        raise ValueError(
-            f"combination must be one of {combinations_of(list(banks))}, got {combination!r}"
-        )
+    check_combination(combination, list(banks))
     maps, distances, rows, matches = {}, {}, {}, {}
     for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
         own = None
@@ -99,7 +156,7 @@ def search_levels(
             own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
         found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
         name = str(level)
-        maps[name] = score_map(found, level.size, level.stride, *image_shape).cpu()
+        maps[name] = rule.map(found, level, image_shape).cpu()
         distances[name], rows[name] = found.cpu(), row.cpu()
         matches[name] = bank.source(row).cpu()
     return ScoreResult(combination, maps, distances, rows, matches)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..files import store
 from .defect_check import DefectCheck
@@ -145,6 +146,6 @@ def _resume(
         ) from error
 
 
-def encoder_tensors(encoder: HierarchicalEncoder) -> dict[str, Tensor]:
+def encoder_tensors(encoder: PatchEncoder) -> dict[str, Tensor]:
     """The encoder's weights under the names they have in files."""
     return {f"encoder.{name}": value for name, value in encoder.state_dict().items()}

@@ -130,6 +130,7 @@ class TrainingSettings:
 
 def illumination_of(mode: str) -> str:
     """The mode's default treatment of light, one of `images.light.ILLUMINATIONS`."""
+    _check_mode(mode)
     illumination: str = _RECIPES["illumination"][mode]
     return illumination
 
@@ -146,8 +147,7 @@ def training_settings(
     Raises ValueError for an unknown mode or surface, for settings in mode dense that only mode
     faithful has, and as `TrainingSettings` does.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    _check_mode(mode)
     if surface is not None and surface not in SURFACES:
         raise ValueError(f"surface must be one of {SURFACES}, got {surface!r}")
     given = {name: value for name, value in given.items() if value is not None}
@@ -165,3 +165,8 @@ def training_settings(
     if given.get("check_every") == 0:
         given["check_every"] = recipe["patience"] = None
     return TrainingSettings(mode=mode, **{**recipe, **given})
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")

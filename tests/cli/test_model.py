@@ -14,7 +14,7 @@ from conftest import texture
 from patchsvdd_fast import PatchLevel, PatchSVDD
 from patchsvdd_fast.cli import model as model_commands
 from patchsvdd_fast.cli.app import app
-from patchsvdd_fast.detector import patch_svdd as detector
+from patchsvdd_fast.detector import fitting
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.detector.model_file import preparation_of
 from patchsvdd_fast.files import store
@@ -107,7 +107,7 @@ def test_the_mean_of_an_earlier_file_is_the_papers(model, fitted, schema):
 
 def test_info_says_what_a_model_holds(model, fitted):
     shown = dict(re.findall(r"^ *(\S[^ ]*(?: \S+)*?) {2,}(.*?) *$", run("info", model), re.M))
-    assert shown["file"].startswith("detector, schema 4, ")
+    assert shown["file"].startswith("detector, schema 5, ")
     assert shown["bank K32"] == "324 x 16, 4 images, stride 8"
     assert shown["bank K64"] == "36 x 16, 4 images, stride 16"
     assert shown["images"] == "96x96 pixels, light as_is"
@@ -130,7 +130,7 @@ def test_info_of_models_that_hold_less(single, model):
     assert "usual" not in output
     tensors, header = store.load(single)
     store.save(single, "checkpoint", tensors, header | {"steps": 7})
-    assert "checkpoint, schema 4" in run("info", single)
+    assert "checkpoint, schema 5" in run("info", single)
 
 
 def test_info_of_what_is_no_model(tmp_path, model):
@@ -221,7 +221,7 @@ def test_an_update_that_fails_leaves_the_file(model, category_folder, more, tmp_
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(detector, "calibrate", interrupt)
+    monkeypatch.setattr(fitting, "calibrate", interrupt)
     assert run("update", model, "--add", more, expected=None).exit_code == 130
     assert model.read_bytes() == before
     (tmp_path / "different").unlink()

@@ -12,8 +12,7 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
-from patchsvdd_fast.detector import patch_svdd as detector
-from patchsvdd_fast.detector import scoring
+from patchsvdd_fast.detector import fitting, scoring
 from patchsvdd_fast.files import store
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
@@ -74,7 +73,7 @@ def clustered(made, count=20):
 def assert_alike(one, other, images):
     """The same answers and calibration, to the bit; the same is known of the training images."""
     ours, theirs = one.score(images), other.score(images)
-    for name in map(str, one.levels):
+    for name in map(str, one.levels_):
         assert torch.equal(ours.distances[name], theirs.distances[name])
         assert torch.equal(ours.bank_rows[name], theirs.bank_rows[name])
         assert torch.equal(ours.matches[name], theirs.matches[name])
@@ -286,7 +285,7 @@ def test_an_interruption_changes_nothing(
     elif moment == "bank":
         monkeypatch.setattr(NormalBank, "_recluster", interrupt_the_second)
     else:
-        monkeypatch.setattr(detector, "calibrate", interrupt)
+        monkeypatch.setattr(fitting, "calibrate", interrupt)
     attempts = [lambda: fitted.add(paths[4:])]
     if moment != "encode":
         attempts += [lambda: fitted.remove([1]), lambda: fitted.merge(other)]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
 
+from backbones import Plain
 from conftest import ROOT
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, load_official_checkpoint
 from patchsvdd_fast.detector import onnx as export
@@ -172,6 +173,22 @@ def test_official_weights_give_reference_embeddings(tmp_path, reference_dir, cat
     for size, ours in zip((64, 32), opened(path).run(None, {"images": images}), strict=True):
         # As near as PyTorch comes to it (tests/encoders/test_patch_svdd.py).
         assert np.abs(ours - reference[f"emb{size}"]).max() <= 5e-7
+
+
+@pytest.mark.parametrize("projection", ["none", "whiten"])
+def test_any_encoder_is_exported(tmp_path, category_folder, projection):
+    """For images of the training images' size."""
+    detector = PatchSVDD(encoder=Plain(), projection=projection, image_size=(72, 96))
+    detector.fit(category_folder)
+    path = tmp_path / "encoder.onnx"
+    assert export_detector(detector, path) < 1e-3
+    runtime = opened(path)
+    images = random_images(3, 3, 72, 96)
+    expected = detector.encode(images)
+    (found,) = runtime.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected[0], rtol=1e-4, atol=1e-4)
+    properties = runtime.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["levels"]) == [[24, 8]]
 
 
 @pytest.mark.parametrize("initialization", ["default", "kaiming"])

@@ -19,7 +19,7 @@ from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.files.folders import Category
-from patchsvdd_fast.score.encoding import _BYTES_PER_PIXEL, encode_images, use_encoding_limit
+from patchsvdd_fast.score.encoding import encode_images, use_encoding_limit
 
 LEVELS = {
     "default": DEFAULT_LEVELS,
@@ -70,7 +70,7 @@ def test_tiles_give_the_bits_of_the_whole(name, request):
         images, mean = image_and_mean(height, width)
         whole = encoded(encoder, images, mean, levels, WHOLE)
         for side in {largest, rng.randint(largest, max(height, width))}:
-            limit = (side**2 - 1) * _BYTES_PER_PIXEL
+            limit = (side**2 - 1) * HierarchicalEncoder.scratch_bytes
             assert_equal(encoded(encoder, images, mean, levels, limit), whole)
 
 
@@ -79,7 +79,7 @@ def test_large_and_long_images(height, width):
     encoder = encoder_for(DEFAULT_LEVELS)
     images, mean = image_and_mean(height, width)
     whole = encoded(encoder, images, mean, DEFAULT_LEVELS, WHOLE)
-    limit = (height * width // 4) * _BYTES_PER_PIXEL
+    limit = (height * width // 4) * HierarchicalEncoder.scratch_bytes
     assert_equal(encoded(encoder, images, mean, DEFAULT_LEVELS, limit), whole)
 
 
@@ -102,7 +102,13 @@ def test_small_images_do_not_depend_on_their_company(height, width):
     encoder = encoder_for(DEFAULT_LEVELS)
     images, mean = image_and_mean(height, width, count=5)
     together = encoded(encoder, images, mean, DEFAULT_LEVELS, WHOLE)
-    pairs = encoded(encoder, images, mean, DEFAULT_LEVELS, 2 * height * width * _BYTES_PER_PIXEL)
+    pairs = encoded(
+        encoder,
+        images,
+        mean,
+        DEFAULT_LEVELS,
+        2 * height * width * HierarchicalEncoder.scratch_bytes,
+    )
     assert_equal(pairs, together)
     for number in range(5):
         alone = encode_images(encoder, images[number : number + 1], mean, DEFAULT_LEVELS)
@@ -149,7 +155,7 @@ def test_images_of_other_sizes_are_scored_patch_by_patch_alike(by_channel):
     cut = np.ascontiguousarray(large[16 : 16 + 90, 32 : 32 + 70])
     result, part = by_channel.score([large]), by_channel.score([cut])
     assert result.anomaly_map.shape == (1, 130, 110)
-    for level in by_channel.levels:
+    for level in by_channel.levels_:
         i, j = 16 // level.stride, 32 // level.stride
         inner = part.distances[str(level)][0]
         rows, columns = inner.shape
@@ -253,7 +259,7 @@ def test_memory_keeps_to_the_limit(height, width, limit):
     assert done.returncode == 0, done.stderr
     taken = json.loads(done.stdout)
     assert taken["peak"] - taken["result"] < limit + 64 * MIB
-    assert limit + 64 * MIB < height * width * _BYTES_PER_PIXEL / 2
+    assert limit + 64 * MIB < height * width * HierarchicalEncoder.scratch_bytes / 2
 
 
 if __name__ == "__main__":

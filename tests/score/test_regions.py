@@ -84,7 +84,7 @@ def embedded(detector, images, size, places, among=None):
 def test_matches_are_the_nearest_normal_patches(fitted, training, defective):
     """Every patch of the training images is cut out, embedded by itself, and compared."""
     normal = {}
-    for level in fitted.levels:
+    for level in fitted.levels_:
         rows, columns = level.grid_shape(SIDE, SIDE)
         places = [
             (i, column * level.stride, row * level.stride)
@@ -92,7 +92,7 @@ def test_matches_are_the_nearest_normal_patches(fitted, training, defective):
             for row in range(rows)
             for column in range(columns)
         ]
-        among = len(training) if fitted.mean == "pixel" else None
+        among = len(training) if fitted.parameters_["mean"] == "pixel" else None
         normal[str(level)] = places, embedded(fitted, training, level.size, places, among)
     with fitted.score_stream(defective) as stream:
         for image, result in zip(defective, stream, strict=True):
@@ -121,7 +121,7 @@ def test_a_training_image_matches_itself(fitted, training):
     (result,) = fitted.score_stream([training[3]])
     region = fitted.highest_place(result)
     assert (region.match_image, region.match) == (3, region.patch)
-    if fitted.mean != "pixel":  # else the bank holds it less the mean of the others
+    if fitted.parameters_["mean"] != "pixel":  # else the bank holds it less the mean of the others
         assert region.distance == 0
         assert fitted.explain(result) == []
 

@@ -1,0 +1,182 @@
+"""What `PatchSVDD.fit` does: from good images to a fitted detector's `Model`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..encoders.backbone import BackboneEncoder
+from ..encoders.patch_encoder import PatchEncoder
+from ..images.light import (
+    PER_CHANNEL,
+    constant_mean,
+    match_illumination,
+    mean_colour,
+    mean_image,
+)
+from ..images.prepare import ImageSet, load_image_set, parse_size
+from ..ops.backends import resolve_device
+from ..score.calibration import Calibration, calibrate
+from ..score.encoding import NotFiniteError
+from ..training.checkpoints import train_encoder
+from ..training.defect_check import check_of
+from ..training.record import TrainingRecord, TrainingStep
+from ..training.workers import local_device
+from . import normality, parameters
+from .model_file import Model
+from .normality import Normality
+from .parameters import Parameters
+from .scoring import encode
+
+OnProgress = Callable[[str, float], None] | None
+"""Called with the name of a phase and the share of it that is done, 0 to 1."""
+
+_FIT_IMAGES = 64  # most images that a projection is fitted to
+
+
+class Keeping(NamedTuple):
+    """What is to be kept of a training while it goes on; see `PatchSVDD.fit`."""
+
+    checkpoint: str | Path | None = None
+    checkpoint_minutes: float = 5.0
+    resume: bool = False
+
+
+def fit_model(
+    given: Parameters,
+    source: Any,
+    encoder: PatchEncoder | None,
+    keeping: Keeping,
+    on_step: Callable[[TrainingStep], None] | None,
+    on_progress: OnProgress,
+) -> Model | None:
+    """Train an encoder on good images, or take one, fill the banks, and calibrate.
+
+    given: resolved parameters. source: the images, as `PatchSVDD` takes them.
+    encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
+        trained.
+    on_step: called after training steps.
+
+    Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
+    """
+    parameters.check_parameters(given)
+    settings = parameters.settings_of(given)
+    device = local_device(resolve_device(given["device"]))
+    loaded = load(source, given, on_progress)
+    light = mean_colour(loaded.pixels)
+    usual = parameters.usual_light(given, light)
+    images = match_illumination(loaded.pixels, usual)
+    mean = _mean_of(given, encoder, images)
+    record = TrainingRecord()
+    if encoder is None:
+        encoder = parameters.untrained_encoder(given).to(device)
+        check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
+        header = parameters.to_header(given)
+        trained = train_encoder(encoder, images, mean, settings, check, header, *keeping, on_step)
+        if trained is None:
+            return None
+        record = trained
+    encoder = encoder.to(device).eval()
+    if isinstance(encoder, BackboneEncoder) and encoder.needs_fit:
+        encoder = _with_projection(encoder, mean, light, given, loaded.pixels)
+        given = {**given, "embedding_dim": encoder.embedding_dim}
+    # Each of these images is part of the mean image; a new one is not.
+    num_in_mean = len(images) if given["mean"] == "pixel" else None
+    normal, calibration = filled(
+        given, encoder, mean, light, loaded, num_in_mean, on_progress=on_progress
+    )
+    return Model(
+        dict(given),
+        encoder,
+        mean,
+        light,
+        banks=dict(normal.banks),
+        calibration=calibration,
+        gallery=normal.gallery,
+        record=record,
+    )
+
+
+def load(source: Any, given: Parameters, on_progress: OnProgress = None) -> ImageSet:
+    """Load and resize images as resolved parameters say."""
+    size, smallest = parse_size(given["image_size"]), parameters.largest_patch(given["levels"])
+    return load_image_set(source, size, smallest, phase("reading", on_progress))
+
+
+def filled(
+    given: Parameters,
+    encoder: PatchEncoder,
+    mean: Tensor,
+    light: Tensor,
+    images: ImageSet,
+    num_in_mean: int | None = None,
+    *,
+    on_progress: OnProgress = None,
+) -> tuple[Normality, Calibration | None]:
+    """New banks and a gallery of these images, and their calibration; arguments as of `encode`."""
+    encoding = phase("encoding", on_progress)
+    try:
+        encoded = encode(encoder, mean, light, given, images.pixels, num_in_mean, encoding)
+    except NotFiniteError as error:
+        raise error.named(images.names) from None
+    if on_progress is not None:
+        on_progress("filling banks", 0.0)
+    normal = normality.normality_of(
+        given["levels"], images, encoded, given["keep_images"], given["seed"]
+    )
+    if on_progress is not None:
+        on_progress("filling banks", 1.0)
+    shape = mean.shape[1], mean.shape[2]
+    return normal, calibrated(given, encoder, normal, shape, on_progress)
+
+
+def calibrated(
+    given: Parameters,
+    encoder: PatchEncoder,
+    normal: Normality,
+    image_shape: tuple[int, int],
+    on_progress: OnProgress = None,
+) -> Calibration | None:
+    """The calibration of banks; warns of training images that are there twice."""
+    calibrating = phase("calibrating", on_progress)
+    calibration = calibrate(
+        normal.banks, image_shape, given["combination"], calibrating, encoder.surroundings != 0
+    )
+    normality.warn_of_twins(normal.gallery, calibration)
+    return calibration
+
+
+def phase(name: str, on_progress: OnProgress) -> Callable[[float], None] | None:
+    """A callback for the share of one phase that is done."""
+    if on_progress is None:
+        return None
+    report = on_progress
+    return lambda share: report(name, share)
+
+
+def _mean_of(given: Parameters, encoder: PatchEncoder | None, images: Tensor) -> Tensor:
+    """What is subtracted from images, [3, H, W] float32. Raises ValueError if nothing was left."""
+    if encoder is not None and encoder.pixel_mean is not None:
+        return constant_mean(encoder.pixel_mean, *images.shape[-2:])
+    if given["mean"] not in PER_CHANNEL and len(images) == 1:
+        raise ValueError(
+            "one training image is its own mean image, which leaves nothing of it: give more, "
+            'or mean="channel" (--mean channel)'
+        )
+    return mean_image(images, given["mean"])
+
+
+def _with_projection(
+    encoder: BackboneEncoder, mean: Tensor, light: Tensor, given: Parameters, pixels: Tensor
+) -> BackboneEncoder:
+    """A copy of the encoder whose projection is fitted to training images [N, 3, H, W]."""
+    encoder = copy.deepcopy(encoder)  # the caller may fit another detector with it
+    some = torch.linspace(0, len(pixels) - 1, min(len(pixels), _FIT_IMAGES)).round().long()
+    encoded = encode(encoder, mean, light, given, pixels[some])
+    encoder.fit_projection(torch.cat([values.flatten(0, 2) for values in encoded]))
+    return encoder

@@ -1,0 +1,55 @@
+"""Distances near an image's border, where an encoder that pads sees its own padding.
+
+There fewer normal patches have embeddings alike, for they, too, lie near a border. So distances are
+larger, and the highest of an image would mostly be found there. Each ring of patches around the
+image is therefore divided by how much larger the good images' distances are in it than inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RINGS = 4
+"""Rings of patches that are corrected, from the border inwards."""
+
+
+def ring_means(distances: Tensor) -> Tensor:
+    """Mean distance in each ring of each image, and inside of them all.
+
+    distances: [N, I, J]. Returns [N, RINGS + 1] float64; if the grid is too small to have an
+    inside, all are 1.
+    """
+    count, rows, columns = distances.shape
+    rings = _rings(rows, columns, torch.device("cpu"))
+    sizes = torch.bincount(rings.flatten(), minlength=RINGS + 1)
+    if not sizes[-1]:
+        return torch.ones(count, RINGS + 1, dtype=torch.float64)
+    sums = torch.zeros(count, RINGS + 1, dtype=torch.float64)
+    sums.index_add_(1, rings.flatten(), distances.cpu().flatten(1).double())
+    return sums / sizes
+
+
+def border_factors(means: Tensor) -> Tensor:
+    """How much larger distances are in each ring than inside, at least 1.
+
+    means: [..., RINGS + 1], of `ring_means`, averaged over images. Returns [..., RINGS] float64.
+    """
+    inside = means[..., -1:].clamp(min=1e-30)
+    return (means[..., :-1] / inside).clamp(min=1)
+
+
+def corrected(distances: Tensor, factors: Tensor) -> Tensor:
+    """Distances [N, I, J], divided by the factor of their ring: [RINGS], or [N, RINGS]."""
+    padded = torch.cat([factors, torch.ones_like(factors[..., :1])], dim=-1)
+    rows, columns = distances.shape[1:]
+    by_place = padded.to(distances)[..., _rings(rows, columns, distances.device)]
+    return distances / by_place  # [N, I, J] / [I, J] or [N, I, J]
+
+
+def _rings(rows: int, columns: int, device: torch.device) -> Tensor:
+    """The ring of each place of a grid, [rows, columns] int64; inside it is RINGS."""
+    up, aside = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    down = torch.minimum(up, rows - 1 - up)[:, None]
+    across = torch.minimum(aside, columns - 1 - aside)[None]
+    return torch.minimum(down, across).clamp(max=RINGS)

