@@ -291,7 +291,7 @@ def main() -> None:
                 runs.append(measure(name, category, seed))
                 runs.sort(key=_key)
                 keep()
-                print(runs[-1]["category"], name, seed, "done", flush=True)
+                print(category.name, name, seed, "done", flush=True)
     text = table(runs, peers)
     (options.output / "encoders.md").write_text(text)
     print(text)

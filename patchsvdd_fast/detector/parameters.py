@@ -41,12 +41,13 @@ def ready_encoder(parameters: Parameters, given: nn.Module | None = None) -> Pat
             raise ValueError("projection is for pretrained encoders, not for Patch SVDD's")
         _check_mean(parameters["mean"], None)
         return None
-    if "dim" in projection:
+    if "dim" in projection and not isinstance(chosen, PatchEncoder):
         projection.setdefault("projection", "axes")
     if isinstance(chosen, str):
         encoder: PatchEncoder = pretrained_encoder(chosen, **projection)
     elif isinstance(chosen, PatchEncoder):
         encoder = chosen
+        _check_made(projection, encoder)
     elif isinstance(chosen, nn.Module):
         encoder = BackboneEncoder(chosen, **projection)
     else:
@@ -79,6 +80,20 @@ def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dic
 def _check_encoder(parameters: Parameters, encoder: PatchEncoder) -> None:
     encoder.check_levels(parameters["levels"])
     _check_mean(parameters["mean"], encoder)
+
+
+def _check_made(wanted: Mapping[str, Any], encoder: PatchEncoder) -> None:
+    """Raise ValueError for another projection or D than an encoder was made with."""
+    if isinstance(encoder, BackboneEncoder):
+        made = {name: encoder.settings()[name] for name in ("projection", "dim")}
+    else:
+        made = {"projection": None, "dim": encoder.embedding_dim}
+    for name, value in wanted.items():
+        if made[name] != value:
+            raise ValueError(
+                f"the encoder {encoder.name} was made with {name} {made[name]}, "
+                f"which {value} cannot change"
+            )
 
 
 def _check_mean(mean: str | None, encoder: PatchEncoder | None) -> None:

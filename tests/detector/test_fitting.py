@@ -200,6 +200,12 @@ def test_an_encoder_of_ones_own(images, tmp_path):
         ({"projection": "axes"}, ValueError, "projection is for pretrained encoders"),
         ({"encoder": Plain(), "levels": [PatchLevel(20, 4)]}, ValueError, "multiple of 8 pixels"),
         ({"encoder": Plain(), "embedding_dim": 99}, ValueError, "dim must be in 1 to 24"),
+        ({"encoder": HierarchicalEncoder(8), "embedding_dim": 9}, ValueError, "dim 8, which 9 can"),
+        (
+            {"encoder": BackboneEncoder(Plain()), "projection": "axes"},
+            ValueError,
+            "projection none",
+        ),
     ],
 )
 def test_bad_parameters_are_named(arguments, error, message, images):
