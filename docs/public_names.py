@@ -102,6 +102,8 @@ INTERNAL = {
     "encoders.patch_svdd.SmallEncoder": "a part of HierarchicalEncoder",
     "encoders.patch_svdd.TRUNK_STRIDE": "of the encoder's layers",
     "encoders.patch_svdd.from_official_names": "a part of load_official_checkpoint",
+    "encoders.precision.fastest_layout": "what Trainer sets",
+    "encoders.precision.flushed_denormals": "what Trainer sets",
     "encoders.pretrained.Stages": "a part of encoders from torchvision",
     "encoders.pretrained.rebuilt_encoder": "a part of PatchSVDD.load",
     "images.light.constant_mean": "what the mean `fixed` subtracts",

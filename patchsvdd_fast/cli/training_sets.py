@@ -182,13 +182,20 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
     if record.collapsed and record.best_step is not None:
         console.print(f"training ended at step {record.steps:,}: all embeddings had become alike")
     if record.best_step is not None:
-        untrained, best = record.qualities[0][1], max(value for _, value in record.qualities)
+        found = dict(record.qualities)
+        untrained, best = record.qualities[0][1], max(found.values())
         console.print(
             f"kept the weights of step {record.best_step:,}: they find synthetic defects at "
-            f"{best:.1f}, untrained ones at {untrained:.1f} (AUROC in %, that of images counted "
-            "twice, that of pixels once)",
+            f"{found[record.best_step]:.1f}, untrained ones at {untrained:.1f} (AUROC in %, that "
+            "of images counted twice, that of pixels once)",
             soft_wrap=True,
         )
+        if record.best_step == 0 and best > untrained:
+            console.print(
+                f"training gained {best - untrained:.1f}, less than the {record.least_gain:.0f} "
+                "points from which on it also helps to find real defects",
+                soft_wrap=True,
+            )
     if detector.calibration_ is not None:
         console.print(threshold_in_words(detector), soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The precision of convolutions on a GPU: full float32 unless something less is asked for."""
+"""How convolutions compute: their precision on a GPU, and what makes them fast in training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+
+from ..ops import instruction_sets
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 """What `computing_in` knows."""
@@ -32,3 +34,24 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         convolutions.allow_tf32, products.allow_tf32 = before
+
+
+def fastest_layout(device: torch.device, mode: str) -> torch.memory_format:
+    """The fastest layout for training convolutions, measured in docs/design/training.md.
+
+    mode: of training, one of `training.settings.MODES`.
+    """
+    wide = any("avx512" in name for name in instruction_sets())
+    if device.type == "cpu" and mode != "faithful" and not wide:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Flush subnormal numbers to zero: they are slow, and vanishing gradients are full of them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

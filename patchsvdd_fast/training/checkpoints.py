@@ -44,7 +44,9 @@ def train_encoder(
     `Trainer.run` and `resume_from` do.
     """
     with joined_workers(next(encoder.parameters()).device) as workers:
-        trainer = Trainer(encoder, images, mean, settings, check, workers)
+        # Minutes of mode dense may harm; the paper's protocol is followed where it leads.
+        least_gain = 0.0 if check is None or settings.mode != "dense" else check.least_gain
+        trainer = Trainer(encoder, images, mean, settings, check, workers, least_gain)
         found = checkpoint is not None and Path(checkpoint).exists()
         if resume and checkpoint is not None and workers.agreed(found):
             resume_from(trainer, mean, checkpoint)

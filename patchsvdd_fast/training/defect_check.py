@@ -32,6 +32,10 @@ _DRAWN = (
     (("spot", "scratch"), Strength(size=1.5, contrast=3.0)),
 )
 _COPIES = 2  # of each image, for each of these
+# Synthetic defects are no real ones: by a few points an encoder finds them better and the real ones
+# worse, above all on objects. So a gain has to be plain before it counts (docs/design/training.md).
+_LEAST_GAIN = {"texture": 3.0, "object": 15.0}
+_SHARED_BY_OBJECTS = 0.2  # least share of variance that images of objects have in common
 
 
 class DefectCheck:
@@ -43,6 +47,9 @@ class DefectCheck:
     light: [3], the colour that images are matched to before they are scored, or None; see
         `images.light.match_illumination`.
     seed: of the synthetic defects.
+
+    `least_gain` is the gain over the untrained encoder, in points of `Quality.criterion`, below
+    which nothing trained is worth keeping. It is larger for objects than for textures.
 
     Up to 8 images are set aside for the check: training uses them like the others, but they are not
     in the check's banks. Raises ValueError if there is only one image.
@@ -67,6 +74,8 @@ class DefectCheck:
         self.mean, self.levels, self.combination = mean, list(levels), combination
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
+        is_object = shared_variance(images) >= _SHARED_BY_OBJECTS
+        self.least_gain = _LEAST_GAIN["object" if is_object else "texture"]
         defective, masks = _with_defects(clean, np.random.default_rng(seed))
         # Matched again, as in use, where a defect has its part in the image's mean colour.
         self.images = torch.cat([clean, match_illumination(defective, light)])
@@ -99,6 +108,28 @@ def check_of(
         warnings.warn("one image: what is learned cannot be checked", stacklevel=3)
         return None
     return DefectCheck(images, mean, levels, combination, light)
+
+
+def shared_variance(images: Tensor) -> float:
+    """Share of the pixels' variance that images have in common: that depends on the place alone.
+
+    images: [N, 3, H, W] uint8, N >= 2; brightness and colour of each image as a whole do not
+    count. Near 0 for textures, which look alike all over; 0.3 and more for objects, which lie in
+    the same place.
+    """
+    count = len(images)
+    total = torch.zeros(images.shape[1:], dtype=torch.float64)
+    within = 0.0
+    for image in images:
+        values = image.double()
+        values -= values.mean(dim=(1, 2), keepdim=True)
+        within += float(values.square().mean()) / count
+        total += values / count
+    if within == 0:
+        return 0.0
+    # The mean of N images without anything in common still has 1 / N of their variance.
+    of_mean = float(total.square().mean())
+    return (of_mean - within / count) / (1 - 1 / count) / within
 
 
 def _spread(count: int, chosen: int) -> np.ndarray:

@@ -56,7 +56,8 @@ class TrainingStep:
     seconds: float
     """Of training so far, without the time between being interrupted and resumed."""
     seconds_left: float | None
-    """Expected until the last step, at the speed so far; None until `total_steps` is known."""
+    """Expected until the last step, of steps and checks at their speed so far; None until
+    `total_steps` is known."""
     levels: dict[int, LevelMetrics]
     """By patch size in pixels."""
     quality: Quality | None = None
@@ -82,6 +83,9 @@ class TrainingRecord:
     """The step whose weights are kept (0: the untrained ones); None without checks."""
     qualities: list[tuple[int, float]] = field(default_factory=list)
     """Step and `Quality.criterion` of each check."""
+    least_gain: float = 0.0
+    """By how much a criterion had to exceed that of the untrained weights for its weights to be
+    kept, in points."""
 
 
 def record_of(values: Mapping[str, Any]) -> TrainingRecord:

@@ -7,12 +7,11 @@ interrupted (on a CPU to the bit).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from typing import Any
 
@@ -20,9 +19,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..encoders.patch_svdd import HierarchicalEncoder
-from ..encoders.precision import computing_in
+from ..encoders.precision import computing_in, fastest_layout, flushed_denormals
 from ..files.store import below
-from ..ops import instruction_sets
 from .dense_pairs import DensePairs
 from .interrupts import delayed_interrupts, take_effect
 from .objectives import (
@@ -51,6 +49,8 @@ class Trainer:
     mean: [3, H, W] float32, what is subtracted from the images.
     check: judges the encoder every `settings.check_every` steps, such as a `DefectCheck`.
     workers: the processes that share each batch; None: this one alone.
+    least_gain: points by which a check has to exceed that of the untrained encoder, or these
+        weights are not kept.
 
     The same settings, images and device give the same weights. Raises ValueError for images that
     are too small for mode dense, and for more workers than items in a batch.
@@ -64,13 +64,14 @@ class Trainer:
         settings: TrainingSettings,
         check: Callable[[HierarchicalEncoder], Quality] | None = None,
         workers: Workers | None = None,
+        least_gain: float = 0.0,
     ) -> None:
         self.device = next(encoder.parameters()).device
         self.encoder = encoder
         self.settings = settings
         self.workers = workers or Workers()
         self.check = check if settings.check_every is not None else None
-        self.record = TrainingRecord()
+        self.record = TrainingRecord(least_gain=least_gain)
         self._limit = settings.total_steps(len(images))
         self.total = self._limit if settings.minutes is None else None
         self._data = TrainingImages(images, mean, self.device)
@@ -85,6 +86,7 @@ class Trainer:
         self._checks_since_best = 0
         self._collapsed_steps = 0
         self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
+        self._in_steps = 0.0  # seconds of this process's steps, without their checks
         self.is_between_steps = True
         """Whether weights, optimiser and record are of one step, so that they can be saved."""
 
@@ -103,9 +105,9 @@ class Trainer:
         record, before = self.record, self.record.seconds
         self._first_step = record.steps
         self.encoder.train()
-        self.encoder.small.memory_format = _memory_format(self.device, self.settings.mode)
+        self.encoder.small.memory_format = fastest_layout(self.device, self.settings.mode)
         try:
-            with delayed_interrupts() as interrupts, _flushed_denormals():
+            with delayed_interrupts() as interrupts, flushed_denormals():
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
@@ -114,8 +116,10 @@ class Trainer:
                     if self._is_over():
                         break
                     self.is_between_steps = False
+                    began = time.perf_counter()
                     losses = self._step(record.steps + 1)
                     record.steps += 1
+                    self._in_steps += time.perf_counter() - began
                     record.seconds = before + time.perf_counter() - started
                     self._fit_to_minutes(time.perf_counter() - started)
                     step = self._measure(losses)
@@ -213,7 +217,13 @@ class Trainer:
         return TrainingStep(number, self.total, loss, rate, record.seconds, left, levels, quality)
 
     def _seconds_left(self, total: int) -> float:
-        return (total - self.record.steps) * self.record.seconds / self.record.steps
+        """Of the steps to the last, and the checks among them."""
+        done = self.record.steps
+        left = (total - done) * self._in_steps / (done - self._first_step)
+        if self.check is not None:
+            every = self.settings.check_every or 1
+            left += (-(-total // every) - done // every) * self._seconds_of_check
+        return left
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -238,15 +248,22 @@ class Trainer:
         quality = Quality(*map(self.workers.agreed, astuple(quality)))
         self.encoder.train()
         self._seconds_of_check = time.perf_counter() - started
-        record = self.record
-        best = max((value for _, value in record.qualities), default=-math.inf)
-        record.qualities.append((record.steps, quality.criterion))
-        self._checks_since_best += 1
-        if quality.criterion > best:
-            self._checks_since_best = 0
+        record, value = self.record, quality.criterion
+        improved = value > max((other for _, other in record.qualities), default=-math.inf)
+        self._checks_since_best = 0 if improved else self._checks_since_best + 1
+        record.qualities.append((record.steps, value))
+        if self._is_to_be_kept(value):
             record.best_step = record.steps
             self._best = {name: value.clone() for name, value in self.encoder.state_dict().items()}
         return quality
+
+    def _is_to_be_kept(self, criterion: float) -> bool:
+        """Whether a check's weights replace those kept so far, which begin with the untrained."""
+        record = self.record
+        if record.best_step is None:
+            return True
+        untrained, kept = record.qualities[0][1], dict(record.qualities)[record.best_step]
+        return criterion > kept and criterion >= untrained + record.least_gain
 
     def _is_over(self) -> bool:
         if self.check is None:
@@ -370,23 +387,5 @@ def _check_count(name: str, value: Any) -> int:
     return value
 
 
-def _memory_format(device: torch.device, mode: str) -> torch.memory_format:
-    """The fastest layout for convolutions, measured in docs/design/training.md."""
-    wide = any("avx512" in name for name in instruction_sets())
-    if device.type == "cpu" and mode != "faithful" and not wide:
-        return torch.contiguous_format
-    return torch.channels_last
-
-
 def _fingerprint(images: Tensor) -> str:
     return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
-
-
-@contextlib.contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Flush subnormal numbers to zero: they are slow, and vanishing gradients are full of them."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)

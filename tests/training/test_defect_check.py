@@ -1,5 +1,6 @@
 """Synthetic defects, and choosing an encoder's weights by how well it finds them."""
 
+import time
 import warnings
 
 import numpy as np
@@ -10,7 +11,8 @@ from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.images.drawn_defects import DEFECTS, Strength, draw_defects
 from patchsvdd_fast.images.light import mean_colour, mean_image
-from patchsvdd_fast.training.defect_check import DefectCheck
+from patchsvdd_fast.images.prepare import load_images
+from patchsvdd_fast.training.defect_check import DefectCheck, shared_variance
 from patchsvdd_fast.training.record import Quality
 from patchsvdd_fast.training.settings import training_settings
 from patchsvdd_fast.training.trainer import Trainer
@@ -116,7 +118,34 @@ def test_a_check_needs_two_images():
         DefectCheck(images, mean_image(images), DEFAULT_LEVELS)
 
 
-def _trainer(criteria, **options):
+def test_textures_and_objects_are_told_apart():
+    """By how much of their variance images have in common; light does not count."""
+    textures = _images(8)
+    assert shared_variance(textures) < 0.1
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    disc = ((y - 64).square() + (x - 64).square() < 40**2).float()
+    noise = torch.Generator().manual_seed(0)
+    light = torch.tensor([20.0, 60, 100, 140])[:, None, None, None]
+    objects = light + 60 * disc + 10 * torch.randn(4, 3, 128, 128, generator=noise)
+    assert shared_variance(objects.clamp(0, 255).byte()) > 0.8
+    assert shared_variance(torch.full((3, 3, 8, 8), 7, dtype=torch.uint8)) == 0
+
+    def least_gain(images):
+        return DefectCheck(images, mean_image(images), DEFAULT_LEVELS).least_gain
+
+    assert least_gain(textures) < least_gain(objects.byte())
+
+
+TEXTURES, OBJECTS = ("leather", "synth_brick", "synth_gravel"), ("cookie", "hazelnut")
+
+
+@pytest.mark.parametrize("category", [*TEXTURES, *OBJECTS])
+def test_real_textures_and_objects_are_told_apart(categories_dir, category):
+    shared = shared_variance(load_images(categories_dir / category, (256, 256), 64))
+    assert shared > 0.5 if category in OBJECTS else shared < 0.1
+
+
+def _trainer(criteria, least_gain=0.0, **options):
     """A trainer whose check finds the given figures in turn; and the weights at each check."""
     images = _images()
     seen = []
@@ -128,7 +157,8 @@ def _trainer(criteria, **options):
 
     settings = training_settings("dense", batch_size=1, check_every=2, **options)
     encoder = HierarchicalEncoder(embedding_dim=8, initialization="kaiming")
-    return Trainer(encoder, images, mean_image(images), settings, check), seen
+    trainer = Trainer(encoder, images, mean_image(images), settings, check, None, least_gain)
+    return trainer, seen
 
 
 def _equal(encoder, state):
@@ -144,6 +174,41 @@ def test_the_best_weights_are_kept():
     assert _equal(trainer.encoder, seen[1])
     assert not _equal(trainer.encoder, seen[3])
     assert [step.quality for step in steps if step.quality] == [Quality(v, v) for v in (70, 60, 65)]
+
+
+def test_a_gain_has_to_be_plain():
+    """Patience counts any improvement; weights are kept from the least gain on."""
+    trainer, seen = _trainer([50, 52, 54, 53, 52], least_gain=5, steps=100, patience=2)
+    record = trainer.run()
+    assert record.best_step == 0
+    assert record.steps == 8
+    assert _equal(trainer.encoder, seen[0])
+    assert record.least_gain == 5
+    trainer, seen = _trainer([50, 54, 55, 60, 58], least_gain=5, steps=8)
+    assert trainer.run().best_step == 6
+    assert _equal(trainer.encoder, seen[3])
+
+
+def test_the_time_left_counts_the_checks_to_come(monkeypatch):
+    """A step takes a second and a check ten, by a clock of the test's own."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer, _ = _trainer(range(50, 70), steps=10)
+    step, check = trainer._step, trainer.check
+
+    def slow_step(number):
+        now[0] += 1
+        return step(number)
+
+    def slow_check(encoder):
+        now[0] += 10
+        return check(encoder)
+
+    trainer._step, trainer.check = slow_step, slow_check
+    left = []
+    trainer.run(lambda report: left.append(report.seconds_left))
+    # After step 1 nine steps and the checks of steps 2, 4, 6, 8 and 10 are to come.
+    assert left == [59, 48, 47, 36, 35, 24, 23, 12, 11, 0]
 
 
 def test_patience_ends_training():
