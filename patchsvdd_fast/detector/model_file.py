@@ -265,7 +265,7 @@ def encoder_of(
         return _patch_svdd_of(stored, parameters)
     settings = header["encoder"]
     if module is None:
-        encoder: PatchEncoder = rebuilt_encoder(name, settings)
+        encoder: PatchEncoder = rebuilt_encoder(name, settings, below(stored, "backbone."))
     elif isinstance(module, PatchEncoder):
         encoder = copy.deepcopy(module)
     else:

@@ -66,17 +66,27 @@ def pretrained_encoder(name: str, **settings: Any) -> BackboneEncoder:
     return BackboneEncoder(network, name=name, **(own | settings))
 
 
-def rebuilt_encoder(name: str, settings: Mapping[str, Any]) -> BackboneEncoder:
+def rebuilt_encoder(
+    name: str, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> BackboneEncoder:
     """An encoder as a file describes it, but for its weights; nothing is downloaded.
 
-    settings: as of `BackboneEncoder.settings`. Raises ImportError where the network's library is
-    missing, and for an encoder that is no network by name.
+    settings: as of `BackboneEncoder.settings`. weights: those of the network by their names, whose
+    shapes are compared before memory is taken for them.
+
+    Raises ImportError where the network's library is missing, and for an encoder that is no network
+    by name; ValueError for weights of another network.
     """
     if not is_encoder_name(name) or name == PATCH_SVDD:
         raise ImportError(
             f"its encoder {name!r} is a module of your own, of which it holds only the weights: "
             "open it in Python, with PatchSVDD.load(path, encoder=...)"
         )
+    with torch.device("meta"):
+        without_memory, _ = _network(name, pretrained=False)
+    wanted = {name: value.shape for name, value in without_memory.state_dict().items()}
+    if wanted != {name: value.shape for name, value in weights.items()}:
+        raise ValueError(f"its weights are not those of the encoder {name}")
     network, _ = _network(name, pretrained=False)
     return BackboneEncoder(network, name=name, **settings)
 

@@ -119,8 +119,8 @@ def test_networks_of_timm(timm):
     assert encoder.embedding_dim == 24
     assert encoder.pixel_mean == pytest.approx((127.5, 102, 76.5))
     assert encoder.pixel_scale == pytest.approx((51, 51, 25.5))
-    rebuilt = rebuilt_encoder("timm/plain", encoder.settings())
-    assert timm.asked == [True, False]  # a file's network is never downloaded
+    rebuilt = rebuilt_encoder("timm/plain", encoder.settings(), encoder.backbone.state_dict())
+    assert timm.asked == [True, False, False]  # a file's network is never downloaded
     assert rebuilt.settings() == encoder.settings()
 
 
@@ -140,10 +140,11 @@ def test_unknown_networks_and_missing_libraries_are_named(timm, monkeypatch):
 
 def test_the_real_timm():
     try:
-        import timm  # noqa: F401
+        import timm
     except Exception as error:  # torchvision of another torch raises RuntimeError
         pytest.skip(f"timm cannot be imported here: {error}")
-    encoder = rebuilt_encoder("timm/resnet18", {})
+    network = timm.create_model("resnet18", pretrained=False, features_only=True)
+    encoder = rebuilt_encoder("timm/resnet18", {}, network.state_dict())
     assert encoder.embedding_dim == 64 + 64 + 128 + 256 + 512
 
 
@@ -184,4 +185,19 @@ def test_a_module_of_your_own_cannot_be_rebuilt():
     with pytest.raises(
         ImportError, match=r"'own' is a module of your own.*PatchSVDD.load\(path, enc"
     ):
-        rebuilt_encoder("own", {})
+        rebuilt_encoder("own", {}, {})
+
+
+def test_memory_is_taken_only_for_weights_that_are_there(timm, monkeypatch):
+    """A small file that names a large network is refused before that is made."""
+    made = []
+
+    class Large(Timm):
+        def __init__(self):
+            super().__init__()
+            made.append(torch.get_default_device().type)
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Large())
+    with pytest.raises(ValueError, match="its weights are not those of the encoder timm/plain"):
+        rebuilt_encoder("timm/plain", {}, {"weight": torch.zeros(1)})
+    assert made == ["meta"]
