@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .levels import PatchLevel
 from .patch_encoder import PatchEncoder
+from .precision import computing_in
 
 GRID = 8
 """Pixels from one cell of the joined maps to the next."""
@@ -134,7 +135,8 @@ class BackboneEncoder(PatchEncoder):
             means = F.avg_pool2d(joined, cells, stride=step)[:, :, :rows, :columns]
             embeddings = means.permute(0, 2, 3, 1).contiguous()  # [N, I, J, C]
             if self.projection != "none" and not self.needs_fit:
-                embeddings = embeddings @ self.axes.to(embeddings)
+                with computing_in("float32", embeddings.device):
+                    embeddings = embeddings @ self.axes.to(embeddings)
             dense.append(embeddings)
         return dense
 

@@ -31,6 +31,9 @@ TRUNK_STRIDE = 2
 LEAKY_SLOPE = 0.1
 _SMALL_CHANNELS = (3, 32, 64, 128, 128, 64, 32, 32)
 _HEAD_CHANNELS = 128
+# The small encoder's last convolutions, and the heads, compute in float32 even under autocast:
+# neighbours differ so little that an output rounded to bfloat16 cannot tell them apart.
+_LAST_IN_FLOAT32 = 2
 _LEAST_PATCHES = 64  # joined at once; a CPU sums fewer than 16 in another order
 _QUADRANTS_IN_CACHE = 256  # of 32 pixels; 128 is as fast, 64 and 1,280 are a tenth slower
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
@@ -76,10 +79,15 @@ class SmallEncoder(nn.Sequential):
         if self._stays_in_onednn(images):
             return self._forward_in_onednn(images, step)
         values = images.contiguous(memory_format=self.memory_format)
-        for layer in list(self)[:-2]:
+        layers, last = list(self)[:-2], self.convolutions()[-1]
+        in_float32 = 2 * (_LAST_IN_FLOAT32 - 1)  # of layers, activations among them
+        for layer in layers[:-in_float32]:
             values = layer(values)
-        last = self.convolutions()[-1]
-        return torch.tanh(F.conv2d(values, last.weight, last.bias, stride=step))
+        with torch.autocast(values.device.type, enabled=False):
+            values = values.to(last.weight.dtype)
+            for layer in layers[-in_float32:]:
+                values = layer(values)
+            return torch.tanh(F.conv2d(values, last.weight, last.bias, stride=step))
 
     def _stays_in_onednn(self, images: Tensor) -> bool:
         return (
@@ -125,7 +133,8 @@ class QuadrantHead(nn.Module):
         count = len(quadrants)
         if not torch.is_grad_enabled() and 0 < count < _LEAST_PATCHES:
             quadrants = torch.cat([quadrants, quadrants[:1].expand(_LEAST_PATCHES, -1, -1, -1)])
-        joined: Tensor = torch.tanh(self.project(self.activation(self.join(quadrants))))
+        with torch.autocast(quadrants.device.type, enabled=False):
+            joined: Tensor = torch.tanh(self.project(self.activation(self.join(quadrants))))
         return joined[:count]
 
 

@@ -66,12 +66,14 @@ def encode_images(
     levels: Sequence[PatchLevel],
     num_in_mean: int | None = None,
     progress: Callable[[float], None] | None = None,
+    precision: str = "float32",
 ) -> list[Tensor]:
     """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
 
     mean: [3, H, W] float32, subtracted from each image. num_in_mean: N, if these images are among
     the N that the mean was taken from, see `images.light.normalize`. progress: called now and then
-    with the share done, 0 to 1.
+    with the share done, 0 to 1. precision: of the encoder's convolutions, see `computing_in`; the
+    embeddings are float32 in any case.
 
     Small images go through the encoder several at once and large ones in tiles, so that memory is
     bounded (see `use_encoding_limit`); on a CPU that changes no bit of the embeddings. These lie on
@@ -92,7 +94,7 @@ def encode_images(
     whole = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     at_once = _pixels_at_once(encoder, device, height * width)
     count = max(1, at_once // (height * width))
-    with computing_in("float32", device):
+    with computing_in(precision, device):
         for first in range(0, len(images), count):
             some = slice(first, first + count)
             into = [values[some] for values in whole]

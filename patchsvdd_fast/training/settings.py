@@ -71,7 +71,7 @@ class TrainingSettings:
     pairs_per_crop: int = 256
     """Mode dense only: neighbour pairs per crop and patch size."""
     precision: str = "float32"
-    """Of convolutions on a GPU: "float32", "tf32" or "bfloat16"; mode dense: "float32" alone."""
+    """Of convolutions: "float32", "bfloat16", or "tf32" (on a GPU, mode faithful only)."""
     check_every: int | None = None
     """Steps between checks on synthetic defects (see `defect_check`), by which the best weights are
     kept. None: no checks, the last weights are the result."""
@@ -95,10 +95,10 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.mode == "dense" and self.precision != "float32":
+        if self.mode == "dense" and self.precision == "tf32":
             raise ValueError(
-                'mode dense needs precision "float32", as neighbours differ too little for others, '
-                f"got {self.precision!r}"
+                'mode dense needs precision "float32" or "bfloat16": in "tf32", whose last layers '
+                "are rounded too, neighbours differ too little"
             )
         if self.patience is not None and self.check_every is None:
             raise ValueError("patience needs check_every: without checks nothing improves")
