@@ -61,6 +61,7 @@ INTERNAL = {
     # --- rooms and modules ---
     "cli": "the command line, which command-line.md describes",
     "detector.fitting": "what PatchSVDD.fit does",
+    "detector.forecast": "what PatchSVDD.fit tells its on_progress",
     "detector.normality": "what PatchSVDD.add, remove, merge and refit do",
     "detector.parameters": "what the parameters of PatchSVDD mean",
     "detector.scoring": "what PatchSVDD.encode and score_stream do",
@@ -103,6 +104,7 @@ INTERNAL = {
     "encoders.patch_svdd.TRUNK_STRIDE": "of the encoder's layers",
     "encoders.patch_svdd.from_official_names": "a part of load_official_checkpoint",
     "encoders.precision.fastest_layout": "what Trainer sets",
+    "encoders.precision.warn_of_slow_bfloat16": "what PatchSVDD.fit warns of",
     "encoders.precision.flushed_denormals": "what Trainer sets",
     "encoders.pretrained.Stages": "a part of encoders from torchvision",
     "encoders.pretrained.rebuilt_encoder": "a part of PatchSVDD.load",

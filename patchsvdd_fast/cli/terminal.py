@@ -34,7 +34,7 @@ def print_warning(message: str) -> None:
     errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
 
 
-_TIMED_STEPS = 12  # steps shown before the line that says how long training will take
+_TIMED_STEPS = 12  # steps shown before the line that says how long it will take
 
 
 def fit_with_progress(
@@ -49,7 +49,7 @@ def fit_with_progress(
     chance; not in mode dense) and the spread of the embeddings; and how well the last check found
     synthetic defects. Loss and shares are smoothed over some 20 steps.
 
-    Before and after training, each phase of the rest has a bar of its own.
+    Each phase has a bar of its own; beside it stands how long the whole will still take.
 
     logs: called after each training step. fit_options: passed on to `PatchSVDD.fit`.
     """
@@ -65,19 +65,14 @@ def fit_with_progress(
 
 @contextmanager
 def _fit_progress() -> Iterator[
-    tuple[Callable[[TrainingStep], None], Callable[[str, float], None]]
+    tuple[Callable[[TrainingStep], None], Callable[[str, float, float | None], None]]
 ]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
         BarColumn(bar_width=8),
         TextColumn("{task.fields[done]}"),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console) as progress:
@@ -85,6 +80,7 @@ def _fit_progress() -> Iterator[
         means: dict[str, float] = {}
         steps_shown = 0
         checked = ""
+        to_go: float | None = None
 
         def smooth(name: str, value: float) -> float:
             means[name] = value if name not in means else 0.95 * means[name] + 0.05 * value
@@ -93,9 +89,8 @@ def _fit_progress() -> Iterator[
         def show(step: TrainingStep) -> None:
             nonlocal steps_shown, checked
             steps_shown += 1
-            if steps_shown == _TIMED_STEPS and step.seconds_left is not None:
-                left = _duration(step.seconds_left)
-                console.print(f"{step.total_steps:,} steps, about {left} to go")
+            if steps_shown == _TIMED_STEPS and to_go is not None:
+                console.print(f"{step.total_steps:,} steps, about {_duration(to_go)} to go in all")
             if step.quality is not None:
                 checked = f"  defects {step.quality.criterion:.1f}"
             figures = [f"loss {smooth('loss', step.loss):.3g}"]
@@ -104,22 +99,29 @@ def _fit_progress() -> Iterator[
                 if level.accuracy is not None:
                     figures[-1] += f" right {smooth(f'accuracy {size}', level.accuracy):.0%}"
                 figures[-1] += f" spread {level.spread:.0e}"
-            if "training" not in phases:
-                phases["training"] = progress.add_task("training", done="")
             progress.update(
                 phases["training"],
-                completed=step.step,
-                total=step.total_steps,
                 done=f"{step.step}/{'?' if step.total_steps is None else step.total_steps}",
                 description="  ".join(figures) + checked,
             )
 
-        def show_phase(name: str, share: float) -> None:
+        def show_phase(name: str, share: float, seconds_left: float | None) -> None:
+            nonlocal to_go
+            to_go = seconds_left
             if name not in phases:
-                phases[name] = progress.add_task(name, total=1.0, done="")
-            progress.update(phases[name], completed=share, done=f"{share:.0%}")
+                for task in progress.tasks:  # the time to go stands beside the newest bar alone
+                    progress.update(task.id, left="")
+                phases[name] = progress.add_task(name, total=1.0, done="", left="")
+            left = "" if to_go is None or share == 1 else f"{_clock(to_go)} to go"
+            progress.update(phases[name], completed=share, done=f"{share:.0%}", left=left)
 
         yield show, show_phase
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _duration(seconds: float) -> str:

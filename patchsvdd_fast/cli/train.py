@@ -93,7 +93,17 @@ def train(
         typer.Option(help="Draw a pair again if it leaves the image, do not clip it (faithful)."),
     ] = False,
     precision: Annotated[
-        str, typer.Option(help='Of convolutions on a GPU: "float32", "tf32" or "bfloat16".')
+        str,
+        typer.Option(
+            help='Of convolutions in training: "float32", "tf32" (a GPU\'s) or "bfloat16".'
+        ),
+    ] = "float32",
+    encoding_precision: Annotated[
+        str,
+        typer.Option(
+            help='Of convolutions that make banks and scores, now and later: "float32", "tf32" or '
+            '"bfloat16".'
+        ),
     ] = "float32",
     check_every: Annotated[
         int | None,
@@ -199,6 +209,7 @@ def train(
             train_last_layer=train_last_layer,
             redraw_clipped=redraw_clipped,
             precision=precision,
+            encoding_precision=encoding_precision,
             check_every=check_every,
             patience=patience,
             keep_images=keep_images,

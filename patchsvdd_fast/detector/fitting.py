@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..encoders.backbone import BackboneEncoder
 from ..encoders.patch_encoder import PatchEncoder
+from ..encoders.precision import warn_of_slow_bfloat16
 from ..images.light import (
     PER_CHANNEL,
     constant_mean,
@@ -28,13 +29,11 @@ from ..training.defect_check import check_of
 from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import local_device
 from . import normality, parameters
+from .forecast import CALIBRATING, ENCODING, FILLING, READING, OnProgress, Progress
 from .model_file import Model
 from .normality import Normality
 from .parameters import Parameters
 from .scoring import encode
-
-OnProgress = Callable[[str, float], None] | None
-"""Called with the name of a phase and the share of it that is done, 0 to 1."""
 
 _FIT_IMAGES = 64  # most images that a projection is fitted to
 
@@ -67,7 +66,10 @@ def fit_model(
     parameters.check_parameters(given)
     settings = parameters.settings_of(given)
     device = local_device(resolve_device(given["device"]))
-    loaded = load(source, given, on_progress)
+    if "bfloat16" in (given["encoding_precision"], encoder is None and settings.precision):
+        warn_of_slow_bfloat16(device)
+    progress = Progress(on_progress)
+    loaded = load(source, given, progress)
     light = mean_colour(loaded.pixels)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
@@ -77,7 +79,16 @@ def fit_model(
         encoder = parameters.untrained_encoder(given).to(device)
         check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
         header = parameters.to_header(given)
-        trained = train_encoder(encoder, images, mean, settings, check, header, *keeping, on_step)
+        progress.forecast(given, encoder.eval(), mean, light, loaded.pixels)
+
+        def after_step(step: TrainingStep) -> None:
+            progress.step(step)
+            if on_step is not None:
+                on_step(step)
+
+        trained = train_encoder(
+            encoder, images, mean, settings, check, header, *keeping, after_step
+        )
         if trained is None:
             return None
         record = trained
@@ -87,8 +98,9 @@ def fit_model(
         given = {**given, "embedding_dim": encoder.embedding_dim}
     # Each of these images is part of the mean image; a new one is not.
     num_in_mean = len(images) if given["mean"] == "pixel" else None
+    progress.forecast(given, encoder, mean, light, loaded.pixels)
     normal, calibration = filled(
-        given, encoder, mean, light, loaded, num_in_mean, on_progress=on_progress
+        given, encoder, mean, light, loaded, num_in_mean, progress=progress
     )
     return Model(
         dict(given),
@@ -102,10 +114,10 @@ def fit_model(
     )
 
 
-def load(source: Any, given: Parameters, on_progress: OnProgress = None) -> ImageSet:
+def load(source: Any, given: Parameters, progress: Progress | None = None) -> ImageSet:
     """Load and resize images as resolved parameters say."""
     size, smallest = parse_size(given["image_size"]), parameters.largest_patch(given["levels"])
-    return load_image_set(source, size, smallest, phase("reading", on_progress))
+    return load_image_set(source, size, smallest, (progress or Progress()).phase(READING))
 
 
 def filled(
@@ -116,23 +128,23 @@ def filled(
     images: ImageSet,
     num_in_mean: int | None = None,
     *,
-    on_progress: OnProgress = None,
+    progress: Progress | None = None,
 ) -> tuple[Normality, Calibration | None]:
     """New banks and a gallery of these images, and their calibration; arguments as of `encode`."""
-    encoding = phase("encoding", on_progress)
+    progress = progress or Progress()
+    encoding = progress.phase(ENCODING)
     try:
         encoded = encode(encoder, mean, light, given, images.pixels, num_in_mean, encoding)
     except NotFiniteError as error:
         raise error.named(images.names) from None
-    if on_progress is not None:
-        on_progress("filling banks", 0.0)
+    filling = progress.phase(FILLING)
     normal = normality.normality_of(
         given["levels"], images, encoded, given["keep_images"], given["seed"]
     )
-    if on_progress is not None:
-        on_progress("filling banks", 1.0)
+    if filling is not None:
+        filling(1.0)
     shape = mean.shape[1], mean.shape[2]
-    return normal, calibrated(given, encoder, normal, shape, on_progress)
+    return normal, calibrated(given, encoder, normal, shape, progress)
 
 
 def calibrated(
@@ -140,23 +152,15 @@ def calibrated(
     encoder: PatchEncoder,
     normal: Normality,
     image_shape: tuple[int, int],
-    on_progress: OnProgress = None,
+    progress: Progress | None = None,
 ) -> Calibration | None:
     """The calibration of banks; warns of training images that are there twice."""
-    calibrating = phase("calibrating", on_progress)
+    calibrating = (progress or Progress()).phase(CALIBRATING)
     calibration = calibrate(
         normal.banks, image_shape, given["combination"], calibrating, encoder.surroundings != 0
     )
     normality.warn_of_twins(normal.gallery, calibration)
     return calibration
-
-
-def phase(name: str, on_progress: OnProgress) -> Callable[[float], None] | None:
-    """A callback for the share of one phase that is done."""
-    if on_progress is None:
-        return None
-    report = on_progress
-    return lambda share: report(name, share)
 
 
 def _mean_of(given: Parameters, encoder: PatchEncoder | None, images: Tensor) -> Tensor:

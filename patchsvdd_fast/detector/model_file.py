@@ -82,6 +82,8 @@ def differences(one: Model, other: Model) -> list[str]:
             or not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours)
         ):
             differing.append("encoder")
+    if mine["encoding_precision"] != theirs["encoding_precision"]:
+        differing.append("encoding_precision")
     if not torch.equal(one.mean, other.mean):
         differing.append("mean")
     light, their_light = usual_light(mine, one.light), usual_light(theirs, other.light)
@@ -315,7 +317,9 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         "subtracted": MEANS[parameters.get("mean", "pixel")],
         "joined by": str(parameters.get("combination")),
     }
-    if facts["encoder"] != PATCH_SVDD:
+    if parameters["encoding_precision"] != "float32":
+        facts["encoder"] += f", computing in {parameters['encoding_precision']}"
+    if parameters.get("encoder", PATCH_SVDD) != PATCH_SVDD:
         del facts["mode"], facts["steps"]  # nothing was trained
     if record.best_step is not None:
         facts["steps"] += f", weights of step {record.best_step:,} kept"

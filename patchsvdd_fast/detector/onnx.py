@@ -57,9 +57,16 @@ _TO_THE_END = 2**31 - 1
 def export_detector(detector: PatchSVDD, path: str | Path) -> float | None:
     """Write a fitted detector's encoder as an ONNX model with `export_onnx`.
 
-    Returns and raises what `export_onnx` does; raises NotFittedError before `fit`.
+    Returns and raises what `export_onnx` does; raises NotFittedError before `fit`, and ValueError
+    for banks that were not encoded in float32.
     """
     detector._require_fitted()
+    precision = detector.parameters_["encoding_precision"]
+    if precision != "float32":
+        raise ValueError(
+            f"the banks were encoded in {precision}, but ONNX models compute in float32: "
+            'fit with encoding_precision="float32"'
+        )
     light = detector.usual_light()
     return export_onnx(detector.encoder_, path, detector.levels_, detector.mean_, light)
 

@@ -15,6 +15,7 @@ from ..encoders.backbone import BackboneEncoder
 from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
+from ..encoders.precision import PRECISIONS
 from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import parse_size
@@ -119,6 +120,11 @@ def check_parameters(parameters: Parameters) -> None:
         )
     if parameters["mean"] not in MEANS:
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {parameters['mean']!r}")
+    if parameters["encoding_precision"] not in PRECISIONS:
+        raise ValueError(
+            f"encoding_precision must be one of {PRECISIONS}, "
+            f"got {parameters['encoding_precision']!r}"
+        )
     if not 0 <= parameters["contamination"] < 1:
         raise ValueError(f"contamination must be in [0, 1), got {parameters['contamination']}")
     size, largest = parse_size(parameters["image_size"]), largest_patch(levels)
@@ -175,7 +181,8 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, as `to_header` put them there."""
-    parameters = dict(header["parameters"])
+    # Older files have no precision for encoding.
+    parameters: dict[str, Any] = {"encoding_precision": "float32", **header["parameters"]}
     parameters["levels"] = tuple(
         PatchLevel(int(size), int(stride)) for size, stride in parameters["levels"]
     )

@@ -26,7 +26,8 @@ from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import normality, parameters, scoring
-from .fitting import Keeping, OnProgress, calibrated, filled, fit_model, load
+from .fitting import Keeping, calibrated, filled, fit_model, load
+from .forecast import OnProgress
 from .model_file import Model, differences, load_model, save_model
 from .normality import Normality
 from .thresholds import ThresholdsMixin
@@ -69,8 +70,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         batch_size, learning_rate, svdd_weight, initialization, train_last_layer, redraw_clipped,
             precision, check_every, patience, seed: see `training.settings.TrainingSettings`. None:
             as the mode and the surface say (recipes.json). check_every=0: no checks.
-        embedding_dim: D, the length of an embedding; None: 64 for Patch SVDD, all channels of
-            others.
+        encoding_precision: of convolutions for banks and scores: "float32", "tf32", "bfloat16".
+        embedding_dim: D, an embedding's length; None: 64 for Patch SVDD, all channels of others.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -107,6 +108,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         train_last_layer: bool | None = None,
         redraw_clipped: bool = False,
         precision: str = "float32",
+        encoding_precision: str = "float32",
         check_every: int | None = None,
         patience: int | None = None,
         embedding_dim: int | None = None,
@@ -134,6 +136,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.train_last_layer = train_last_layer
         self.redraw_clipped = redraw_clipped
         self.precision = precision
+        self.encoding_precision = encoding_precision
         self.check_every = check_every
         self.patience = patience
         self.embedding_dim = embedding_dim
@@ -159,8 +162,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
         encoder: use this one as it is, instead of the parameter `encoder`; nothing is trained.
         on_step: called after each training step, on a GPU after every 20th.
-        on_progress: called with the name of a phase ("reading", "encoding", "filling banks",
-            "calibrating") and the share of it that is done, 0 to 1.
+        on_progress: called with a phase, its share done, and the whole fit's seconds left or None.
         checkpoint: file that the state of training is written to every `checkpoint_minutes`, and
             when training ends, also by Ctrl-C, SIGTERM or an error.
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
@@ -222,8 +224,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def add(self, X: Any) -> PatchSVDD:  # noqa: N803
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
-        X must not hold images of `fit`, which are part of the mean image: thresholds would become
-        too low. Raises ValueError for unusable images; the detector then stays as it was.
+        X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
+        Raises ValueError for unusable images; the detector then stays as it was.
         """
         normal, images = self._normality(), self.load_images(X)
         height, width = self.image_shape()
@@ -264,8 +266,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         """A new detector with this one's encoder, mean and light, whose banks hold other images.
 
         For the same product on another line, say; the two can be merged. X must not hold images of
-        `fit`, which are part of the mean image: to leave some of those out, use `remove`. Raises
-        ValueError for unusable images, and for those of another size unless mean="channel".
+        `fit`: to leave some of those out, use `remove`. Raises ValueError for unusable images, and
+        for those of another size unless mean="channel".
         """
         before = self._model()
         given = before.parameters
@@ -339,9 +341,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
         """The anomalous regions of an image, each with the normal patch most like it.
 
-        The most anomalous first; none if the image is not anomalous. `result` is one of
-        `score_stream`.
+        The most anomalous first; none if the image is not anomalous.
 
+        result: one of `score_stream`.
         false_alarm_rate: sets the threshold; None: the threshold that the stream had.
         """
         self._require_fitted()
@@ -359,10 +361,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def match_picture(self, region: Region) -> Image.Image | None:
         """The training image that holds a region's nearest normal patch; None if not kept."""
-        self._require_fitted()
-        if self.gallery_ is None:
-            return None
-        return self.gallery_.picture(region.match_image, self.image_shape())
+        gallery = self._normality().gallery
+        return None if gallery is None else gallery.picture(region.match_image, self.image_shape())
 
     def _image_names(self) -> tuple[str, ...]:
         return () if self.gallery_ is None else self.gallery_.names
@@ -379,7 +379,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     ) -> PatchSVDD:
         """Open a detector written by `save`; the file is mapped, not copied.
 
-        encoder: for a detector with an encoder of your own, which the file describes only by its
+        encoder: for a detector with an encoder of your own, of which the file holds only the
             weights: a module of the same architecture.
 
         A file of schema 2 or 3 is calibrated anew each time, which takes a while: `save` it once.

@@ -41,7 +41,8 @@ def encode(
     """
     matched = match_illumination(pixels, usual_light(parameters, light))
     mean = mean_of_size(mean, parameters["mean"], *pixels.shape[-2:])
-    return encode_images(encoder, matched, mean, parameters["levels"], num_in_mean, progress)
+    levels, precision = parameters["levels"], parameters["encoding_precision"]
+    return encode_images(encoder, matched, mean, levels, num_in_mean, progress, precision)
 
 
 def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:

@@ -211,17 +211,18 @@ def _own_distances(
 ) -> dict[str, Tensor]:
     """Per level, the distances [N, I, J] of each image's patches to those of the other images."""
     num_images = len(next(iter(banks.values())).groups)
-    distances = {}
-    for number, (level, bank) in enumerate(banks.items()):
+    work = sum(len(bank) ** 2 for bank in banks.values())  # all rows in all rows
+    distances, done = {}, 0.0
+    for level, bank in banks.items():
         grid = level.grid_shape(*image_shape)
         embeddings = bank.embeddings.view(num_images, *grid, bank.dim)
         found = torch.empty(num_images, *grid, device=bank.device)
         for some in torch.arange(num_images, device=bank.device).split(at_once):
             own = bank.groups[some][:, None, None].expand(-1, *grid)
             found[some], _ = bank.nearest(embeddings[some].float(), exclude_same_group=own)
+            done += len(some) / num_images * len(bank) ** 2 / work
             if progress is not None:
-                done = number + (int(some[-1]) + 1) / num_images
-                progress(done / len(banks))
+                progress(min(1.0, done))
         distances[str(level)] = found
     return distances
 

@@ -1,5 +1,7 @@
 """A detector with any encoder: pretrained by name, a backbone of one's own, the paper's."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from forging import packed
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.detector.model_file import describe, load_encoder
+from patchsvdd_fast.detector.onnx import export_detector
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.encoders.patch_encoder import PatchEncoder
 from patchsvdd_fast.files import store
@@ -60,7 +63,7 @@ def reopened(detector, path):
 def test_nothing_is_trained_and_everything_works(parameters, category_folder, tmp_path):
     phases = []
     detector = PatchSVDD(**parameters).fit(
-        category_folder, on_progress=lambda name, share: phases.append((name, share))
+        category_folder, on_progress=lambda name, share, _: phases.append((name, share))
     )
     assert detector.record_.steps == 0
     assert list(dict(phases)) == ["reading", "encoding", "filling banks", "calibrating"]
@@ -120,6 +123,27 @@ def test_images_of_other_sizes_are_scored(lite, images):
     assert detector.score([large]).anomaly_map.shape == (1, 480, 333)
     with pytest.raises(ValueError, match="20x30 pixels, less than one patch of 24x24"):
         detector.score([images[0][:30, :20]])
+
+
+def test_the_precision_of_encoding_is_remembered(images, tmp_path):
+    parameters = {"encoder": Plain(), "image_size": 96, "device": "cpu"}
+    exact = PatchSVDD(**parameters).fit(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a CPU that has no bfloat16
+        rough = PatchSVDD(**parameters, encoding_precision="bfloat16").fit(images)
+    new = texture(np.random.default_rng(9), 96)[None]
+    path = tmp_path / "model.safetensors"
+    loaded = reopened(rough, path)
+    assert loaded.encoding_precision == "bfloat16"
+    assert torch.equal(loaded.score(new).anomaly_map, rough.score(new).anomaly_map)
+    assert not torch.equal(exact.score(new).anomaly_map, rough.score(new).anomaly_map)
+    assert "bfloat16" in describe(path)["encoder"]
+    with pytest.raises(ValueError, match="these differ in encoding_precision"):
+        exact.merge(rough)
+    with pytest.raises(ValueError, match="encoded in bfloat16, but ONNX models compute in float32"):
+        export_detector(rough, tmp_path / "encoder.onnx")
+    with pytest.raises(ValueError, match="encoding_precision must be one of"):
+        PatchSVDD(**parameters, encoding_precision="float16").fit(images)
 
 
 def test_an_encoder_is_not_changed_by_fitting(images):

@@ -1,0 +1,110 @@
+"""How long a fit will still take: by phase, from its own pace and from a trial."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import Plain
+from conftest import texture
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.detector import forecast
+from patchsvdd_fast.detector.forecast import PHASES, Progress
+from patchsvdd_fast.search.bank import NormalBank
+
+
+class Clock:
+    """Stands for the module `time`; goes on only when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(forecast, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return np.stack([texture(rng, 96) for _ in range(17)])
+
+
+def test_a_phase_tells_by_its_pace_and_adds_what_follows(clock):
+    told = []
+    progress = Progress(lambda *report: told.append(report))
+    reading = progress.phase("reading")
+    clock.now = 1.0
+    reading(0.5)
+    assert told == [("reading", 0.0, None), ("reading", 0.5, None)]  # nothing is known of the rest
+    progress.expected = {"filling banks": 5.0, "calibrating": 20.0}
+    encoding = progress.phase("encoding")
+    clock.now = 3.0
+    encoding(0.25)
+    assert told[-1] == ("encoding", 0.25, 6 + 25)
+    progress.phase("filling banks")
+    assert told[-1] == ("filling banks", 0.0, 25)  # as expected, while it has no pace of its own
+    calibrating = progress.phase("calibrating")
+    clock.now = 7.0
+    calibrating(1.0)
+    assert told[-1] == ("calibrating", 1.0, 0)
+
+
+def test_nobody_listens():
+    progress = Progress()
+    assert progress.phase("reading") is None
+    progress.forecast({}, None, None, None, torch.zeros(99, 3, 8, 8))  # tries nothing
+
+
+def test_searches_grow_with_the_bank(monkeypatch):
+    embeddings = torch.randn(8, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    bank = NormalBank(embeddings)
+    monkeypatch.setattr(forecast, "_timed", lambda _, some: 1.0 + len(some) / 32)
+    # 8 rows: 1.25 s, 32 rows: 2 s, hence 1 s and 1/8 s for each image
+    assert forecast._seconds_of_search(embeddings, bank, 100) == pytest.approx(1 + 100 / 8)
+    clustered = NormalBank(embeddings, clusters=2)
+    assert clustered.num_clusters
+    sixteenth = forecast._seconds_of_search(embeddings, clustered, 8)
+    assert sixteenth == pytest.approx(2.0)
+    assert 2.0 < forecast._seconds_of_search(embeddings, clustered, 100) < 1 + 100 / 8
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_phase_of_a_fit_is_told(images, trained):
+    told = []
+    detector = PatchSVDD(
+        encoder="patch-svdd" if trained else Plain(),
+        image_size=96,
+        mode="dense",
+        steps=3,
+        check_every=2,
+        device="cpu",
+    )
+    began = time.perf_counter()
+    detector.fit(images, on_progress=lambda *report: told.append(report))
+    seconds = time.perf_counter() - began
+    phases = list(dict.fromkeys(phase for phase, _, _ in told))
+    assert phases == [phase for phase in PHASES if trained or phase != "training"]
+    for phase in phases:
+        shares = [share for name, share, _ in told if name == phase]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+    assert all(left is None for phase, _, left in told if phase == "reading")
+    known = [left for phase, _, left in told if phase != "reading"]
+    assert all(0 <= left < 100 * seconds for left in known)
+    assert known[-1] == 0
+
+
+def test_few_images_are_not_worth_a_trial(images, monkeypatch):
+    monkeypatch.setattr(forecast, "_timed", None)  # would fail
+    told = []
+    detector = PatchSVDD(encoder=Plain(), image_size=96)
+    detector.fit(images[:15], on_progress=lambda *report: told.append(report))
+    assert told[-1] == ("calibrating", 1.0, 0)
