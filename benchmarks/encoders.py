@@ -41,7 +41,12 @@ UNTRAINED, TRAINED = "patch-svdd, untrained", "patch-svdd, trained"
 ENCODERS: dict[str, dict[str, Any]] = {
     UNTRAINED: {"mode": "dense"},
     TRAINED: {"mode": "dense"},
+    f"{TRAINED} in bfloat16": {"mode": "dense", "precision": "bfloat16"},
     "efficientnet_lite0": {"encoder": "efficientnet_lite0"},
+    "efficientnet_lite0, bfloat16": {
+        "encoder": "efficientnet_lite0",
+        "encoding_precision": "bfloat16",
+    },
     "efficientnet_lite0, 64 axes": {"encoder": "efficientnet_lite0", "embedding_dim": 64},
     "efficientnet_lite0, whitened": {"encoder": "efficientnet_lite0", "projection": "whiten"},
 }
@@ -63,7 +68,7 @@ def fitted(parameters: dict[str, Any], category: Category, seed: int, trained: b
 def measure(name: str, category: Category, seed: int) -> dict[str, Any]:
     """One run: accuracy, times and sizes."""
     started = time.perf_counter()
-    detector = fitted(ENCODERS[name], category, seed, name == TRAINED)
+    detector = fitted(ENCODERS[name], category, seed, name.startswith(TRAINED))
     seconds = time.perf_counter() - started
     paths = [image.path for image in category.test_images()]
     some = paths[:: max(1, len(paths) // SINGLE_IMAGES)][:SINGLE_IMAGES]
