@@ -9,8 +9,7 @@ as well: the time from the folder to the detector, and from a file to its score,
 
 `--peer CATEGORY` adds what the search is worth there: the same features of the same images are
 searched by FAISS's flat index as patchcore-inspection does, in turn with ours in this process.
-FAISS brings a BLAS of its own, which is told the best kernels of this processor before it is
-loaded; what it then reports is recorded.
+FAISS brings a BLAS of its own, which has to run the best kernels of this processor (blas.py).
 
 Runs that encoders.json in the output folder already holds are not repeated (`--again` does), so a
 long series can be done in parts. Writes encoders.json, encoders.md and encoders.png.
@@ -27,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import blas
 import numpy as np
 import torch
 
@@ -54,7 +54,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
 METRICS = ("detection", "segmentation", "aupro")
 SINGLE_IMAGES = 30  # timed one at a time
 PEER_IMAGES, PEER_REPEATS = 8, 3
-_KERNELS = {"avx512bw": "SKYLAKEX", "avx2": "HASWELL"}  # OpenBLAS's, by what a processor must have
 
 
 def fitted(parameters: dict[str, Any], category: Category, seed: int, trained: bool) -> PatchSVDD:
@@ -96,24 +95,9 @@ def measure(name: str, category: Category, seed: int) -> dict[str, Any]:
 # --- the search's peer ----------------------------------------------------------------------------
 
 
-def unleash_openblas() -> None:
-    """Name the kernels for this processor to an OpenBLAS that is too old to know it.
-
-    Must run before the library that brings it is imported.
-    """
-    described = Path("/proc/cpuinfo")
-    features = described.read_text().split() if described.exists() else []
-    for feature, kernels in _KERNELS.items():
-        if feature in features:
-            os.environ["OPENBLAS_CORETYPE"] = kernels
-            return
-
-
 def compare_with_faiss(category: Category) -> dict[str, Any]:
     """Milliseconds an image of ours and of FAISS's flat index over the same features."""
-    unleash_openblas()
     import faiss
-    from threadpoolctl import threadpool_info
 
     detector = fitted(ENCODERS["efficientnet_lite0"], category, 0, False)
     ((level, bank),) = detector.banks_.items()
@@ -140,11 +124,8 @@ def compare_with_faiss(category: Category) -> dict[str, Any]:
             found = torch.from_numpy(squared[:, 0]).clamp(min=0).sqrt()
             largest = float(distances.max())
             worst = max(worst, abs(float(found.max()) - largest) / largest)
-    blas = [
-        {key: entry.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
-        for entry in threadpool_info()
-        if entry["user_api"] == "blas"
-    ]
+    loaded = blas.libraries()
+    blas.require_best_kernels(loaded)
     return {
         "category": category.name,
         "bank": [len(bank), bank.dim],
@@ -153,7 +134,7 @@ def compare_with_faiss(category: Category) -> dict[str, Any]:
         "faiss_seconds": statistics.median(theirs),
         "ratio": statistics.median(theirs) / statistics.median(ours),
         "worst_score_difference": worst,
-        "blas": blas,
+        "blas": loaded,
         "commit": commit(),
     }
 
@@ -308,4 +289,5 @@ def _key(run: dict[str, Any]) -> tuple[str, str, int]:
 
 
 if __name__ == "__main__":
+    blas.restart_with_best_kernels()
     main()

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import blas
 import torch
 from torch import Tensor
 
@@ -579,6 +580,7 @@ def panels(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
 def write(result: dict[str, Any], folder: Path) -> None:
     """Write gpu.json and gpu.md."""
     folder.mkdir(parents=True, exist_ok=True)
+    result["blas"] = blas.libraries()  # FAISS's is loaded by now
     (folder / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "gpu.md").write_text(table(result))
 
@@ -633,4 +635,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.restart_with_best_kernels()
     main()

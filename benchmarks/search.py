@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import blas
 import torch
 from torch import Tensor
 
@@ -290,6 +291,8 @@ def table(result: dict[str, Any]) -> str:
         f"A bank of {memory['rows']:,} x {memory['dim']} keeps {memory['kept']:.2f} times its "
         f"embeddings' memory, the embeddings included; building takes {memory['peak']:.2f} at most."
     )
+    kernels = [f"{b['of']} {b['name']} {b['version']} {b['architecture']}" for b in result["blas"]]
+    lines += ["", f"BLAS libraries: {'; '.join(kernels)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -321,7 +324,15 @@ def main() -> None:
         measured = measure(workload, options.repeats)
         records += [record for record in measured if "reason" not in record]
     memory = memory_of_a_bank(100_000 if options.quick else 1_000_000, 64)
-    result = {"commit": commit(), "machine": describe(), "records": records, "memory": memory}
+    loaded = blas.libraries()
+    blas.require_best_kernels(loaded)
+    result = {
+        "commit": commit(),
+        "machine": describe(),
+        "blas": loaded,
+        "records": records,
+        "memory": memory,
+    }
     print(table(result))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -335,4 +346,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    blas.restart_with_best_kernels()
     main()

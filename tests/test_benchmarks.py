@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import blas
 import calibration
 import numpy as np
 import pipeline
@@ -324,3 +325,43 @@ def test_folders_that_differ_do_not_mix():
     assert separate["own_folder"] > 0.8
     assert separate["p_value"] < 0.001
     assert separate["one_image"] == 1
+
+
+def test_a_peer_whose_blas_has_its_brakes_on_is_not_compared_with(monkeypatch):
+    monkeypatch.setattr(blas, "_best", lambda: ("SKYLAKEX", ("skylakex",)))
+    library = {"of": "faiss_cpu", "name": "openblas", "version": "0.3.15", "num_threads": 2}
+    blas.require_best_kernels([])
+    blas.require_best_kernels([library | {"architecture": "SkylakeX"}])
+    blas.require_best_kernels([library | {"name": "mkl", "architecture": None}])
+    with pytest.raises(RuntimeError, match=r"OpenBLAS 0\.3\.15 of faiss_cpu runs its Prescott"):
+        blas.require_best_kernels([library | {"architecture": "Prescott"}])
+
+
+def test_benchmarks_start_again_with_the_best_kernels(tmp_path):
+    """Whatever the environment says; NumPy's own BLAS then reports them, too."""
+    script = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import blas\n"
+        "blas.restart_with_best_kernels()\n"
+        "import json, numpy, os\n"
+        "print(json.dumps([os.environ.get('OPENBLAS_CORETYPE'), blas.libraries(), sys.argv[1:]]))"
+    )
+    wanted, good = blas._best()
+    if not wanted:
+        pytest.skip("nothing is known of this processor")
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, path, "--one", "two words"],
+        cwd=ROOT,
+        env={**script_environment(), "OPENBLAS_CORETYPE": "Nehalem"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    named, loaded, arguments = json.loads(done.stdout)
+    assert named == wanted
+    assert arguments == ["--one", "two words"]
+    pytest.importorskip("threadpoolctl")
+    architectures = [lib["architecture"].lower() for lib in loaded if lib["name"] == "openblas"]
+    assert architectures
+    assert set(architectures) <= set(good)

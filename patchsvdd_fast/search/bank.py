@@ -67,7 +67,7 @@ class NormalBank:
         self._grid = grid
         self._groups = _as_groups(groups, values, self._rows_per_group)
         self._storage, self._wanted_clusters, self._seed = storage, clusters, seed
-        self._cluster(values)
+        self._cluster(values, self._groups)
 
     def __len__(self) -> int:
         return self._data.shape[0]
@@ -313,14 +313,15 @@ class NormalBank:
     def _rows_per_group(self) -> int:
         return self._grid[0] * self._grid[1]
 
-    def _cluster(self, values: Tensor) -> None:
+    def _cluster(self, values: Tensor, groups: Tensor) -> None:
         """Use these rows [M, D], in the order of their numbers; clustered if that pays."""
         clusters: ClusterArrays | SegmentArrays | None = None
         stretch = 1.0
         if self._wanted_clusters != 0 and _on_gpu(values):
             clusters = build_segments(values, self._wanted_clusters, self._seed)
         elif self._wanted_clusters != 0:
-            built = build_clusters(values, self._wanted_clusters, self._seed)
+            whose = Groups(of_bank=groups, rows_per_group=self._rows_per_group)
+            built = build_clusters(values, self._wanted_clusters, self._seed, whose)
             clusters, stretch = (None, 1.0) if built is None else built
         self._clusters, self._stretch = clusters, stretch
         self._data = values if self._clusters is None else self._clusters.data
@@ -330,7 +331,7 @@ class NormalBank:
         """Use changed rows [M, D]: about the same centroids, unless the bank has grown much."""
         grown = len(values) > _GROWTH * self._clustered_rows
         if self._clusters is None or grown or not can_be_clustered(values):
-            self._cluster(values)
+            self._cluster(values, groups)
         else:
             if isinstance(self._clusters, SegmentArrays):
                 self._clusters = segments_about(values, self._clusters.centroids)

@@ -9,11 +9,12 @@ for rounding (docs/design/cpu-search.md).
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import Groups
+from ..ops.checks import NO_GROUPS, Groups
 from ..ops.cpu_bank import (
     LANES,
     ClusterArrays,
@@ -23,24 +24,31 @@ from ..ops.cpu_bank import (
     project,
     release_memory,
 )
-from ..ops.search import search_clusters
+from ..ops.search import nearest_in_bank, search_clusters
 from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
 _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
-_TRIAL_QUERIES = 256
-_WORTHWHILE = 0.25  # most of the bank that a search may look at, as a share
+_TRIAL_RUNS, _TRIAL_RUN = 4, 256  # of rows that follow each other, as an image's patches do
+_TRIALS = 2  # of each way, in turn; the faster counts
+# The bank's own rows are easier to find than new images' patches, which clusters may take up to
+# three times as long for; brute force takes as long for all.
+_WORTHWHILE = 2.0
 
 
 def build_clusters(
-    embeddings: Tensor, num_clusters: int | None = None, seed: int = 0
+    embeddings: Tensor,
+    num_clusters: int | None = None,
+    seed: int = 0,
+    groups: Groups = NO_GROUPS,
 ) -> tuple[ClusterArrays, float] | None:
     """Cluster a bank; returns its arrays and the stretch of its projection, or None.
 
     embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU.
     num_clusters: None chooses it from M, and gives up clusters where they would not pay: in small
-        banks, and where a trial search still looks at much of the bank.
+        banks, and where a trial search is faster without them.
+    groups: `of_bank`, the groups of the rows; a trial's queries match none of their own.
 
     Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
     """
@@ -54,7 +62,7 @@ def build_clusters(
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
     release_memory()
-    if num_clusters is None and _share_looked_at(arrays, stretch, generator) > _WORTHWHILE:
+    if num_clusters is None and not _pays(embeddings, arrays, stretch, groups, generator):
         return None
     return arrays, stretch
 
@@ -133,13 +141,42 @@ def _pack(
     return arrays
 
 
-def _share_looked_at(arrays: ClusterArrays, stretch: float, generator: torch.Generator) -> float:
-    """Share of the bank that a search for its own rows looks at, each row itself excluded."""
-    rows = arrays.data.shape[0]
-    picked = torch.randint(rows, (_TRIAL_QUERIES,), generator=generator, device="cpu")
-    itself = Groups(arrays.ids[picked], torch.arange(rows, device="cpu"))
-    *_, looked_at = search_clusters(arrays.data[picked].float(), arrays, stretch, itself)
-    return looked_at / (rows * _TRIAL_QUERIES)
+def _pays(
+    embeddings: Tensor,
+    arrays: ClusterArrays,
+    stretch: float,
+    groups: Groups,
+    generator: torch.Generator,
+) -> bool:
+    """Whether a search for some of the bank's own rows is much faster with its clusters."""
+    rows = len(embeddings)
+    run = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
+    starts = torch.randint(rows - len(run) + 1, (_TRIAL_RUNS, 1), generator=generator, device="cpu")
+    picked = (starts + run).flatten()
+    queries = embeddings[picked].float()
+    excluded = _own_groups(picked, rows, groups)
+    clustered, brute = math.inf, math.inf
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        search_clusters(queries, arrays, stretch, excluded)
+        between = time.perf_counter()
+        nearest_in_bank(queries, embeddings, groups=excluded)
+        clustered = min(clustered, between - began)
+        brute = min(brute, time.perf_counter() - between)
+    return clustered * _WORTHWHILE < brute
+
+
+def _own_groups(picked: Tensor, rows: int, groups: Groups) -> Groups:
+    """Groups that exclude each picked row's own from its search, or else the row alone.
+
+    A group that is most of the bank would leave nothing to search.
+    """
+    if groups.of_bank is not None:
+        of_queries = groups.of_bank[picked // groups.rows_per_group]
+        largest = int(groups.of_bank.unique(return_counts=True)[1].max()) * groups.rows_per_group
+        if largest <= rows // 2:
+            return Groups(of_queries, groups.of_bank, groups.rows_per_group)
+    return Groups(picked, torch.arange(rows, device="cpu"))
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from patchsvdd_fast import NormalBank, nearest, ops
 from patchsvdd_fast.ops import reference
 from patchsvdd_fast.ops import search as search_ops
+from patchsvdd_fast.ops.checks import Groups
+from patchsvdd_fast.search import cpu_clusters
 from patchsvdd_fast.search.centroids import default_clusters
 from patchsvdd_fast.search.cpu_clusters import build_clusters
 
@@ -127,10 +129,37 @@ def test_default_clusters_grow_with_the_bank():
     assert default_clusters(10**9) == 4096
 
 
-def test_patches_are_clustered_and_noise_is_not(patches):
-    assert NormalBank(patches).num_clusters > 50
+def test_rows_along_few_axes_are_clustered_and_noise_is_not():
+    few_axes = torch.randn(40_000, 3) @ torch.randn(3, 64)
+    assert NormalBank(few_axes).num_clusters > 50
+    assert "clusters" in repr(NormalBank(few_axes))
     assert NormalBank(torch.rand(8000, 64)).num_clusters == 0
-    assert "clusters" in repr(NormalBank(patches))
+
+
+@pytest.mark.parametrize(("slower", "clustered"), [("clusters", False), ("brute force", True)])
+def test_what_a_trial_finds_slower_is_not_done(monkeypatch, patches, slower, clustered):
+    name = "search_clusters" if slower == "clusters" else "nearest_in_bank"
+    search = getattr(cpu_clusters, name)
+
+    def slow(*arguments, **named):
+        time.sleep(0.2)
+        return search(*arguments, **named)
+
+    monkeypatch.setattr(cpu_clusters, name, slow)
+    assert (NormalBank(patches).num_clusters > 0) == clustered
+
+
+def test_a_trial_leaves_out_the_groups_of_its_queries():
+    picked = torch.tensor([0, 7, 11])
+    groups = Groups(of_bank=torch.tensor([5, 6, 7, 5]), rows_per_group=3)
+    own = cpu_clusters._own_groups(picked, 12, groups)
+    assert own.of_queries.tolist() == [5, 7, 5]
+    assert own.rows_per_group == 3
+    # A group that is most of the bank would leave too little.
+    groups = Groups(of_bank=torch.tensor([5, 5, 7, 5]), rows_per_group=3)
+    alone = cpu_clusters._own_groups(picked, 12, groups)
+    assert alone.of_queries.tolist() == [0, 7, 11]
+    assert alone.of_bank.tolist() == list(range(12))
 
 
 def test_answers_do_not_depend_on_clusters_threads_batches_or_order(patches, queries):
@@ -336,8 +365,7 @@ def test_a_bank_is_checked_when_made_and_not_at_each_search(patches, queries, mo
 
 
 def test_half_storage_rounds_once(patches, queries):
-    bank = NormalBank(patches, storage=torch.float16)
-    assert bank.num_clusters > 0
+    bank = NormalBank(patches, storage=torch.float16, clusters=60)
     assert bank.embeddings.dtype == torch.float16
     expected = nearest(queries.flatten(0, 2), patches.flatten(0, 2).half().float())
     found = bank.nearest(queries.flatten(0, 2))
@@ -477,8 +505,8 @@ def test_torch_defaults_do_not_matter(patches, queries):
     expected = nearest(flat, rows)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        bank = NormalBank(rows)
-        assert bank.num_clusters > 0
+        bank = NormalBank(rows, clusters=60)
+        assert NormalBank(rows).dim == 40  # with a trial
         opened = NormalBank.from_state_dict(bank.state_dict())
         found = [searched.nearest(flat) for searched in (bank, opened)]
     finally:
