@@ -28,6 +28,22 @@ class Plain(nn.Module):
         return maps[1:]
 
 
+class PadsBySize(Plain):
+    """Pads as TensorFlow's "same": by the size, so that odd sizes move the cells."""
+
+    def forward(self, images):
+        maps, values = [], images
+        for layer in self.layers:
+            pads = []
+            for size in (values.shape[3], values.shape[2]):
+                total = max(0, (-(-size // 2) - 1) * 2 + 3 - size)
+                pads += [total // 2, total - total // 2]
+            padded = nn.functional.pad(values, pads)
+            values = torch.relu(nn.functional.conv2d(padded, layer.weight, layer.bias, stride=2))
+            maps.append(values)
+        return maps[1:]
+
+
 class SeesAll(Plain):
     """Scales all maps by a mean over the whole image, as squeeze-and-excitation does."""
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from backbones import Plain
 from conftest import ROOT, texture
-from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.cli import app as cli
 from patchsvdd_fast.cli import terminal
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
@@ -222,7 +222,12 @@ def test_demo(tmp_path, monkeypatch):
 
 def test_file_format_has_every_tensor(example_folder):
     """The tables of tensors are those of a model that has a bank with clusters."""
-    tensors, header = store.load("model.safetensors")
+    detector = PatchSVDD.load("model.safetensors", device="cpu")
+    level, bank = list(detector.banks_.items())[-1]
+    rows = bank.embeddings.view(-1, *bank.grid, bank.dim)
+    detector.banks_[level] = NormalBank(rows, groups=bank.groups, clusters=20)
+    detector.save("clustered.safetensors")
+    tensors, header = store.load("clustered.safetensors")
     page = read(DOCS / "file-format.md")
     table = {
         name: (dtype, shape.split(", "))

@@ -125,7 +125,7 @@ def encoder_parameters(encoder: str | None, file: Path | None = None) -> dict[st
     if encoder is None:
         return {"encoder": PATCH_SVDD}
     path = file or Path(encoder)
-    if is_encoder_name(encoder) and not path.exists():
+    if is_encoder_name(encoder) and not path.is_file():
         return {"encoder": encoder}
     if not path.exists():
         raise ValueError(f"--encoder takes a file or one of {encoder_names()}, got {encoder!r}")

@@ -172,12 +172,31 @@ def train(
     is_trained = chosen["encoder"] == PATCH_SVDD
     length = minutes or epochs or steps
     if not is_trained:
-        if length:
+        useless = {
+            "--mode": None if mode == "auto" else mode,
+            "--minutes": minutes,
+            "--epochs": epochs,
+            "--steps": steps,
+            "--batch-size": batch_size,
+            "--learning-rate": learning_rate,
+            "--lambda": svdd_weight,
+            "--surface": surface,
+            "--initialization": initialization,
+            "--train-last-layer": train_last_layer,
+            "--redraw-clipped": redraw_clipped or None,
+            "--precision (see --encoding-precision)": None if precision == "float32" else precision,
+            "--check-every": check_every,
+            "--patience": patience,
+            "--log": log,
+            "--tensorboard": tensorboard,
+        }
+        given = [name for name, value in useless.items() if value is not None]
+        if given:
             raise typer.BadParameter(
-                "--minutes, --epochs and --steps are for the encoder patch-svdd: others are used "
-                "as they are, nothing is trained"
+                f"{', '.join(given)}: for training, but only the encoder patch-svdd is trained; "
+                "others are used as they are"
             )
-        mode = "faithful" if mode == "auto" else mode
+        mode = "faithful"
     elif mode == "auto":
         size = parse_size(parse_resize(resize))
         mode = _mode_for(target, size, "" if length else ", a few minutes")

@@ -23,7 +23,6 @@ from ..images.light import (
 from ..images.prepare import ImageSet, load_image_set, parse_size
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
-from ..score.encoding import NotFiniteError
 from ..training.checkpoints import train_encoder
 from ..training.defect_check import check_of
 from ..training.record import TrainingRecord, TrainingStep
@@ -94,7 +93,7 @@ def fit_model(
         record = trained
     encoder = encoder.to(device).eval()
     if isinstance(encoder, BackboneEncoder) and encoder.needs_fit:
-        encoder = _with_projection(encoder, mean, light, given, loaded.pixels)
+        encoder = _with_projection(encoder, mean, light, given, loaded)
         given = {**given, "embedding_dim": encoder.embedding_dim}
     # Each of these images is part of the mean image; a new one is not.
     num_in_mean = len(images) if given["mean"] == "pixel" else None
@@ -133,10 +132,9 @@ def filled(
     """New banks and a gallery of these images, and their calibration; arguments as of `encode`."""
     progress = progress or Progress()
     encoding = progress.phase(ENCODING)
-    try:
-        encoded = encode(encoder, mean, light, given, images.pixels, num_in_mean, encoding)
-    except NotFiniteError as error:
-        raise error.named(images.names) from None
+    encoded = encode(
+        encoder, mean, light, given, images.pixels, num_in_mean, encoding, images.names
+    )
     filling = progress.phase(FILLING)
     normal = normality.normality_of(
         given["levels"], images, encoded, given["keep_images"], given["seed"]
@@ -176,11 +174,13 @@ def _mean_of(given: Parameters, encoder: PatchEncoder | None, images: Tensor) ->
 
 
 def _with_projection(
-    encoder: BackboneEncoder, mean: Tensor, light: Tensor, given: Parameters, pixels: Tensor
+    encoder: BackboneEncoder, mean: Tensor, light: Tensor, given: Parameters, images: ImageSet
 ) -> BackboneEncoder:
-    """A copy of the encoder whose projection is fitted to training images [N, 3, H, W]."""
+    """A copy of the encoder whose projection is fitted to training images."""
     encoder = copy.deepcopy(encoder)  # the caller may fit another detector with it
-    some = torch.linspace(0, len(pixels) - 1, min(len(pixels), _FIT_IMAGES)).round().long()
-    encoded = encode(encoder, mean, light, given, pixels[some])
+    count = len(images.names)
+    some = torch.linspace(0, count - 1, min(count, _FIT_IMAGES)).round().long()
+    names = [images.names[i] for i in some]
+    encoded = encode(encoder, mean, light, given, images.pixels[some], names=names)
     encoder.fit_projection(torch.cat([values.flatten(0, 2) for values in encoded]))
     return encoder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.patch_encoder import PatchEncoder
-from ..score.encoding import banks_of
+from ..score.encoding import NotFiniteError, banks_of
 from ..search.bank import NormalBank
 from ..training.record import TrainingStep
 from .parameters import Parameters
@@ -67,14 +67,16 @@ class Progress:
 
         images: uint8 [N, 3, H, W], all of them.
         """
-        count = min(_TRIED, len(images) // 4)
-        if self.on_progress is None or count < _LEAST_TRIED:
-            self.expected |= dict.fromkeys((ENCODING, FILLING, CALIBRATING), 0.0)  # a second or two
+        if self.on_progress is None or len(images) < _LEAST_TRIED:
             return
+        count = min(_TRIED, max(_LEAST_TRIED, len(images) // 4))
         some = torch.linspace(0, len(images) - 1, count).round().long()
-        encode(encoder, mean, light, given, images[some[:2]])  # loads libraries
-        began = time.perf_counter()
-        encoded = encode(encoder, mean, light, given, images[some])
+        try:
+            encode(encoder, mean, light, given, images[some[:2]])  # loads libraries
+            began = time.perf_counter()
+            encoded = encode(encoder, mean, light, given, images[some])
+        except NotFiniteError:
+            return  # encoding all of them will name the image
         self.expected[ENCODING] = (time.perf_counter() - began) * len(images) / count
         began = time.perf_counter()
         banks = banks_of(given["levels"], encoded, given["seed"])

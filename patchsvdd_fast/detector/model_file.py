@@ -7,6 +7,7 @@ one when loaded. The format itself, with header and checksums, is that of `files
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -270,6 +271,10 @@ def encoder_of(
         encoder: PatchEncoder = rebuilt_encoder(name, settings, below(stored, "backbone."))
     elif isinstance(module, PatchEncoder):
         encoder = copy.deepcopy(module)
+        ours = json.loads(json.dumps(encoder.settings()))
+        differing = [k for k in {**settings, **ours} if settings.get(k) != ours.get(k)]
+        if differing:
+            raise ValueError(f"the encoder given differs from the file's in {', '.join(differing)}")
     else:
         encoder = BackboneEncoder(copy.deepcopy(module), name=name, **settings)
     if _shapes(stored) != _shapes(encoder.state_dict()):

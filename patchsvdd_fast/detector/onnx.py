@@ -1,12 +1,12 @@
 """Export the dense encoder as an ONNX model, for runtimes other than PyTorch.
 
 The search stays in this library. The runtime embeds images whose light has been matched, and
-`search_levels` scores them as the detector would, but for rounding (docs/onnx.md)::
+`PatchSVDD.score_encoded` scores them as the detector would, but for rounding (docs/onnx.md)::
 
     images = match_illumination(detector.load_images("images/new").pixels, detector.usual_light())
     outputs = runtime.run(None, {"images": images.numpy()})  # uint8 [N, 3, H, W] -> [N, I, J, D]
     embeddings = [torch.from_numpy(output) for output in outputs]
-    search_levels(detector.banks_, embeddings, (height, width), detector.combination)
+    detector.score_encoded(embeddings, (height, width))
 """
 
 from __future__ import annotations
@@ -176,12 +176,15 @@ def _run(model: bytes, batches: Sequence[Tensor]) -> list[Tensor] | None:
             stacklevel=3,
         )
         return None
-    runtime = InferenceSession(model, providers=["CPUExecutionProvider"])
-    return [
-        torch.from_numpy(embeddings)
-        for images in batches
-        for embeddings in runtime.run(None, {"images": images.numpy()})
-    ]
+    try:
+        runtime = InferenceSession(model, providers=["CPUExecutionProvider"])
+        return [
+            torch.from_numpy(embeddings)
+            for images in batches
+            for embeddings in runtime.run(None, {"images": images.numpy()})
+        ]
+    except Exception as error:  # onnxruntime's have no common class
+        raise RuntimeError(f"onnxruntime cannot run the model: {error}") from error
 
 
 def _largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:

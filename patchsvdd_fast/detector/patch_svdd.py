@@ -190,12 +190,13 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         """Load and resize images as this detector does; their light is matched by `encode`."""
         return load(X, self.parameters_)
 
-    def encode(self, pixels: Tensor) -> list[Tensor]:
+    def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
         """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
 
         Raises ValueError for another size than in training, unless the mean is one per channel.
         """
-        return scoring.encode(self.encoder_, self.mean_, self.light_, self.parameters_, pixels)
+        how = self.encoder_, self.mean_, self.light_, self.parameters_
+        return scoring.encode(*how, pixels, names=names)
 
     @property
     def levels_(self) -> tuple[PatchLevel, ...]:
@@ -234,7 +235,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
                 f"images to add must have {width}x{height} pixels as those in the banks, "
                 f"got {images.pixels.shape[3]}x{images.pixels.shape[2]}"
             )
-        encoded = self.encode(images.pixels)
+        encoded = self.encode(images.pixels, images.names)
         self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
         return self
 
@@ -275,15 +276,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         mean = mean_of_size(self.mean_, given["mean"], *images.pixels.shape[-2:])
         normal, calibration = filled(given, self.encoder_, mean, self.light_, images)
         twin = type(self)(**self.get_params())
-        twin._use(
-            replace(
-                before,
-                mean=mean,
-                banks=normal.banks,
-                gallery=normal.gallery,
-                calibration=calibration,
-            )
-        )
+        banks, gallery = normal
+        twin._use(replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration))
         if given["mean"] == "pixel":
             normality.warn_of_repeats(normal.gallery, self.gallery_)
         return twin
@@ -310,10 +304,14 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def score(self, X: Any) -> ScoreResult:  # noqa: N803
         """Anomaly maps and image scores of new images, all in memory. Raises NotFittedError."""
         self._require_fitted()
-        pixels = self.load_images(X).pixels
-        shape = pixels.shape[2], pixels.shape[3]
+        images = self.load_images(X)
+        height, width = images.pixels.shape[2:]
+        return self.score_encoded(self.encode(images.pixels, images.names), (height, width))
+
+    def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
+        """As `score`, from embeddings of images of (height, width), as `encode` gives them."""
         rule = scoring.map_rule(self.encoder_, self.calibration_)
-        return search_levels(self.banks_, self.encode(pixels), shape, self.combination, rule=rule)
+        return search_levels(self.banks_, encoded, shape, self.combination, rule=rule)
 
     def score_stream(
         self,
@@ -347,9 +345,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         false_alarm_rate: sets the threshold; None: the threshold that the stream had.
         """
         self._require_fitted()
-        threshold = result.threshold
-        if false_alarm_rate is not None:
-            threshold = self.threshold(false_alarm_rate)
+        rate = false_alarm_rate
+        threshold = result.threshold if rate is None else self.threshold(rate)
         return find_regions(
             result.scores, self.levels_, self.calibration_, threshold, self._image_names()
         )
@@ -386,7 +383,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         Raises ValueError if the file holds no detector, is damaged, or of a newer version.
         """
         model = load_model(path, resolve_device(device), cls().get_params(), encoder)
-        detector = cls(**{**model.parameters, "device": device})
+        own = {"device": device} if encoder is None else {"device": device, "encoder": encoder}
+        detector = cls(**{**model.parameters, **own})
         detector._use(model)
         return detector
 

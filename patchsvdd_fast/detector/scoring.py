@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def encode(
     pixels: Tensor,
     num_in_mean: int | None = None,
     progress: Callable[[float], None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Tensor]:
     """Match the light of images and embed all their patches: one [N, I, J, D] float32 per level.
 
@@ -36,13 +37,17 @@ def encode(
     pixels: uint8 [N, 3, H, W], in the light they were taken in.
     num_in_mean: N, if these images are the N that the mean was taken from; see `encode_images`.
     progress: called now and then with the share done, 0 to 1.
+    names: of the images, for messages of errors.
 
     Raises ValueError for images of another size than the mean, unless the mean is one per channel.
     """
     matched = match_illumination(pixels, usual_light(parameters, light))
     mean = mean_of_size(mean, parameters["mean"], *pixels.shape[-2:])
     levels, precision = parameters["levels"], parameters["encoding_precision"]
-    return encode_images(encoder, matched, mean, levels, num_in_mean, progress, precision)
+    try:
+        return encode_images(encoder, matched, mean, levels, num_in_mean, progress, precision)
+    except NotFiniteError as error:
+        raise (error if names is None else error.named(names)) from None
 
 
 def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:
@@ -74,10 +79,9 @@ def score_stream(
 
     def embed(images: list[PreparedImage]) -> tuple[list[PreparedImage], list[Tensor]]:
         pixels = torch.stack([image.pixels for image in images])
-        try:
-            return images, encode(model.encoder, model.mean, model.light, parameters, pixels)
-        except NotFiniteError as error:
-            raise error.named([image.name for image in images]) from None
+        names = [image.name for image in images]
+        embeddings = encode(model.encoder, model.mean, model.light, parameters, pixels, names=names)
+        return images, embeddings
 
     def search(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
         images, embeddings = embedded

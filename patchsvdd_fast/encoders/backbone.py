@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .levels import PatchLevel
-from .patch_encoder import PatchEncoder
+from .patch_encoder import PatchEncoder, device_of
 from .precision import computing_in
 
 GRID = 8
@@ -21,6 +21,7 @@ PROJECTIONS = ("none", "axes", "whiten")
 """What is made of the joined maps, see `BackboneEncoder`."""
 
 _PROBE = 128  # side of the image on which the backbone's maps are counted
+_ROWS_AT_ONCE = 16_384  # in float64, when a projection is fitted
 _LONG_PROBE = (64, 4096)  # of that on which it is measured how far a cell sees
 
 
@@ -29,7 +30,7 @@ class BackboneEncoder(PatchEncoder):
 
     backbone: maps [B, 3, H, W] float32 to a list of feature maps [B, C, h, w]: the interface of
         timm's `create_model(name, features_only=True)`. Cells of a map are H / h pixels apart, a
-        power of two.
+        power of two. It is put into evaluation mode, and its parameters get no gradients.
     name: what the encoder is called in files.
     maps: which of the maps to use, by number; None: all.
     pixel_mean, pixel_scale: images are normalised as (pixel - mean) / scale per channel, in pixel
@@ -147,9 +148,12 @@ class BackboneEncoder(PatchEncoder):
         """
         if not self.needs_fit:
             raise ValueError("the encoder has no projection, or it was fitted before")
-        values = embeddings.double()
-        values = values - values.mean(dim=0)
-        variances, vectors = torch.linalg.eigh(values.T @ values / len(values))  # ascending
+        mean = embeddings.mean(dim=0, dtype=torch.float64)
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+        for some in embeddings.split(_ROWS_AT_ONCE):
+            values = some.double() - mean
+            covariance += values.T @ values / len(embeddings)
+        variances, vectors = torch.linalg.eigh(covariance)  # ascending
         variances = variances.flip(0)[: self._dim].clamp(min=0)
         axes = vectors.flip(1)[:, : self._dim]
         if self.projection == "whiten":
@@ -180,7 +184,16 @@ class BackboneEncoder(PatchEncoder):
         return torch.cat(parts, dim=1)
 
     def _feature_maps(self, images: Tensor) -> list[Tensor]:
-        found = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        try:
+            found = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"the backbone of {self.name} fails on an image of {width}x{height} pixels; "
+                f"backbones take float32 images of any size of {_PROBE} pixels and more: {error}"
+            ) from error
         if isinstance(found, Tensor) or not isinstance(found, Sequence):
             raise TypeError(
                 "a backbone must return a list of feature maps, got "
@@ -197,7 +210,7 @@ class BackboneEncoder(PatchEncoder):
     @torch.no_grad()
     def _measure_maps(self) -> tuple[list[int], list[int]]:
         """Stride in pixels and number of channels of each map in use."""
-        device = next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
+        device = device_of(self.backbone)
         found = self._feature_maps(torch.zeros(1, 3, _PROBE, _PROBE, device=device))
         if not found:
             raise ValueError("maps must name at least one map")
@@ -219,7 +232,7 @@ class BackboneEncoder(PatchEncoder):
         NaN spreads to all that depends on it: pixels that are NaN in one half of a long image show
         how far into the other half cells see it.
         """
-        device = next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
+        device = device_of(self.backbone)
         low, length = _LONG_PROBE
         reach = 0
         for shape in ((low, length), (length, low)):
@@ -237,7 +250,22 @@ class BackboneEncoder(PatchEncoder):
                 reach = max(reach, int(outside.sum()) * GRID)
         # Other places relative to the coarsest map's cells may see up to a cell more.
         step = self.tile_step
-        return -(-reach // step) * step + step
+        around = -(-reach // step) * step + step
+        return around if self._cells_stay(around, device) else None
+
+    def _cells_stay(self, around: int, device: torch.device) -> bool:
+        """Whether a tile's cells, `around` pixels from its end, are those of the whole image.
+
+        They are not where a network pads by the image's size, as TensorFlow's "same" padding does:
+        that moves the cells of an image with an odd side.
+        """
+        side = around + 2 * self.tile_step
+        shape = (1, 3, side + self.tile_step // 2 + 1, side + self.tile_step // 2 + 1)
+        image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        kept = (side - around) // GRID
+        whole = self._joined(image)[..., :kept, :kept]
+        tile = self._joined(image[..., :side, :side])[..., :kept, :kept]
+        return torch.allclose(whole, tile, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
 def _per_channel(name: str, values: Sequence[float]) -> tuple[float, float, float]:

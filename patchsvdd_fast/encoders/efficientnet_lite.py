@@ -170,7 +170,8 @@ def _convolved(values: Tensor, layer: nn.Conv2d) -> Tensor:
     low = (kernel - stride) // 2
     pads = []
     for size in (values.shape[3], values.shape[2]):
-        pads += [low, (-(-size // stride) - 1) * stride + kernel - size - low]
+        cells = (size + stride - 1) // stride  # of positive numbers alone, as ONNX divides
+        pads += [low, (cells - 1) * stride + kernel - size - low]
     return F.conv2d(F.pad(values, pads), layer.weight, layer.bias, stride, groups=layer.groups)
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .levels import PatchLevel
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights lie; the CPU if it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 class PatchEncoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -82,7 +83,10 @@ def rebuilt_encoder(
             f"its encoder {name!r} is a module of your own, of which it holds only the weights: "
             "open it in Python, with PatchSVDD.load(path, encoder=...)"
         )
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            without_memory, _ = _network(name, pretrained=False)
+    except ValueError:  # some networks compute with values when they are made
         without_memory, _ = _network(name, pretrained=False)
     wanted = {name: value.shape for name, value in without_memory.state_dict().items()}
     if wanted != {name: value.shape for name, value in weights.items()}:
@@ -158,7 +162,8 @@ class Stages(nn.Module):
         values, last = images, {}
         for part in self.parts:
             values = part(values)
-            stride = round(images.shape[-1] / values.shape[-1])
+            ratio = int(images.shape[-1]) / int(values.shape[-1])
+            stride = 2 ** round(math.log2(ratio))  # sides need not be multiples of it
             if stride > max(_STRIDES):
                 break
             last[stride] = values

@@ -36,10 +36,13 @@ _DTYPES = {  # allowed in models, with their names in files
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 # Limits on what is read before it is checked: JSON takes up to thirty times its size when parsed. A
 # model has about a hundred tensors and a header of some kilobytes.

@@ -13,17 +13,23 @@ from torch import Tensor
 RINGS = 4
 """Rings of patches that are corrected, from the border inwards."""
 
+MOST = 4.0
+"""The largest factor: padding makes distances larger by less than that. Where good images differ
+much more near the border than inside, that is their nature."""
+
+_LEAST_INSIDE = 4  # patches; fewer say little of the images
+
 
 def ring_means(distances: Tensor) -> Tensor:
     """Mean distance in each ring of each image, and inside of them all.
 
-    distances: [N, I, J]. Returns [N, RINGS + 1] float64; if the grid is too small to have an
-    inside, all are 1.
+    distances: [N, I, J]. Returns [N, RINGS + 1] float64; all are 1 if the grid is too small to have
+    an inside of some patches.
     """
     count, rows, columns = distances.shape
     rings = _rings(rows, columns, torch.device("cpu"))
     sizes = torch.bincount(rings.flatten(), minlength=RINGS + 1)
-    if not sizes[-1]:
+    if sizes[-1] < _LEAST_INSIDE:
         return torch.ones(count, RINGS + 1, dtype=torch.float64)
     sums = torch.zeros(count, RINGS + 1, dtype=torch.float64)
     sums.index_add_(1, rings.flatten(), distances.cpu().flatten(1).double())
@@ -31,12 +37,12 @@ def ring_means(distances: Tensor) -> Tensor:
 
 
 def border_factors(means: Tensor) -> Tensor:
-    """How much larger distances are in each ring than inside, at least 1.
+    """How much larger distances are in each ring than inside, 1 to `MOST`.
 
     means: [..., RINGS + 1], of `ring_means`, averaged over images. Returns [..., RINGS] float64.
     """
     inside = means[..., -1:].clamp(min=1e-30)
-    return (means[..., :-1] / inside).clamp(min=1)
+    return (means[..., :-1] / inside).clamp(min=1, max=MOST)
 
 
 def corrected(distances: Tensor, factors: Tensor) -> Tensor:

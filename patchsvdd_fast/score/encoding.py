@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.levels import PatchLevel
-from ..encoders.patch_encoder import PatchEncoder
+from ..encoders.patch_encoder import PatchEncoder, device_of
 from ..encoders.precision import computing_in
 from ..images.light import normalize
 from ..ops.backends import byte_limit
@@ -85,7 +85,7 @@ def encode_images(
             f"images must have shape [N, {', '.join(map(str, mean.shape))}] as in training, "
             f"got {list(images.shape)}"
         )
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     mean = mean.to(device)
     height, width = images.shape[-2:]
     shapes = [

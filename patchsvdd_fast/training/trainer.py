@@ -318,7 +318,8 @@ class Trainer:
         if self.settings.minutes is None and total != self.total:
             raise ValueError(f"it has {total} steps in all, not {self.total}")
         self.total = None if total is None else _check_count("total", total)
-        self.record = record_of(values["record"])
+        # Older checkpoints do not say what gain is needed.
+        self.record = record_of({"least_gain": self.record.least_gain, **values["record"]})
         if _check_count("steps", self.record.steps) > (self._end or math.inf):
             raise ValueError(f"it has made {self.record.steps} of {self._end} steps")
         if not 0 <= float(self.record.seconds) < math.inf:

@@ -61,7 +61,12 @@ def test_projections(here, category_folder, tmp_path):
     [
         (("--encoder", "resnet18"), 1, "--encoder takes a file or one of patch-svdd, efficient"),
         (("--encoder", "missing.safetensors"), 1, "--encoder takes a file or one of"),
-        ((*LITE, "--steps", "5"), 2, "nothing is trained"),
+        ((*LITE, "--steps", "5"), 2, "--steps: for training, but only the encoder patch-svdd"),
+        (
+            (*LITE, "--mode", "dense", "--precision", "bfloat16"),
+            2,
+            "--mode, --precision (see --encoding-precision): for training",
+        ),
         ((*LITE, "--mean", "pixel"), 1, "has a mean of its own"),
         (("--projection", "whiten", "--steps", "1"), 1, "projection is for pretrained encoders"),
         (("--encoder", "timm/../x"), 1, "no name of a network of timm"),

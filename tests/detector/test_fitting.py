@@ -74,7 +74,8 @@ def test_nothing_is_trained_and_everything_works(parameters, category_folder, tm
     before, after = detector.score(paths), loaded.score(paths)
     assert torch.equal(before.anomaly_map, after.anomaly_map)
     assert loaded.threshold_ == detector.threshold_
-    assert loaded.get_params() == detector.parameters_ | {"device": "cpu"}
+    own = {"encoder": loaded.encoder}  # a module, or its name
+    assert loaded.get_params() == detector.parameters_ | {"device": "cpu"} | own
     assert loaded.levels_ == detector.levels_
     with loaded.score_stream(paths) as stream:
         for number, result in enumerate(stream):
@@ -257,12 +258,57 @@ def test_nan_in_features_names_the_image(images, tmp_path):
     message = r"3\.png: the encoder gives NaN or infinity at patch 0, 0 of K24"
     with pytest.raises(ValueError, match=message):
         PatchSVDD(encoder=Breaks(), image_size=96).fit(tmp_path)
+    with pytest.raises(ValueError, match=message):  # whatever is encoded first
+        PatchSVDD(encoder=Breaks(), image_size=96).fit(tmp_path, on_progress=lambda *_: None)
+    with pytest.raises(ValueError, match=message):
+        PatchSVDD(encoder=Breaks(), projection="axes", image_size=96).fit(tmp_path)
     detector = PatchSVDD(encoder=Breaks(), image_size=96).fit(images)
+    for change in (detector.score, detector.add, detector.refit):
+        with pytest.raises(ValueError, match=message):
+            change(tmp_path)
     with (
         pytest.raises(ValueError, match=message),
         detector.score_stream(sorted(tmp_path.iterdir())) as stream,
     ):
         list(stream)
+
+
+@pytest.mark.parametrize(
+    ("made_otherwise", "named"),
+    [
+        ({"pixel_scale": (1.0, 1.0, 1.0)}, "pixel_scale"),
+        ({"projection": "axes", "dim": 8, "shrinkage": 0.5}, "shrinkage"),
+    ],
+)
+def test_a_file_is_not_opened_with_an_encoder_made_otherwise(
+    made_otherwise, named, images, tmp_path
+):
+    path = tmp_path / "model.safetensors"
+    like = {"projection": "axes", "dim": 8} if "dim" in made_otherwise else {}
+    encoder = BackboneEncoder(Plain(), **like)
+    PatchSVDD(encoder=encoder, image_size=96).fit(images).save(path)
+    with pytest.raises(ValueError, match=f"the encoder given differs from the file's in {named}"):
+        PatchSVDD.load(path, encoder=BackboneEncoder(Plain(), **made_otherwise))
+    loaded = PatchSVDD.load(path, encoder=encoder)
+    assert loaded.encoder is encoder  # so that `fit` and `clone` go on with it
+    assert float(loaded.fit(images).score(images[:1]).image_scores) == 0
+
+
+class Counts(Plain):
+    """Has buffers of unusual dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("table", torch.ones(3, dtype=torch.bfloat16))
+        self.register_buffer("index", torch.arange(5, dtype=torch.int16))
+
+
+def test_weights_of_any_dtype_are_saved(images, tmp_path):
+    detector = PatchSVDD(encoder=Counts(), image_size=96).fit(images)
+    loaded = reopened(detector, tmp_path / "model.safetensors")
+    for name, value in detector.encoder_.state_dict().items():
+        assert torch.equal(loaded.encoder_.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
@@ -271,7 +317,7 @@ def test_files_of_earlier_schemas_hold_the_papers_encoder(version, images, tmp_p
     detector = PatchSVDD(image_size=96, mode="dense").fit(images, encoder=HierarchicalEncoder(64))
     detector.save(path)
     tensors, header = store.load(path)
-    for name in ("encoder", "projection"):
+    for name in ("encoder", "projection", "encoding_precision"):
         del header["parameters"][name]
     if version < 4:
         header["parameters"]["mean"] = "paper"

@@ -106,5 +106,16 @@ def test_few_images_are_not_worth_a_trial(images, monkeypatch):
     monkeypatch.setattr(forecast, "_timed", None)  # would fail
     told = []
     detector = PatchSVDD(encoder=Plain(), image_size=96)
-    detector.fit(images[:15], on_progress=lambda *report: told.append(report))
+    detector.fit(images[:3], on_progress=lambda *report: told.append(report))
+    assert all(left is None for phase, _, left in told if phase == "encoding")
     assert told[-1] == ("calibrating", 1.0, 0)
+
+
+def test_a_trial_of_bad_images_leaves_the_error_to_encoding(images):
+    class Breaks(Plain):
+        def forward(self, images):
+            return [values + torch.nan for values in super().forward(images)]
+
+    encoder = PatchSVDD(encoder=Breaks(), image_size=96)
+    with pytest.raises(ValueError, match="image 0: the encoder gives NaN"):
+        encoder.fit(images, on_progress=lambda *_: None)

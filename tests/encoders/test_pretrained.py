@@ -179,6 +179,9 @@ def test_networks_of_torchvision(monkeypatch, network):
     maps = encoder.backbone(torch.zeros(1, 3, 64, 64))
     assert [values.shape[1:] for values in maps] == [(5, 16, 16), (6, 8, 8), (7, 4, 4)]
     assert encoder.pixel_mean == (123.675, 116.28, 103.53)
+    for side in range(64, 300, 7):  # the same maps, though strides divide few of the sides
+        maps = encoder.backbone(torch.zeros(1, 3, 96, side))
+        assert [values.shape[1] for values in maps] == [5, 6, 7]
 
 
 def test_a_module_of_your_own_cannot_be_rebuilt():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchsvdd_fast import NormalBank, PatchLevel
-from patchsvdd_fast.score.border import RINGS, border_factors, corrected, ring_means
+from patchsvdd_fast.score.border import MOST, RINGS, border_factors, corrected, ring_means
 from patchsvdd_fast.score.calibration import calibrate
 from patchsvdd_fast.score.maps import MapRule, search_levels
 
@@ -13,7 +13,7 @@ LEVEL = PatchLevel(24, 8)
 
 
 def test_rings_are_counted_from_the_border():
-    rows, columns = 2 * RINGS + 3, 2 * RINGS + 1
+    rows, columns = 2 * RINGS + 3, 2 * RINGS + 2
     up = np.minimum(np.arange(rows), np.arange(rows)[::-1])[:, None]
     aside = np.minimum(np.arange(columns), np.arange(columns)[::-1])[None]
     rings = torch.from_numpy(np.minimum(np.minimum(up, aside), RINGS).astype(np.float32))
@@ -30,10 +30,20 @@ def test_factors_never_enlarge_a_distance():
     assert border_factors(torch.zeros(5)).tolist() == [1] * RINGS  # as of twins
 
 
-def test_a_grid_without_an_inside_is_left_alone():
-    distances = torch.rand(2, 2 * RINGS, 20)
+@pytest.mark.parametrize("side", [2 * RINGS, 2 * RINGS + 1])
+def test_a_grid_without_an_inside_is_left_alone(side):
+    distances = torch.rand(2, side, 2 * RINGS + 1)
+    distances[:, RINGS:-RINGS, RINGS:-RINGS] /= 100  # a single patch, or none
     factors = border_factors(ring_means(distances).mean(dim=0))
     assert torch.equal(corrected(distances, factors), distances)
+
+
+def test_no_factor_blinds_the_border():
+    """Images that are still inside and textured at the border differ there by nature."""
+    distances = torch.rand(2, 13, 14)
+    distances[:, RINGS:-RINGS, RINGS:-RINGS] = 0
+    factors = border_factors(ring_means(distances).mean(dim=0))
+    assert factors.tolist() == [MOST] * RINGS
 
 
 def test_interpolated_maps_pass_through_the_centres_of_patches():

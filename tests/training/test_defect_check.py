@@ -235,3 +235,13 @@ def test_a_collapse_ends_training_and_is_no_alarm():
     assert record.steps == 3 + 20
     assert record.best_step == 2
     assert _equal(trainer.encoder, seen[1])
+
+
+def test_older_checkpoints_do_not_lower_the_gain_that_is_needed():
+    trainer, _ = _trainer([50, 52], least_gain=5, steps=2)
+    trainer.run()
+    tensors, values = trainer.state()
+    del values["record"]["least_gain"]
+    again, _ = _trainer([50, 52], least_gain=5, steps=2)
+    again.load_state(tensors, values)
+    assert again.record.least_gain == 5
