@@ -28,10 +28,14 @@ from ..ops.search import nearest_in_bank, search_clusters
 from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
+# Of wider embeddings only so many axes are looked for, in a sample of so many rows: all axes of
+# 4,096 dimensions take half a minute, and more axes than these would save little.
+_WIDE, _MOST_AXES, _WIDE_SAMPLES = 512, 384, 4096
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 2  # of the range finder (Halko, Martinsson & Tropp 2011)
 _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
-_TRIAL_RUNS, _TRIAL_RUN = 4, 256  # of rows that follow each other, as an image's patches do
-_TRIALS = 2  # of each way, in turn; the faster counts
+_TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
+_TRIALS = 2  # of each way, in turn, while it is not clear; the faster counts
 # The bank's own rows are easier to find than new images' patches, which clusters may take up to
 # three times as long for; brute force takes as long for all.
 _WORTHWHILE = 2.0
@@ -81,24 +85,42 @@ def extend_clusters(
 def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """Mean [D], principal axes [D, A] ([0, A] where projecting does not pay), and their stretch."""
     rows, dim = embeddings.shape
-    picked = torch.randint(
-        rows, (min(rows, _COVARIANCE_SAMPLES),), generator=generator, device="cpu"
-    )
+    samples = _WIDE_SAMPLES if dim > _WIDE else _COVARIANCE_SAMPLES
+    picked = torch.randint(rows, (min(rows, samples),), generator=generator, device="cpu")
     sample = embeddings[picked].double()
     mean = sample.mean(dim=0).float()
     sample -= mean
-    variances, vectors = torch.linalg.eigh(sample.T @ sample / len(sample))  # ascending
-    share = variances.flip(0).clamp(min=0).cumsum(0)
-    left_out = share[-1] - share
-    enough = int((left_out > _VARIANCE_LEFT_OUT * share[-1]).sum()) + 1
+    variances, vectors = (_first_axes if dim > _WIDE else _all_axes)(sample, generator)
+    total = float(sample.square().sum()) / len(sample)
+    left_out = total - variances.clamp(min=0).cumsum(0)
+    enough = int((left_out > _VARIANCE_LEFT_OUT * total).sum()) + 1
     axes = _padded(enough)
-    if axes > 3 * dim // 4:
+    if axes > min(3 * dim // 4, len(variances)):
         return mean, floats(0, _padded(dim)), 1.0
-    basis = vectors.flip(1)[:, :axes].float().contiguous()
+    basis = vectors[:, :axes].float().contiguous()
     # |basis^T x|^2 <= |basis^T basis|_2 |x|^2, and a matrix norm is at most the Frobenius norm.
     gram = basis.double().T @ basis.double()
     excess = float((gram - torch.eye(axes, dtype=torch.float64, device="cpu")).norm())
     return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
+
+
+def _all_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Variances, descending, and principal axes in columns, of a centred sample [N, D] float64."""
+    del generator
+    variances, vectors = torch.linalg.eigh(sample.T @ sample / len(sample))
+    return variances.flip(0), vectors.flip(1)
+
+
+def _first_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As `_all_axes`, but the first `_MOST_AXES` of them, nearly: by a randomised range finder."""
+    values = sample.float()
+    count = min(_MOST_AXES + _OVERSAMPLING, len(sample))
+    directions = torch.randn(values.shape[1], count, generator=generator, device="cpu")
+    for _ in range(1 + _POWER_ITERATIONS):
+        directions, _ = torch.linalg.qr(values.T @ (values @ directions))
+    orthonormal, _ = torch.linalg.qr(directions.double())
+    variances, vectors = _all_axes((values @ orthonormal.float()).double(), generator)
+    return variances[:_MOST_AXES], (orthonormal @ vectors)[:, :_MOST_AXES]
 
 
 def _pack(
@@ -163,6 +185,8 @@ def _pays(
         nearest_in_bank(queries, embeddings, groups=excluded)
         clustered = min(clustered, between - began)
         brute = min(brute, time.perf_counter() - between)
+        if not 1 < brute / clustered < 2 * _WORTHWHILE:
+            break  # clear
     return clustered * _WORTHWHILE < brute
 
 

@@ -539,3 +539,28 @@ def test_more_than_two_to_the_31_elements():
     bank[rows - 1, 5] = torch.nan
     with pytest.raises(ValueError, match=f"row {rows - 1}"):
         nearest(query, bank)
+
+
+@pytest.mark.parametrize("dim", [513, 1200])
+def test_wide_embeddings_along_few_axes_are_projected(dim):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5000, 20, generator=generator) @ torch.randn(20, dim, generator=generator)
+    rows += 0.01 * torch.randn(5000, dim, generator=generator) + 3
+    arrays, stretch = build_clusters(rows, 40)
+    assert arrays.basis.shape == (dim, 32)
+    assert 1 <= stretch < 1.0001
+    left_out = (rows - arrays.mean).square().sum() - (
+        (rows - arrays.mean) @ arrays.basis
+    ).square().sum()
+    assert float(left_out) < 0.015 * float((rows - arrays.mean).square().sum())
+    queries = rows[:50] + 0.1
+    for ours, theirs in zip(
+        NormalBank(rows, clusters=40).nearest(queries), nearest(queries, rows), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_wide_noise_is_not_projected():
+    arrays, stretch = build_clusters(torch.rand(4200, 600), 8)
+    assert arrays.basis.shape == (0, 608)
+    assert stretch == 1
