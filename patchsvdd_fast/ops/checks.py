@@ -28,18 +28,35 @@ IntArray = npt.NDArray[np.int64] | DLPackArray
 def as_tensor(name: str, value: Any) -> Tensor:
     """A tensor that shares the memory of a tensor, a NumPy array, or an array with DLPack.
 
-    A NumPy array that is not contiguous is copied. Raises TypeError for any other value.
+    A NumPy array that is not contiguous, or in the other byte order, is copied. Raises TypeError
+    for any other value, sparse tensors, those without values (on the device "meta"), and masked
+    arrays.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta":
+            what = "meta" if value.device.type == "meta" else str(value.layout)
+            raise TypeError(f"{name} must be a dense tensor with values, got {what}")
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have no masked values: fill them, or leave their rows out")
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.ascontiguousarray(native))
     if hasattr(value, "__dlpack__"):
         return from_dlpack(value)
     raise TypeError(
         f"{name} must be a torch tensor, a NumPy array or another array with __dlpack__ (CuPy), "
         f"got {type(value).__name__}"
     )
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    """Require an integer, no bool, of low to high."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return int(value)
 
 
 def like_input(given: Any, *tensors: Tensor) -> tuple[Any, ...]:

@@ -16,7 +16,9 @@ MOST_CLUSTERS = 4096
 """Keeps the matrix of distances between centroids within 64 MiB."""
 
 _MOST_AXES = 4096  # largest dimension of embeddings, projected or not
-_LARGEST = 1e16  # largest coordinate of a centroid: beyond, squares might overflow
+# Largest coordinate of a centroid: of rows with coordinates up to 1e15 in 4,096 dimensions, about
+# their mean, none can be larger. Sums of squares of such do not overflow.
+_LARGEST = 1.3e17
 _LARGEST_RADIUS = 1e18  # more than clusters of rows with coordinates up to 1e15 can have
 _SMALLEST_SCALE = 0.99e-30  # clusters.cpp computes none smaller
 _MOST_BIAS = 1 << 15  # per code c: more than c^2 / 2 + 128 |c| can be

@@ -258,7 +258,14 @@ def nearest(
     Can be captured in a CUDA graph. Values cannot be checked then: a query that holds NaN gets the
     distance NaN instead of an error, and a bank row that holds NaN is never the nearest.
     """
-    query_tensor, bank_tensor = as_tensor("queries", queries), as_tensor("bank", bank)
+    if exclude_same_group is not None and len(exclude_same_group) != 2:
+        raise ValueError(
+            "exclude_same_group must hold the groups of the queries and of the bank, "
+            f"got {len(exclude_same_group)} items"
+        )
+    # Detached: a distance that says it has a gradient would have none.
+    query_tensor = as_tensor("queries", queries).detach()
+    bank_tensor = as_tensor("bank", bank).detach()
     query_groups, bank_groups = (
         (None, None)
         if exclude_same_group is None

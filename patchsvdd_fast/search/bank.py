@@ -16,6 +16,7 @@ from ..ops.checks import (
     as_tensor,
     check_dtype,
     check_finite_rows,
+    check_int,
     check_same_device,
     like_input,
 )
@@ -28,6 +29,7 @@ from .gpu_clusters import build_segments, segments_about
 
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
 _STORAGES = (torch.float32, torch.float16)
+_LARGEST_INT = 2**63 - 1
 _GROWTH = 2  # a bank that has grown beyond this factor since it was clustered is clustered anew
 
 
@@ -61,8 +63,9 @@ class NormalBank:
     ) -> None:
         if storage not in _STORAGES:
             raise ValueError(f"storage must be torch.float32 or torch.float16, got {storage}")
-        if clusters is not None and clusters < 0:
-            raise ValueError(f"clusters must not be negative, got {clusters}")
+        if clusters is not None:
+            clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
+        seed = check_int("seed", seed, 0, _LARGEST_INT)
         values, grid = _as_rows(as_tensor("embeddings", embeddings), storage)
         self._grid = grid
         self._groups = _as_groups(groups, values, self._rows_per_group)
@@ -130,7 +133,7 @@ class NormalBank:
         -1 where every row is excluded. NumPy queries give NumPy arrays. Raises ValueError for a
         wrong shape, and for NaN or infinity in a query; TypeError for a wrong dtype.
         """
-        given = as_tensor("queries", queries)
+        given = as_tensor("queries", queries).detach()  # there is no gradient
         if given.ndim < 1 or given.shape[-1] != self.dim:
             raise ValueError(
                 f"queries must have shape [..., {self.dim}] to match the bank, "
@@ -164,6 +167,7 @@ class NormalBank:
         [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.
         """
         numbers = as_tensor("rows", rows)
+        check_dtype("rows", numbers, torch.int64)
         if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < len(self):
             raise ValueError(f"rows must be in [-1, {len(self)}), got {rows}")
         image, patch = numbers // self._rows_per_group, numbers % self._rows_per_group
@@ -189,6 +193,10 @@ class NormalBank:
             )
         check_same_device("embeddings", values, "the bank", self._data)
         first = int(self._groups.max()) + 1
+        if groups is None and first > _LARGEST_INT - len(values):
+            raise ValueError(
+                "there are no groups beyond the bank's largest, so groups must be given"
+            )
         added = _as_groups(groups, values, self._rows_per_group, first)
         self._recluster(torch.cat([self.embeddings, values]), torch.cat([self._groups, added]))
 
@@ -213,6 +221,8 @@ class NormalBank:
 
         groups: [M'] or [N'] int64, as for `add`; by default the groups that they have there.
         """
+        if not isinstance(other, NormalBank):
+            raise TypeError(f"only a NormalBank can be merged, got {type(other).__name__}: use add")
         embeddings = other.embeddings
         if other._grid != (1, 1):
             embeddings = embeddings.view(-1, *other._grid, other.dim)

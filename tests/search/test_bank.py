@@ -564,3 +564,68 @@ def test_wide_noise_is_not_projected():
     arrays, stretch = build_clusters(torch.rand(4200, 600), 8)
     assert arrays.basis.shape == (0, 608)
     assert stretch == 1
+
+
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_the_largest_values_are_saved_and_opened(dim):
+    """All along one axis, which makes projected coordinates larger than those of the rows."""
+    rows = torch.linspace(-1, 1, 300)[:, None] * 1e15 * torch.ones(dim)
+    bank = NormalBank(rows, clusters=20)
+    assert bank.num_clusters == 20
+    opened = NormalBank.from_state_dict(bank.state_dict())
+    for ours, theirs in zip(opened.nearest(rows * 0.9), nearest(rows * 0.9, rows), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_distance_claims_no_gradient():
+    queries = torch.rand(5, 4, requires_grad=True)
+    bank = torch.rand(9, 4, requires_grad=True)
+    for distances, _ in (nearest(queries, bank), NormalBank(bank).nearest(queries)):
+        assert not distances.requires_grad
+
+
+def test_the_byte_order_of_an_array_does_not_matter():
+    queries, bank = (np.random.default_rng(0).random((n, 4), dtype=np.float32) for n in (5, 9))
+    expected = nearest(queries, bank)
+    found = nearest(queries.astype(">f4"), bank.astype(">f4"))
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
+
+
+FULL = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: NormalBank(p, clusters=True), TypeError, "clusters must be an integer"),
+        (lambda p: NormalBank(p, clusters=1.5), TypeError, "clusters must be an integer, got 1.5"),
+        (lambda p: NormalBank(p, seed=2**63), ValueError, "seed must be in"),
+        (lambda p: NormalBank(p).source(torch.tensor([0.5])), TypeError, "rows must be int64"),
+        (
+            lambda p: NormalBank(p).merge(p),
+            TypeError,
+            "only a NormalBank can be merged, got Tensor",
+        ),
+        (
+            lambda p: NormalBank(p, groups=torch.arange(12) + FULL - 11).add(p),
+            ValueError,
+            "groups must be given",
+        ),
+        (lambda p: NormalBank(p.to("meta")), TypeError, "dense tensor with values, got meta"),
+        (lambda p: NormalBank(p[0, 0].to_sparse()), TypeError, "dense tensor with values"),
+        (
+            lambda p: NormalBank(np.ma.masked_less(p[0, 0].numpy(), 0.4)),
+            TypeError,
+            "embeddings must have no masked values",
+        ),
+        (
+            lambda p: nearest(p[0, 0], p[0, 1], exclude_same_group=(torch.arange(25),) * 3),
+            ValueError,
+            "got 3 items",
+        ),
+    ],
+)
+def test_junk_is_refused_in_a_line(patches, call, error, message):
+    with pytest.raises(error, match=message):
+        call(patches)
