@@ -157,7 +157,7 @@ def table(runs: Sequence[dict[str, Any]], peers: Sequence[dict[str, Any]]) -> st
         mine = [_of(runs, name, category) for category in categories]
         whole = _both([run for some in mine for run in some]) if all(mine) else "-"
         aupro = [m["percent"]["aupro"] for some in mine for m in some]
-        shown = f"{statistics.mean(aupro):.1f}" if aupro and None not in aupro else "-"
+        shown = f"{statistics.mean(aupro):.1f}" if all(mine) and None not in aupro else "-"
         seeds = max(len(some) for some in mine)
         label = f"{name} ({seeds} seeds)" if seeds > 1 else name
         lines.append(f"| {label} | {' | '.join(cells)} | {whole} | {shown} |")
