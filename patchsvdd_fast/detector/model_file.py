@@ -277,7 +277,12 @@ def encoder_of(
             raise ValueError(f"the encoder given differs from the file's in {', '.join(differing)}")
     else:
         encoder = BackboneEncoder(copy.deepcopy(module), name=name, **settings)
-    if _shapes(stored) != _shapes(encoder.state_dict()):
+    ours = encoder.state_dict()
+    stored = {  # files hold no bool, of which a forged one may have values that are none
+        key: value.bool() if key in ours and ours[key].dtype == torch.bool else value
+        for key, value in stored.items()
+    }
+    if _shapes(stored) != _shapes(ours):
         raise ValueError(f"its weights are not those of the encoder {name}")
     encoder.load_state_dict(stored)
     return encoder.eval()

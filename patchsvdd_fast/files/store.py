@@ -42,7 +42,6 @@ _DTYPES = {  # allowed in models, with their names in files
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
 # Limits on what is read before it is checked: JSON takes up to thirty times its size when parsed. A
 # model has about a hundred tensors and a header of some kilobytes.

@@ -149,5 +149,8 @@ def _resume(
 
 
 def encoder_tensors(encoder: PatchEncoder) -> dict[str, Tensor]:
-    """The encoder's weights under the names they have in files."""
-    return {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    """The encoder's weights under the names they have in files; bool as uint8."""
+    return {
+        f"encoder.{name}": value.byte() if value.dtype == torch.bool else value
+        for name, value in encoder.state_dict().items()
+    }
