@@ -50,13 +50,13 @@ def libraries() -> list[dict[str, Any]]:
 
 def require_best_kernels(loaded: list[dict[str, Any]]) -> None:
     """Raise RuntimeError if an OpenBLAS among those of `libraries` runs others."""
-    _, good = _best()
+    wanted, good = _best()
     for library in loaded:
         found = str(library["architecture"])
         if library["name"] == "openblas" and good and found.lower() not in good:
             raise RuntimeError(
                 f"no ratio is published: the OpenBLAS {library['version']} of {library['of']} runs "
-                f"its {found} kernels, this processor has better ones ({_VARIABLE}={_best()[0]})"
+                f"its {found} kernels, this processor has better ones ({_VARIABLE}={wanted})"
             )
 
 

@@ -110,6 +110,7 @@ INTERNAL = {
     "encoders.pretrained.Stages": "a part of encoders from torchvision",
     "encoders.pretrained.rebuilt_encoder": "a part of PatchSVDD.load",
     "images.light.constant_mean": "what the mean `fixed` subtracts",
+    "images.prepare.evenly_spread": "which images are tried, set aside or fitted to",
     "images.prepare.name_of": "ImageResult.name",
     "images.prepare.parse_size": "what `image_size` means",
     "ops.pair_protocol.Draw": "the arguments of crop_pairs, together",

@@ -20,7 +20,7 @@ from ..images.light import (
     mean_colour,
     mean_image,
 )
-from ..images.prepare import ImageSet, load_image_set, parse_size
+from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
@@ -65,7 +65,8 @@ def fit_model(
     parameters.check_parameters(given)
     settings = parameters.settings_of(given)
     device = local_device(resolve_device(given["device"]))
-    if "bfloat16" in (given["encoding_precision"], encoder is None and settings.precision):
+    in_training = settings.precision if encoder is None else None
+    if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
     loaded = load(source, given, progress)
@@ -97,7 +98,8 @@ def fit_model(
         given = {**given, "embedding_dim": encoder.embedding_dim}
     # Each of these images is part of the mean image; a new one is not.
     num_in_mean = len(images) if given["mean"] == "pixel" else None
-    progress.forecast(given, encoder, mean, light, loaded.pixels)
+    if record.best_step != 0:  # else these are the weights that it was tried with
+        progress.forecast(given, encoder, mean, light, loaded.pixels)
     normal, calibration = filled(
         given, encoder, mean, light, loaded, num_in_mean, progress=progress
     )
@@ -179,7 +181,7 @@ def _with_projection(
     """A copy of the encoder whose projection is fitted to training images."""
     encoder = copy.deepcopy(encoder)  # the caller may fit another detector with it
     count = len(images.names)
-    some = torch.linspace(0, count - 1, min(count, _FIT_IMAGES)).round().long()
+    some = evenly_spread(count, min(count, _FIT_IMAGES))
     names = [images.names[i] for i in some]
     encoded = encode(encoder, mean, light, given, images.pixels[some], names=names)
     encoder.fit_projection(torch.cat([values.flatten(0, 2) for values in encoded]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.patch_encoder import PatchEncoder
+from ..images.prepare import evenly_spread
 from ..score.encoding import NotFiniteError, banks_of
 from ..search.bank import NormalBank
 from ..training.record import TrainingStep
@@ -32,7 +33,7 @@ class Progress:
     """Tells `on_progress` how far a fit is and how long it will still take.
 
     A phase's own pace says when it will end. What comes after it is `expected`, in seconds by
-    phase; it is unknown until `forecast` or the caller has said it.
+    phase; it is unknown until `forecast` has tried it.
     """
 
     def __init__(self, on_progress: OnProgress = None) -> None:
@@ -70,7 +71,7 @@ class Progress:
         if self.on_progress is None or len(images) < _LEAST_TRIED:
             return
         count = min(_TRIED, max(_LEAST_TRIED, len(images) // 4))
-        some = torch.linspace(0, len(images) - 1, count).round().long()
+        some = evenly_spread(len(images), count)
         try:
             encode(encoder, mean, light, given, images[some[:2]])  # loads libraries
             began = time.perf_counter()

@@ -271,8 +271,8 @@ def encoder_of(
         encoder: PatchEncoder = rebuilt_encoder(name, settings, below(stored, "backbone."))
     elif isinstance(module, PatchEncoder):
         encoder = copy.deepcopy(module)
-        ours = json.loads(json.dumps(encoder.settings()))
-        differing = [k for k in {**settings, **ours} if settings.get(k) != ours.get(k)]
+        made = json.loads(json.dumps(encoder.settings()))
+        differing = [k for k in {**settings, **made} if settings.get(k) != made.get(k)]
         if differing:
             raise ValueError(f"the encoder given differs from the file's in {', '.join(differing)}")
     else:

@@ -193,7 +193,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
         """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
 
-        Raises ValueError for another size than in training, unless the mean is one per channel.
+        names: of the images, for messages of errors. Raises ValueError for another size than in
+        training, unless the mean is one per channel.
         """
         how = self.encoder_, self.mean_, self.light_, self.parameters_
         return scoring.encode(*how, pixels, names=names)
@@ -310,6 +311,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""
+        self._require_fitted()
         rule = scoring.map_rule(self.encoder_, self.calibration_)
         return search_levels(self.banks_, encoded, shape, self.combination, rule=rule)
 

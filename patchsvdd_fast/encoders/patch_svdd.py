@@ -31,9 +31,6 @@ TRUNK_STRIDE = 2
 LEAKY_SLOPE = 0.1
 _SMALL_CHANNELS = (3, 32, 64, 128, 128, 64, 32, 32)
 _HEAD_CHANNELS = 128
-# The small encoder's last convolutions, and the heads, compute in float32 even under autocast:
-# neighbours differ so little that an output rounded to bfloat16 cannot tell them apart.
-_LAST_IN_FLOAT32 = 2
 _LEAST_PATCHES = 64  # joined at once; a CPU sums fewer than 16 in another order
 _QUADRANTS_IN_CACHE = 256  # of 32 pixels; 128 is as fast, 64 and 1,280 are a tenth slower
 _PATCHES_PER_PASS = 4096  # bounds the memory of embedding many patches at once without gradients
@@ -79,14 +76,14 @@ class SmallEncoder(nn.Sequential):
         if self._stays_in_onednn(images):
             return self._forward_in_onednn(images, step)
         values = images.contiguous(memory_format=self.memory_format)
-        layers, last = list(self)[:-2], self.convolutions()[-1]
-        in_float32 = 2 * (_LAST_IN_FLOAT32 - 1)  # of layers, activations among them
-        for layer in layers[:-in_float32]:
+        *layers, before_last, activation, _, _ = self
+        last = self.convolutions()[-1]
+        for layer in layers:
             values = layer(values)
+        # The last two convolutions, and the heads, are never rounded to bfloat16: neighbours differ
+        # so little that they could not be told apart.
         with torch.autocast(values.device.type, enabled=False):
-            values = values.to(last.weight.dtype)
-            for layer in layers[-in_float32:]:
-                values = layer(values)
+            values = activation(before_last(values.to(last.weight.dtype)))
             return torch.tanh(F.conv2d(values, last.weight, last.bias, stride=step))
 
     def _stays_in_onednn(self, images: Tensor) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -33,6 +34,11 @@ def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be positive, got {height}x{width}")
     return height, width
+
+
+def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
+    """`chosen` of the numbers 0 .. count - 1, such as those of images, ascending [chosen]."""
+    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

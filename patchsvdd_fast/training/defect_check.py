@@ -18,6 +18,7 @@ from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..images.drawn_defects import DEFECTS, Strength, draw_defects
 from ..images.light import match_illumination
+from ..images.prepare import evenly_spread
 from ..score import metrics
 from ..score.encoding import fill_banks, score_images
 from .record import Quality
@@ -68,9 +69,9 @@ class DefectCheck:
             raise ValueError(
                 f"a check of what was learned needs at least two images, got {len(images)}"
             )
-        held_out = _spread(len(images), min(_MOST_HELD_OUT, len(images) // 2))
+        held_out = evenly_spread(len(images), min(_MOST_HELD_OUT, len(images) // 2))
         others = np.setdiff1d(np.arange(len(images)), held_out)
-        others = others[_spread(len(others), min(_MOST_IN_BANK, len(others)))]
+        others = others[evenly_spread(len(others), min(_MOST_IN_BANK, len(others)))]
         self.mean, self.levels, self.combination = mean, list(levels), combination
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
@@ -130,11 +131,6 @@ def shared_variance(images: Tensor) -> float:
     # The mean of N images without anything in common still has 1 / N of their variance.
     of_mean = float(total.square().mean())
     return (of_mean - within / count) / (1 - 1 / count) / within
-
-
-def _spread(count: int, chosen: int) -> np.ndarray:
-    """`chosen` of the numbers 0 .. count - 1, evenly spread, ascending [chosen]."""
-    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 def _with_defects(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
