@@ -39,7 +39,8 @@ struct Backend {
   void (*extract_patches_backward)(const psvdd::ExtractPatchesBackwardParams&, Context);
   void (*score_map)(const psvdd::ScoreMapParams&, Context);
   void (*nearest)(const psvdd::NearestParams&, Context);
-  int64_t (*nearest_workspace)(int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t);
+  void (*finish_search)(const psvdd::FinishSearchParams&, Context);
+  int64_t (*nearest_workspace)(int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int, int64_t);
   void (*crop_pairs)(const psvdd::CropPairsParams&, Context);
 };
 
@@ -82,21 +83,30 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
       "nearest",
       [backend](int64_t queries, int64_t bank_rows, int64_t dim, Pointer query_data,
                 Pointer bank_data, bool bank_is_half, psvdd::SearchMethod method,
-                Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
-                Pointer distances, Pointer indices, Pointer workspace, int64_t workspace_limit,
-                Context context) {
+                Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, int neighbours,
+                Pointer ids, int64_t first_row, Pointer squared, Pointer indices, Pointer workspace,
+                int64_t workspace_limit, Context context) {
         backend.nearest(
             {queries, bank_rows, dim, at<const float>(query_data), at<const void>(bank_data),
-             bank_is_half, method, groups_of(query_groups, bank_groups, rows_per_group),
-             at<float>(distances), at<int64_t>(indices), at<void>(workspace), workspace_limit},
+             bank_is_half, method, groups_of(query_groups, bank_groups, rows_per_group), neighbours,
+             at<const int64_t>(ids), first_row, at<float>(squared), at<int64_t>(indices),
+             at<void>(workspace), workspace_limit},
             context);
       },
       py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
       py::arg("bank_data"), py::arg("bank_is_half"), py::arg("method"), py::arg("query_groups"),
-      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
-      py::arg("workspace"), py::arg("workspace_limit"), py::arg("context"), release);
+      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("neighbours"), py::arg("ids"),
+      py::arg("first_row"), py::arg("squared"), py::arg("indices"), py::arg("workspace"),
+      py::arg("workspace_limit"), py::arg("context"), release);
   module.def("nearest_workspace", backend.nearest_workspace, py::arg("queries"), py::arg("rows"),
-             py::arg("dim"), py::arg("method"), py::arg("has_groups"), py::arg("limit"));
+             py::arg("dim"), py::arg("method"), py::arg("has_groups"), py::arg("neighbours"),
+             py::arg("limit"));
+  module.def(
+      "finish_search",
+      [backend](int64_t count, Pointer distances, Pointer indices, Context context) {
+        backend.finish_search({count, at<float>(distances), at<int64_t>(indices)}, context);
+      },
+      py::arg("count"), py::arg("distances"), py::arg("indices"), py::arg("context"), release);
   module.def(
       "crop_pairs",
       [backend](int64_t images, int64_t channels, int64_t height, int64_t width, int64_t pairs,
@@ -183,18 +193,18 @@ void define_clusters(py::module_ cpu) {
   cpu.def(
       "nearest_in_clusters",
       [](const psvdd::ClusteredBank& bank, int64_t queries, Pointer query_data,
-         Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, Pointer distances,
-         Pointer indices, int context) {
+         Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, int neighbours,
+         Pointer squared, Pointer indices, int context) {
         int64_t scanned = 0;
-        psvdd::cpu::nearest_in_clusters(
-            {bank, groups_of(query_groups, bank_groups, rows_per_group), queries,
-             at<const float>(query_data), at<float>(distances), at<int64_t>(indices), &scanned},
-            context);
+        psvdd::cpu::nearest_in_clusters({bank, groups_of(query_groups, bank_groups, rows_per_group),
+                                         queries, at<const float>(query_data), neighbours,
+                                         at<float>(squared), at<int64_t>(indices), &scanned},
+                                        context);
         return scanned;
       },
       py::arg("bank"), py::arg("queries"), py::arg("query_data"), py::arg("query_groups"),
-      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"),
-      py::arg("context"), release);
+      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("neighbours"), py::arg("squared"),
+      py::arg("indices"), py::arg("context"), release);
 }
 
 #if defined(PSVDD_WITH_CUDA)
@@ -248,18 +258,18 @@ void define_segments(py::module_ cuda) {
       "nearest_in_segments",
       [](const SegmentedBank& bank, int64_t queries, Pointer query_data, Pointer own,
          Pointer own_starts, Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
-         Pointer distances, Pointer indices, Pointer workspace, int64_t workspace_limit,
+         Pointer squared, Pointer indices, Pointer workspace, int64_t workspace_limit,
          Pointer visits, std::uintptr_t context) {
         psvdd::cuda::nearest_in_segments(
             {bank, groups_of(query_groups, bank_groups, rows_per_group), queries,
              at<const float>(query_data), at<const int64_t>(own), at<const int64_t>(own_starts),
-             at<float>(distances), at<int64_t>(indices), at<void>(workspace), workspace_limit,
+             at<float>(squared), at<int64_t>(indices), at<void>(workspace), workspace_limit,
              at<int64_t>(visits)},
             context);
       },
       py::arg("bank"), py::arg("queries"), py::arg("query_data"), py::arg("own"),
       py::arg("own_starts"), py::arg("query_groups"), py::arg("bank_groups"),
-      py::arg("rows_per_group"), py::arg("distances"), py::arg("indices"), py::arg("workspace"),
+      py::arg("rows_per_group"), py::arg("squared"), py::arg("indices"), py::arg("workspace"),
       py::arg("workspace_limit"), py::arg("visits"), py::arg("context"), release);
 }
 #endif
@@ -304,8 +314,8 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 
   auto cpu = module.def_submodule("cpu");
   define_backend<int>(cpu, {psvdd::cpu::extract_patches, psvdd::cpu::extract_patches_backward,
-                            psvdd::cpu::score_map, psvdd::cpu::nearest,
-                            [](int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int64_t) {
+                            psvdd::cpu::score_map, psvdd::cpu::nearest, psvdd::cpu::finish_search,
+                            [](int64_t, int64_t, int64_t, psvdd::SearchMethod, bool, int, int64_t) {
                               return int64_t{0};
                             },
                             psvdd::cpu::crop_pairs});
@@ -336,9 +346,9 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
 #if defined(PSVDD_WITH_CUDA)
   auto cuda = module.def_submodule("cuda");
   define_backend<std::uintptr_t>(
-      cuda,
-      {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward, psvdd::cuda::score_map,
-       psvdd::cuda::nearest, psvdd::cuda::nearest_workspace, psvdd::cuda::crop_pairs});
+      cuda, {psvdd::cuda::extract_patches, psvdd::cuda::extract_patches_backward,
+             psvdd::cuda::score_map, psvdd::cuda::nearest, psvdd::cuda::finish_search,
+             psvdd::cuda::nearest_workspace, psvdd::cuda::crop_pairs});
   define_segments(cuda);
 #if defined(PSVDD_CUDA_ON_HOST)
   cuda.def("set_schedule", cuda_on_host::set_schedule, py::arg("seed"));

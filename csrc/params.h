@@ -65,6 +65,9 @@ enum class SearchMethod : int {
   kScreened = 2,  // the low-precision screen comes first, however small the search: for tests
 };
 
+constexpr int kMostNeighbours = 32;
+constexpr int64_t kNoRow = INT64_MAX;
+
 struct NearestParams {
   int64_t queries;          // Q
   int64_t bank_rows;        // M >= 1
@@ -74,10 +77,23 @@ struct NearestParams {
   bool bank_is_half;
   SearchMethod method;
   Groups groups;
-  float* distances;  // [Q], L2 distance to the nearest bank row; infinity if all are excluded
-  int64_t* indices;  // [Q], row of the bank, the lowest on ties; -1 if all are excluded
-  void* workspace;   // scratch of cuda::nearest_workspace bytes, aligned to 16 (GPU only)
+  int k;               // neighbours per query, 1 to kMostNeighbours
+  const int64_t* ids;  // [M] the rows' numbers, or null: first_row, first_row + 1, ...
+  int64_t first_row;   // goes without `ids`; groups count from here
+  // The neighbours of a query, ascending by squared distance, then by row. A search starts from
+  // what is there, such as the neighbours in another part of a bank, and keeps the k nearest.
+  // Infinity and kNoRow stand for a neighbour that has not been found.
+  float* squared;           // [Q, k], canonical squared distances
+  int64_t* indices;         // [Q, k]
+  void* workspace;          // scratch of cuda::nearest_workspace bytes, aligned to 16 (GPU only)
   int64_t workspace_limit;  // bytes: the limit that nearest_workspace was given
+};
+
+// The end of a search: squared distances become distances, and kNoRow becomes -1.
+struct FinishSearchParams {
+  int64_t count;     // queries times neighbours
+  float* distances;  // [count], squared at first
+  int64_t* indices;  // [count]
 };
 
 // A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
@@ -136,8 +152,9 @@ struct ClusteredNearestParams {
   Groups groups;
   int64_t queries;
   const float* query_data;  // [Q, D]
-  float* distances;         // [Q]
-  int64_t* indices;         // [Q]
+  int k;                    // these three as in NearestParams
+  float* squared;           // [Q, k]
+  int64_t* indices;         // [Q, k]
   int64_t* scanned;         // [1], raised by the rows whose codes were compared with a query's
 };
 
@@ -175,7 +192,7 @@ struct SegmentedNearestParams {
   const float* query_data;    // [Q, D]
   const int64_t* own;         // [Q], the nearest centroid of each
   const int64_t* own_starts;  // [C + 1], first query of each centroid
-  float* distances;           // [Q]
+  float* squared;             // [Q], as in NearestParams with k = 1
   int64_t* indices;           // [Q]
   void* workspace;            // scratch of nearest_in_segments_workspace bytes, aligned to 16
   int64_t workspace_limit;    // bytes: the limit that function was given

@@ -11,7 +11,7 @@ from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
 from patchsvdd_fast.ops.checks import Groups
 from patchsvdd_fast.ops.gpu_bank import visit_tile
-from patchsvdd_fast.ops.search import search_segments
+from patchsvdd_fast.ops.search_kernels import Found, search_segments
 from patchsvdd_fast.search import bank as bank_module
 from patchsvdd_fast.search import centroids as k_means
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
@@ -237,6 +237,12 @@ def _near_a_plane(rows, dim, spread=1.0, offset=0.0):
     return offset + spread * queries, offset + spread * bank
 
 
+def nearest_in_segments(queries, *bank_and_groups):
+    found = Found.nothing(queries, None)
+    search_segments(found, queries, *bank_and_groups)
+    return found.finish(None)
+
+
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 @pytest.mark.parametrize("has_groups", [False, True])
 @pytest.mark.parametrize("limit", [1, 1 << 30])
@@ -251,7 +257,7 @@ def test_clusters_give_the_canonical_answer(
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels(), ops.use_workspace_limit(limit):
         arrays = build_segments(bank, 5)
-        found = search_segments(queries, arrays, Groups(*groups), visits)
+        found = nearest_in_segments(queries, arrays, Groups(*groups), visits)
         tiles = -(-300 // visit_tile(bank))
     expected = ops.nearest(queries, bank, exclude_same_group=groups if has_groups else None)
     assert_same(found, expected, CPU)
@@ -270,7 +276,7 @@ def test_clusters_of_difficult_values(on_cuda_kernels, change):
         if arrays is None:
             assert change is _too_large_to_screen
             return
-        found = search_segments(queries, arrays)
+        found = nearest_in_segments(queries, arrays)
     expected = ops.nearest(queries, bank)
     assert_same(found, expected, CPU)
 
@@ -285,7 +291,7 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     visits = torch.zeros(1, dtype=torch.int64)
     with on_cuda_kernels():
         arrays = segments_about(bank, centroids)
-        found = search_segments(queries, arrays, Groups(query_groups, groups), visits)
+        found = nearest_in_segments(queries, arrays, Groups(query_groups, groups), visits)
         tiles = -(-len(queries) // visit_tile(bank))
     assert_same(found, ops.nearest(queries, bank, exclude_same_group=(query_groups, groups)), CPU)
     assert 0 < int(visits) < 0.4 * tiles * len(arrays.segment_clusters)
@@ -294,7 +300,7 @@ def test_a_cluster_of_one_group_does_not_make_its_queries_visit_all(on_cuda_kern
     visits.zero_()
     with on_cuda_kernels():
         groups = Groups(query_groups * 0, groups * 0)
-        none = search_segments(queries, arrays, groups, visits)
+        none = nearest_in_segments(queries, arrays, groups, visits)
     assert torch.isinf(none[0]).all()
     assert (none[1] == -1).all()
     assert int(visits) == 0
@@ -307,7 +313,7 @@ def test_clusters_of_equal_rows(on_cuda_kernels):
     queries = torch.cat([centroids, centroids + 0.1 * torch.randn(4, 20), torch.randn(30, 20)])
     with on_cuda_kernels():
         arrays = segments_about(bank, centroids)
-        found = search_segments(queries, arrays)
+        found = nearest_in_segments(queries, arrays)
     assert len(arrays.segment_clusters) == 8
     assert_same(found, ops.nearest(queries, bank), CPU)
 
@@ -318,7 +324,7 @@ def test_no_queries_of_a_clustered_bank(on_cuda_kernels):
     with on_cuda_kernels():
         arrays = build_segments(bank, 3)
         for groups in ((None, None), (nothing, torch.arange(300))):
-            distances, indices = search_segments(torch.empty(0, 9), arrays, Groups(*groups))
+            distances, indices = nearest_in_segments(torch.empty(0, 9), arrays, Groups(*groups))
             assert distances.shape == indices.shape == (0,)
 
 

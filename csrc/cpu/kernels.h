@@ -13,6 +13,7 @@ void extract_patches(const ExtractPatchesParams& params, int num_threads);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, int num_threads);
 void score_map(const ScoreMapParams& params, int num_threads);
 void nearest(const NearestParams& params, int num_threads);
+void finish_search(const FinishSearchParams& params, int num_threads);
 void crop_pairs(const CropPairsParams& params, int num_threads);
 
 // The clustered bank: projecting rows, filling in what a search needs, and searching.

@@ -82,7 +82,10 @@ class Search {
   Search(const NearestParams& params, int num_threads, Watch* watch)
       : params_(params),
         kernels_(active_kernels()),
-        bank_{{params.bank_data, params.dim, params.bank_is_half}, nullptr, params.groups},
+        bank_{{params.bank_data, params.dim, params.bank_is_half},
+              params.ids,
+              params.first_row,
+              params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         packs_((params.dim + 3) / 4),
         screened_(params.method == SearchMethod::kScreened ||
@@ -95,29 +98,45 @@ class Search {
     workers_ = std::min<int64_t>(blocks_, std::max(num_threads, 1));
   }
 
-  // Each worker takes blocks and keeps its own best rows; the minimum over workers is the answer.
+  // Each worker takes blocks and keeps its own best rows, which start from those given; the least
+  // over the workers are the answer. The first worker's lie where the answer is to be.
   void run() {
-    std::vector<Best> best(workers_ * params_.queries);
+    const int64_t k = params_.k, entries = params_.queries * k;
+    std::vector<float> squared((workers_ - 1) * entries);
+    std::vector<int64_t> ids((workers_ - 1) * entries);
+    std::vector<Best> best{{params_.squared, params_.indices, nullptr, params_.k}};
+    for (int64_t worker = 1; worker < workers_; ++worker) {
+      best.push_back({squared.data() + (worker - 1) * entries, ids.data() + (worker - 1) * entries,
+                      nullptr, params_.k});
+      std::copy_n(params_.squared, entries, best[worker].squared);
+      std::copy_n(params_.indices, entries, best[worker].ids);
+    }
     parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
       BlockCodes codes;
       for (int64_t block = next_block_++; block < blocks_; block = next_block_++) {
-        search_block(block, &codes, best.data() + worker * params_.queries);
+        search_block(block, &codes, best[worker]);
       }
     });
-    for (int64_t q = 0; q < params_.queries; ++q) {
-      Best result = best[q];
-      for (int64_t worker = 1; worker < workers_; ++worker) {
-        const Best& other = best[worker * params_.queries + q];
-        result.offer(other.squared, other.id);
+    for (int64_t worker = 1; worker < workers_; ++worker) {
+      for (int64_t q = 0; q < params_.queries; ++q) {
+        Best result = of_query(best[0], q);
+        const Best other = of_query(best[worker], q);
+        for (int i = 0; i < params_.k && other.squared[i] <= result.bound(); ++i) {
+          result.offer(other.squared[i], other.ids[i], -1);
+        }
       }
-      result.write(q, params_.distances, params_.indices);
     }
   }
 
  private:
   const float* query(int64_t q) const { return params_.query_data + q * params_.dim; }
 
-  void search_block(int64_t block, BlockCodes* codes, Best* best) {
+  // The best rows of one query, of those of all.
+  Best of_query(const Best& best, int64_t q) const {
+    return {best.squared + q * best.k, best.ids + q * best.k, nullptr, best.k};
+  }
+
+  void search_block(int64_t block, BlockCodes* codes, const Best& best) {
     const int64_t begin = block * block_rows_;
     const int64_t end = std::min(params_.bank_rows, begin + block_rows_);
     if (screened_) encode_block(kernels_, bank_.rows, begin, end, codes);
@@ -131,7 +150,8 @@ class Search {
         for (int64_t tile = begin; tile < end; tile += kTileRows) {
           const int64_t tile_end = std::min(end, tile + kTileRows);
           for (int64_t q = first; q < last; ++q) {
-            rescore_range(kernels_, bank_, query(q), q, tile, tile_end, &best[q]);
+            Best own = of_query(best, q);
+            rescore_range(kernels_, bank_, query(q), q, tile, tile_end, &own);
           }
         }
       }
@@ -140,7 +160,7 @@ class Search {
   }
 
   void screen_batch(const BlockCodes& block, int64_t begin, int64_t end, int64_t first,
-                    int64_t last, Best* best) {
+                    int64_t last, const Best& best) {
     const int64_t count = last - first;
     std::vector<uint8_t> codes(count * padded_dim_);
     std::vector<int32_t> squares(count);
@@ -149,7 +169,8 @@ class Search {
     std::vector<const uint8_t*> pointers(count);
     std::vector<float> padded(padded_dim_, 0.0f);
     const auto threshold = [&](int64_t i) {
-      return screen_threshold(squares[i], winning_distance(best[first + i].squared, params_.dim),
+      return screen_threshold(squares[i],
+                              winning_distance(of_query(best, first + i).bound(), params_.dim),
                               errors[i], block.scale, kernels_.query_step);
     };
     for (int64_t i = 0; i < count; ++i) {
@@ -180,7 +201,8 @@ class Search {
         for (int q = 0; q < queries; ++q) {
           if (masks[q] == 0) continue;
           const int64_t number = first + i + q;
-          if (rescore_mask(kernels_, bank_, query(number), number, tile, masks[q], &best[number])) {
+          Best own = of_query(best, number);
+          if (rescore_mask(kernels_, bank_, query(number), number, tile, masks[q], &own)) {
             thresholds[i + q] = threshold(i + q);
           }
         }
@@ -205,7 +227,6 @@ class Search {
 
 void nearest(const NearestParams& params, int num_threads) {
   if (params.queries == 0) return;
-  const IeeeArithmetic ieee;  // for the square roots; the threads have their own
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
   // A part of the queries at a time, so that a thread's last block does not take long after the
   // others have finished.
@@ -213,10 +234,18 @@ void nearest(const NearestParams& params, int num_threads) {
     NearestParams part = params;
     part.queries = std::min(kQueriesAtOnce, params.queries - first);
     part.query_data += first * params.dim;
-    part.distances += first;
-    part.indices += first;
+    part.squared += first * params.k;
+    part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
     Search(part, num_threads, &watch).run();
+  }
+}
+
+void finish_search(const FinishSearchParams& params, int) {
+  const IeeeArithmetic ieee;
+  for (int64_t i = 0; i < params.count; ++i) {
+    params.distances[i] = std::sqrt(params.distances[i]);
+    if (params.indices[i] == kNoRow) params.indices[i] = -1;
   }
 }
 

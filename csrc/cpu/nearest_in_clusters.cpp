@@ -34,7 +34,6 @@ struct Query {
   const float* projected;  // [axes]
   double error;            // of the projection
   Best best;
-  int64_t best_row = -1;  // where the best row is stored
   // Distance between projections beyond which nothing can win, but for the bank's own rounding.
   float limit = INFINITY;
 };
@@ -53,7 +52,7 @@ class Searcher {
       : params_(params),
         bank_(params.bank),
         kernels_(active_kernels()),
-        searched_{{bank_.data, bank_.projection.dim, bank_.is_half}, bank_.ids, params.groups},
+        searched_{{bank_.data, bank_.projection.dim, bank_.is_half}, bank_.ids, 0, params.groups},
         axes_(bank_.projection.axes),
         padded_clusters_(round_up(bank_.clusters, kLanes)),
         rounding_(bound_rounding(axes_)),
@@ -62,6 +61,7 @@ class Searcher {
         squared_(padded_clusters_),
         kept_(padded_clusters_ + kLanes),
         code_(axes_),
+        best_rows_(kQueriesPerBatch * params.k),
         visit_starts_(bank_.clusters + 1) {}
 
   int64_t scanned() const { return scanned_; }
@@ -70,25 +70,26 @@ class Searcher {
   void search_batch(int64_t begin, int64_t end) {
     visits_.clear();
     queries_.clear();
-    int64_t hint = -1;  // the row found for the query before, often the patch beside this one
+    const int k = params_.k;
+    std::fill(best_rows_.begin(), best_rows_.end(), -1);
+    const int64_t* hints = nullptr;  // the rows found for the query before, often the next patch
     for (int64_t q = begin; q < end; ++q) {
-      queries_.push_back({q,
-                          params_.query_data + q * bank_.projection.dim,
-                          projected_.data() + (q - begin) * axes_,
-                          0,
-                          {}});
-      search_near(queries_.back(), hint);
-      hint = queries_.back().best_row;
+      Query query{q,
+                  params_.query_data + q * bank_.projection.dim,
+                  projected_.data() + (q - begin) * axes_,
+                  0,
+                  {params_.squared + q * k, params_.indices + q * k,
+                   best_rows_.data() + (q - begin) * k, k}};
+      queries_.push_back(query);
+      search_near(queries_.back(), hints);
+      hints = query.best.rows;
     }
     search_visits();
-    for (const Query& query : queries_) {
-      query.best.write(query.number, params_.distances, params_.indices);
-    }
   }
 
  private:
   // Searches the nearest clusters; others that may hold the answer are left as visits.
-  void search_near(Query& query, int64_t hint) {
+  void search_near(Query& query, const int64_t* hints) {
     float* projected = projected_.data() + (queries_.size() - 1) * axes_;
     query.error = project_row(bank_.projection, query.vector, sums_.data(), projected);
     if (!(query.error < kLargest * 0x1p-23)) {
@@ -97,7 +98,8 @@ class Searcher {
     }
     const int64_t own = kernels_.tile_distances(projected, bank_.centroid_tiles, axes_,
                                                 padded_clusters_ / kLanes, squared_.data());
-    if (hint >= 0) rescore_rows(query, &hint, 1);
+    take_limit(query);
+    if (hints != nullptr) rescore_hints(query, hints);
     search_cluster(query, own, squared_[own], true);
     const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
                                   squared_[own], query.limit, static_cast<float>(rounding_)};
@@ -179,20 +181,25 @@ class Searcher {
     }
   }
 
-  // Rescores the sixteen rows that look closest by their codes, for a limit to start from.
+  // Rescores rows that look closest by their codes, for a limit to start from: sixteen of each of
+  // as many parts of the cluster as it takes for k rows, and half as many to spare.
   void rescore_closest(Query& query, int64_t c) {
-    int32_t block_of_lane[kLanes];
-    const int64_t b = bank_.blocks[c];
-    kernels_.closest_codes(code_.data(), bank_.codes + b * bank_.packs * 64,
-                           bank_.bias + b * kLanes, bank_.packs, bank_.blocks[c + 1] - b,
-                           block_of_lane);
-    int64_t rows[kLanes];
-    int count = 0;
-    for (int r = 0; r < kLanes; ++r) {
-      rows[count] = bank_.starts[c] + block_of_lane[r] * kLanes + r;
-      count += rows[count] < bank_.starts[c + 1];
+    const int64_t blocks = bank_.blocks[c + 1] - bank_.blocks[c];
+    const int64_t parts = std::min<int64_t>(blocks, (params_.k * 3 / 2 + kLanes - 1) / kLanes);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = blocks * part / parts, end = blocks * (part + 1) / parts;
+      const int64_t b = bank_.blocks[c] + first;
+      int32_t block_of_lane[kLanes];
+      kernels_.closest_codes(code_.data(), bank_.codes + b * bank_.packs * 64,
+                             bank_.bias + b * kLanes, bank_.packs, end - first, block_of_lane);
+      int64_t rows[kLanes];
+      int count = 0;
+      for (int r = 0; r < kLanes; ++r) {
+        rows[count] = bank_.starts[c] + (first + block_of_lane[r]) * kLanes + r;
+        count += rows[count] < bank_.starts[c + 1];
+      }
+      rescore_rows(query, rows, count);
     }
-    rescore_rows(query, rows, count);
   }
 
   // Rescores rows from all blocks together, sixteen at a time.
@@ -214,11 +221,25 @@ class Searcher {
   }
 
   void rescore_rows(Query& query, const int64_t* rows, int count) {
-    if (!rescore(kernels_, searched_, query.vector, query.number, rows, count, &query.best)) return;
-    for (int r = 0; r < count; ++r) {
-      if (bank_.ids[rows[r]] == query.best.id) query.best_row = rows[r];
+    if (rescore(kernels_, searched_, query.vector, query.number, rows, count, &query.best)) {
+      take_limit(query);
     }
-    const double distance = winning_distance(query.best.squared, bank_.projection.dim);
+  }
+
+  // Rescores the rows that were found for another query.
+  void rescore_hints(Query& query, const int64_t* hints) {
+    int64_t rows[kLanes];
+    int count = 0;
+    for (int i = 0; i < std::min(params_.k, kLanes); ++i) {
+      rows[count] = hints[i];
+      count += hints[i] >= 0;
+    }
+    rescore_rows(query, rows, count);
+  }
+
+  // The limit that follows from the best rows so far.
+  void take_limit(Query& query) const {
+    const double distance = winning_distance(query.best.bound(), bank_.projection.dim);
     query.limit =
         static_cast<float>((distance * bank_.projection.stretch + query.error) * (1 + 1e-6));
   }
@@ -235,6 +256,7 @@ class Searcher {
   std::vector<float> squared_;  // from the query at hand to the centroids
   std::vector<int32_t> kept_;
   std::vector<uint8_t> code_;
+  std::vector<int64_t> best_rows_;  // [kQueriesPerBatch, k]
   std::vector<Query> queries_;
   std::vector<Visit> visits_, sorted_visits_;
   std::vector<int64_t> visit_starts_;

@@ -14,35 +14,49 @@
 
 namespace psvdd::cpu {
 
-// The nearest row so far; ids are rows as the user knows them.
+// The nearest rows of one query so far, ascending by squared distance, then by id; ids are rows as
+// the user knows them. Entries that are not there yet have infinity and kNoRow.
 struct Best {
-  float squared = std::numeric_limits<float>::infinity();
-  int64_t id = std::numeric_limits<int64_t>::max();
+  float* squared;  // [k]
+  int64_t* ids;    // [k]
+  int64_t* rows;   // [k] where the rows are stored, or null
+  int k;
 
-  bool offer(float other_squared, int64_t other_id) {
-    if (other_squared > squared || (other_squared == squared && other_id >= id)) return false;
-    squared = other_squared;
-    id = other_id;
+  // What a squared distance may not exceed to be among them.
+  float bound() const { return squared[k - 1]; }
+
+  // Whether the row is among them now and was not before.
+  bool offer(float other_squared, int64_t other_id, int64_t row) {
+    const auto before = [&](int i) {
+      return squared[i] < other_squared || (squared[i] == other_squared && ids[i] < other_id);
+    };
+    int place = k;
+    while (place > 0 && !before(place - 1)) --place;
+    if (place == k || (ids[place] == other_id && other_id != kNoRow)) return false;
+    for (int i = k - 1; i > place; --i) {
+      squared[i] = squared[i - 1];
+      ids[i] = ids[i - 1];
+      if (rows != nullptr) rows[i] = rows[i - 1];
+    }
+    squared[place] = other_squared;
+    ids[place] = other_id;
+    if (rows != nullptr) rows[place] = row;
     return true;
-  }
-
-  void write(int64_t query, float* distances, int64_t* indices) const {
-    const bool found = id != std::numeric_limits<int64_t>::max();
-    distances[query] = std::sqrt(squared);
-    indices[query] = found ? id : -1;
   }
 };
 
 // A bank as a search sees it: stored rows, their ids, and which rows a query may not match.
 struct Searched {
   Rows rows;
-  const int64_t* ids;  // [M], or null if a row's id is its number
+  const int64_t* ids;  // [M], or null if ids are the rows' numbers from first_id on
+  int64_t first_id;
   Groups groups;
 
-  int64_t id(int64_t row) const { return ids == nullptr ? row : ids[row]; }
-  bool excluded(int64_t query, int64_t id) const {
-    return groups.query_groups != nullptr &&
-           groups.query_groups[query] == groups.bank_groups[id / groups.rows_per_group];
+  int64_t id(int64_t row) const { return ids == nullptr ? first_id + row : ids[row]; }
+  bool excluded(int64_t query, int64_t row) const {
+    if (groups.query_groups == nullptr) return false;
+    const int64_t number = ids == nullptr ? row : ids[row];
+    return groups.query_groups[query] == groups.bank_groups[number / groups.rows_per_group];
   }
 };
 
@@ -85,7 +99,8 @@ inline int32_t screen_threshold(int32_t code_squares, double limit, double error
   return static_cast<int32_t>(std::min(least, double{kNothing} / 4));
 }
 
-// Computes the canonical distances of up to 16 rows; returns whether one of them is the new best.
+// Computes the canonical distances of up to 16 rows; returns whether one of them is among the
+// nearest now.
 inline bool rescore(const SearchKernels& kernels, const Searched& bank, const float* query_vector,
                     int64_t query, const int64_t* rows, int count, Best* best) {
   int64_t allowed[kLanes];
@@ -94,7 +109,7 @@ inline bool rescore(const SearchKernels& kernels, const Searched& bank, const fl
     int kept = 0;
     for (int r = 0; r < count; ++r) {
       allowed[kept] = rows[r];
-      kept += !bank.excluded(query, bank.id(rows[r]));
+      kept += !bank.excluded(query, rows[r]);
     }
     rows = allowed;
     count = kept;
@@ -103,7 +118,8 @@ inline bool rescore(const SearchKernels& kernels, const Searched& bank, const fl
   kernels.squared_distances(bank.rows, query_vector, rows, count, squared);
   bool improved = false;
   for (int r = 0; r < count; ++r) {
-    if (squared[r] <= best->squared) improved |= best->offer(squared[r], bank.id(rows[r]));
+    if (squared[r] > best->bound()) continue;
+    improved |= best->offer(squared[r], bank.id(rows[r]), rows[r]);
   }
   return improved;
 }

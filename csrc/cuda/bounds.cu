@@ -119,11 +119,23 @@ __global__ void keep_queries(Bounds bounds, int64_t first_segment) {
   if (threadIdx.x == 0) bounds.counts[s] = kept;
 }
 
-__global__ void write_each(const Key* keys, float* distances, int64_t* indices, int64_t count) {
+__global__ void offer_each(const Key* keys, int64_t first_row, float* squared, int64_t* indices,
+                           int64_t count) {
   for (int64_t q = first_element(); q < count; q += element_step()) {
     const Key key = keys[q];
-    distances[q] = sqrtf(squared_of(key));
-    indices[q] = key == kNothingYet ? -1 : static_cast<int64_t>(key & 0xffffffffu);
+    if (key == kNothingYet) continue;
+    const float found = squared_of(key);
+    const int64_t row = first_row + static_cast<int64_t>(key & 0xffffffffu);
+    if (found > squared[q] || (found == squared[q] && row >= indices[q])) continue;
+    squared[q] = found;
+    indices[q] = row;
+  }
+}
+
+__global__ void finish_each(FinishSearchParams params) {
+  for (int64_t i = first_element(); i < params.count; i += element_step()) {
+    params.distances[i] = sqrtf(params.distances[i]);
+    if (params.indices[i] == kNoRow) params.indices[i] = -1;
   }
 }
 
@@ -170,10 +182,15 @@ void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream) {
   }
 }
 
-void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
-                   std::uintptr_t stream) {
-  launch(PSVDD_KERNEL(write_each), {blocks_for(queries), kThreadsPerBlock}, stream, keys, distances,
-         indices, queries);
+void offer_results(const Key* keys, int64_t queries, int64_t first_row, float* squared,
+                   int64_t* indices, std::uintptr_t stream) {
+  launch(PSVDD_KERNEL(offer_each), {blocks_for(queries), kThreadsPerBlock}, stream, keys, first_row,
+         squared, indices, queries);
+}
+
+void finish_search(const FinishSearchParams& params, std::uintptr_t stream) {
+  if (params.count == 0) return;
+  launch(PSVDD_KERNEL(finish_each), {blocks_for(params.count), kThreadsPerBlock}, stream, params);
 }
 
 }  // namespace psvdd::cuda

@@ -74,8 +74,9 @@ void clear_keys(Key* keys, int64_t queries, std::uintptr_t stream);
 void find_segment_groups(const Rescore& pairs, const SegmentGroups& found, std::uintptr_t stream);
 // Rescores the pairs of a query and a segment that the maxima do not rule out.
 void rescore_kept(const Bounds& bounds, Rescore pairs, std::uintptr_t stream);
-// Distances and row numbers from keys.
-void write_results(const Key* keys, int64_t queries, float* distances, int64_t* indices,
-                   std::uintptr_t stream);
+// Offers what the keys say to the results of a search for one neighbour, see NearestParams.
+// first_row is added to the keys' row numbers.
+void offer_results(const Key* keys, int64_t queries, int64_t first_row, float* squared,
+                   int64_t* indices, std::uintptr_t stream);
 
 }  // namespace psvdd::cuda

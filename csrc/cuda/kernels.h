@@ -14,11 +14,12 @@ void extract_patches(const ExtractPatchesParams& params, std::uintptr_t stream);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, std::uintptr_t stream);
 void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
+void finish_search(const FinishSearchParams& params, std::uintptr_t stream);
 void crop_pairs(const CropPairsParams& params, std::uintptr_t stream);
 // Bytes of scratch that `nearest` needs for a search of this size. A search that would need more
 // than `limit` is cut into chunks, which need about so many.
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
-                          bool has_groups, int64_t limit);
+                          bool has_groups, int neighbours, int64_t limit);
 
 // The layout of a bank's float16 codes (screen.h).
 constexpr int kSegmentRows = 256;    // bank rows that share one result of the screen

@@ -31,7 +31,8 @@ const void* row_of(const void* data, bool is_half, int64_t row, int64_t dim) {
 }  // namespace
 
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
-                          bool has_groups, int64_t limit) {
+                          bool has_groups, int neighbours, int64_t limit) {
+  (void)neighbours;
   Workspace workspace(nullptr);
   Arrays(Plan(queries, rows, dim, method, limit), queries, dim, has_groups, &workspace);
   return workspace.bytes();
@@ -39,6 +40,7 @@ int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMeth
 
 void nearest(const NearestParams& params, std::uintptr_t stream) {
   if (params.queries == 0) return;
+  if (params.k > 1) throw std::invalid_argument("nearest: one neighbour on CUDA");
   check_rows(params.bank_rows);
   const bool has_groups = params.groups.query_groups != nullptr;
   Plan plan(params.queries, params.bank_rows, params.dim, params.method, params.workspace_limit);
@@ -93,7 +95,8 @@ void nearest(const NearestParams& params, std::uintptr_t stream) {
       }
     }
   }
-  write_results(arrays.keys, params.queries, params.distances, params.indices, stream);
+  offer_results(arrays.keys, params.queries, params.first_row, params.squared, params.indices,
+                stream);
 }
 
 }  // namespace psvdd::cuda

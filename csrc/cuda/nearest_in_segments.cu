@@ -380,7 +380,7 @@ void nearest_in_segments(const SegmentedNearestParams& params, std::uintptr_t st
                         arrays.limits};
     rescore_kept(bounds, todo, stream);
   }
-  write_results(arrays.keys, params.queries, params.distances, params.indices, stream);
+  offer_results(arrays.keys, params.queries, 0, params.squared, params.indices, stream);
 }
 
 }  // namespace psvdd::cuda

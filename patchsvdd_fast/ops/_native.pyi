@@ -70,7 +70,10 @@ class Backend:
         query_groups: int,
         bank_groups: int,
         rows_per_group: int,
-        distances: int,
+        neighbours: int,
+        ids: int,
+        first_row: int,
+        squared: int,
         indices: int,
         workspace: int,
         workspace_limit: int,
@@ -78,8 +81,16 @@ class Backend:
     ) -> None: ...
     @staticmethod
     def nearest_workspace(
-        queries: int, rows: int, dim: int, method: SearchMethod, has_groups: bool, limit: int
+        queries: int,
+        rows: int,
+        dim: int,
+        method: SearchMethod,
+        has_groups: bool,
+        neighbours: int,
+        limit: int,
     ) -> int: ...
+    @staticmethod
+    def finish_search(count: int, distances: int, indices: int, context: int) -> None: ...
     @staticmethod
     def crop_pairs(
         images: int,
@@ -158,7 +169,8 @@ class cpu(Backend):  # noqa: N801 (a submodule)
         query_groups: int,
         bank_groups: int,
         rows_per_group: int,
-        distances: int,
+        neighbours: int,
+        squared: int,
         indices: int,
         context: int,
     ) -> int: ...
@@ -226,7 +238,7 @@ class Cuda(Backend):
         query_groups: int,
         bank_groups: int,
         rows_per_group: int,
-        distances: int,
+        squared: int,
         indices: int,
         workspace: int,
         workspace_limit: int,

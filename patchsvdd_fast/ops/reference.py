@@ -43,13 +43,33 @@ def score_map(distances: Tensor, size: int, stride: int, height: int, width: int
     return (total / count)[:, inside_y][:, :, inside_x]
 
 
-def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
-    """Canonical distance and index of the nearest bank row: [Q, D], [M, D] -> [Q], [Q]."""
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    *,
+    exclude_same_group: tuple[Tensor, Tensor] | None = None,
+    k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ops.nearest`: canonical distances and indices, [Q, D], [M, D] -> [Q], or [Q, k] with k."""
     squared = canonical_squared_distances(queries, bank)
-    best = squared.min(dim=1).values
-    is_best = squared == best[:, None]
+    rows = torch.arange(len(bank)).expand_as(squared)
+    if exclude_same_group is not None:
+        of_queries, of_bank = exclude_same_group
+        excluded = of_queries[:, None] == of_bank
+        squared = squared.masked_fill(excluded, torch.inf)
+        rows = rows.masked_fill(excluded, -1)
+    missing = (k or 1) - len(bank)
+    if missing > 0:
+        squared = torch.nn.functional.pad(squared, (0, missing), value=torch.inf)
+        rows = torch.nn.functional.pad(rows, (0, missing), value=-1)
+    # Excluded rows last, the lowest index first on ties: both sorts keep the order of equals.
+    order = torch.argsort((rows < 0).int(), dim=1, stable=True)
+    order = order.gather(1, torch.argsort(squared.gather(1, order), dim=1, stable=True))
+    nearest_ones = order[:, : k or 1]
     # Through float64, since torch's float32 root is not always the correctly rounded one.
-    return best.double().sqrt().float(), is_best.int().argmax(dim=1)  # the lowest index on ties
+    distances = squared.gather(1, nearest_ones).double().sqrt().float()
+    indices = rows.gather(1, nearest_ones)
+    return (distances[:, 0], indices[:, 0]) if k is None else (distances, indices)
 
 
 def canonical_squared_distances(queries: Tensor, bank: Tensor) -> Tensor:

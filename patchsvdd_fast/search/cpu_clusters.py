@@ -24,7 +24,7 @@ from ..ops.cpu_bank import (
     project,
     release_memory,
 )
-from ..ops.search import nearest_in_bank, search_clusters
+from ..ops.search_kernels import Found, search_clusters, search_rows
 from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
@@ -180,9 +180,9 @@ def _pays(
     clustered, brute = math.inf, math.inf
     for _ in range(_TRIALS):
         began = time.perf_counter()
-        search_clusters(queries, arrays, stretch, excluded)
+        search_clusters(Found.nothing(queries, None), queries, arrays, stretch, excluded)
         between = time.perf_counter()
-        nearest_in_bank(queries, embeddings, groups=excluded)
+        search_rows(Found.nothing(queries, None), queries, embeddings, excluded)
         clustered = min(clustered, between - began)
         brute = min(brute, time.perf_counter() - between)
         if not 1 < brute / clustered < 2 * _WORTHWHILE:

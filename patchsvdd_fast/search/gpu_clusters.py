@@ -16,7 +16,7 @@ from ..ops.gpu_bank import (
     padded_code_dim,
     visit_tile,
 )
-from ..ops.search import search_segments
+from ..ops.search_kernels import Found, search_segments
 from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _ROWS_AT_ONCE = 1 << 20  # when assigning rows to centroids
@@ -134,6 +134,7 @@ def _share_looked_at(
     picked = (firsts + within).flatten().to(device)
     visits = torch.zeros(1, dtype=torch.int64, device=device)
     itself = Groups(picked, torch.arange(rows, device=device))
-    search_segments(embeddings[picked].float(), arrays, itself, visits)
+    queries = embeddings[picked].float()
+    search_segments(Found.nothing(queries, None), queries, arrays, itself, visits)
     tiles = -(-len(picked) // visit_tile(embeddings))
     return int(visits) / (tiles * len(arrays.segment_clusters))

@@ -7,14 +7,26 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.checks import FloatArray, IntArray, as_tensor, check_dtype, check_shape
+from ..ops.checks import (
+    NO_GROUPS,
+    FloatArray,
+    Groups,
+    IntArray,
+    as_tensor,
+    check_dtype,
+    check_finite_rows,
+    check_search_operands,
+    check_shape,
+)
+from ..ops.search import as_neighbours
+from ..ops.search_kernels import Found, search_rows
 
 
 def nearest_streamed(
     queries: Tensor,
     bank: Tensor | FloatArray,
     *,
+    k: int | None = None,
     rows_at_once: int = 1 << 20,
     exclude_same_group: tuple[Tensor | IntArray, Tensor | IntArray] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -24,14 +36,16 @@ def nearest_streamed(
     queries: [Q, D] float32, on the device to search on.
     bank: [M, D] float32 or float16 on the CPU, M >= 1; may be a mapped file. Pinned memory is
         copied from directly.
+    k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
     rows_at_once: bank rows in a chunk. The device holds two chunks: one is copied while the other
         is searched.
     exclude_same_group: the groups of the queries [Q] and of the bank rows [M], int64; a query
         cannot match rows of its own group.
     progress: called after each chunk with the share done, 0 to 1.
 
-    Returns distances [Q] float32 and bank rows [Q] int64 on the queries' device: the minimum over
-    the chunks, bit for bit the answer of one search. Raises what `ops.nearest` does.
+    Returns distances [Q] float32 and bank rows [Q] int64 on the queries' device, [Q, k] with k, as
+    `ops.nearest` does: the nearest of all chunks, bit for bit the answer of one search. Raises what
+    `ops.nearest` does.
     """
     rows = as_tensor("bank", bank)
     check_shape("bank", rows, "M, D")
@@ -51,24 +65,25 @@ def nearest_streamed(
                 f"bank_groups must have shape [{len(rows)}], got {list(bank_groups.shape)}"
             )
 
-    best = queries.new_full(queries.shape[:1], torch.inf)
-    nearest = torch.full_like(best, -1, dtype=torch.int64)
+    k = as_neighbours(k)
+    check_search_operands(queries, rows[:1].to(queries.device))
+    queries = queries.detach()
+    check_finite_rows("queries", queries)
+    found = Found.nothing(queries, k)
     for first, chunk in _chunks_on(queries.device, rows, rows_at_once):
-        groups = None
-        if query_groups is not None and bank_groups is not None:
-            part = bank_groups[first : first + len(chunk)].to(queries.device)
-            groups = query_groups, part
         try:
-            distances, indices = ops.nearest(queries, chunk, exclude_same_group=groups)
+            check_finite_rows("bank", chunk)
         except ValueError as error:
             raise ValueError(f"in bank rows from {first} on: {error}") from error
-        # Chunks come in the order of their rows, so the lowest row wins a tie.
-        closer = (distances < best) | ((nearest < 0) & (indices >= 0))
-        best = torch.where(closer, distances, best)
-        nearest = torch.where(closer, indices + first, nearest)
+        groups = NO_GROUPS
+        if query_groups is not None and bank_groups is not None:
+            part = bank_groups[first : first + len(chunk)].to(queries.device)
+            groups = Groups(query_groups, part)
+            groups.check(queries, len(chunk))
+        search_rows(found, queries, chunk, groups.contiguous(), first_row=first)
         if progress is not None:
             progress((first + len(chunk)) / len(rows))
-    return best, nearest
+    return found.finish(k)
 
 
 def _chunks_on(

@@ -282,11 +282,20 @@ NearestParams nearest_params(const std::vector<float>& queries, const Stored& ba
   return params;
 }
 
+// Nothing found yet: what a search starts from.
+Found nothing_for(NearestParams* params) {
+  params->k = std::max(params->k, 1);
+  Found found(std::vector<float>(params->queries * params->k, INFINITY),
+              std::vector<int64_t>(params->queries * params->k, kNoRow));
+  params->squared = found.first.data();
+  params->indices = found.second.data();
+  return found;
+}
+
 Found nearest_on_cpu(NearestParams params) {
-  Found found(params.queries, params.queries);
-  params.distances = found.first.data();
-  params.indices = found.second.data();
+  Found found = nothing_for(&params);
   cpu::nearest(params, 1);
+  cpu::finish_search({static_cast<int64_t>(found.first.size()), params.squared, params.indices}, 1);
   return found;
 }
 
@@ -294,17 +303,17 @@ Found nearest_on_cpu(NearestParams params) {
 // chunk.
 Found nearest_on_cuda(NearestParams params, int64_t* kept = nullptr) {
   const bool has_groups = params.groups.query_groups != nullptr;
-  std::vector<unsigned char> workspace(cuda::nearest_workspace(params.queries, params.bank_rows,
-                                                               params.dim, params.method,
-                                                               has_groups, params.workspace_limit) +
-                                       256);
+  std::vector<unsigned char> workspace(
+      cuda::nearest_workspace(params.queries, params.bank_rows, params.dim, params.method,
+                              has_groups, std::max(params.k, 1), params.workspace_limit) +
+      256);
   void* start = workspace.data();
   size_t space = workspace.size();
   params.workspace = std::align(256, space - 256, start, space);
-  Found found(params.queries, params.queries);
-  params.distances = found.first.data();
-  params.indices = found.second.data();
+  Found found = nothing_for(&params);
   cuda::nearest(params, 0);
+  cuda::finish_search({static_cast<int64_t>(found.first.size()), params.squared, params.indices},
+                      0);
   if (kept != nullptr) {
     const cuda::Plan plan(params.queries, params.bank_rows, params.dim, params.method,
                           params.workspace_limit);
@@ -547,8 +556,8 @@ void test_nearest_in_segments() {
 
   std::vector<float> centre(dim), largest(1), norms(segments), errors(segments);
   CodesOnHost codes(segments * cuda::kSegmentRows, cuda::padded_dim(dim));
-  std::vector<float> distances(count, NAN);
-  std::vector<int64_t> indices(count, -7);
+  std::vector<float> distances(count, INFINITY);
+  std::vector<int64_t> indices(count, kNoRow);
   SegmentedNearestParams params{};
   params.bank = {rows,
                  dim,
@@ -585,7 +594,7 @@ void test_nearest_in_segments() {
   params.query_data = queries.vectors.data();
   params.own = queries.own.data();
   params.own_starts = own_starts.data();
-  params.distances = distances.data();
+  params.squared = distances.data();
   params.indices = indices.data();
   params.workspace_limit = integer(0, 1) == 1 ? 1 : 1 << 30;
   cuda::encode_segments(params.bank, 0);
@@ -593,6 +602,7 @@ void test_nearest_in_segments() {
       cuda::nearest_in_segments_workspace(params.bank, count, params.workspace_limit) / 16);
   params.workspace = workspace.data();
   cuda::nearest_in_segments(params, 0);
+  cuda::finish_search({count, params.squared, params.indices}, 0);
   const Found expected = nearest_on_cpu(plain);
   for (int64_t q = 0; q < count; ++q) {
     const int64_t number = queries.order[q];

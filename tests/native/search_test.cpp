@@ -98,6 +98,17 @@ void test_screen() {
   }
 }
 
+// The nearest row of each query, by brute force.
+void nearest_one(NearestParams params, float* distances, int64_t* indices, int threads) {
+  std::fill_n(distances, params.queries, INFINITY);
+  std::fill_n(indices, params.queries, kNoRow);
+  params.k = 1;
+  params.squared = distances;
+  params.indices = indices;
+  nearest(params, threads);
+  finish_search({params.queries, distances, indices}, threads);
+}
+
 // A clustered bank made here, with all its arrays.
 struct TestBank {
   int64_t dim, rows, clusters, axes, packs;
@@ -139,9 +150,7 @@ struct TestBank {
     params.dim = axes;
     params.query_data = projected.data();
     params.bank_data = centroids.data();
-    params.distances = radii.data();
-    params.indices = nearest_centroid.data();
-    nearest(params, threads);
+    nearest_one(params, radii.data(), nearest_centroid.data(), threads);
     // Clusters in order, empty ones dropped, rows by radius.
     std::vector<float> used;
     starts = {0};
@@ -225,7 +234,8 @@ void test_cluster_bounds() {
   }
 }
 
-// Whole searches, plain and clustered, with and without groups, against a loop over all rows.
+// Whole searches, plain and clustered, for one and several neighbours, in one part and two, with
+// and without groups, against a sort of all rows.
 void test_searches(int threads) {
   const TestBank made(integer(1, 40), integer(1, 400), integer(1, 40), threads);
   const int64_t queries = integer(0, 3) ? integer(1, 100) : integer(300, 900);
@@ -243,8 +253,11 @@ void test_searches(int threads) {
   for (const bool grouped : {false, true}) {
     Groups groups{nullptr, nullptr, 1};
     if (grouped) groups = {query_groups.data(), bank_groups.data(), 1};
-    std::vector<float> distances(queries), clustered_distances(queries);
-    std::vector<int64_t> indices(queries), clustered_indices(queries);
+    const int k = integer(0, 1) ? 1 : static_cast<int>(integer(2, kMostNeighbours));
+    // Nothing yet, or the first rows, as if they were in another part of the bank.
+    const int64_t given = integer(0, 2) ? 0 : integer(0, made.rows - 1);
+    std::vector<float> squared(queries * k, INFINITY);
+    std::vector<int64_t> indices(queries * k, kNoRow);
     NearestParams params{};
     params.queries = queries;
     params.bank_rows = made.rows;
@@ -252,29 +265,43 @@ void test_searches(int threads) {
     params.query_data = vectors.data();
     params.bank_data = made.values.data();
     params.groups = groups;
-    params.distances = distances.data();
+    params.k = k;
+    params.squared = squared.data();
     params.indices = indices.data();
+    if (given > 0) {
+      params.bank_rows = given;
+      nearest(params, threads);
+    }
+    std::vector<float> clustered_squared = squared;
+    std::vector<int64_t> clustered_indices = indices;
+    params.bank_rows = made.rows - given;
+    params.bank_data = made.values.data() + given * made.dim;
+    params.first_row = given;
+    if (grouped) params.groups.bank_groups += given;
     nearest(params, threads);
     int64_t scanned = 0;
-    nearest_in_clusters({made.bank, groups, queries, vectors.data(), clustered_distances.data(),
+    nearest_in_clusters({made.bank, groups, queries, vectors.data(), k, clustered_squared.data(),
                          clustered_indices.data(), &scanned},
                         threads);
     for (int64_t q = 0; q < queries; ++q) {
-      Best best;
+      std::vector<std::pair<float, int64_t>> all;
       for (int64_t r = 0; r < made.rows; ++r) {
         if (grouped && query_groups[q] == bank_groups[r]) continue;
-        float squared;
+        float distance;
         portable_kernels().squared_distances({made.values.data(), made.dim, false},
-                                             vectors.data() + q * made.dim, &r, 1, &squared);
-        best.offer(squared, r);
+                                             vectors.data() + q * made.dim, &r, 1, &distance);
+        all.emplace_back(distance, r);
       }
-      float distance;
-      int64_t index;
-      best.write(0, &distance, &index);
-      EXPECT(distances[q] == distance && indices[q] == index, "plain: %ld for %ld",
-             long(indices[q]), long(index));
-      EXPECT(clustered_distances[q] == distance && clustered_indices[q] == index,
-             "clustered: %ld for %ld", long(clustered_indices[q]), long(index));
+      std::sort(all.begin(), all.end());
+      all.resize(k, {INFINITY, kNoRow});
+      for (int i = 0; i < k; ++i) {
+        const auto [distance, index] = all[i];
+        const int64_t at = q * k + i;
+        EXPECT(squared[at] == distance && indices[at] == index, "plain: %ld for %ld, of %d",
+               long(indices[at]), long(index), k);
+        EXPECT(clustered_squared[at] == distance && clustered_indices[at] == index,
+               "clustered: %ld for %ld, of %d", long(clustered_indices[at]), long(index), k);
+      }
     }
   }
 }

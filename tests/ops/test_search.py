@@ -10,6 +10,11 @@ from patchsvdd_fast import ops
 from patchsvdd_fast.ops import reference
 
 
+def assert_equal(found, expected):
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize("instruction_set", ops.instruction_sets())
 @pytest.mark.parametrize("dim", [1, 2, 15, 16, 17, 31, 64, 100, 300])
 def test_nearest_is_the_canonical_answer_to_the_bit(instruction_set, dim):
@@ -105,3 +110,50 @@ def test_native_square_root_is_correctly_rounded():
     distances, _ = ops.nearest(values, torch.zeros(1, 1))
     squared = reference.canonical_squared_distances(values, torch.zeros(1, 1))[:, 0]
     assert np.array_equal(distances.numpy(), np.sqrt(squared.numpy()))
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("k", [1, 2, 9, 32])
+@pytest.mark.parametrize(("count", "rows", "dim"), [(1, 5, 3), (7, 40, 17), (70, 700, 24)])
+def test_k_neighbours_are_the_canonical_ones_in_order(instruction_set, k, count, rows, dim):
+    queries, bank = torch.randn(count, dim), torch.randn(rows, dim)
+    bank[rows // 2 :] = bank[: rows - rows // 2].clone()  # everything twice
+    groups = torch.randint(3, (count,)), torch.randint(3, (rows,))
+    for exclude in (None, groups):
+        expected = reference.nearest(queries, bank, exclude_same_group=exclude, k=k)
+        with ops.use_instruction_set(instruction_set):
+            found = ops.nearest(queries, bank, exclude_same_group=exclude, k=k)
+        assert_equal(found, expected)
+        assert found[0].shape == found[1].shape == (count, k)
+        one = ops.nearest(queries, bank, exclude_same_group=exclude)
+        assert_equal(one, (found[0][:, 0], found[1][:, 0]))
+
+
+def test_beyond_the_rows_of_a_bank_there_are_no_neighbours():
+    distances, rows = ops.nearest(torch.zeros(2, 3), torch.ones(2, 3), k=4)
+    assert rows.tolist() == [[0, 1, -1, -1]] * 2
+    assert torch.isinf(distances[:, 2:]).all()
+    groups = torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1])
+    _, rows = ops.nearest(torch.zeros(2, 3), torch.ones(2, 3), k=2, exclude_same_group=groups)
+    assert rows.tolist() == [[1, -1]] * 2
+
+
+def test_k_neighbours_of_vectors_whose_squares_overflow():
+    far = torch.full((3, 2), 3e38)
+    distances, rows = ops.nearest(far[:1], -far, k=5)
+    assert torch.isinf(distances).all()
+    assert rows.tolist() == [[0, 1, 2, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [
+        (0, ValueError, r"k must be in \[1, 32\], got 0"),
+        (33, ValueError, r"k must be in \[1, 32\], got 33"),
+        (True, TypeError, "k must be an integer, got True"),
+        (2.0, TypeError, r"k must be an integer, got 2\.0"),
+    ],
+)
+def test_a_number_of_neighbours_that_cannot_be(k, error, message):
+    with pytest.raises(error, match=message):
+        ops.nearest(torch.zeros(2, 3), torch.ones(2, 3), k=k)

@@ -138,7 +138,7 @@ def test_rows_along_few_axes_are_clustered_and_noise_is_not():
 
 @pytest.mark.parametrize(("slower", "clustered"), [("clusters", False), ("brute force", True)])
 def test_what_a_trial_finds_slower_is_not_done(monkeypatch, patches, slower, clustered):
-    name = "search_clusters" if slower == "clusters" else "nearest_in_bank"
+    name = "search_clusters" if slower == "clusters" else "search_rows"
     search = getattr(cpu_clusters, name)
 
     def slow(*arguments, **named):

@@ -5,18 +5,35 @@ import pytest
 import torch
 
 from patchsvdd_fast import ops
+from patchsvdd_fast.ops import reference
 from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
 
+@pytest.mark.parametrize("k", [None, 1, 9])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 100, 1000])
-def test_the_answer_does_not_depend_on_chunks(rows_at_once):
+def test_the_answer_does_not_depend_on_chunks(rows_at_once, k):
     queries, bank = torch.randn(20, 9), torch.randn(300, 9)
     bank[250] = bank[40] = queries[3]  # a tie across chunks
-    found = nearest_streamed(queries, bank, rows_at_once=rows_at_once)
-    expected = ops.nearest(queries, bank)
+    found = nearest_streamed(queries, bank, rows_at_once=rows_at_once, k=k)
+    expected = ops.nearest(queries, bank, k=k)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
-    assert found[1][3] == 40
+    assert found[1][3].flatten()[0] == 40
+
+
+def test_chunks_are_compared_by_squared_distances():
+    """Of two rows at the same distance after rounding, the later one may be the nearer."""
+    rows = 0.6 + 1e-4 * torch.rand(4000, 2)
+    squared = reference.canonical_squared_distances(torch.zeros(1, 2), rows)[0]
+    order = squared.argsort(descending=True)
+    roots = squared[order].double().sqrt().float()
+    pairs = ((roots[1:] == roots[:-1]) & (squared[order][1:] < squared[order][:-1])).nonzero()
+    assert len(pairs) > 10
+    for pair in pairs[:10, 0].tolist():
+        bank = rows[order[pair : pair + 2]]
+        distances, found = nearest_streamed(torch.zeros(1, 2), bank, rows_at_once=1)
+        assert distances[0] == roots[pair]
+        assert found[0] == 1
 
 
 def test_groups_are_excluded_and_progress_is_reported():

@@ -1,0 +1,184 @@
+"""Native searches, without checks: brute force, and clustered banks of CPU and GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, backends
+from .backends import new_workspace, pointer, search_method, workspace_limit
+from .checks import NO_GROUPS, Groups
+from .cpu_bank import ClusterArrays
+from .gpu_bank import SegmentArrays, as_cuda
+
+MOST_NEIGHBOURS = 32
+"""The largest k (kMostNeighbours in csrc/params.h)."""
+
+_NO_ROW = 2**63 - 1  # kNoRow in csrc/params.h
+
+
+class Found(NamedTuple):
+    """The nearest rows of each query so far: a search starts from them and improves them in place.
+
+    So the parts of a bank are searched one after the other, each with the bounds that those before
+    have found. Ascending by canonical squared distance, then by row; infinity and `_NO_ROW` where
+    there is none yet. Distances would not do: unequal squared distances may have equal roots.
+    """
+
+    squared: Tensor
+    """[Q, k] float32: canonical squared distances."""
+    rows: Tensor
+    """[Q, k] int64: row numbers."""
+
+    @classmethod
+    def nothing(cls, queries: Tensor, k: int | None) -> Found:
+        """Nothing yet, for queries [Q, D]."""
+        shape = (queries.shape[0], k or 1)
+        return cls(
+            queries.new_full(shape, torch.inf),
+            torch.full(shape, _NO_ROW, dtype=torch.int64, device=queries.device),
+        )
+
+    def finish(self, k: int | None) -> tuple[Tensor, Tensor]:
+        """Distances and rows, [Q] if k is None, else [Q, k]; this must not be used afterwards."""
+        with backends.backend_of(self.squared) as (backend, context):
+            backend.finish_search(
+                count=self.squared.numel(),
+                distances=self.squared.data_ptr(),
+                indices=self.rows.data_ptr(),
+                context=context,
+            )
+        if k is None:
+            return self.squared.view(-1), self.rows.view(-1)
+        return self.squared, self.rows
+
+
+def search_rows(
+    found: Found,
+    queries: Tensor,
+    bank: Tensor,
+    groups: Groups = NO_GROUPS,
+    *,
+    first_row: int = 0,
+    ids: Tensor | None = None,
+) -> None:
+    """Search all rows of a bank [M, D] without checking them; groups are contiguous.
+
+    first_row: the number of the first row, in `found`. ids: [M] int64, the number of each row, in
+    any order, instead; groups go by numbers then, too.
+    """
+    queries, bank = queries.contiguous(), bank.contiguous()
+    rows, dim = bank.shape
+    with backends.backend_of(queries) as (backend, context):
+        method = getattr(_native.SearchMethod, search_method.get().upper())
+        neighbours = found.rows.shape[1]
+        size = backend.nearest_workspace(
+            queries=len(queries),
+            rows=rows,
+            dim=dim,
+            method=method,
+            has_groups=groups.of_queries is not None,
+            neighbours=neighbours,
+            limit=workspace_limit.get(),
+        )
+        workspace = new_workspace(queries, size)
+        backend.nearest(
+            queries=len(queries),
+            bank_rows=rows,
+            dim=dim,
+            query_data=queries.data_ptr(),
+            bank_data=bank.data_ptr(),
+            bank_is_half=bank.dtype == torch.float16,
+            method=method,
+            query_groups=pointer(groups.of_queries),
+            bank_groups=pointer(groups.of_bank),
+            rows_per_group=groups.rows_per_group,
+            neighbours=neighbours,
+            ids=pointer(ids),
+            first_row=first_row,
+            squared=found.squared.data_ptr(),
+            indices=found.rows.data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_limit=workspace_limit.get(),
+            context=context,
+        )
+
+
+def search_clusters(
+    found: Found,
+    queries: Tensor,
+    arrays: ClusterArrays,
+    stretch: float,
+    groups: Groups = NO_GROUPS,
+) -> int:
+    """Search a bank clustered on the CPU, without checking the arguments; groups are contiguous.
+
+    Returns how many rows were looked at, over all queries.
+    """
+    queries = queries.contiguous()
+    return _native.cpu.nearest_in_clusters(
+        bank=arrays.native(stretch),
+        queries=len(queries),
+        query_data=queries.data_ptr(),
+        query_groups=pointer(groups.of_queries),
+        bank_groups=pointer(groups.of_bank),
+        rows_per_group=groups.rows_per_group,
+        neighbours=found.rows.shape[1],
+        squared=found.squared.data_ptr(),
+        indices=found.rows.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+
+
+def search_segments(
+    found: Found,
+    queries: Tensor,
+    arrays: SegmentArrays,
+    groups: Groups = NO_GROUPS,
+    visits: Tensor | None = None,
+) -> None:
+    """Search a bank clustered on a GPU, without checking the arguments; groups are contiguous.
+
+    For more than one neighbour all rows are compared: its segments are made for one.
+
+    visits: [1] int64, to which the number of visits is added: pairs of a tile of queries (see
+    `visit_tile`) and a segment it looks at, those of the queries' own clusters left out.
+    """
+    if found.rows.shape[1] > 1:
+        search_rows(found, queries, arrays.data, groups, ids=arrays.ids)
+        return
+    # Sorted by their nearest centroid, the queries of a tile want the same segments.
+    nearest_centroid = Found.nothing(queries, None)
+    search_rows(nearest_centroid, queries, arrays.centroids)
+    own, order = nearest_centroid.rows.view(-1).sort(stable=True)
+    centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
+    own_starts = torch.searchsorted(own, centroids)
+    sorted_queries = queries[order].contiguous()
+    sorted_groups = None if groups.of_queries is None else groups.of_queries[order]
+    squared, indices = found.squared[order], found.rows[order]
+    with backends.backend_of(queries) as (backend, context):
+        cuda = as_cuda(backend)
+        bank = arrays.native(cuda)
+        limit = workspace_limit.get()
+        size = cuda.nearest_in_segments_workspace(bank=bank, queries=len(queries), limit=limit)
+        workspace = new_workspace(queries, size)
+        cuda.nearest_in_segments(
+            bank=bank,
+            queries=len(queries),
+            query_data=sorted_queries.data_ptr(),
+            own=own.data_ptr(),
+            own_starts=own_starts.data_ptr(),
+            query_groups=pointer(sorted_groups),
+            bank_groups=pointer(groups.of_bank),
+            rows_per_group=groups.rows_per_group,
+            squared=squared.data_ptr(),
+            indices=indices.data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_limit=limit,
+            visits=pointer(visits),
+            context=context,
+        )
+    found.squared.index_copy_(0, order, squared)
+    found.rows.index_copy_(0, order, indices)
