@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import (
-    NO_GROUPS,
     FloatArray,
-    Groups,
     IntArray,
     as_tensor,
     check_dtype,
@@ -20,17 +18,11 @@ from ..ops.checks import (
     check_same_device,
     like_input,
 )
-from ..ops.cpu_bank import ClusterArrays, link_clusters
-from ..ops.gpu_bank import SegmentArrays
-from ..ops.search import nearest_in_bank
-from .centroids import can_be_clustered
-from .cpu_clusters import build_clusters, extend_clusters
-from .gpu_clusters import build_segments, segments_about
+from ..ops.search import as_neighbours
+from .index import Index
+from .index_state import STORAGES, index_of, state_of
 
-_DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
-_STORAGES = (torch.float32, torch.float16)
 _LARGEST_INT = 2**63 - 1
-_GROWTH = 2  # a bank that has grown beyond this factor since it was clustered is clustered anew
 
 
 class NormalBank:
@@ -61,57 +53,58 @@ class NormalBank:
         clusters: int | None = None,
         seed: int = 0,
     ) -> None:
-        if storage not in _STORAGES:
+        if storage not in STORAGES:
             raise ValueError(f"storage must be torch.float32 or torch.float16, got {storage}")
         if clusters is not None:
             clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
         seed = check_int("seed", seed, 0, _LARGEST_INT)
-        values, grid = _as_rows(as_tensor("embeddings", embeddings), storage)
-        self._grid = grid
-        self._groups = _as_groups(groups, values, self._rows_per_group)
-        self._storage, self._wanted_clusters, self._seed = storage, clusters, seed
-        self._cluster(values, self._groups)
+        rows, grid = _as_rows(as_tensor("embeddings", embeddings), storage)
+        groups = _as_groups(groups, rows, grid)
+        self._index = Index.build(rows, groups, grid, wanted_clusters=clusters, seed=seed)
+
+    @classmethod
+    def _over(cls, index: Index) -> NormalBank:
+        bank = cls.__new__(cls)
+        bank._index = index
+        return bank
 
     def __len__(self) -> int:
-        return self._data.shape[0]
+        return self._index.rows
 
     def __repr__(self) -> str:
-        clusters = "" if self._clusters is None else f", {len(self._clusters.centroids):,} clusters"
-        return f"NormalBank({len(self):,} x {self.dim}, {self._data.device}{clusters})"
+        clusters = f", {self.num_clusters:,} clusters" if self.num_clusters else ""
+        return f"NormalBank({len(self):,} x {self.dim}, {self.device}{clusters})"
 
     @property
     def dim(self) -> int:
         """D, the length of an embedding."""
-        return self._data.shape[1]
+        return self._index.data.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the bank lies and is searched."""
-        return self._data.device
+        return self._index.data.device
 
     @property
     def num_clusters(self) -> int:
         """How many clusters the bank is sorted into; 0 if it is not clustered."""
-        return 0 if self._clusters is None else len(self._clusters.centroids)
+        clusters = self._index.clusters
+        return 0 if clusters is None else len(clusters.centroids)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows I and columns J of patches per image; (1, 1) for a bank made from [M, D]."""
-        return self._grid
+        return self._index.grid
 
     @property
     def groups(self) -> Tensor:
-        """The group of each row [M], or of each image [N], int64."""
-        return self._groups
+        """The group of each image [N], or of each row [M] of a bank made from [M, D]; int64."""
+        return self._index.groups
 
     @property
     def embeddings(self) -> Tensor:
-        """The stored embeddings [M, D] in the order of their row numbers; a copy if clustered."""
-        if self._clusters is None:
-            return self._data
-        rows = torch.empty_like(self._data)
-        rows[self._clusters.ids] = self._data
-        return rows
+        """The stored embeddings [M, D] in the order of their row numbers; mostly a copy."""
+        return self._index.in_order()
 
     # --- searching --------------------------------------------------------------------------------
 
@@ -119,44 +112,46 @@ class NormalBank:
         self,
         queries: Tensor | FloatArray,
         *,
+        k: int | None = None,
         exclude_same_group: Tensor | IntArray | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Exact L2 distance from each query to its nearest bank row, and that row's number.
 
         queries: [..., D] float32, finite, on the bank's device.
+        k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
         exclude_same_group: [...] int64, the group of each query; a query cannot match rows of its
-            own group.
+            own group. Or the first axes only, such as [N] for queries [N, I, J, D].
         progress: called now and then with the share done, 0 to 1 (only on the CPU).
 
         Returns distances [...] float32 and rows [...] int64, the lowest row on ties; infinity and
-        -1 where every row is excluded. NumPy queries give NumPy arrays. Raises ValueError for a
-        wrong shape, and for NaN or infinity in a query; TypeError for a wrong dtype.
+        -1 where every row is excluded. With k, [..., k]: by ascending distance, equally near ones
+        by row, and infinity and -1 beyond the rows that a query may match. NumPy queries give NumPy
+        arrays. Raises ValueError for a wrong shape, and for NaN or infinity in a query; TypeError
+        for a wrong dtype.
         """
+        index = self._index
+        dim = index.data.shape[1]
         given = as_tensor("queries", queries).detach()  # there is no gradient
-        if given.ndim < 1 or given.shape[-1] != self.dim:
+        if given.ndim < 1 or given.shape[-1] != dim:
             raise ValueError(
-                f"queries must have shape [..., {self.dim}] to match the bank, "
-                f"got {list(given.shape)}"
+                f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
             )
         shape = given.shape[:-1]
-        groups = NO_GROUPS
+        query_groups = None
         if exclude_same_group is not None:
             query_groups = as_tensor("exclude_same_group", exclude_same_group)
-            if query_groups.shape != shape:
+            if query_groups.shape != shape[: query_groups.ndim]:
                 raise ValueError(
                     f"exclude_same_group must have shape {list(shape)} to match the queries, "
                     f"got {list(query_groups.shape)}"
                 )
-            groups = Groups(query_groups.reshape(-1), self._groups, self._rows_per_group)
-        distances, rows = nearest_in_bank(
-            given.reshape(-1, self.dim),
-            self._data if self._clusters is None else self._clusters,
-            self._stretch,
-            groups,
-            progress,
-        )
-        return like_input(queries, distances.view(shape), rows.view(shape))
+            missing = (1,) * (len(shape) - query_groups.ndim)
+            query_groups = query_groups.view(*query_groups.shape, *missing).expand(shape).flatten()
+        k = as_neighbours(k)
+        distances, rows = index.nearest(given.reshape(-1, dim), query_groups, k, progress)
+        found = shape if k is None else (*shape, k)
+        return like_input(queries, distances.view(found), rows.view(found))
 
     def source(self, rows: Tensor | IntArray) -> Tensor:
         """The patches that bank rows came from.
@@ -166,12 +161,14 @@ class NormalBank:
         Returns [..., 3] int64: the number of the image (or of the embedding, in a bank made from
         [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.
         """
+        index = self._index
         numbers = as_tensor("rows", rows)
         check_dtype("rows", numbers, torch.int64)
-        if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < len(self):
-            raise ValueError(f"rows must be in [-1, {len(self)}), got {rows}")
-        image, patch = numbers // self._rows_per_group, numbers % self._rows_per_group
-        columns = self._grid[1]
+        if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < index.rows:
+            raise ValueError(f"rows must be in [-1, {index.rows}), got {rows}")
+        patches = numbers if index.patches is None else index.patches[numbers]
+        image, patch = patches // index.patches_per_image, patches % index.patches_per_image
+        columns = index.grid[1]
         where: Tensor = torch.stack([image, patch // columns, patch % columns], dim=-1)
         return where.where(numbers[..., None] >= 0, -1)
 
@@ -183,38 +180,52 @@ class NormalBank:
         embeddings: [M', D] or [N', I, J, D], in the form that the bank was made from.
         groups: [M'] or [N'] int64; by default numbered on from the bank's largest group.
 
+        Few rows cost little: they are searched beside the others until there are more of them.
         Raises ValueError if grid or D are not the bank's.
         """
-        values, grid = _as_rows(as_tensor("embeddings", embeddings), self._storage)
-        if values.shape[1] != self.dim or grid != self._grid:
+        index = self._index
+        rows, grid = _as_rows(as_tensor("embeddings", embeddings), index.data.dtype)
+        self._append(index, rows, grid, groups, None)
+
+    def _append(
+        self, index: Index, rows: Tensor, grid: tuple[int, int], groups: Any, patches: Tensor | None
+    ) -> None:
+        """Append rows [M', D]; patches: as for `Index.append`."""
+        dim = index.data.shape[1]
+        if rows.shape[1] != dim or grid != index.grid:
             raise ValueError(
-                f"embeddings must match the bank's grid {list(self._grid)} and D = {self.dim}, "
-                f"got grid {list(grid)} and D = {values.shape[1]}"
+                f"embeddings must match the bank's grid {list(index.grid)} and D = {dim}, "
+                f"got grid {list(grid)} and D = {rows.shape[1]}"
             )
-        check_same_device("embeddings", values, "the bank", self._data)
-        first = int(self._groups.max()) + 1
-        if groups is None and first > _LARGEST_INT - len(values):
-            raise ValueError(
-                "there are no groups beyond the bank's largest, so groups must be given"
-            )
-        added = _as_groups(groups, values, self._rows_per_group, first)
-        self._recluster(torch.cat([self.embeddings, values]), torch.cat([self._groups, added]))
+        check_same_device("embeddings", rows, "the bank", index.data)
+        if groups is None:
+            first = int(index.groups.max()) + 1
+            if first > _LARGEST_INT - len(rows):
+                raise ValueError(
+                    "there are no groups beyond the bank's largest, so groups must be given"
+                )
+            count = len(rows) // index.patches_per_image
+            groups = torch.arange(first, first + count, device=rows.device)
+        elif patches is None:
+            groups = _as_groups(groups, rows, grid)
+        # Last, and in one step: nothing has changed if this is interrupted.
+        self._index = index.append(rows, groups, patches)
 
     def remove(self, groups: Tensor | IntArray) -> None:
         """Remove all rows of the given groups, [G] int64; later rows get lower numbers.
 
         Raises ValueError if a group is not in the bank, or if the bank would be left empty.
         """
-        gone = as_tensor("groups", groups).to(self.device)
-        check_dtype("groups", gone, torch.int64)
-        missing = gone[~torch.isin(gone, self._groups)]
+        index = self._index
+        named = as_tensor("groups", groups).to(self.device)
+        check_dtype("groups", named, torch.int64)
+        missing = named[~torch.isin(named, index.groups)]
         if len(missing):
             raise ValueError(f"group {int(missing[0])} is not in the bank")
-        kept = ~torch.isin(self._groups, gone)
-        if not kept.any():
+        gone = torch.isin(index.groups, named)
+        if gone.all():
             raise ValueError("removing these groups would leave the bank empty")
-        rows = self.embeddings.view(-1, self._rows_per_group, self.dim)[kept]
-        self._recluster(rows.flatten(0, 1), self._groups[kept])
+        self._index = index.without(gone)
 
     def merge(self, other: NormalBank, groups: Tensor | IntArray | None = None) -> None:
         """Append all rows of another bank.
@@ -223,23 +234,27 @@ class NormalBank:
         """
         if not isinstance(other, NormalBank):
             raise TypeError(f"only a NormalBank can be merged, got {type(other).__name__}: use add")
-        embeddings = other.embeddings
-        if other._grid != (1, 1):
-            embeddings = embeddings.view(-1, *other._grid, other.dim)
-        self.add(embeddings.float(), other._groups if groups is None else groups)
+        index, theirs = self._index, other._index
+        rows, _ = _as_rows(theirs.in_order(), index.data.dtype)
+        given = theirs.groups if groups is None else groups
+        named = _as_groups(given, rows, theirs.grid, count=len(theirs.groups))
+        self._append(index, rows, theirs.grid, named, theirs.patches)
 
     def to(self, device: torch.device | str) -> NormalBank:
         """A copy of this bank on a device, clustered anew; the bank itself if it is there."""
-        target = torch.device(device)
+        target, index = torch.device(device), self._index
         if target.type == self.device.type and target.index in (None, self.device.index):
             return self
-        embeddings = self.embeddings.to(device).float()
-        return NormalBank(
-            embeddings.view(-1, *self._grid, self.dim),
-            groups=self._groups.to(device),
-            storage=self._storage,
-            clusters=self._wanted_clusters,
-            seed=self._seed,
+        return NormalBank._over(
+            Index.build(
+                index.in_order().to(target),
+                index.groups.to(target),
+                index.grid,
+                patches=None if index.patches is None else index.patches.to(target),
+                wanted_clusters=index.wanted_clusters,
+                seed=index.seed,
+                radius=index.radius,
+            )
         )
 
     # --- saving -----------------------------------------------------------------------------------
@@ -249,28 +264,9 @@ class NormalBank:
 
         The clusters of a bank on the CPU are kept; a bank on a GPU is clustered anew for the CPU.
         """
-        if _on_gpu(self._data):
-            return self.to("cpu").state_dict()
-        state = {
-            "groups": self._groups,
-            "grid": torch.tensor(self._grid),
-            "settings": torch.tensor(
-                [-1 if self._wanted_clusters is None else self._wanted_clusters, self._seed]
-            ),
-        }
-        if self._clusters is None:
-            return state | {"data": self._data}
-        assert isinstance(self._clusters, ClusterArrays)
-        arrays = self._clusters._asdict()
-        kept = {name: values for name, values in arrays.items() if name not in _DERIVED}
-        return (
-            state
-            | kept
-            | {
-                "stretch": torch.tensor([self._stretch], dtype=torch.float64),
-                "clustered_rows": torch.tensor([self._clustered_rows]),
-            }
-        )
+        bank = self.to("cpu")
+        bank._index = bank._index.merged()
+        return state_of(bank._index)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> NormalBank:
@@ -278,92 +274,7 @@ class NormalBank:
 
         Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
         """
-        bank = cls.__new__(cls)
-        try:
-            for name, tensor in state.items():
-                if tensor.data_ptr() % tensor.element_size():
-                    raise ValueError(f"a bank's {name} must be aligned in memory")
-            rows, columns = _integers(state, "grid", 2)
-            wanted, seed = _integers(state, "settings", 2)
-            data, groups = state["data"], state["groups"]
-            if data.ndim != 2 or data.numel() == 0 or data.dtype not in _STORAGES:
-                raise ValueError(
-                    "a bank's data must have shape [M, D], float32 or float16, "
-                    f"got {list(data.shape)}, {data.dtype}"
-                )
-            if min(rows, columns) < 1 or groups.ndim != 1 or groups.dtype != torch.int64:
-                raise ValueError(
-                    "a bank's groups must be int64 [N] and its grid at least 1 x 1, "
-                    f"got {groups.dtype} {list(groups.shape)} and {rows} x {columns}"
-                )
-            if len(groups) * rows * columns != len(data):
-                raise ValueError(f"a bank of {len(groups)} groups cannot have {len(data)} rows")
-            check_finite_rows("data", data)
-            bank._grid, bank._groups, bank._seed = (rows, columns), groups, seed
-            bank._wanted_clusters = None if wanted < 0 else wanted
-            bank._data, bank._storage = data, data.dtype
-            bank._clusters, bank._stretch, bank._clustered_rows = None, 1.0, 0
-            if "ids" in state:
-                empty = {name: data.new_empty(0, dtype=torch.float32) for name in _DERIVED}
-                arrays = ClusterArrays(
-                    **{n: empty[n] if n in empty else state[n] for n in ClusterArrays._fields}
-                )
-                arrays.check()
-                if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
-                    raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
-                bank._clusters, bank._stretch = link_clusters(arrays), float(state["stretch"])
-                (bank._clustered_rows,) = _integers(state, "clustered_rows", 1)
-        except KeyError as error:
-            raise ValueError(f"these tensors are not a bank: {error} is missing") from error
-        return bank
-
-    # --- inside -----------------------------------------------------------------------------------
-
-    @property
-    def _rows_per_group(self) -> int:
-        return self._grid[0] * self._grid[1]
-
-    def _cluster(self, values: Tensor, groups: Tensor) -> None:
-        """Use these rows [M, D], in the order of their numbers; clustered if that pays."""
-        clusters: ClusterArrays | SegmentArrays | None = None
-        stretch = 1.0
-        if self._wanted_clusters != 0 and _on_gpu(values):
-            clusters = build_segments(values, self._wanted_clusters, self._seed)
-        elif self._wanted_clusters != 0:
-            whose = Groups(of_bank=groups, rows_per_group=self._rows_per_group)
-            built = build_clusters(values, self._wanted_clusters, self._seed, whose)
-            clusters, stretch = (None, 1.0) if built is None else built
-        self._clusters, self._stretch = clusters, stretch
-        self._data = values if self._clusters is None else self._clusters.data
-        self._clustered_rows = len(values)
-
-    def _recluster(self, values: Tensor, groups: Tensor) -> None:
-        """Use changed rows [M, D]: about the same centroids, unless the bank has grown much."""
-        grown = len(values) > _GROWTH * self._clustered_rows
-        if self._clusters is None or grown or not can_be_clustered(values):
-            self._cluster(values, groups)
-        else:
-            if isinstance(self._clusters, SegmentArrays):
-                self._clusters = segments_about(values, self._clusters.centroids)
-            else:
-                clusters, stretch = extend_clusters(values, self._clusters, self._stretch)
-                self._clusters, self._stretch = clusters, stretch
-            self._data = self._clusters.data
-        self._groups = groups  # last, so that nothing has changed if clustering is interrupted
-
-
-def _integers(state: Mapping[str, Tensor], name: str, count: int) -> list[int]:
-    """The values of the tensor [count] int64 of that name in a state."""
-    values = state[name]
-    if values.dtype != torch.int64 or values.shape != (count,):
-        raise ValueError(
-            f"a bank's {name} must be int64 [{count}], got {values.dtype} {list(values.shape)}"
-        )
-    return [int(value) for value in values]
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu"
+        return cls._over(index_of(state))
 
 
 def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
@@ -387,13 +298,16 @@ def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[in
     return stored, grid
 
 
-def _as_groups(groups: Any, values: Tensor, rows_per_group: int, first: int = 0) -> Tensor:
-    count = len(values) // rows_per_group
+def _as_groups(
+    groups: Any, rows: Tensor, grid: tuple[int, int], count: int | None = None
+) -> Tensor:
+    """Groups [N] of rows [M, D], checked, or numbered from 0. count: N where rows do not tell."""
+    count = len(rows) // (grid[0] * grid[1]) if count is None else count
     if groups is None:
-        return torch.arange(first, first + count, device=values.device)
+        return torch.arange(count, device=rows.device)
     given = as_tensor("groups", groups)
     check_dtype("groups", given, torch.int64)
-    check_same_device("groups", given, "embeddings", values)
+    check_same_device("groups", given, "embeddings", rows)
     if given.shape != (count,):
         raise ValueError(f"groups must have shape [{count}], got {list(given.shape)}")
     return given

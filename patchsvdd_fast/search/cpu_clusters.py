@@ -33,6 +33,9 @@ _COVARIANCE_SAMPLES = 32_768
 _WIDE, _MOST_AXES, _WIDE_SAMPLES = 512, 384, 4096
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 2  # of the range finder (Halko, Martinsson & Tropp 2011)
 _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
+# What is added to clusters may lie so much farther off the axes, and from the centroids (squared),
+# than their own rows, before it needs others.
+_MOST_OFF_AXES, _MOST_SPREAD = 0.1, 4.0
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
 _TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
 _TRIALS = 2  # of each way, in turn, while it is not clear; the faster counts
@@ -80,6 +83,25 @@ def extend_clusters(
         embeddings, arrays.mean, arrays.basis, stretch, projected, errors, arrays.centroids
     )
     return packed, stretch
+
+
+def suit_clusters(embeddings: Tensor, arrays: ClusterArrays, stretch: float) -> bool:
+    """Whether other embeddings [M, D] are like those that the clusters were made for.
+
+    Else they lie off the projection's axes or far from all centroids, and a search that ends among
+    them prunes little.
+    """
+    projected, _ = project(embeddings, arrays.mean, arrays.basis, stretch)
+    along_axes = float(projected.square().sum(dtype=torch.float64))
+    if len(arrays.basis):
+        total = float((embeddings.double() - arrays.mean).square().sum())
+        if total - along_axes > _MOST_OFF_AXES * total:
+            return False
+    found = Found.nothing(projected, None)
+    search_rows(found, projected, arrays.centroids)
+    spread = float(found.squared.mean(dtype=torch.float64))
+    own_spread = float(arrays.block_radius.square().mean(dtype=torch.float64))
+    return spread <= _MOST_SPREAD * own_spread
 
 
 def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:

@@ -14,6 +14,7 @@ from conftest import texture
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector import fitting, scoring
 from patchsvdd_fast.files import store
+from patchsvdd_fast.search.index import Index
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 8))
 FAST = {
@@ -272,18 +273,23 @@ def test_an_interruption_changes_nothing(
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    recluster, calls = NormalBank._recluster, []
+    calls = []
 
-    def interrupt_the_second(bank, *changed):
-        calls.append(bank)
-        if len(calls) % 2 == 0:
-            raise KeyboardInterrupt
-        recluster(bank, *changed)
+    def interrupting_the_second(change):
+        def interrupted(index, *arguments):
+            calls.append(index)
+            if len(calls) % 2 == 0:
+                raise KeyboardInterrupt
+            return change(index, *arguments)
+
+        return interrupted
 
     if moment == "encode":
         monkeypatch.setattr(scoring, "encode_images", interrupt)
     elif moment == "bank":
-        monkeypatch.setattr(NormalBank, "_recluster", interrupt_the_second)
+        for name in ("append", "without"):
+            change = interrupting_the_second(getattr(Index, name))
+            monkeypatch.setattr(Index, name, change)
     else:
         monkeypatch.setattr(fitting, "calibrate", interrupt)
     attempts = [lambda: fitted.add(paths[4:])]
@@ -293,6 +299,8 @@ def test_an_interruption_changes_nothing(
         with pytest.raises(KeyboardInterrupt):
             attempt()
         assert vars(fitted) == before
+    if moment == "bank":
+        assert len(calls) == 2 * len(attempts)
     monkeypatch.undo()
     assert torch.equal(fitted.score(new_images).anomaly_map, result.anomaly_map)
     assert_alike(fitted.add(paths[4:]), original.refit(paths), new_images)

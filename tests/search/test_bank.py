@@ -67,10 +67,11 @@ def awkward(kind, rows, dim, generator):
     count=st.integers(0, 24),
     clusters=st.integers(1, 40),
     half=st.booleans(),
+    k=st.sampled_from([None, 1, 2, 9, 32]),
     seed=st.integers(0, 2**32),
 )
-def test_any_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, half, seed):
-    check_bank(kind, dim, rows, count, clusters, half, seed)
+def test_any_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, half, k, seed):
+    check_bank(kind, dim, rows, count, clusters, half, k, seed)
 
 
 @pytest.mark.slow
@@ -82,25 +83,31 @@ def test_any_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, h
     count=st.integers(0, 40),
     clusters=st.integers(1, 300),
     half=st.booleans(),
+    k=st.sampled_from([None, 1, 2, 9, 32]),
     seed=st.integers(0, 2**32),
 )
-def test_any_larger_bank_gives_the_canonical_answer(kind, dim, rows, count, clusters, half, seed):
-    check_bank(kind, dim, rows, count, clusters, half, seed)
+def test_any_larger_bank_gives_the_canonical_answer(
+    kind, dim, rows, count, clusters, half, k, seed
+):
+    check_bank(kind, dim, rows, count, clusters, half, k, seed)
 
 
-def check_bank(kind, dim, rows, count, clusters, half, seed):
+def check_bank(kind, dim, rows, count, clusters, half, k, seed):
     generator = torch.Generator().manual_seed(seed)
     values = awkward(kind, rows + count, dim, generator)
     bank, queries = values[count:].contiguous(), values[:count].contiguous()
     storage = torch.float16 if half and kind not in ("outlier", "mixed scales") else torch.float32
     stored = bank.to(storage)
-    expected = reference.nearest(queries, stored.float())
+    expected = reference.nearest(queries, stored.float(), k=k)
     banks = [NormalBank(bank, clusters=c, storage=storage) for c in (0, clusters)]
+    grown = NormalBank(bank[: (rows + 1) // 2], clusters=clusters, storage=storage)
+    if rows > 1:
+        grown.add(bank[(rows + 1) // 2 :])
     for instruction_set in ops.instruction_sets():
         with ops.use_instruction_set(instruction_set):
-            for searched in (stored, *banks):
+            for searched in (stored, *banks, grown):
                 find = searched.nearest if isinstance(searched, NormalBank) else None
-                found = nearest(queries, searched) if find is None else find(queries)
+                found = nearest(queries, searched, k=k) if find is None else find(queries, k=k)
                 assert torch.equal(found[0], expected[0]), (instruction_set, searched)
                 assert torch.equal(found[1], expected[1]), (instruction_set, searched)
 
@@ -303,11 +310,11 @@ def test_merged_rows_may_get_other_groups(patches, queries, clusters):
 
 def test_a_bank_that_grew_is_clustered_anew(patches):
     bank = NormalBank(patches[:4], clusters=10)
-    before = bank._clusters.centroids
+    before = bank._index.clusters.centroids
     bank.add(patches[4:6])
-    assert torch.equal(bank._clusters.centroids, before)
+    assert torch.equal(bank._index.clusters.centroids, before)
     bank.add(patches[6:])
-    assert not torch.equal(bank._clusters.centroids, before)
+    assert not torch.equal(bank._index.clusters.centroids, before)
 
 
 @pytest.mark.parametrize("clusters", [0, 30])
@@ -318,7 +325,9 @@ def test_state_is_opened_from_a_mapped_file(patches, queries, tmp_path, clusters
     safetensors.torch.save_file(bank.state_dict(), path)
     state = safetensors.torch.load_file(path)
     opened = NormalBank.from_state_dict(state)
-    assert opened._data.data_ptr() == state["data"].data_ptr()  # the file's memory, not a copy
+    assert (
+        opened._index.data.data_ptr() == state["data"].data_ptr()
+    )  # the file's memory, not a copy
     assert opened.num_clusters == bank.num_clusters
     for ours, theirs in zip(opened.nearest(queries), bank.nearest(queries), strict=True):
         assert torch.equal(ours, theirs)
@@ -394,7 +403,7 @@ def test_compiles_to_a_full_graph_and_passes_opcheck(patches, queries):
         assert torch.equal(ours, theirs)
     torch.library.opcheck(
         torch.ops.patchsvdd_fast.nearest_in_clusters,
-        (queries.flatten(0, 2)[:20], list(bank._clusters), bank._stretch),
+        (queries.flatten(0, 2)[:20], list(bank._index.clusters), bank._index.stretch),
     )
 
 
@@ -516,10 +525,11 @@ def test_torch_defaults_do_not_matter(patches, queries):
         assert torch.equal(indices, expected[1])
 
 
-def test_huge_rows_are_added_and_searched(patches, queries):
+@pytest.mark.parametrize(("rows", "clusters"), [(1, 20), (1500, 0)])
+def test_huge_rows_are_added_and_searched(patches, queries, rows, clusters):
     bank = NormalBank(patches.flatten(0, 2), clusters=20)
-    bank.add(torch.full((1, 40), 3e38))
-    assert bank.num_clusters == 0
+    bank.add(torch.full((rows, 40), 3e38))
+    assert bank.num_clusters == clusters
     flat = torch.cat([queries.flatten(0, 2)[:9], torch.full((1, 40), 2e38)])
     for ours, theirs in zip(bank.nearest(flat), nearest(flat, bank.embeddings), strict=True):
         assert torch.equal(ours, theirs)

@@ -1,0 +1,131 @@
+"""A bank's index as named tensors, and back: what a file holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import check_finite_rows
+from ..ops.cpu_bank import ClusterArrays, link_clusters
+from .index import Index
+
+STORAGES = (torch.float32, torch.float16)
+_DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
+
+
+def state_of(index: Index) -> dict[str, Tensor]:
+    """The tensors of an index on the CPU that has no appended rows."""
+    assert index.appended is None
+    wanted = -1 if index.wanted_clusters is None else index.wanted_clusters
+    state = {
+        "groups": index.groups,
+        "grid": _int64(*index.grid),
+        "settings": _int64(wanted, index.seed),
+        "clustered_rows": _int64(index.tried_rows),
+    }
+    if index.patches is not None:
+        radius = torch.tensor([index.radius], dtype=torch.float64, device="cpu")
+        state |= {"patches": index.patches, "radius": radius}
+    if index.clusters is None:
+        return state | {"data": index.data}
+    assert isinstance(index.clusters, ClusterArrays)
+    arrays = index.clusters._asdict()
+    kept = {name: values for name, values in arrays.items() if name not in _DERIVED}
+    return (
+        state | kept | {"stretch": torch.tensor([index.stretch], dtype=torch.float64, device="cpu")}
+    )
+
+
+def index_of(state: Mapping[str, Tensor]) -> Index:
+    """The index over the memory of these tensors.
+
+    Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
+    """
+    try:
+        for name, tensor in state.items():
+            if tensor.data_ptr() % tensor.element_size():
+                raise ValueError(f"a bank's {name} must be aligned in memory")
+        rows, columns = _integers(state, "grid", 2)
+        wanted, seed = _integers(state, "settings", 2)
+        data, groups = state["data"], state["groups"]
+        if data.ndim != 2 or data.numel() == 0 or data.dtype not in STORAGES:
+            raise ValueError(
+                "a bank's data must have shape [M, D], float32 or float16, "
+                f"got {list(data.shape)}, {data.dtype}"
+            )
+        if min(rows, columns) < 1 or groups.ndim != 1 or groups.dtype != torch.int64:
+            raise ValueError(
+                "a bank's groups must be int64 [N] and its grid at least 1 x 1, "
+                f"got {groups.dtype} {list(groups.shape)} and {rows} x {columns}"
+            )
+        patches, radius = _patches(state, len(data), len(groups) * rows * columns)
+        if patches is None and len(groups) * rows * columns != len(data):
+            raise ValueError(f"a bank of {len(groups)} groups cannot have {len(data)} rows")
+        check_finite_rows("data", data)
+        # Files of earlier versions do not say when clusters were tried without success.
+        tried = _integers(state, "clustered_rows", 1)[0] if "clustered_rows" in state else len(data)
+        clusters, stretch = _clusters(state)
+        return Index(
+            data=data,
+            appended=None,
+            groups=groups,
+            grid=(rows, columns),
+            patches=patches,
+            clusters=clusters,
+            stretch=stretch,
+            wanted_clusters=None if wanted < 0 else wanted,
+            seed=seed,
+            tried_rows=tried,
+            radius=radius,
+        )
+    except KeyError as error:
+        raise ValueError(f"these tensors are not a bank: {error} is missing") from error
+
+
+def _clusters(state: Mapping[str, Tensor]) -> tuple[ClusterArrays | None, float]:
+    """The clusters in a state, and the stretch of their projection."""
+    if "ids" not in state:
+        return None, 1.0
+    empty = {name: state["data"].new_empty(0, dtype=torch.float32) for name in _DERIVED}
+    arrays = ClusterArrays(
+        **{name: empty[name] if name in empty else state[name] for name in ClusterArrays._fields}
+    )
+    arrays.check()
+    if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
+        raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
+    return link_clusters(arrays), float(state["stretch"])
+
+
+def _patches(state: Mapping[str, Tensor], rows: int, count: int) -> tuple[Tensor | None, float]:
+    """Which of `count` patches the rows of a coreset are, and its covering radius."""
+    if "patches" not in state:
+        return None, 0.0
+    patches, radius = state["patches"], state["radius"]
+    if patches.dtype != torch.int64 or patches.shape != (rows,):
+        raise ValueError(
+            f"a bank's patches must be int64 [{rows}], got {patches.dtype} {list(patches.shape)}"
+        )
+    # The range first: differences of any int64 values might wrap around.
+    inside = int(patches.min()) >= 0 and int(patches.max()) < count
+    if not inside or not bool((patches.diff() > 0).all()):
+        raise ValueError(f"a bank's patches must ascend from at least 0 to less than {count}")
+    if radius.shape != (1,) or not 0 <= float(radius) < torch.inf:
+        raise ValueError(f"a bank's radius must be at least 0, got {radius}")
+    return patches, float(radius)
+
+
+def _integers(state: Mapping[str, Tensor], name: str, count: int) -> list[int]:
+    """The values of the tensor [count] int64 of that name in a state."""
+    values = state[name]
+    if values.dtype != torch.int64 or values.shape != (count,):
+        raise ValueError(
+            f"a bank's {name} must be int64 [{count}], got {values.dtype} {list(values.shape)}"
+        )
+    return [int(value) for value in values]
+
+
+def _int64(*values: int) -> Tensor:
+    """On the CPU, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -1,0 +1,218 @@
+"""Banks that change: rows beside the others, clusters that suit no longer, searches meanwhile."""
+
+import threading
+
+import pytest
+import torch
+
+from patchsvdd_fast import NormalBank, nearest
+from patchsvdd_fast.search import index as index_module
+from patchsvdd_fast.search.index import Index
+
+
+def blob(rows, dim, axes, seed, scale=1.0):
+    """Rows [rows, dim] along a few axes, drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, axes, generator=generator))[0]
+    return scale * torch.randn(rows, axes, generator=generator) @ basis.T
+
+
+def assert_finds_the_canonical_answer(bank, queries, **options):
+    for k in (None, 5):
+        found = bank.nearest(queries, k=k, **options)
+        expected = nearest(queries, bank.embeddings, k=k)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("clusters", [0, 30])
+def test_few_rows_are_added_without_a_build(monkeypatch, clusters):
+    bank = NormalBank(blob(5000, 24, 4, 0), clusters=clusters)
+    before = bank._index
+    for name in ("build_clusters", "extend_clusters"):
+        monkeypatch.setattr(index_module, name, None)  # would fail
+    bank.add(blob(1, 24, 4, 0))
+    bank.add(blob(7, 24, 4, 1))
+    assert bank._index.data is before.data
+    assert len(bank) == 5008
+    assert bank.groups.tolist() == list(range(5008))
+    assert_finds_the_canonical_answer(bank, torch.randn(50, 24))
+
+
+@pytest.mark.parametrize("clusters", [0, 30])
+def test_many_rows_are_merged_with_the_others(clusters):
+    bank = NormalBank(blob(5000, 24, 4, 0), clusters=clusters)
+    bank.add(blob(2000, 24, 4, 0))
+    assert bank._index.appended is None
+    assert bank.num_clusters == clusters
+    assert_finds_the_canonical_answer(bank, torch.randn(50, 24))
+
+
+def test_a_bank_that_clusters_did_not_pay_for_is_not_tried_again(monkeypatch):
+    bank = NormalBank(torch.rand(5000, 64))
+    assert bank.num_clusters == 0
+    monkeypatch.setattr(index_module, "build_clusters", None)  # would fail
+    bank.add(torch.rand(2000, 64))
+    assert bank._index.appended is None
+    opened = NormalBank.from_state_dict(bank.state_dict())
+    opened.add(torch.rand(2000, 64))
+    monkeypatch.undo()
+    tried = []
+    monkeypatch.setattr(index_module, "build_clusters", lambda *_: tried.append(1))
+    opened.add(torch.rand(2000, 64))  # more than twice what was tried
+    assert tried == [1]
+
+
+@pytest.mark.parametrize(
+    ("added", "anew"),
+    [
+        (blob(2000, 64, 4, 0), False),
+        (blob(2000, 64, 4, 5), True),  # other axes
+        (blob(2000, 64, 4, 0, scale=20.0), True),  # the same axes, far out
+    ],
+    ids=["alike", "other axes", "far out"],
+)
+def test_clusters_that_do_not_suit_what_is_added_are_made_anew(added, anew):
+    bank = NormalBank(blob(5000, 64, 4, 0), clusters=30)
+    before = bank._index.clusters.centroids
+    bank.add(added)
+    after = bank._index.clusters.centroids
+    assert (before.shape == after.shape and torch.equal(before, after)) != anew
+    assert_finds_the_canonical_answer(bank, added[:50] + 0.01)
+
+
+def test_rows_beside_the_others_have_groups_and_sources():
+    patches = torch.rand(6, 3, 5, 8)
+    bank = NormalBank(patches[:4], groups=torch.tensor([10, 11, 12, 13]), clusters=5)
+    bank.add(patches[4:], groups=torch.tensor([20, 10]))
+    assert bank._index.appended is not None
+    found = bank.nearest(patches, exclude_same_group=bank.groups)  # one group number per image
+    image = bank.source(found[1])[..., 0]
+    own = bank.groups[image] == bank.groups[:, None, None]
+    assert not own.any()
+    groups = bank.groups.repeat_interleave(15)
+    expected = nearest(patches.flatten(0, 2), bank.embeddings, exclude_same_group=(groups, groups))
+    assert torch.equal(found[0].flatten(), expected[0])
+    assert torch.equal(found[1].flatten(), expected[1])
+    bank.remove(torch.tensor([10]))
+    assert bank.groups.tolist() == [11, 12, 13, 20]
+    assert torch.equal(bank.embeddings, patches[1:5].flatten(0, 2))
+
+
+def test_rows_beside_the_others_are_saved(tmp_path):
+    bank = NormalBank(blob(5000, 24, 4, 0), clusters=30)
+    bank.add(blob(3, 24, 4, 1))
+    opened = NormalBank.from_state_dict(bank.state_dict())
+    assert torch.equal(opened.embeddings, bank.embeddings)
+    assert opened.num_clusters == 30
+
+
+def test_a_search_beside_changes_sees_the_bank_before_or_after_one():
+    """Data, clusters and groups change as one object."""
+    rows = blob(3000, 24, 4, 0)
+    bank = NormalBank(rows, clusters=20)
+    queries, own = torch.randn(40, 24), torch.arange(40)
+    failures, done = [], threading.Event()
+
+    def search():
+        try:
+            while not done.is_set():
+                distances, found = bank.nearest(queries, exclude_same_group=own)
+                assert torch.isfinite(distances).all()
+                assert (found >= 0).all()
+        except Exception as error:
+            failures.append(error)
+
+    searches = [threading.Thread(target=search) for _ in range(2)]
+    for thread in searches:
+        thread.start()
+    for size in (1, 600, 1500, 5, 1, 2000):
+        bank.add(blob(size, 24, 4, 2))
+        bank.remove(bank.groups[-1:])
+    done.set()
+    for thread in searches:
+        thread.join()
+    assert failures == []
+
+
+# --- coresets: banks that hold some of the patches ------------------------------------------------
+
+
+def some_patches(patches, kept, **options):
+    """A bank of images [N, I, J, D] that holds only some of the patches, by number."""
+    rows = patches.flatten(0, 2)[kept].contiguous()
+    groups = torch.arange(len(patches)) + 100
+    grid = tuple(patches.shape[1:3])
+    index = Index.build(rows, groups, grid, patches=kept, radius=0.5, **options)
+    return NormalBank._over(index)
+
+
+@pytest.fixture
+def patches():
+    return torch.rand(6, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def kept():
+    picked = torch.randperm(90, generator=torch.Generator().manual_seed(1))[:30]
+    return picked.sort().values
+
+
+@pytest.mark.parametrize("clusters", [0, 4])
+def test_rows_of_a_coreset_know_their_patches_and_groups(patches, kept, clusters):
+    bank = some_patches(patches, kept, wanted_clusters=clusters)
+    assert len(bank) == 30
+    _, rows = bank.nearest(bank.embeddings)
+    image, row, column = bank.source(rows).unbind(-1)
+    assert torch.equal((image * 3 + row) * 5 + column, kept)
+    _, rows = bank.nearest(patches, exclude_same_group=bank.groups)
+    assert not (bank.source(rows)[..., 0] == torch.arange(6)[:, None, None]).any()
+
+
+@pytest.mark.parametrize("clusters", [0, 4])
+def test_coresets_grow_shrink_merge_and_are_saved(patches, kept, clusters):
+    bank = some_patches(patches[:4], kept[kept < 60], wanted_clusters=clusters)
+    bank.add(patches[4:5])
+    bank.merge(some_patches(patches[5:], kept[kept >= 75] - 75), torch.tensor([200]))
+    patch = torch.cat([kept[kept < 60], torch.arange(60, 75), kept[kept >= 75]])
+    assert torch.equal(bank.embeddings, patches.flatten(0, 2)[patch])
+    assert bank.groups.tolist() == [100, 101, 102, 103, 104, 200]
+    bank.remove(torch.tensor([101, 104]))
+    image = patch // 15
+    left = (image != 1) & (image != 4)
+    assert torch.equal(bank.embeddings, patches.flatten(0, 2)[patch[left]])
+    source = bank.source(torch.arange(len(bank)))
+    new_numbers = torch.tensor([0, -1, 1, 2, -1, 3])
+    assert torch.equal(source[:, 0], new_numbers[image[left]])
+    opened = NormalBank.from_state_dict(bank.state_dict())
+    assert torch.equal(opened.source(torch.arange(len(bank))), source)
+    assert opened._index.radius == 0.5
+    plain = NormalBank(patches[:2])
+    plain.merge(opened, torch.arange(4) + 50)
+    assert torch.equal(plain.source(torch.arange(len(plain)))[30:, 0], source[:, 0] + 2)
+    assert torch.equal(plain.embeddings[30:], bank.embeddings)
+
+
+def test_states_of_coresets_that_do_not_fit_are_refused(patches, kept):
+    state = some_patches(patches, kept).state_dict()
+    for name, value, message in [
+        ("patches", kept.flip(0), "must ascend"),
+        ("patches", kept + 60, "less than 90"),
+        ("patches", kept - 60, "at least 0"),
+        ("patches", kept[:-1], r"patches must be int64 \[30\]"),
+        ("patches", kept.int(), r"patches must be int64 \[30\]"),
+        ("radius", state["radius"] * torch.nan, "radius must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NormalBank.from_state_dict(state | {name: value})
+    del state["radius"]
+    with pytest.raises(ValueError, match="'radius' is missing"):
+        NormalBank.from_state_dict(state)
+
+
+def test_torch_defaults_do_not_matter_to_a_state(patches):
+    bank = NormalBank(patches)
+    with torch.device("meta"):
+        state = bank.state_dict()
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    assert NormalBank.from_state_dict(state).grid == (3, 5)
