@@ -24,6 +24,8 @@ class DLPackArray(Protocol):
 FloatArray = npt.NDArray[np.floating[Any]] | DLPackArray
 IntArray = npt.NDArray[np.int64] | DLPackArray
 
+_LIKE_NUMPY = (np.ndarray, list, tuple)  # what is answered with NumPy arrays
+
 
 def as_tensor(name: str, value: Any) -> Tensor:
     """A tensor that shares the memory of a tensor, a NumPy array, or an array with DLPack.
@@ -50,6 +52,54 @@ def as_tensor(name: str, value: Any) -> Tensor:
     )
 
 
+def as_vectors(name: str, value: Any, *, halves: bool = False) -> Tensor:
+    """Vectors of any real numbers as a float32 tensor, without a gradient.
+
+    The one rule: each number becomes the float32 that is nearest to it, ties to even. That changes
+    no float16, no bfloat16 and no integer up to 2^24 in size; other integers and float64 are
+    rounded, once. Arguments are as for `as_tensor`, and nested sequences of numbers.
+
+    halves: leave float16 as it is, for a bank that keeps it.
+
+    Raises TypeError for bool, complex numbers and what is no number, ValueError for ragged
+    sequences and for numbers too large for float32.
+    """
+    if isinstance(value, list | tuple):
+        try:
+            value = np.array(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be numbers in rows of equal length: {error}") from None
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        if value.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be real numbers, got {value.dtype}")
+        if value.dtype.kind == "u" or value.dtype.itemsize > 8:  # torch has few of these
+            with np.errstate(over="ignore"):
+                value = value.astype(np.float32)
+    given = as_tensor(name, value).detach()
+    if given.dtype == torch.float32 or (halves and given.dtype == torch.float16):
+        return given
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {_short(given.dtype)}")
+    vectors = given.float()
+    if given.dtype == torch.float64 and vectors.device.type == "cpu":
+        too_large = vectors.isinf() & given.isfinite()
+        if bool(too_large.any()):
+            largest = float(given[too_large].abs().max())
+            raise ValueError(f"{name} must fit float32, got a value of size {largest:g}")
+    return vectors
+
+
+def as_numbers(name: str, value: Any) -> Tensor:
+    """Integers, such as groups and row numbers, as an int64 tensor; arguments as `as_vectors`.
+
+    Raises TypeError for what is no integer (bool is none).
+    """
+    given = as_tensor(name, np.asarray(value) if isinstance(value, list | tuple) else value)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"{name} must be int64 or other integers, got {_short(given.dtype)}")
+    return given.long()
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     """Require an integer, no bool, of low to high."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -60,8 +110,8 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
 
 
 def like_input(given: Any, *tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors as NumPy arrays if `given` is one, else as they are."""
-    return tuple(t.numpy() for t in tensors) if isinstance(given, np.ndarray) else tensors
+    """The tensors as NumPy arrays if `given` is one, or a sequence, else as they are."""
+    return tuple(t.numpy() for t in tensors) if isinstance(given, _LIKE_NUMPY) else tensors
 
 
 def check_shape(name: str, tensor: Tensor, axes: str) -> None:
@@ -73,9 +123,13 @@ def check_shape(name: str, tensor: Tensor, axes: str) -> None:
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     """Require one of the `allowed` dtypes."""
     if tensor.dtype not in allowed:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        given = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be {expected}, got {given}")
+        expected = " or ".join(map(_short, allowed))
+        raise TypeError(f"{name} must be {expected}, got {_short(tensor.dtype)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    """Its name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from .checks import (
     FloatArray,
     Groups,
     IntArray,
-    as_tensor,
+    as_numbers,
+    as_vectors,
     check_finite_rows,
     check_int,
     check_search_operands,
@@ -26,85 +28,82 @@ from .cpu_bank import ClusterArrays
 from .gpu_bank import SegmentArrays
 from .search_kernels import MOST_NEIGHBOURS, Found, search_clusters, search_rows, search_segments
 
-# Torch ops cannot take a `Groups`, so they take its fields one by one.
-_GROUPS = "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1"
-# k: how many neighbours; None: one, without an axis for it. appended: [T, D], more rows of the
-# bank, whose numbers follow those of `bank`.
-_OPTIONS = "int? k=None, Tensor? appended=None"
+# Torch ops cannot take a `Groups` or an `_Options`, so they take their fields one by one.
+_OPTIONS = (
+    "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1, "
+    "Tensor? appended=None, int? k=None"
+)
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64; [Q, k] where k is given
 
 
-def _checked(
-    queries: Tensor, bank: Tensor, groups: tuple[Any, ...], k: int | None, appended: Tensor | None
-) -> Groups:
-    """Check the arguments of a search (ValueError, TypeError); returns its groups, contiguous."""
-    check_search_operands(queries, bank)
-    if k is not None and not 1 <= k <= MOST_NEIGHBOURS:
-        raise ValueError(f"k must be at least 1 and at most {MOST_NEIGHBOURS}, got {k}")
-    rows = bank.shape[0]
-    if appended is not None:
-        check_search_operands(queries, appended)
-        rows += appended.shape[0]
-    together = Groups(*groups)
-    together.check(queries, rows)
-    return together.contiguous()
+class _Options(NamedTuple):
+    """What all searches take besides queries and bank."""
+
+    query_groups: Tensor | None = None
+    bank_groups: Tensor | None = None
+    rows_per_group: int = 1
+    appended: Tensor | None = None  # [T, D]: more rows of the bank, whose numbers follow
+    k: int | None = None  # neighbours; None: one, without an axis for it
+
+    def checked_groups(self, queries: Tensor, bank: Tensor) -> Groups:
+        """Check all arguments of a search (ValueError, TypeError); its groups, contiguous."""
+        check_search_operands(queries, bank)
+        if self.k is not None:
+            check_int("k", self.k, 1, MOST_NEIGHBOURS)
+        rows = bank.shape[0]
+        if self.appended is not None:
+            check_search_operands(queries, self.appended)
+            rows += self.appended.shape[0]
+        groups = Groups(self.query_groups, self.bank_groups, self.rows_per_group)
+        groups.check(queries, rows)
+        return groups.contiguous()
 
 
-def _found_fake(
-    queries: Tensor, bank: Tensor, groups: tuple[Any, ...], k: int | None, appended: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    _checked(queries, bank, groups, k, appended)
-    shape = (queries.shape[0],) if k is None else (queries.shape[0], k)
+def _found_fake(queries: Tensor, bank: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    options.checked_groups(queries, bank)
+    shape = (queries.shape[0],) if options.k is None else (queries.shape[0], options.k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
-def _search_appended(
-    found: Found, queries: Tensor, appended: Tensor | None, first_row: int, groups: Groups
-) -> None:
-    """Search the rows behind a bank of `first_row` rows, which holds whole images (groups)."""
-    if appended is None:
-        return
-    if groups.of_bank is not None:
-        behind = groups.of_bank[first_row // groups.rows_per_group :]
-        groups = groups._replace(of_bank=behind)
-    search_rows(found, queries, appended, groups, first_row=first_row)
+def _found(
+    queries: Tensor, bank: Tensor, options: _Options, search: Callable[[Found, Groups], object]
+) -> tuple[Tensor, Tensor]:
+    """Check, and search the rows of `bank` by `search`, then those behind it."""
+    groups = options.checked_groups(queries, bank)
+    check_finite_rows("queries", queries)
+    found = Found.nothing(queries, options.k)
+    search(found, groups)
+    if options.appended is not None:
+        first_row = bank.shape[0]
+        if groups.of_bank is not None:  # the bank holds whole images
+            behind = groups.of_bank[first_row // groups.rows_per_group :]
+            groups = groups._replace(of_bank=behind)
+        search_rows(found, queries, options.appended, groups, first_row=first_row)
+    return found.finish(options.k)
 
 
 # --- nearest: brute force -------------------------------------------------------------------------
 
 
 def _nearest_fake(
-    queries: Tensor,
-    bank: Tensor,
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
-    bank_is_finite: bool = False,
+    queries: Tensor, bank: Tensor, *options: Any, bank_is_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _found_fake(queries, bank, groups, k, appended)
+    return _found_fake(queries, bank, _Options(*options))
 
 
 def _nearest(
-    queries: Tensor,
-    bank: Tensor,
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
-    bank_is_finite: bool = False,
+    queries: Tensor, bank: Tensor, *options: Any, bank_is_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    together = _checked(queries, bank, groups, k, appended)
-    check_finite_rows("queries", queries)
-    if not bank_is_finite:
-        check_finite_rows("bank", bank)
-    found = Found.nothing(queries, k)
-    search_rows(found, queries, bank, together)
-    _search_appended(found, queries, appended, len(bank), together)
-    return found.finish(k)
+    def search(found: Found, groups: Groups) -> None:
+        if not bank_is_finite:
+            check_finite_rows("bank", bank)
+        search_rows(found, queries, bank, groups)
+
+    return _found(queries, bank, _Options(*options), search)
 
 
 define_op(
-    f"nearest(Tensor queries, Tensor bank, {_GROUPS}, *, {_OPTIONS}, bool bank_is_finite=False)"
-    f" -> {_FOUND}",
+    f"nearest(Tensor queries, Tensor bank, {_OPTIONS}, *, bool bank_is_finite=False) -> {_FOUND}",
     _nearest,
     _nearest_fake,
 )
@@ -114,35 +113,22 @@ define_op(
 
 
 def _nearest_in_clusters_fake(
-    queries: Tensor,
-    bank: list[Tensor],
-    stretch: float,
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
+    queries: Tensor, bank: list[Tensor], stretch: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _found_fake(queries, bank[0], groups, k, appended)
+    return _found_fake(queries, bank[0], _Options(*options))
 
 
 def _nearest_in_clusters(
-    queries: Tensor,
-    bank: list[Tensor],
-    stretch: float,
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
+    queries: Tensor, bank: list[Tensor], stretch: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    together = _checked(queries, bank[0], groups, k, appended)
-    check_finite_rows("queries", queries)
-    found = Found.nothing(queries, k)
-    search_clusters(found, queries, ClusterArrays(*bank), stretch, together)
-    _search_appended(found, queries, appended, len(bank[0]), together)
-    return found.finish(k)
+    def search(found: Found, groups: Groups) -> None:
+        search_clusters(found, queries, ClusterArrays(*bank), stretch, groups)
+
+    return _found(queries, bank[0], _Options(*options), search)
 
 
 define_op(
-    f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_GROUPS}, *, {_OPTIONS})"
-    f" -> {_FOUND}",
+    f"nearest_in_clusters(Tensor queries, Tensor[] bank, float stretch, {_OPTIONS}) -> {_FOUND}",
     _nearest_in_clusters,
     _nearest_in_clusters_fake,
     devices=("CPU",),
@@ -153,35 +139,48 @@ define_op(
 
 
 def _nearest_in_segments_fake(
-    queries: Tensor,
-    bank: list[Tensor],
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
+    queries: Tensor, bank: list[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _found_fake(queries, bank[0], groups, k, appended)
+    return _found_fake(queries, bank[0], _Options(*options))
 
 
 def _nearest_in_segments(
-    queries: Tensor,
-    bank: list[Tensor],
-    *groups: Any,
-    k: int | None = None,
-    appended: Tensor | None = None,
+    queries: Tensor, bank: list[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor]:
-    together = _checked(queries, bank[0], groups, k, appended)
-    check_finite_rows("queries", queries)
-    found = Found.nothing(queries, k)
-    search_segments(found, queries, SegmentArrays(*bank), together)
-    _search_appended(found, queries, appended, len(bank[0]), together)
-    return found.finish(k)
+    def search(found: Found, groups: Groups) -> None:
+        search_segments(found, queries, SegmentArrays(*bank), groups)
+
+    return _found(queries, bank[0], _Options(*options), search)
 
 
 define_op(
-    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_GROUPS}, *, {_OPTIONS}) -> {_FOUND}",
+    f"nearest_in_segments(Tensor queries, Tensor[] bank, {_OPTIONS}) -> {_FOUND}",
     _nearest_in_segments,
     _nearest_in_segments_fake,
 )
+
+
+# --- under torch.vmap -----------------------------------------------------------------------------
+
+
+def _over_a_batch(
+    op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any, **options: Any
+) -> tuple[Any, tuple[int, int]]:
+    """Search for a batch of sets of queries, as one set; of banks and groups there is no batch."""
+    queries, *others = args
+    if any(dim is not None for dim in torch.utils._pytree.tree_leaves(in_dims[1:])):
+        raise NotImplementedError("torch.vmap can map a search over queries, not banks or groups")
+    sets = queries.movedim(in_dims[0], 0)
+    found = op(sets.flatten(0, 1), *others, **options)
+    return tuple(t.unflatten(0, sets.shape[:2]) for t in found), (0, 0)
+
+
+if hasattr(torch.library, "register_vmap"):  # from PyTorch 2.5 on
+    for _name in ("nearest_in_clusters", "nearest_in_segments"):
+        _op = getattr(torch.ops.patchsvdd_fast, _name)
+        torch.library.register_vmap(
+            f"patchsvdd_fast::{_name}", functools.partial(_over_a_batch, _op)
+        )
 
 
 # --- public functions -----------------------------------------------------------------------------
@@ -197,22 +196,22 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Exact L2 distance from each query to its nearest bank row, and that row's index.
 
-    queries: [Q, D] float32.
-    bank: [M, D] float32 or float16, M >= 1, on the same device. Queries and bank are tensors, NumPy
-        arrays, or arrays of another library with DLPack (CuPy).
+    queries: [Q, D] float32, or other real numbers, which are rounded to it once.
+    bank: [M, D] float32 or float16, or other real numbers, M >= 1, on the same device. Queries and
+        bank are tensors, NumPy arrays, arrays of another library with DLPack (CuPy), or lists.
     k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
-    exclude_same_group: the groups of the queries [Q] and of the bank rows [M], int64; a query
+    exclude_same_group: the groups of the queries [Q] and of the bank rows [M], integers; a query
         cannot match rows of its own group.
     progress: called now and then with the share done, 0 to 1 (only on the CPU).
 
     Returns distances [Q] float32 and indices [Q] int64, the lowest index on ties; infinity and -1
     where every row is excluded. With k, both are [Q, k]: neighbours by ascending distance, equally
     near ones by index, and infinity and -1 beyond the rows that a query may match. They are NumPy
-    arrays if `queries` is one, else tensors. The result is that of the canonical distance (see
-    `reference.canonical_squared_distances`), bit for bit, on every backend. Not differentiable.
-    Raises ValueError for wrong shapes and values, naming the first row that holds NaN or infinity;
-    TypeError for wrong dtypes; KeyboardInterrupt within a fraction of a second of Ctrl-C (on the
-    CPU).
+    arrays if `queries` is one or a list, else tensors. The result is that of the canonical distance
+    (see `reference.canonical_squared_distances`), bit for bit, on every backend. Not
+    differentiable. Raises ValueError for wrong shapes and values, naming the first row that holds
+    NaN or infinity; TypeError for what are no real numbers; KeyboardInterrupt within a fraction of
+    a second of Ctrl-C (on the CPU).
 
     Can be captured in a CUDA graph. Values cannot be checked then: a query that holds NaN gets the
     distance NaN instead of an error, and a bank row that holds NaN is never the nearest.
@@ -222,17 +221,16 @@ def nearest(
             "exclude_same_group must hold the groups of the queries and of the bank, "
             f"got {len(exclude_same_group)} items"
         )
-    # Detached: a distance that says it has a gradient would have none.
-    query_tensor = as_tensor("queries", queries).detach()
-    bank_tensor = as_tensor("bank", bank).detach()
+    query_tensor = as_vectors("queries", queries)
+    bank_tensor = as_vectors("bank", bank, halves=True)
     query_groups, bank_groups = (
         (None, None)
         if exclude_same_group is None
-        else map(as_tensor, ("query_groups", "bank_groups"), exclude_same_group)
+        else map(as_numbers, ("query_groups", "bank_groups"), exclude_same_group)
     )
     with _reporting(progress):
         found = torch.ops.patchsvdd_fast.nearest(
-            query_tensor, bank_tensor, query_groups, bank_groups, k=as_neighbours(k)
+            query_tensor, bank_tensor, query_groups, bank_groups, 1, None, as_neighbours(k)
         )
     return like_input(queries, *found)
 
@@ -259,13 +257,13 @@ def nearest_in_bank(
     whose numbers follow; also finite.
     """
     op = torch.ops.patchsvdd_fast
-    options = {"k": k, "appended": appended}
+    options = _Options(*groups, appended, k)
     with _reporting(progress):
         if isinstance(bank, Tensor):
-            return op.nearest(queries, bank, *groups, **options, bank_is_finite=True)
+            return op.nearest(queries, bank, *options, bank_is_finite=True)
         if isinstance(bank, SegmentArrays):
-            return op.nearest_in_segments(queries, list(bank), *groups, **options)
-        return op.nearest_in_clusters(queries, list(bank), stretch, *groups, **options)
+            return op.nearest_in_segments(queries, list(bank), *options)
+        return op.nearest_in_clusters(queries, list(bank), stretch, *options)
 
 
 @contextlib.contextmanager

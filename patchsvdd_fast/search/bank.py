@@ -11,8 +11,8 @@ from torch import Tensor
 from ..ops.checks import (
     FloatArray,
     IntArray,
-    as_tensor,
-    check_dtype,
+    as_numbers,
+    as_vectors,
     check_finite_rows,
     check_int,
     check_same_device,
@@ -28,14 +28,14 @@ _LARGEST_INT = 2**63 - 1
 class NormalBank:
     """Holds the embeddings of normal patches and finds the nearest to a query, exactly.
 
-    embeddings: [M, D], or [N, I, J, D] with one grid of patches per image; float32 or float16,
-        finite, not empty; a tensor, a NumPy array or an array with DLPack, whose memory the bank
-        may share. Rows are numbered in this order.
+    embeddings: [M, D], or [N, I, J, D] with one grid of patches per image; finite real numbers, not
+        empty; a tensor, a NumPy array, an array with DLPack, or lists. The bank may share the
+        memory of float32. Rows are numbered in this order.
     groups: [M] or [N] int64, the group of each entry of the first axis (row, or image). A search
         can leave out the rows of a query's own group. By default each entry is its own group,
         numbered from 0.
-    storage: torch.float32, or torch.float16 to halve the memory. Embeddings are rounded to it once,
-        here; answers are exact for the stored embeddings.
+    storage: torch.float32, or torch.float16 to halve the memory. Embeddings are rounded to float32
+        and then to it, here; answers are exact for the stored embeddings.
     clusters: how many clusters to sort the bank into; 0 for none; None chooses from the size and
         spread of the embeddings. It changes the speed, not the answers.
     seed: of the clustering.
@@ -58,7 +58,7 @@ class NormalBank:
         if clusters is not None:
             clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
         seed = check_int("seed", seed, 0, _LARGEST_INT)
-        rows, grid = _as_rows(as_tensor("embeddings", embeddings), storage)
+        rows, grid = _as_rows(as_vectors("embeddings", embeddings, halves=True), storage)
         groups = _as_groups(groups, rows, grid)
         self._index = Index.build(rows, groups, grid, wanted_clusters=clusters, seed=seed)
 
@@ -118,7 +118,7 @@ class NormalBank:
     ) -> tuple[Tensor, Tensor]:
         """Exact L2 distance from each query to its nearest bank row, and that row's number.
 
-        queries: [..., D] float32, finite, on the bank's device.
+        queries: [..., D], finite, on the bank's device; real numbers, rounded to float32 once.
         k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
         exclude_same_group: [...] int64, the group of each query; a query cannot match rows of its
             own group. Or the first axes only, such as [N] for queries [N, I, J, D].
@@ -126,13 +126,13 @@ class NormalBank:
 
         Returns distances [...] float32 and rows [...] int64, the lowest row on ties; infinity and
         -1 where every row is excluded. With k, [..., k]: by ascending distance, equally near ones
-        by row, and infinity and -1 beyond the rows that a query may match. NumPy queries give NumPy
-        arrays. Raises ValueError for a wrong shape, and for NaN or infinity in a query; TypeError
-        for a wrong dtype.
+        by row, and infinity and -1 beyond the rows that a query may match. NumPy queries and lists
+        give NumPy arrays. Raises ValueError for a wrong shape, and for NaN or infinity in a query;
+        TypeError for what are no real numbers.
         """
         index = self._index
         dim = index.data.shape[1]
-        given = as_tensor("queries", queries).detach()  # there is no gradient
+        given = as_vectors("queries", queries)
         if given.ndim < 1 or given.shape[-1] != dim:
             raise ValueError(
                 f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
@@ -140,7 +140,7 @@ class NormalBank:
         shape = given.shape[:-1]
         query_groups = None
         if exclude_same_group is not None:
-            query_groups = as_tensor("exclude_same_group", exclude_same_group)
+            query_groups = as_numbers("exclude_same_group", exclude_same_group)
             if query_groups.shape != shape[: query_groups.ndim]:
                 raise ValueError(
                     f"exclude_same_group must have shape {list(shape)} to match the queries, "
@@ -162,8 +162,7 @@ class NormalBank:
         [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.
         """
         index = self._index
-        numbers = as_tensor("rows", rows)
-        check_dtype("rows", numbers, torch.int64)
+        numbers = as_numbers("rows", rows)
         if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < index.rows:
             raise ValueError(f"rows must be in [-1, {index.rows}), got {rows}")
         patches = numbers if index.patches is None else index.patches[numbers]
@@ -184,7 +183,7 @@ class NormalBank:
         Raises ValueError if grid or D are not the bank's.
         """
         index = self._index
-        rows, grid = _as_rows(as_tensor("embeddings", embeddings), index.data.dtype)
+        rows, grid = _as_rows(as_vectors("embeddings", embeddings, halves=True), index.data.dtype)
         self._append(index, rows, grid, groups, None)
 
     def _append(
@@ -217,8 +216,7 @@ class NormalBank:
         Raises ValueError if a group is not in the bank, or if the bank would be left empty.
         """
         index = self._index
-        named = as_tensor("groups", groups).to(self.device)
-        check_dtype("groups", named, torch.int64)
+        named = as_numbers("groups", groups).to(self.device)
         missing = named[~torch.isin(named, index.groups)]
         if len(missing):
             raise ValueError(f"group {int(missing[0])} is not in the bank")
@@ -283,7 +281,6 @@ def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[in
         raise ValueError(
             f"embeddings must have shape [M, D] or [N, I, J, D], got {list(embeddings.shape)}"
         )
-    check_dtype("embeddings", embeddings, torch.float32, torch.float16)
     if embeddings.numel() == 0:
         raise ValueError(f"a bank needs at least one embedding, got {list(embeddings.shape)}")
     grid = (1, 1) if embeddings.ndim == 2 else (embeddings.shape[1], embeddings.shape[2])
@@ -305,8 +302,7 @@ def _as_groups(
     count = len(rows) // (grid[0] * grid[1]) if count is None else count
     if groups is None:
         return torch.arange(count, device=rows.device)
-    given = as_tensor("groups", groups)
-    check_dtype("groups", given, torch.int64)
+    given = as_numbers("groups", groups)
     check_same_device("groups", given, "embeddings", rows)
     if given.shape != (count,):
         raise ValueError(f"groups must have shape [{count}], got {list(given.shape)}")

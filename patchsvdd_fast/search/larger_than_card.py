@@ -12,8 +12,8 @@ from ..ops.checks import (
     FloatArray,
     Groups,
     IntArray,
-    as_tensor,
-    check_dtype,
+    as_numbers,
+    as_vectors,
     check_finite_rows,
     check_search_operands,
     check_shape,
@@ -47,9 +47,8 @@ def nearest_streamed(
     `ops.nearest` does: the nearest of all chunks, bit for bit the answer of one search. Raises what
     `ops.nearest` does.
     """
-    rows = as_tensor("bank", bank)
+    queries, rows = as_vectors("queries", queries), as_vectors("bank", bank, halves=True)
     check_shape("bank", rows, "M, D")
-    check_dtype("bank", rows, torch.float32, torch.float16)
     if rows.device.type != "cpu":
         raise ValueError(f"bank must be in the computer's memory to be streamed, got {rows.device}")
     if rows_at_once < 1:
@@ -58,8 +57,8 @@ def nearest_streamed(
         raise ValueError(f"bank must hold at least one embedding, got shape {list(rows.shape)}")
     query_groups = bank_groups = None
     if exclude_same_group is not None:
-        query_groups = as_tensor("query_groups", exclude_same_group[0]).to(queries.device)
-        bank_groups = as_tensor("bank_groups", exclude_same_group[1])
+        query_groups = as_numbers("query_groups", exclude_same_group[0]).to(queries.device)
+        bank_groups = as_numbers("bank_groups", exclude_same_group[1])
         if bank_groups.shape != rows.shape[:1]:
             raise ValueError(
                 f"bank_groups must have shape [{len(rows)}], got {list(bank_groups.shape)}"
@@ -67,7 +66,6 @@ def nearest_streamed(
 
     k = as_neighbours(k)
     check_search_operands(queries, rows[:1].to(queries.device))
-    queries = queries.detach()
     check_finite_rows("queries", queries)
     found = Found.nothing(queries, k)
     for first, chunk in _chunks_on(queries.device, rows, rows_at_once):

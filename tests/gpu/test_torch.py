@@ -236,9 +236,9 @@ def test_inputs_on_two_devices_are_named(device):
             "at least one",
         ),
         (
-            lambda d: ops.nearest(torch.rand(4, 8, device=d).double(), torch.rand(9, 8, device=d)),
+            lambda d: ops.nearest(torch.rand(4, 8, device=d) > 0, torch.rand(9, 8, device=d)),
             TypeError,
-            "queries must be float32, got float64",
+            "queries must be real numbers, got bool",
         ),
         (
             lambda d: ops.score_map(torch.rand(1, 3, 3, device=d), 4, 2, 9, 10),

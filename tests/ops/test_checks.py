@@ -92,7 +92,7 @@ def _crop(
             r"queries must have shape \[Q, 64\] to match the bank, got \[4, 128\]",
         ),
         (lambda: ops.nearest(torch.rand(4, 8), torch.rand(0, 8)), ValueError, "at least one"),
-        (lambda: ops.nearest(torch.rand(4, 8).double(), torch.rand(9, 8)), TypeError, "queries"),
+        (lambda: ops.nearest(torch.rand(4, 8) + 1j, torch.rand(9, 8)), TypeError, "queries"),
         (
             lambda: ops.nearest(torch.tensor([[0.0], [torch.nan]]), torch.rand(9, 1)),
             ValueError,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchsvdd_fast import ops
+from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import reference
 
 
@@ -157,3 +157,34 @@ def test_k_neighbours_of_vectors_whose_squares_overflow():
 def test_a_number_of_neighbours_that_cannot_be(k, error, message):
     with pytest.raises(error, match=message):
         ops.nearest(torch.zeros(2, 3), torch.ones(2, 3), k=k)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["f2", "f4", "f8", "g", ">f4", ">f8", "i1", "u1", "<i2", ">i4", "u2", "u4", "i8", "u8"]
+)
+def test_any_real_numbers_are_rounded_to_float32_once(dtype):
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(40, 6)) * 40
+    if np.dtype(dtype).kind == "u":
+        values = np.abs(values)
+    if np.dtype(dtype).itemsize >= 4:
+        values *= 2**20  # beyond what float32 holds exactly
+    values = values.astype(dtype)
+    queries, bank = values[:10], values[10:]
+    exact = [[np.float32(value) for value in row] for row in values]
+    expected = ops.nearest(np.array(exact[:10]), np.array(exact[10:]))
+    found = ops.nearest(queries, bank)
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
+    in_bank = NormalBank(bank).nearest(queries)
+    assert np.array_equal(in_bank[0], expected[0])
+    as_lists = ops.nearest(queries.tolist(), bank.tolist())
+    assert isinstance(as_lists[0], np.ndarray)
+    assert np.array_equal(as_lists[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32])
+def test_tensors_of_any_real_dtype_are_searched(dtype):
+    values = (torch.randn(40, 6) * 40).to(dtype)
+    found = ops.nearest(values[:10], values[10:])
+    assert_equal(found, ops.nearest(values[:10].float(), values[10:].float()))

@@ -422,8 +422,11 @@ def test_strided_queries_and_banks(patches, queries):
     ("call", "error", "message"),
     [
         (lambda p: NormalBank(p[0]), ValueError, r"\[M, D\] or \[N, I, J, D\]"),
-        (lambda p: NormalBank(p.double()), TypeError, "float64"),
-        (lambda p: NormalBank([[1.0]]), TypeError, "list"),
+        (lambda p: NormalBank(p > 0), TypeError, "embeddings must be real numbers, got bool"),
+        (lambda p: NormalBank([["1.0"]]), TypeError, "embeddings must be real numbers, got <U3"),
+        (lambda p: NormalBank([[1.0], [2.0, 3.0]]), ValueError, "rows of equal length"),
+        (lambda p: NormalBank([[1e39]]), ValueError, r"must fit float32, got .* 1e\+39"),
+        (lambda p: NormalBank(7), TypeError, "embeddings must be a torch tensor"),
         (lambda p: NormalBank(p, groups=torch.arange(3)), ValueError, r"groups must have shape"),
         (lambda p: NormalBank(p, clusters=-1), ValueError, "clusters"),
         (lambda p: NormalBank(p, storage=torch.int8), ValueError, "storage"),
@@ -437,7 +440,6 @@ def test_strided_queries_and_banks(patches, queries):
             ValueError,
             "queries must be finite, got NaN or infinity in row 0",
         ),
-        (lambda p: NormalBank(p, clusters=9).nearest(p.half()), TypeError, "float16"),
         (
             lambda p: NormalBank(p).nearest(p[:, 0, 0], exclude_same_group=torch.arange(3)),
             ValueError,
@@ -445,8 +447,8 @@ def test_strided_queries_and_banks(patches, queries):
         ),
         (
             lambda p: nearest(p[0, 0], p[0, 1], exclude_same_group=(torch.arange(25), [1])),
-            TypeError,
-            "bank_groups must be a torch tensor",
+            ValueError,
+            r"bank_groups must have shape \[25\], got \[1\]",
         ),
         (
             lambda p: nearest(p[0, 0], p[0, 1], exclude_same_group=(torch.ones(25), p[0, 0])),
@@ -594,6 +596,17 @@ def test_a_distance_claims_no_gradient():
         assert not distances.requires_grad
 
 
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs PyTorch 2.5")
+@pytest.mark.parametrize("clusters", [0, 20])
+def test_a_search_is_mapped_over_queries(patches, queries, clusters):
+    bank = NormalBank(patches, clusters=clusters)
+    for axis in (0, 1):
+        found = torch.vmap(bank.nearest, in_dims=axis)(queries)
+        expected = bank.nearest(queries.movedim(axis, 0))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
 def test_the_byte_order_of_an_array_does_not_matter():
     queries, bank = (np.random.default_rng(0).random((n, 4), dtype=np.float32) for n in (5, 9))
     expected = nearest(queries, bank)
@@ -612,6 +625,7 @@ FULL = 2**63 - 1
         (lambda p: NormalBank(p, clusters=1.5), TypeError, "clusters must be an integer, got 1.5"),
         (lambda p: NormalBank(p, seed=2**63), ValueError, "seed must be in"),
         (lambda p: NormalBank(p).source(torch.tensor([0.5])), TypeError, "rows must be int64"),
+        (lambda p: NormalBank(p).source([True]), TypeError, "rows must be int64 .* got bool"),
         (
             lambda p: NormalBank(p).merge(p),
             TypeError,
