@@ -59,6 +59,13 @@ DimOption = Annotated[
         help="Length of an embedding. Default: 64, or all channels of a pretrained encoder.",
     ),
 ]
+CoresetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep only this share of the normal patches, such as 0.1: those that no other is far "
+        "from. Scores grow by no more than what is shown; images cannot be added or removed later."
+    ),
+]
 RateOption = Annotated[
     float | None,
     typer.Option(

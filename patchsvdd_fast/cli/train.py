@@ -14,6 +14,7 @@ from ..training.interrupts import Terminated
 from .options import (
     TERMINATED,
     CombinationOption,
+    CoresetOption,
     DeviceOption,
     DimOption,
     EncoderOption,
@@ -49,6 +50,7 @@ def train(
     encoder: EncoderOption = None,
     projection: ProjectionOption = None,
     dim: DimOption = None,
+    coreset: CoresetOption = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -212,6 +214,7 @@ def train(
             encoder=chosen["encoder"],
             projection=projection,
             embedding_dim=dim,
+            coreset=coreset,
             image_size=parse_resize(resize),
             combination=combination,
             contamination=contamination,

@@ -196,6 +196,14 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
                 "points from which on it also helps to find real defects",
                 soft_wrap=True,
             )
+    for level, bank in detector.banks_.items():
+        if bank.is_coreset:
+            patches = len(bank.groups) * bank.grid[0] * bank.grid[1]
+            console.print(
+                f"{level}: {len(bank):,} of {patches:,} patches kept; a distance to the nearest "
+                f"grows by at most {bank.covering_radius:.4g}",
+                soft_wrap=True,
+            )
     if detector.calibration_ is not None:
         console.print(threshold_in_words(detector), soft_wrap=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,12 +139,18 @@ def filled(
     )
     filling = progress.phase(FILLING)
     normal = normality.normality_of(
-        given["levels"], images, encoded, given["keep_images"], given["seed"]
+        given["levels"],
+        images,
+        encoded,
+        given["keep_images"],
+        given["seed"],
+        given["coreset"],
+        filling,
     )
     if filling is not None:
         filling(1.0)
     shape = mean.shape[1], mean.shape[2]
-    return normal, calibrated(given, encoder, normal, shape, progress)
+    return normal, calibrated(given, encoder, normal, shape, progress, encoded)
 
 
 def calibrated(
@@ -153,11 +159,20 @@ def calibrated(
     normal: Normality,
     image_shape: tuple[int, int],
     progress: Progress | None = None,
+    embeddings: Sequence[Tensor] | None = None,
 ) -> Calibration | None:
-    """The calibration of banks; warns of training images that are there twice."""
+    """The calibration of banks; warns of training images that are there twice.
+
+    embeddings: of all their patches, see `calibrate`; None: the banks hold them.
+    """
     calibrating = (progress or Progress()).phase(CALIBRATING)
     calibration = calibrate(
-        normal.banks, image_shape, given["combination"], calibrating, encoder.surroundings != 0
+        normal.banks,
+        image_shape,
+        given["combination"],
+        calibrating,
+        encoder.surroundings != 0,
+        embeddings,
     )
     normality.warn_of_twins(normal.gallery, calibration)
     return calibration

@@ -80,11 +80,16 @@ class Progress:
             return  # encoding all of them will name the image
         self.expected[ENCODING] = (time.perf_counter() - began) * len(images) / count
         began = time.perf_counter()
-        banks = banks_of(given["levels"], encoded, given["seed"])
-        self.expected[FILLING] = (time.perf_counter() - began) * len(images) / count
+        banks = banks_of(given["levels"], encoded, given["seed"], given["coreset"])
+        growth = len(images) / count
+        # The rows of a coreset are compared with all patches, and both grow.
+        growth **= 1 if given["coreset"] is None else 2
+        self.expected[FILLING] = (time.perf_counter() - began) * growth
+        fewer = [values[: max(1, count // 4)].contiguous() for values in encoded]
+        few = banks_of(given["levels"], fewer, given["seed"], given["coreset"])
         self.expected[CALIBRATING] = len(images) * sum(
-            _seconds_of_search(values, bank, len(images))
-            for values, bank in zip(encoded, banks.values(), strict=True)
+            _seconds_of_search(values, few[level], bank, len(images))
+            for values, (level, bank) in zip(encoded, banks.items(), strict=True)
         )
 
     def _report(self, share: float, left: float | None) -> None:
@@ -95,21 +100,23 @@ class Progress:
             self.on_progress(self._phase, share, whole)
 
 
-def _seconds_of_search(embeddings: Tensor, bank: NormalBank, num_images: int) -> float:
+def _seconds_of_search(
+    embeddings: Tensor, few: NormalBank, bank: NormalBank, num_images: int
+) -> float:
     """Expected time to search all patches of an image in a bank of so many images.
 
-    embeddings: [M, I, J, D], of the M images in the bank. Time is taken to grow with the bank as
+    embeddings: [M, I, J, D], of the M images in the bank. few: a bank of a quarter of them. Time is taken to grow with the bank as
     from a quarter of it to the whole: by as much for each image; where clusters rule out a part of
     the bank by less, half as much as that and half as a power of their number.
     """
     count = len(embeddings)
-    few = max(1, count // 4)
-    less = _timed(embeddings, NormalBank(embeddings[:few].contiguous()))
-    more = _timed(embeddings, bank)
-    linear = more + max(0.0, more - less) / (count - few) * (num_images - count)
+    less, more = _timed(embeddings, few), _timed(embeddings, bank)
+    added = count - len(few.groups)
+    linear = more + max(0.0, more - less) / added * (num_images - count)
     if not bank.num_clusters:
         return linear
-    power = min(1.0, max(0.0, math.log(more / less) / math.log(count / few)))
+    growth = count / len(few.groups)
+    power = min(1.0, max(0.0, math.log(more / less) / math.log(growth)))
     return 0.5 * (linear + more * float((num_images / count) ** power))
 
 

@@ -341,6 +341,9 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
             facts[f"bank {level}"] = (
                 f"{rows:,} x {dim}, {len(bank['groups']):,} images, stride {level.stride}{clusters}"
             )
+            if "radius" in bank:
+                radius = float(bank["radius"])
+                facts[f"bank {level}"] += f", a coreset with a covering radius of {radius:.4g}"
     stored = below(tensors, "calibration.")
     if stored:
         calibration = Calibration.from_tensors(stored)

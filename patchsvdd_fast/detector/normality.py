@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,16 +44,20 @@ def normality_of(
     encoded: Sequence[Tensor],
     keep_pictures: bool,
     seed: int,
+    coreset: float | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Normality:
     """New banks and a new gallery of these images alone.
 
     encoded: the images' embeddings, one [N, I, J, D] float32 per level.
     keep_pictures: whether the gallery keeps small pictures of them.
     seed: of the banks' clustering.
+    coreset: share of each bank's patches to keep, see `NormalBank.coreset`; None: all.
+    progress: called now and then with the share of the selection that is done.
 
     Warns (CollapseWarning) if all embeddings of a level are (nearly) the same.
     """
-    banks = banks_of(levels, encoded, seed)
+    banks = banks_of(levels, encoded, seed, coreset, progress)
     for level, bank in banks.items():
         if is_collapsed(bank.embeddings):
             warn_of_collapse(f"at {level}")
@@ -132,7 +136,15 @@ def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
 
 
 def _copies(before: Normality) -> dict[PatchLevel, NormalBank]:
-    """Copies of the banks that can be changed by themselves; rows are shared until they are."""
+    """Copies of the banks that can be changed by themselves; rows are shared until they are.
+
+    Raises ValueError for coresets, which cannot be calibrated anew after a change.
+    """
+    if any(bank.is_coreset for bank in before.banks.values()):
+        raise ValueError(
+            "its banks are coresets, which lack patches that new thresholds would take: fit it "
+            "again with all images instead"
+        )
     return {level: copy.copy(bank) for level, bank in before.banks.items()}
 
 

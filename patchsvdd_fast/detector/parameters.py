@@ -125,6 +125,9 @@ def check_parameters(parameters: Parameters) -> None:
             f"encoding_precision must be one of {PRECISIONS}, "
             f"got {parameters['encoding_precision']!r}"
         )
+    coreset = parameters["coreset"]
+    if coreset is not None and not 0 < coreset <= 1:
+        raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
     if not 0 <= parameters["contamination"] < 1:
         raise ValueError(f"contamination must be in [0, 1), got {parameters['contamination']}")
     size, largest = parse_size(parameters["image_size"]), largest_patch(levels)
@@ -181,8 +184,12 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, as `to_header` put them there."""
-    # Older files have no precision for encoding.
-    parameters: dict[str, Any] = {"encoding_precision": "float32", **header["parameters"]}
+    # Older files have no precision for encoding, and no coresets.
+    parameters: dict[str, Any] = {
+        "encoding_precision": "float32",
+        "coreset": None,
+        **header["parameters"],
+    }
     parameters["levels"] = tuple(
         PatchLevel(int(size), int(stride)) for size, stride in parameters["levels"]
     )

@@ -72,6 +72,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
             as the mode and the surface say (recipes.json). check_every=0: no checks.
         encoding_precision: of convolutions for banks and scores: "float32", "tf32", "bfloat16".
         embedding_dim: D, an embedding's length; None: 64 for Patch SVDD, all channels of others.
+        coreset: share of the patches that banks keep, so chosen that no other is far from them, see
+            `NormalBank.coreset`; None: all. Images can then not be added, removed or merged.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -79,10 +81,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
     a file, a sequence of files, PIL images or arrays, or a uint8 batch: [N, H, W, 3] as a NumPy
     array, [N, 3, H, W] as a tensor.
 
-    After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the training images' mean colour),
-    `banks_` (a NormalBank per level), `calibration_` (None with one training image), `gallery_`
-    (the training images' names, statistics and pictures; None from a file of schema 2 or 3),
-    `record_` (what training reported).
+    After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
+    NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
+    and pictures; None from a file of schema 2 or 3), `record_` (what training reported).
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         check_every: int | None = None,
         patience: int | None = None,
         embedding_dim: int | None = None,
+        coreset: float | None = None,
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
@@ -140,6 +142,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.check_every = check_every
         self.patience = patience
         self.embedding_dim = embedding_dim
+        self.coreset = coreset
         self.keep_images = keep_images
         self.device = device
         self.seed = seed
@@ -339,19 +342,16 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return scoring.score_stream(self._model(), sources, threshold, on_error)
 
     def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
-        """The anomalous regions of an image, each with the normal patch most like it.
+        """The anomalous regions of an image, the most anomalous first; none if it is normal.
 
-        The most anomalous first; none if the image is not anomalous.
-
-        result: one of `score_stream`.
+        Each has the normal patch most like it. result: one of `score_stream`.
         false_alarm_rate: sets the threshold; None: the threshold that the stream had.
         """
         self._require_fitted()
         rate = false_alarm_rate
         threshold = result.threshold if rate is None else self.threshold(rate)
-        return find_regions(
-            result.scores, self.levels_, self.calibration_, threshold, self._image_names()
-        )
+        names = self._image_names()
+        return find_regions(result.scores, self.levels_, self.calibration_, threshold, names)
 
     def highest_place(self, result: ImageResult) -> Region:
         """The pixel with the highest map value of an image, anomalous or not, as a `Region`."""

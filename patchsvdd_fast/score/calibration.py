@@ -10,7 +10,7 @@ images in other ways than these differ from each other, such as in light.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,6 +154,7 @@ def calibrate(
     combination: str,
     progress: Callable[[float], None] | None = None,
     sees_surroundings: bool = False,
+    embeddings: Sequence[Tensor] | None = None,
 ) -> Calibration | None:
     """Score each image of the banks against the banks without its own patches.
 
@@ -162,15 +163,19 @@ def calibrate(
     progress: called now and then with the share done.
     sees_surroundings: whether the encoder sees more than its patches, so that maps are
         interpolated, and corrected near the border.
+    embeddings: of all patches of the images, [N, I, J, D] per level; None: what the banks hold,
+        which must be all.
 
-    Returns None if there is only one image.
+    Returns None if there is only one image. Raises ValueError for coresets without `embeddings`.
     """
     num_images = len(next(iter(banks.values())).groups)
     if num_images < 2:
         return None
     check_combination(combination, list(banks))
     at_once = max(1, _PIXELS_AT_ONCE // (image_shape[0] * image_shape[1]))
-    distances = _own_distances(banks, image_shape, at_once, progress)
+    if embeddings is None:
+        embeddings = [_all_embeddings(bank) for bank in banks.values()]
+    distances = _own_distances(banks, embeddings, at_once, progress)
     border, of_others = {}, {}
     if sees_surroundings:
         for name, found in distances.items():
@@ -203,24 +208,39 @@ def calibrate(
     return Calibration(image_scores, quantiles, ordered, border)
 
 
+def _all_embeddings(bank: NormalBank) -> Tensor:
+    """All embeddings of a bank's images, [N, I, J, D]. Raises ValueError if it lacks some."""
+    if bank.is_coreset:
+        raise ValueError(
+            "a coreset lacks some patches of its images, so that it cannot be calibrated without "
+            "them: fit the detector again"
+        )
+    return bank.embeddings.view(-1, *bank.grid, bank.dim)
+
+
 def _own_distances(
     banks: Mapping[PatchLevel, NormalBank],
-    image_shape: tuple[int, int],
+    embeddings: Sequence[Tensor],
     at_once: int,
     progress: Callable[[float], None] | None,
 ) -> dict[str, Tensor]:
-    """Per level, the distances [N, I, J] of each image's patches to those of the other images."""
-    num_images = len(next(iter(banks.values())).groups)
-    work = sum(len(bank) ** 2 for bank in banks.values())  # all rows in all rows
+    """Per level, the distances [N, I, J] of each image's patches to those of the other images.
+
+    embeddings: of the images, [N, I, J, D] per level.
+    """
+    works = [
+        float(values[..., 0].numel() * len(bank))  # all queries in all rows
+        for values, bank in zip(embeddings, banks.values(), strict=True)
+    ]
     distances, done = {}, 0.0
-    for level, bank in banks.items():
-        grid = level.grid_shape(*image_shape)
-        embeddings = bank.embeddings.view(num_images, *grid, bank.dim)
-        found = torch.empty(num_images, *grid, device=bank.device)
+    for (level, bank), values, work in zip(banks.items(), embeddings, works, strict=True):
+        num_images = len(values)
+        found = torch.empty(values.shape[:3], device=bank.device)
         for some in torch.arange(num_images, device=bank.device).split(at_once):
-            own = bank.groups[some][:, None, None].expand(-1, *grid)
-            found[some], _ = bank.nearest(embeddings[some].float(), exclude_same_group=own)
-            done += len(some) / num_images * len(bank) ** 2 / work
+            queries = values[some.to(values.device)].to(bank.device).float()
+            own = bank.groups[some]
+            found[some], _ = bank.nearest(queries, exclude_same_group=own)
+            done += len(some) / num_images * work / sum(works)
             if progress is not None:
                 progress(min(1.0, done))
         distances[str(level)] = found

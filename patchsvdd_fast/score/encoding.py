@@ -203,12 +203,30 @@ def fill_banks(
 
 
 def banks_of(
-    levels: Sequence[PatchLevel], encoded: Sequence[Tensor], seed: int = 0
+    levels: Sequence[PatchLevel],
+    encoded: Sequence[Tensor],
+    seed: int = 0,
+    coreset: float | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[PatchLevel, NormalBank]:
-    """A bank per level, from one tensor of embeddings [N, I, J, D] each; seed: see `fill_banks`."""
-    return {
-        level: NormalBank(values, seed=seed) for level, values in zip(levels, encoded, strict=True)
-    }
+    """A bank per level, from one tensor of embeddings [N, I, J, D] each; seed: see `fill_banks`.
+
+    coreset: share of the rows to keep, see `NormalBank.coreset`; None: all. progress: called now
+    and then with the share of it that is done.
+    """
+    if coreset is None:
+        pairs = zip(levels, encoded, strict=True)
+        return {level: NormalBank(values, seed=seed) for level, values in pairs}
+    banks = {}
+    for number, (level, values) in enumerate(zip(levels, encoded, strict=True)):
+
+        def report(share: float, number: int = number) -> None:
+            if progress is not None:
+                progress((number + share) / len(encoded))
+
+        whole = NormalBank(values, clusters=0)
+        banks[level] = whole.coreset(float(coreset), seed=seed, progress=report)
+    return banks
 
 
 def score_images(

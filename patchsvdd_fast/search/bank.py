@@ -19,6 +19,7 @@ from ..ops.checks import (
     like_input,
 )
 from ..ops.search import as_neighbours
+from .coreset import select_coreset
 from .index import Index
 from .index_state import STORAGES, index_of, state_of
 
@@ -170,6 +171,68 @@ class NormalBank:
         columns = index.grid[1]
         where: Tensor = torch.stack([image, patch // columns, patch % columns], dim=-1)
         return where.where(numbers[..., None] >= 0, -1)
+
+    # --- coresets ---------------------------------------------------------------------------------
+
+    def coreset(
+        self,
+        size: float,
+        *,
+        seed: int = 0,
+        clusters: int | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> NormalBank:
+        """A bank of few of the rows, chosen so that no other row is far from them.
+
+        The selection is PatchCore's, exactly: `search.coreset.select_coreset`.
+
+        size: how many rows, an integer; or a share of them, a float above 0, up to 1.0.
+        seed: of the first row and of the clustering.
+        clusters: of the new bank, as of `NormalBank`.
+        progress: called now and then with the share done, 0 to 1.
+
+        Rows are numbered anew, in their order here. Groups, grid and `source` are those of this
+        bank, so that an image can still be searched among the others. `covering_radius` says what
+        it costs. Raises ValueError for a size out of range.
+        """
+        index = self._index
+        if isinstance(size, float):
+            if not 0 < size <= 1:
+                raise ValueError(f"a share of the rows must be above 0, up to 1.0, got {size}")
+            count = max(1, round(size * index.rows))
+        else:
+            count = check_int("size", size, 1, index.rows)
+        if clusters is not None:
+            clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
+        rows = index.in_order()
+        chosen = select_coreset(rows, count, seed, progress)
+        kept = chosen.rows.sort().values
+        return NormalBank._over(
+            Index.build(
+                rows[kept],
+                index.groups,
+                index.grid,
+                patches=index.patch_numbers()[kept],
+                wanted_clusters=clusters,
+                seed=seed,
+                radius=index.radius + chosen.radius,
+            )
+        )
+
+    @property
+    def is_coreset(self) -> bool:
+        """Whether some patches of its images are missing."""
+        index = self._index
+        return index.rows < len(index.groups) * index.patches_per_image
+
+    @property
+    def covering_radius(self) -> float:
+        """How much farther a query's nearest row can be than in the bank of all rows.
+
+        0 for a bank that is no coreset. Of a coreset, the largest distance of any row of the bank
+        it was chosen from to the nearest row that was chosen; of a coreset of a coreset, the sum.
+        """
+        return self._index.radius
 
     # --- changing ---------------------------------------------------------------------------------
 
