@@ -31,6 +31,7 @@ from torch import Tensor
 
 from common import (
     CHECKED,
+    CHUNK,
     Clock,
     Contender,
     Figure,
@@ -259,6 +260,47 @@ def brute_force(setting: Setting) -> Iterator[Results]:
     )
     faster = value(records, FAISS_GPU, "ours_faster")
     yield records, [Figure(name, f"times {FAISS_GPU}", 5, faster)]
+
+
+def nearest_of_all(queries: Tensor, bank: Tensor, k: int, mode: str) -> tuple[Tensor, Tensor]:
+    """torch.cdist in chunks of the bank, in the queries' dtype, then topk: [Q, k], [Q, k]."""
+    parts = [
+        torch.cdist(queries, part.to(queries.dtype), compute_mode=mode).topk(k, largest=False)
+        for part in bank.split(CHUNK)
+    ]
+    rows = torch.cat([part.indices + i * CHUNK for i, part in enumerate(parts)], dim=1)
+    best = torch.cat([part.values for part in parts], dim=1).topk(k, largest=False)
+    return best.values, rows.gather(1, best.indices)
+
+
+def several_neighbours(setting: Setting) -> Iterator[Results]:
+    """Nine neighbours, as a score over several wants them, of many queries and of few."""
+    k = 9
+    generator = torch.Generator(setting.device).manual_seed(0)
+    bank = torch.rand(
+        setting.pick(1_000_000, 4_000), 64, generator=generator, device=setting.device
+    )
+    for what, count in (("", setting.pick(ON_GPU, 300)), (" of few", setting.pick(32, 8))):
+        queries = torch.rand(count, 64, generator=generator, device=setting.device)
+        checked = queries[:CHECKED]
+        exact, _ = nearest_of_all(checked.double(), bank, k, "donot_use_mm_for_euclid_dist")
+        exact = exact.flatten()
+
+        def judge(found: tuple[Tensor, Tensor], checked: Tensor = checked, exact: Tensor = exact):
+            distances, rows = (values[: len(checked)].flatten() for values in found)
+            report = correctness(checked.repeat_interleave(k, 0), bank, exact, distances, rows)
+            return {"right": report["right_neighbours"], **report}
+
+        def with_cdist(queries: Tensor = queries) -> tuple[Tensor, Tensor]:
+            return nearest_of_all(queries, bank, k, "use_mm_for_euclid_dist_if_necessary")
+
+        pairs = count * len(bank)
+        calls = [
+            Call("nearest", lambda queries=queries: nearest(queries, bank, k=k), pairs, judge),
+            Call("torch.cdist + topk", with_cdist, pairs, judge),
+        ]
+        name = f"{k} neighbours{what}, {count:,} queries, bank {len(bank):,} x 64, uniform random"
+        yield compare_calls(setting, name, "pairs/s", calls), []
 
 
 def made_up_embeddings(setting: Setting, images: int, seed: int) -> Tensor:
@@ -495,7 +537,7 @@ def end_to_end(setting: Setting) -> Iterator[Results]:
     yield records, [Figure(name, "images/s", 1_000, value(records, whole, "rate"))]
 
 
-WORKLOADS = (brute_force, pruned, patches, maps, end_to_end)
+WORKLOADS = (brute_force, several_neighbours, pruned, patches, maps, end_to_end)
 
 
 # --- showing --------------------------------------------------------------------------------------

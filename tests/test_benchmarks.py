@@ -55,7 +55,7 @@ def test_the_gpu_benchmark_runs_on_the_cpu_in_little(tmp_path):
         workloads.setdefault(record["workload"].split(",")[0], {})[record["search"]] = record
     assert set(workloads) == {
         *("brute force", "long vectors", "pruned", "one image"),
-        *("extract_patches", "score_map", "end to end"),
+        *("9 neighbours", "9 neighbours of few", "extract_patches", "score_map", "end to end"),
     }
     for records in workloads.values():
         ours = next(iter(records.values()))

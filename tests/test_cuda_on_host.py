@@ -11,10 +11,11 @@ from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
 from patchsvdd_fast.ops.checks import Groups
 from patchsvdd_fast.ops.gpu_bank import visit_tile
-from patchsvdd_fast.ops.search_kernels import Found, search_segments
+from patchsvdd_fast.ops.search_kernels import Found, search_rows, search_segments
 from patchsvdd_fast.search import bank as bank_module
 from patchsvdd_fast.search import centroids as k_means
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
+from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
 CPU = torch.device("cpu")
 
@@ -237,10 +238,10 @@ def _near_a_plane(rows, dim, spread=1.0, offset=0.0):
     return offset + spread * queries, offset + spread * bank
 
 
-def nearest_in_segments(queries, *bank_and_groups):
-    found = Found.nothing(queries, None)
+def nearest_in_segments(queries, *bank_and_groups, k=None):
+    found = Found.nothing(queries, k)
     search_segments(found, queries, *bank_and_groups)
-    return found.finish(None)
+    return found.finish(k)
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
@@ -362,10 +363,159 @@ def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
             assert torch.equal(own[1], others[1])
 
 
-def test_nearest_of_no_queries(on_cuda_kernels):
+@pytest.mark.parametrize("k", [None, 1, 2])
+def test_nearest_of_no_queries(on_cuda_kernels, k):
     with on_cuda_kernels():
-        distances, indices = ops.nearest(torch.empty(0, 4), torch.rand(3, 4))
-    assert distances.shape == indices.shape == (0,)
+        distances, indices = ops.nearest(torch.empty(0, 4), torch.rand(3, 4), k=k)
+    assert distances.shape == indices.shape == ((0,) if k is None else (0, k))
+
+
+SEVERAL = [2, 9, 32]
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("k", SEVERAL)
+@pytest.mark.parametrize("dim", [1, 16, 33, 100])
+@pytest.mark.parametrize("count", [1, 40])
+def test_k_neighbours_are_the_canonical_ones(
+    on_cuda_kernels, cuda_on_host, count, dim, k, schedule
+):
+    queries, bank = torch.randn(count, dim), torch.randn(600, dim)
+    bank[40] = bank[41] = bank[70] = bank[590] = queries[0]  # ties within a share and across two
+    bank[300:] = bank[:300].clone()
+    cuda_on_host.cuda.set_schedule(schedule)
+    with on_cuda_kernels():
+        found = ops.nearest(queries, bank, k=k)
+    assert_same(found, ops.nearest(queries, bank, k=k), CPU)
+
+
+@pytest.mark.parametrize("k", SEVERAL)
+def test_k_neighbours_are_those_of_the_reference(on_cuda_kernels, k):
+    queries, bank = torch.randn(9, 20), torch.randn(150, 20)
+    groups = torch.randint(3, (9,)), torch.randint(3, (150,))
+    for exclude in (None, groups):
+        with on_cuda_kernels():
+            found = ops.nearest(queries, bank, k=k, exclude_same_group=exclude)
+        expected = reference.nearest(queries, bank, k=k, exclude_same_group=exclude)
+        assert_same(found, expected, CPU)
+
+
+@pytest.mark.parametrize("k", SEVERAL)
+@pytest.mark.parametrize(
+    "change", [_tiny_ball, _outlier, _too_large_to_screen, _all_equal, _subnormal]
+)
+def test_k_neighbours_of_difficult_values(on_cuda_kernels, change, k):
+    queries, bank = change(torch.randn(40, 20), torch.randn(300, 20))
+    with on_cuda_kernels():
+        found = ops.nearest(queries, bank, k=k)
+    assert_same(found, ops.nearest(queries, bank, k=k), CPU)
+
+
+def test_k_neighbours_whose_distances_overflow(on_cuda_kernels):
+    far = torch.full((300, 2), 3e38)
+    with on_cuda_kernels():
+        distances, rows = ops.nearest(far[:3], -far, k=5)
+    assert torch.isinf(distances).all()
+    assert rows.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 31])
+def test_more_neighbours_than_rows(on_cuda_kernels, rows):
+    queries, bank = torch.randn(40, 7), torch.randn(rows, 7)
+    with on_cuda_kernels():
+        distances, found = ops.nearest(queries, bank, k=32)
+    assert_same((distances, found), ops.nearest(queries, bank, k=32), CPU)
+    assert torch.isinf(distances[:, rows:]).all()
+    assert (found[:, rows:] == -1).all()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [16, 390])
+def test_k_neighbours_from_misaligned_memory(on_cuda_kernels, dim, stored):
+    """Also where queries are too long to be staged in shared memory."""
+    queries = torch.randn(5 * dim + 1)[1:].view(5, dim)
+    bank = torch.randn(300 * dim + 3).to(stored)[3:].view(300, dim)
+    for rows in (bank, bank.clone()):
+        with on_cuda_kernels():
+            found = ops.nearest(queries, rows, k=3)
+        assert_same(found, ops.nearest(queries, rows, k=3), CPU)
+
+
+@pytest.mark.parametrize("k", SEVERAL)
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_k_neighbours_exclude_groups(on_cuda_kernels, count, in_order, k):
+    queries, bank = torch.randn(count, 20), torch.randn(700, 20)
+    rows = torch.randint(3, (700,))
+    groups = torch.randint(3, (count,)), rows.sort().values if in_order else rows
+    few = torch.zeros(count, dtype=torch.int64), (torch.arange(700) % 350 == 9).long()
+    with on_cuda_kernels():
+        found = ops.nearest(queries, bank, k=k, exclude_same_group=groups)
+        two = ops.nearest(queries, bank, k=k, exclude_same_group=few)
+    assert_same(found, ops.nearest(queries, bank, k=k, exclude_same_group=groups), CPU)
+    assert (two[1][:, :2].sort().values == torch.tensor([9, 359])).all()
+    assert torch.isinf(two[0][:, 2:]).all()
+    assert (two[1][:, 2:] == -1).all()
+
+
+@pytest.mark.parametrize("k", SEVERAL)
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_k_neighbours_in_a_clustered_bank(on_cuda_kernels, has_groups, k):
+    """Its rows lie in another order than their numbers."""
+    queries, bank = _near_a_plane(900, 12)
+    queries = queries[:50]
+    bank[800] = bank[40] = queries[0]
+    groups = (torch.randint(4, (50,)), torch.randint(4, (900,))) if has_groups else (None, None)
+    with on_cuda_kernels():
+        arrays = build_segments(bank, 5)
+        found = nearest_in_segments(queries, arrays, Groups(*groups), k=k)
+    assert not torch.equal(arrays.ids, torch.arange(900))
+    expected = ops.nearest(queries, bank, k=k, exclude_same_group=groups if has_groups else None)
+    assert_same(found, expected, CPU)
+
+
+@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+@pytest.mark.parametrize("rows_at_once", [7, 200, 1000])
+def test_k_neighbours_in_a_streamed_bank(on_cuda_kernels, rows_at_once, limit, k):
+    queries, bank = torch.randn(20, 9), torch.randn(700, 9)
+    bank[650] = bank[40] = queries[3]  # a tie across chunks
+    groups = torch.randint(3, (20,)), torch.randint(3, (700,))
+    for exclude in (None, groups):
+        with on_cuda_kernels(), ops.use_workspace_limit(limit):
+            found = nearest_streamed(
+                queries, bank, rows_at_once=rows_at_once, k=k, exclude_same_group=exclude
+            )
+        assert_same(found, ops.nearest(queries, bank, k=k, exclude_same_group=exclude), CPU)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("count", [3, 300])
+def test_a_second_search_of_the_same_rows_changes_nothing(on_cuda_kernels, count, k):
+    """Rows whose numbers need 64 bits; those that are there already are not entered twice."""
+    queries, bank = torch.randn(count, 9), torch.randn(600, 9)
+    ids = 2**62 - 3 * torch.randperm(600)
+    found, expected = Found.nothing(queries, k), Found.nothing(queries, k)
+    search_rows(expected, queries, bank, ids=ids)
+    with on_cuda_kernels():
+        for _ in range(2):
+            search_rows(found, queries, bank, ids=ids)
+            assert_same(tuple(found), tuple(expected), CPU)
+
+
+def test_nan_spoils_only_what_holds_it(on_cuda_kernels):
+    """Values are not checked while a CUDA graph is captured."""
+    queries, bank = torch.randn(3, 9), torch.randn(600, 9)
+    expected = Found.nothing(queries, 4)
+    search_rows(expected, queries, bank[1:], first_row=1)
+    queries[1, 5] = bank[0, 2] = torch.nan
+    found = Found.nothing(queries, 4)
+    with on_cuda_kernels():
+        search_rows(found, queries, bank)
+    for q in (0, 2):
+        assert torch.equal(found.squared[q], expected.squared[q])
+        assert torch.equal(found.rows[q], expected.rows[q])
+    assert torch.isnan(found.squared[1]).all()
 
 
 @pytest.mark.parametrize(("kind", "size", "channels", "height", "width", "redraw_clipped"), PAIRS)

@@ -18,6 +18,7 @@
 
 #include "bounds.h"
 #include "kernels.h"
+#include "nearest_k.h"
 #include "nearest_plan.h"
 #include "ptx.h"
 
@@ -32,15 +33,16 @@ const void* row_of(const void* data, bool is_half, int64_t row, int64_t dim) {
 
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,
                           bool has_groups, int neighbours, int64_t limit) {
-  (void)neighbours;
+  const int64_t of_lists = k_nearest_workspace(queries, rows, neighbours, limit);
+  if (neighbours > 1) return of_lists;
   Workspace workspace(nullptr);
   Arrays(Plan(queries, rows, dim, method, limit), queries, dim, has_groups, &workspace);
-  return workspace.bytes();
+  return std::max(workspace.bytes(), of_lists);  // for rows with ids or without
 }
 
 void nearest(const NearestParams& params, std::uintptr_t stream) {
   if (params.queries == 0) return;
-  if (params.k > 1) throw std::invalid_argument("nearest: one neighbour on CUDA");
+  if (params.k > 1 || params.ids != nullptr) return k_nearest(params, stream);
   check_rows(params.bank_rows);
   const bool has_groups = params.groups.query_groups != nullptr;
   Plan plan(params.queries, params.bank_rows, params.dim, params.method, params.workspace_limit);

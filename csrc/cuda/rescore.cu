@@ -8,7 +8,7 @@
 
 #include "rescore.h"
 
-#include "../portable.h"
+#include "canonical.h"
 #include "kernels.h"
 #include "ptx.h"
 #include "warp.h"
@@ -16,52 +16,13 @@
 namespace psvdd::cuda {
 namespace {
 
-constexpr int kPartialSums = 16;  // fixed by the canonical distance
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarp * kWarps;
-constexpr int kRowsAtOnce = 8;
 constexpr int kRowsPerWarp = kSegmentRows / kWarps;
-constexpr int kMostStagedDims = 384;      // queries are staged in up to 48 KiB of shared memory
 constexpr int64_t kBlocksPerSegment = 8;  // if queries suffice; more where that fills the card
 
 static_assert(kRowsPerWarp % kRowsAtOnce == 0,
               "a warp's rows are a multiple of those it takes at once");
-
-// Four coordinates from j on, zero beyond the end (which adds nothing to a sum). kWhole: dim is a
-// multiple of four and every row aligned to four coordinates.
-template <bool kWhole>
-__device__ float4 four(const float* row, int64_t j, int64_t dim) {
-  if (kWhole && j < dim) return *reinterpret_cast<const float4*>(row + j);
-  return {j < dim ? row[j] : 0.0f, j + 1 < dim ? row[j + 1] : 0.0f, j + 2 < dim ? row[j + 2] : 0.0f,
-          j + 3 < dim ? row[j + 3] : 0.0f};
-}
-template <bool kWhole>
-__device__ float4 four(const Half* row, int64_t j, int64_t dim) {
-  if (kWhole && j < dim) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(row + j);
-    return {to_float(Half{static_cast<uint16_t>(bits.x)}),
-            to_float(Half{static_cast<uint16_t>(bits.x >> 16)}),
-            to_float(Half{static_cast<uint16_t>(bits.y)}),
-            to_float(Half{static_cast<uint16_t>(bits.y >> 16)})};
-  }
-  return {j < dim ? to_float(row[j]) : 0.0f, j + 1 < dim ? to_float(row[j + 1]) : 0.0f,
-          j + 2 < dim ? to_float(row[j + 2]) : 0.0f, j + 3 < dim ? to_float(row[j + 3]) : 0.0f};
-}
-
-// Floats from one staged query to the next, chosen so that what lanes read together lies in
-// different banks of shared memory. Where lanes read 16 bytes, eight of them share a turn, and
-// queries must be an odd number of 16 bytes apart; where they read single floats, all 32 do, and
-// queries must be an odd number of floats apart.
-__host__ __device__ constexpr int pitch_of(int64_t dim, bool whole) {
-  return static_cast<int>(whole ? (dim + 3) / 8 * 8 + 4 : dim | 1);
-}
-static_assert(pitch_of(60, true) == 60 && pitch_of(64, true) == 68 && pitch_of(68, true) == 68,
-              "the least number of whole fours, an odd one, that holds a vector");
-
-__device__ void add_square(float q, float b, float* sum) {
-  const float difference = q - b;
-  *sum = fmaf(difference, difference, *sum);
-}
 
 struct Range {
   int64_t begin, end;
@@ -90,7 +51,6 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
   const int64_t begin_row = params.bank.begin(segment), end_row = params.bank.end(segment);
   const auto* all_queries = static_cast<const float*>(params.queries.data);
   auto* shared = reinterpret_cast<float*>(shared_memory());
-  const int pitch = pitch_of(dim, kWhole);  // only where staged
 
   for (int64_t first = blockIdx.y * int64_t{kWarp}; first < count;
        first += gridDim.y * int64_t{kWarp}) {
@@ -98,59 +58,20 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
     const int64_t entry = has_query ? first + lane : first;
     const int64_t query = listed ? list[entry] : range.begin + entry;
     const float* vector = all_queries + query * dim;
-    if (staged) {
-      // Each warp fetches a quarter of the queries, lanes along the coordinates.
-      __syncthreads();
-      for (int q = warp; q < kWarp; q += kWarps) {
-        const int64_t other = __shfl_sync(kAllLanes, query, q);
-        for (int j = lane; j < dim; j += kWarp) {
-          shared[q * pitch + j] = all_queries[other * dim + j];
-        }
-      }
-      __syncthreads();
-      vector = shared + lane * pitch;
-    }
+    if (staged) vector = stage_queries<kWhole, kWarps>(all_queries, query, dim, shared);
     Key best = kNothingYet;
     for (int r = 0; r < kRowsPerWarp; r += kRowsAtOnce) {
       const int64_t row = begin_row + warp * kRowsPerWarp + r;
       if (row >= end_row) break;
-      const Stored* rows[kRowsAtOnce];
+      float squared[kRowsAtOnce];
+      canonical_squares<kWhole>(vector, static_cast<const Stored*>(params.bank.data), row, end_row,
+                                dim, squared);
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
-        const int64_t place = row + i < end_row ? row + i : end_row - 1;
-        rows[i] = static_cast<const Stored*>(params.bank.data) + place * dim;  // beyond: the last
-      }
-      float sums[kRowsAtOnce][kPartialSums];
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-#pragma unroll
-        for (int s = 0; s < kPartialSums; ++s) sums[i][s] = 0.0f;
-      }
-      for (int64_t j = 0; j < dim; j += kPartialSums) {
-#pragma unroll
-        for (int s = 0; s < kPartialSums; s += 4) {
-          const float4 q = four<kWhole>(vector, j + s, dim);
-#pragma unroll
-          for (int i = 0; i < kRowsAtOnce; ++i) {
-            const float4 b = four<kWhole>(rows[i], j + s, dim);
-            add_square(q.x, b.x, &sums[i][s]);
-            add_square(q.y, b.y, &sums[i][s + 1]);
-            add_square(q.z, b.z, &sums[i][s + 2]);
-            add_square(q.w, b.w, &sums[i][s + 3]);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        // Unrolled loops with constant bounds, so that every sum stays in a register.
-#pragma unroll
-        for (int s = 0; s < 8; ++s) sums[i][s] += sums[i][s + 8];
-#pragma unroll
-        for (int s = 0; s < 4; ++s) sums[i][s] += sums[i][s + 4];
-        const float squared = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
         const int64_t place = row + i < end_row ? row + i : end_row - 1;
         const int64_t number = params.number_of(place);
-        const Key key = static_cast<Key>(__float_as_uint(squared)) << 32 | static_cast<Key>(number);
+        const Key key =
+            static_cast<Key>(__float_as_uint(squared[i])) << 32 | static_cast<Key>(number);
         if (key >= best) continue;
         const int64_t* query_groups = params.groups.query_groups;
         if (query_groups != nullptr && query_groups[query] == params.group_of(number)) continue;
@@ -163,13 +84,9 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_segment(Rescore params, b
 
 template <typename Stored>
 void rescore_stored(const Rescore& params, std::uintptr_t stream) {
-  const auto address = [](const Vectors& vectors) {
-    return reinterpret_cast<std::uintptr_t>(vectors.data);
-  };
-  const bool whole = params.bank.dim % 4 == 0 && address(params.queries) % 16 == 0 &&
-                     address(params.bank) % (4 * sizeof(Stored)) == 0;
-  const bool staged = params.bank.dim <= kMostStagedDims;
-  const size_t shared_bytes = staged ? kWarp * pitch_of(params.bank.dim, whole) * sizeof(float) : 0;
+  const bool whole = reads_whole_fours(params.queries.data, params.bank.data, params.bank.is_half,
+                                       params.bank.dim);
+  const size_t shared_bytes = staged_bytes(params.bank.dim, whole);
   const auto segments = static_cast<unsigned>(params.end_segment - params.first_segment);
   const int64_t batches = (params.queries.rows + kWarp - 1) / kWarp;
   // At least eight blocks for each multiprocessor, where there are as many batches.
@@ -178,7 +95,7 @@ void rescore_stored(const Rescore& params, std::uintptr_t stream) {
       std::min<int64_t>({batches, std::max<int64_t>(wanted, kBlocksPerSegment), 65535}));
   launch(whole ? PSVDD_KERNEL(rescore_segment<Stored, true>)
                : PSVDD_KERNEL(rescore_segment<Stored, false>),
-         {dim3(segments, across), kThreads, shared_bytes}, stream, params, staged);
+         {dim3(segments, across), kThreads, shared_bytes}, stream, params, shared_bytes > 0);
 }
 
 }  // namespace

@@ -136,6 +136,7 @@ inline unsigned __ballot_sync(unsigned, int value) {
   return bits;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }  // the lowest bit set, from 1; 0: none
 
 // The 32 bits from bit `shift` % 32 of the pair.
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {

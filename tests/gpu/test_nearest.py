@@ -10,13 +10,14 @@ from patchsvdd_fast.ops import reference
 METHODS = ["plain", "screened", "auto"]
 
 
-def check(device, queries, bank, method="auto", limit=None, groups=None):
+def check(device, queries, bank, method="auto", limit=None, groups=None, k=None):
     """The device's answer to CPU tensors is the CPU's."""
-    expected = ops.nearest(queries, bank, exclude_same_group=groups)
+    expected = ops.nearest(queries, bank, exclude_same_group=groups, k=k)
     with ops.use_method(method), ops.use_workspace_limit(limit or 1 << 30):
         found = ops.nearest(
             *to(device, (queries, bank)),
             exclude_same_group=to(device, groups),
+            k=k,
         )
     assert_same(found, expected, device)
 
@@ -162,6 +163,39 @@ def test_small_searches_exclude_groups(device, count, method, in_order):
     )
     nothing = torch.zeros(count, dtype=torch.int64), torch.zeros(900, dtype=torch.int64)
     check(device, queries, bank, method, groups=nothing)  # infinity and -1
+
+
+@pytest.mark.parametrize("k", [2, 9, 32])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("count", "rows", "dim"), [(1, 20, 5), (40, 900, 24), (70, 3000, 130)])
+def test_small_searches_for_k_neighbours(device, count, rows, dim, stored, k):
+    queries, bank = torch.randn(count, dim), torch.randn(rows, dim).to(stored)
+    bank[rows // 2 :] = bank[: rows - rows // 2].clone()  # ties within a share and across two
+    groups = torch.randint(3, (count,)), torch.randint(3, (rows,))
+    for exclude in (None, groups):
+        check(device, queries, bank, groups=exclude, k=k)
+        check(device, queries, bank, limit=1, groups=exclude, k=k)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "dim", "k"),
+    [
+        (1, 300_000, 64, 9),  # many shares
+        (3_249, 50_000, 176, 9),
+        (20_000, 9_000, 64, 32),  # a single one
+        (100, 20_000, 1536, 2),
+    ],
+)
+def test_larger_searches_for_k_neighbours(device, count, rows, dim, k):
+    queries, bank = torch.rand(count, dim), torch.rand(rows, dim)
+    bank[rows // 2 :: 7] = bank[: len(bank[rows // 2 :: 7])]
+    check(device, queries, bank, k=k)
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_small_searches_for_k_difficult_neighbours(device, kind):
+    queries, bank = CHANGES[kind](torch.randn(40, 20), torch.randn(600, 20))
+    check(device, queries, bank, k=9)
 
 
 @pytest.mark.parametrize("method", METHODS[:2])

@@ -341,6 +341,59 @@ void test_nearest(int64_t dim) {
   }
 }
 
+// k neighbours from a start with anything in it: nothing, some of the rows themselves, or others at
+// the same distances.
+void test_k_nearest() {
+  const int64_t rows = integer(1, 700), count = integer(1, 70);
+  const int64_t dim = integer(0, 5) == 0 ? integer(380, 400) : integer(1, 80);  // staged up to 384
+  const Stored bank(hard_values(rows, dim, dim), integer(0, 3) == 0);
+  const std::vector<float> queries = hard_values_near(bank.values, count, dim);
+  const RandomGroups groups(count, 2 * rows);
+  NearestParams params = nearest_params(queries, bank, dim);
+  if (integer(0, 1) == 1) params.groups = groups.groups();
+  const bool has_ids = integer(0, 1) == 1;
+  params.k = static_cast<int>(has_ids ? integer(1, kMostNeighbours) : integer(2, kMostNeighbours));
+  std::vector<int64_t> ids(2 * rows);
+  std::iota(ids.begin(), ids.end(), int64_t{0});
+  std::shuffle(ids.begin(), ids.end(), random_bits);
+  ids.resize(rows);
+  if (has_ids) {
+    params.ids = ids.data();
+    if (params.groups.query_groups == nullptr) {
+      for (int64_t& id : ids) id = kNoRow - 1 - id;
+    }
+  } else {
+    params.first_row = rows + (integer(0, 1) == 1 ? int64_t{1} << 40 : 0);
+  }
+
+  Found start = nothing_for(&params);
+  if (integer(0, 2) > 0) {
+    NearestParams first_part = params;
+    first_part.bank_rows = integer(1, rows);
+    if (!has_ids) first_part.first_row += rows * integer(-1, 1);
+    cpu::nearest(first_part, 1);
+  }
+  Found expected = start, found = start;
+  params.squared = expected.first.data();
+  params.indices = expected.second.data();
+  cpu::nearest(params, 1);
+
+  constexpr int64_t kLimits[] = {1, 20'000, 1 << 30};
+  params.workspace_limit = kLimits[integer(0, 2)];
+  const int64_t bytes = cuda::nearest_workspace(count, rows, dim, params.method,
+                                                params.groups.query_groups != nullptr, params.k,
+                                                params.workspace_limit);
+  EXPECT(params.k == 1 || bytes < params.workspace_limit + 512, "%ld bytes for a limit of %ld",
+         long(bytes), long(params.workspace_limit));
+  std::vector<float4> workspace(bytes / 16);
+  params.workspace = workspace.data();
+  params.squared = found.first.data();
+  params.indices = found.second.data();
+  cuda::nearest(params, 0);
+  EXPECT(found == expected, "%d neighbours: %ld queries, %ld rows, dim %ld, %ld bytes", params.k,
+         long(count), long(rows), long(dim), long(bytes));
+}
+
 // Of rows far apart, the screen leaves each query only the segment that its nearest row is in. With
 // groups the same, if they tell segments apart; if they do not, a part; of its own group nothing.
 void test_the_screen_drops_work() {
@@ -665,12 +718,14 @@ void test_a_refused_launch_is_reported_under_its_kernels_name() {
   // The searches draw at random whether there are groups, which take kernels of their own.
   const std::string all =
       "clear_counts clear_each clear_visits encode_segment find_centre find_groups find_largest "
-      "find_visits keep_queries limit_by_keys list_for_other_clusters lower_limits "
-      "measure_centroids rescore_segment screen_narrow screen_wide write_each";
+      "find_visits finish_each keep_queries limit_by_keys list_for_other_clusters list_neighbours "
+      "lower_limits measure_centroids merge_shares offer_each rescore_segment screen_narrow "
+      "screen_wide";
   std::set<std::string> found;
   for (int round = 0; round < 10 && in_order(found) != all; ++round) {
     add_launches([] { test_nearest(20); }, &found);
     add_launches([] { test_nearest(70); }, &found);
+    add_launches(test_k_nearest, &found);
     add_launches(test_nearest_in_segments, &found);
   }
   EXPECT(in_order(found) == all, "%s", in_order(found).c_str());
@@ -691,6 +746,7 @@ int main(int argc, char** argv) {
     if (round % kSlower == 0) {
       test_screen();
       test_nearest(integer(1, 80));
+      test_k_nearest();
       test_nearest_in_segments();
     }
   }
