@@ -207,6 +207,25 @@ void define_clusters(py::module_ cpu) {
       py::arg("indices"), py::arg("context"), release);
 }
 
+void define_coreset(py::module_ cpu) {
+  cpu.def(
+      "coreset",
+      [](int64_t rows, int64_t dim, int64_t count, int64_t first, Pointer data, bool is_half,
+         psvdd::SearchMethod method, Pointer projected, Pointer errors, int64_t axes,
+         double stretch, float scale, Pointer chosen, Pointer distances, int context) {
+        float radius = 0;
+        psvdd::cpu::coreset({rows, dim, count, first, at<const void>(data), is_half, method,
+                             at<const float>(projected), at<const float>(errors), axes, stretch,
+                             scale, at<int64_t>(chosen), at<float>(distances), &radius},
+                            context);
+        return radius;
+      },
+      py::arg("rows"), py::arg("dim"), py::arg("count"), py::arg("first"), py::arg("data"),
+      py::arg("is_half"), py::arg("method"), py::arg("projected"), py::arg("errors"),
+      py::arg("axes"), py::arg("stretch"), py::arg("scale"), py::arg("chosen"),
+      py::arg("distances"), py::arg("context"), py::call_guard<py::gil_scoped_release>());
+}
+
 #if defined(PSVDD_WITH_CUDA)
 // The same for the GPU's clustered bank.
 void define_segments(py::module_ cuda) {
@@ -247,6 +266,16 @@ void define_segments(py::module_ cuda) {
            py::arg("largest_radius"), py::arg("centroids"), py::arg("gaps"), py::arg("centre"),
            py::arg("largest"), py::arg("halves"), py::arg("squares"), py::arg("errors"),
            py::arg("segment_norms"), py::arg("segment_errors"));
+  cuda.def(
+      "coreset_steps",
+      [](int64_t rows, int64_t dim, Pointer data, bool is_half, int64_t begin, int64_t end,
+         Pointer squared, Pointer keys, std::uintptr_t context) {
+        psvdd::cuda::coreset_steps({rows, dim, at<const void>(data), is_half, begin, end,
+                                    at<float>(squared), at<uint64_t>(keys)},
+                                   context);
+      },
+      py::arg("rows"), py::arg("dim"), py::arg("data"), py::arg("is_half"), py::arg("begin"),
+      py::arg("end"), py::arg("squared"), py::arg("keys"), py::arg("context"), release);
   cuda.attr("SEGMENT_ROWS") = psvdd::cuda::kSegmentRows;
   cuda.def("visit_tile", psvdd::cuda::visit_tile, py::arg("dim"));
   cuda.def("padded_dim", psvdd::cuda::padded_dim, py::arg("dim"));
@@ -322,6 +351,7 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
   define_clusters(cpu);
+  define_coreset(cpu);
   cpu.def(
       "first_bad_row",
       [](Pointer data, int64_t rows, int64_t dim, bool is_half, int context) {

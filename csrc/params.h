@@ -199,6 +199,40 @@ struct SegmentedNearestParams {
   int64_t* visits;            // [1] or null, raised by the segments that each tile visits
 };
 
+// Greedy k-centre selection on the CPU: rows are chosen one after another, each the farthest from
+// its nearest one chosen before.
+struct CoresetParams {
+  int64_t rows;         // M, less than 2^32
+  int64_t dim;          // D >= 1
+  int64_t count;        // rows to choose, 1 .. M
+  int64_t first;        // the first row that is chosen
+  const void* data;     // [M, D]
+  bool is_half;         // float16 instead of float32
+  SearchMethod method;  // kPlain: every row is compared with every choice
+  // The screen's view of the rows, as from `project`; null: there is no screen.
+  const float* projected;  // [M, axes]
+  const float* errors;     // [M]
+  int64_t axes;            // a multiple of 16
+  double stretch;          // bound on the factor by which the projection lengthens a vector
+  float scale;             // what one unit of a code stands for
+  int64_t* chosen;         // [count], rows in the order in which they were chosen
+  float* distances;        // [count], to the nearest row chosen before; infinity for the first
+  float* radius;           // [1], largest distance of any row to the nearest one chosen
+};
+
+// Steps of the same on CUDA. A key holds a squared distance, as the bits of a float, in its upper
+// half and 2^32 - 1 - row in its lower, so that the largest names the farthest row.
+struct CoresetStepsParams {
+  int64_t rows;      // M, less than 2^32
+  int64_t dim;       // D >= 1
+  const void* data;  // [M, D]
+  bool is_half;      // float16 instead of float32
+  int64_t begin;     // first step: step s compares all rows with choice s and finds choice s + 1
+  int64_t end;       // one more than the last step
+  float* squared;    // [M], to the nearest choice: infinity before the first step; -1 once chosen
+  uint64_t* keys;    // [end + 1], of the choices: keys[0] given, all others 0 before their step
+};
+
 // How the patches of a random pair lie, and what for.
 enum class PairKind : int {
   kPosition = 0,   // in one of eight directions from each other, for the position task

@@ -10,6 +10,7 @@ from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
 from patchsvdd_fast.ops.checks import Groups
+from patchsvdd_fast.ops.coreset import coreset_on_cpu, coreset_on_gpu
 from patchsvdd_fast.ops.gpu_bank import visit_tile
 from patchsvdd_fast.ops.search_kernels import Found, search_rows, search_segments
 from patchsvdd_fast.search import bank as bank_module
@@ -361,6 +362,48 @@ def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
             )
             assert torch.equal(own[0], others[0])
             assert torch.equal(own[1], others[1])
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "dim", "count"), [(1, 1, 1), (9, 3, 9), (300, 20, 40), (1100, 35, 12)]
+)
+def test_coresets(on_cuda_kernels, cuda_on_host, rows, dim, count, storage, schedule):
+    embeddings = torch.randn(rows, dim).to(storage)
+    embeddings[rows // 2 :: 5] = embeddings[rows // 3].clone()
+    first = rows // 4
+    cuda_on_host.cuda.set_schedule(schedule)
+    shares = []
+    with on_cuda_kernels():
+        found = coreset_on_gpu(embeddings, first, count, shares.append)
+    assert_same(found[:2], coreset_on_cpu(embeddings, first, count)[:2], CPU)
+    expected = reference.coreset(embeddings, first, count)
+    assert_same(found[:2], expected[:2], CPU)
+    assert found[2] == expected[2]
+    assert shares[-1] == 1
+
+
+def test_a_coreset_of_more_steps_than_are_launched_at_once(on_cuda_kernels):
+    embeddings = torch.randn(600, 3)
+    shares = []
+    with on_cuda_kernels():
+        found = coreset_on_gpu(embeddings, 5, 600, shares.append)
+    assert_same(found[:2], coreset_on_cpu(embeddings, 5, 600)[:2], CPU)
+    assert found[2] == 0
+    assert shares == [256 / 600, 512 / 600, 1]
+
+
+@pytest.mark.parametrize(
+    "change", [_tiny_ball, _outlier, _too_large_to_screen, _all_equal, _subnormal]
+)
+def test_coresets_of_difficult_values(on_cuda_kernels, change):
+    _, embeddings = change(torch.randn(40, 20), torch.randn(150, 20))
+    with on_cuda_kernels():
+        found = coreset_on_gpu(embeddings, 3, 60)
+    expected = coreset_on_cpu(embeddings, 3, 60)
+    assert_same(found[:2], expected[:2], CPU)
+    assert found[2] == expected[2]
 
 
 @pytest.mark.parametrize("k", [None, 1, 2])

@@ -15,6 +15,7 @@ void score_map(const ScoreMapParams& params, int num_threads);
 void nearest(const NearestParams& params, int num_threads);
 void finish_search(const FinishSearchParams& params, int num_threads);
 void crop_pairs(const CropPairsParams& params, int num_threads);
+void coreset(const CoresetParams& params, int num_threads);
 
 // The clustered bank: projecting rows, filling in what a search needs, and searching.
 void project(const ProjectParams& params, int num_threads);

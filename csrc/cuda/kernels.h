@@ -16,6 +16,8 @@ void score_map(const ScoreMapParams& params, std::uintptr_t stream);
 void nearest(const NearestParams& params, std::uintptr_t stream);
 void finish_search(const FinishSearchParams& params, std::uintptr_t stream);
 void crop_pairs(const CropPairsParams& params, std::uintptr_t stream);
+// Steps of the selection that cpu::coreset makes as a whole.
+void coreset_steps(const CoresetStepsParams& params, std::uintptr_t stream);
 // Bytes of scratch that `nearest` needs for a search of this size. A search that would need more
 // than `limit` is cut into chunks, which need about so many.
 int64_t nearest_workspace(int64_t queries, int64_t rows, int64_t dim, SearchMethod method,

@@ -105,9 +105,10 @@ def _seconds_of_search(
 ) -> float:
     """Expected time to search all patches of an image in a bank of so many images.
 
-    embeddings: [M, I, J, D], of the M images in the bank. few: a bank of a quarter of them. Time is taken to grow with the bank as
-    from a quarter of it to the whole: by as much for each image; where clusters rule out a part of
-    the bank by less, half as much as that and half as a power of their number.
+    embeddings: [M, I, J, D], of the M images in the bank. few: a bank of a quarter of them. Time is
+    taken to grow with the bank as from the one to the other: by as much for each image; where
+    clusters rule out a part of the bank by less, half as much as that and half as a power of their
+    number.
     """
     count = len(embeddings)
     less, more = _timed(embeddings, few), _timed(embeddings, bank)

@@ -175,6 +175,24 @@ class cpu(Backend):  # noqa: N801 (a submodule)
         context: int,
     ) -> int: ...
     @staticmethod
+    def coreset(
+        rows: int,
+        dim: int,
+        count: int,
+        first: int,
+        data: int,
+        is_half: bool,
+        method: SearchMethod,
+        projected: int,
+        errors: int,
+        axes: int,
+        stretch: float,
+        scale: float,
+        chosen: int,
+        distances: int,
+        context: int,
+    ) -> float: ...
+    @staticmethod
     def first_bad_row(data: int, rows: int, dim: int, is_half: bool, context: int) -> int: ...
     @staticmethod
     def set_progress(
@@ -218,6 +236,18 @@ class Cuda(Backend):
             segment_errors: int,
         ) -> None: ...
 
+    @staticmethod
+    def coreset_steps(
+        rows: int,
+        dim: int,
+        data: int,
+        is_half: bool,
+        begin: int,
+        end: int,
+        squared: int,
+        keys: int,
+        context: int,
+    ) -> None: ...
     @staticmethod
     def visit_tile(dim: int) -> int: ...
     @staticmethod

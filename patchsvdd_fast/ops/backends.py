@@ -158,6 +158,22 @@ def new_workspace(like: Tensor, num_bytes: int) -> Tensor:
         ) from error
 
 
+@contextlib.contextmanager
+def reporting_to(progress: Callable[[float], None] | None) -> Iterator[None]:
+    """Within the context, long work on the CPU calls `progress` with the share done, 0 to 1.
+
+    None: no one is called.
+    """
+    if progress is None:
+        yield
+        return
+    before = _native.cpu.set_progress(progress)
+    try:
+        yield
+    finally:
+        _native.cpu.set_progress(before)
+
+
 # --- arguments of kernels -------------------------------------------------------------------------
 
 

@@ -89,6 +89,25 @@ def canonical_squared_distances(queries: Tensor, bank: Tensor) -> Tensor:
     return sums[0]
 
 
+def coreset(embeddings: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, float]:
+    """Greedy k-centre selection: rows [count], their distances [count] when chosen, the radius."""
+    values = embeddings.float()
+    squared = torch.full((len(values),), torch.inf)
+    free = torch.ones(len(values), dtype=torch.bool)
+    rows, distances = [first], [torch.inf]
+    while True:
+        newest = values[rows[-1]][None]
+        squared = squared.minimum(canonical_squared_distances(newest, values)[0])
+        free[rows[-1]] = False
+        candidates = squared.where(free, -1)
+        farthest = int((candidates == candidates.max()).int().argmax())  # the lowest on ties
+        distance = float(squared[farthest].double().sqrt().float()) if free.any() else 0.0
+        if len(rows) == count:
+            return torch.tensor(rows), torch.tensor(distances), distance
+        rows.append(farthest)
+        distances.append(distance)
+
+
 def _fma_square(difference: Tensor, addend: Tensor) -> Tensor:
     """`fma(t, t, addend)` in float32: one rounding, of the exact value.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _native
-from .backends import define_op
+from .backends import define_op, reporting_to
 from .checks import (
     NO_GROUPS,
     FloatArray,
@@ -228,7 +226,7 @@ def nearest(
         if exclude_same_group is None
         else map(as_numbers, ("query_groups", "bank_groups"), exclude_same_group)
     )
-    with _reporting(progress):
+    with reporting_to(progress):
         found = torch.ops.patchsvdd_fast.nearest(
             query_tensor, bank_tensor, query_groups, bank_groups, 1, None, as_neighbours(k)
         )
@@ -258,22 +256,9 @@ def nearest_in_bank(
     """
     op = torch.ops.patchsvdd_fast
     options = _Options(*groups, appended, k)
-    with _reporting(progress):
+    with reporting_to(progress):
         if isinstance(bank, Tensor):
             return op.nearest(queries, bank, *options, bank_is_finite=True)
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *options)
         return op.nearest_in_clusters(queries, list(bank), stretch, *options)
-
-
-@contextlib.contextmanager
-def _calling_back(progress: Callable[[float], None]) -> Iterator[None]:
-    before = _native.cpu.set_progress(progress)
-    try:
-        yield
-    finally:
-        _native.cpu.set_progress(before)
-
-
-def _reporting(progress: Callable[[float], None] | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if progress is None else _calling_back(progress)

@@ -63,7 +63,7 @@ def build_clusters(
     if wanted == 0:
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
-    mean, basis, stretch = _principal_axes(embeddings, generator)
+    mean, basis, stretch = principal_axes(embeddings, generator)
     projected, errors = project(embeddings, mean, basis, stretch)
     centroids = find_centroids(projected, wanted, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
@@ -104,8 +104,13 @@ def suit_clusters(embeddings: Tensor, arrays: ClusterArrays, stretch: float) -> 
     return spread <= _MOST_SPREAD * own_spread
 
 
-def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """Mean [D], principal axes [D, A] ([0, A] where projecting does not pay), and their stretch."""
+def principal_axes(
+    embeddings: Tensor, generator: torch.Generator, left_out_share: float = _VARIANCE_LEFT_OUT
+) -> tuple[Tensor, Tensor, float]:
+    """Mean [D], principal axes [D, A] ([0, A] where projecting does not pay), and their stretch.
+
+    embeddings: [M, D] on the CPU. left_out_share: of the variance, what the axes may leave out.
+    """
     rows, dim = embeddings.shape
     samples = _WIDE_SAMPLES if dim > _WIDE else _COVARIANCE_SAMPLES
     picked = torch.randint(rows, (min(rows, samples),), generator=generator, device="cpu")
@@ -115,7 +120,7 @@ def _principal_axes(embeddings: Tensor, generator: torch.Generator) -> tuple[Ten
     variances, vectors = (_first_axes if dim > _WIDE else _all_axes)(sample, generator)
     total = float(sample.square().sum()) / len(sample)
     left_out = total - variances.clamp(min=0).cumsum(0)
-    enough = int((left_out > _VARIANCE_LEFT_OUT * total).sum()) + 1
+    enough = int((left_out > left_out_share * total).sum()) + 1
     axes = _padded(enough)
     if axes > min(3 * dim // 4, len(variances)):
         return mean, floats(0, _padded(dim)), 1.0
