@@ -328,3 +328,47 @@ def test_files_of_earlier_schemas_hold_the_papers_encoder(version, images, tmp_p
     assert torch.equal(
         loaded.score(images).level_maps["K32"], detector.score(images).level_maps["K32"]
     )
+
+
+@pytest.fixture
+def thinned(images):
+    detector = PatchSVDD(encoder=Plain(), image_size=96, coreset=0.2, device="cpu")
+    return detector.fit(images)
+
+
+def test_a_coreset_keeps_a_share_of_the_patches(thinned, images, tmp_path):
+    (bank,) = thinned.banks_.values()
+    (whole,) = PatchSVDD(encoder=Plain(), image_size=96, device="cpu").fit(images).banks_.values()
+    assert bank.is_coreset
+    assert len(bank) == round(0.2 * len(whole))
+    growth = bank.nearest(whole.embeddings)[0]
+    assert 0 < growth.max() <= bank.covering_radius
+    loaded = reopened(thinned, tmp_path / "model.safetensors")
+    assert loaded.coreset == 0.2
+    assert thinned.calibration_.num_images == len(images)
+    assert loaded.threshold_ == thinned.threshold_
+    result = thinned.score(images)
+    assert torch.equal(loaded.score(images).anomaly_map, result.anomaly_map)
+    facts = describe(tmp_path / "model.safetensors")
+    assert any("a coreset with a covering radius of" in fact for fact in facts.values())
+    (matches,) = result.matches.values()
+    assert 0 <= matches[..., 0].min() <= matches[..., 0].max() < len(images)
+
+
+def test_a_coreset_cannot_be_changed(thinned, images):
+    before = dict(vars(thinned))
+    for change in (
+        lambda: thinned.add(images[:1]),
+        lambda: thinned.remove([0]),
+        lambda: thinned.merge(thinned.refit(images)),
+    ):
+        with pytest.raises(ValueError, match="its banks are coresets"):
+            change()
+        assert vars(thinned) == before
+    assert next(iter(thinned.refit(images).banks_.values())).is_coreset
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5])
+def test_a_share_that_cannot_be_kept(images, share):
+    with pytest.raises(ValueError, match="coreset must be a share above 0, up to 1, or None"):
+        PatchSVDD(encoder=Plain(), image_size=96, coreset=share, device="cpu").fit(images)

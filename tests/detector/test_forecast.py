@@ -65,15 +65,15 @@ def test_nobody_listens():
 
 def test_searches_grow_with_the_bank(monkeypatch):
     embeddings = torch.randn(8, 2, 2, 4, generator=torch.Generator().manual_seed(0))
-    bank = NormalBank(embeddings)
+    few, bank = NormalBank(embeddings[:2].contiguous()), NormalBank(embeddings)
     monkeypatch.setattr(forecast, "_timed", lambda _, some: 1.0 + len(some) / 32)
     # 8 rows: 1.25 s, 32 rows: 2 s, hence 1 s and 1/8 s for each image
-    assert forecast._seconds_of_search(embeddings, bank, 100) == pytest.approx(1 + 100 / 8)
+    assert forecast._seconds_of_search(embeddings, few, bank, 100) == pytest.approx(1 + 100 / 8)
     clustered = NormalBank(embeddings, clusters=2)
     assert clustered.num_clusters
-    sixteenth = forecast._seconds_of_search(embeddings, clustered, 8)
+    sixteenth = forecast._seconds_of_search(embeddings, few, clustered, 8)
     assert sixteenth == pytest.approx(2.0)
-    assert 2.0 < forecast._seconds_of_search(embeddings, clustered, 100) < 1 + 100 / 8
+    assert 2.0 < forecast._seconds_of_search(embeddings, few, clustered, 100) < 1 + 100 / 8
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchsvdd_fast import PatchLevel
-from patchsvdd_fast.score import NormalBank, score_map
+from patchsvdd_fast.score import NormalBank, nearest, score_map
 from patchsvdd_fast.score.calibration import Calibration, calibrate
 
 LEVEL = PatchLevel(32, stride=16)
@@ -192,3 +192,22 @@ def test_progress_is_told_and_one_image_is_not_enough():
     assert told[-1] == 1
     single, _ = _banks(1, generator)
     assert calibrate(single, (SIDE, SIDE), str(LEVEL)) is None
+
+
+def test_a_coreset_is_calibrated_by_all_patches_of_each_image():
+    """Each image against those rows of the coreset that come from the others."""
+    images = torch.rand(6, *GRID, 5)
+    bank = NormalBank(images).coreset(0.3)
+    with pytest.raises(ValueError, match="a coreset lacks some patches of its images"):
+        calibrate({LEVEL: bank}, (SIDE, SIDE), "mult")
+    found = calibrate({LEVEL: bank}, (SIDE, SIDE), "mult", embeddings=[images])
+    image_of = bank.source(torch.arange(len(bank)))[:, 0]
+    scores = []
+    for number, image in enumerate(images):
+        others = bank.embeddings[image_of != number]
+        distances, _ = nearest(image.flatten(0, 1), others)
+        maps = score_map(distances.view(1, *GRID), LEVEL.size, LEVEL.stride, SIDE, SIDE)
+        scores.append(maps.double().amax())
+    assert torch.equal(found.image_scores, torch.stack(scores).sort().values)
+    whole = calibrate({LEVEL: NormalBank(images)}, (SIDE, SIDE), "mult")
+    assert (found.image_scores >= whole.image_scores).all()

@@ -7,6 +7,7 @@ import torch
 
 from patchsvdd_fast import NormalBank, nearest
 from patchsvdd_fast.search import index as index_module
+from patchsvdd_fast.search.coreset import select_coreset
 from patchsvdd_fast.search.index import Index
 
 
@@ -216,3 +217,54 @@ def test_torch_defaults_do_not_matter_to_a_state(patches):
         state = bank.state_dict()
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
     assert NormalBank.from_state_dict(state).grid == (3, 5)
+
+
+@pytest.mark.parametrize("size", [9, 0.1, 1.0, 90])
+def test_a_coreset_is_the_selection_in_the_order_of_rows(patches, size):
+    whole = NormalBank(patches, groups=torch.arange(6) + 100)
+    shares = []
+    bank = whole.coreset(size, seed=3, progress=shares.append)
+    count = 9 if size in (9, 0.1) else 90
+    chosen = select_coreset(patches.flatten(0, 2), count, 3)
+    rows = chosen.rows.sort().values
+    assert torch.equal(bank.embeddings, patches.flatten(0, 2)[rows])
+    assert bank.covering_radius == chosen.radius
+    assert bank.is_coreset == (count < 90)
+    assert not whole.is_coreset
+    assert whole.covering_radius == 0
+    assert bank.grid == (3, 5)
+    assert bank.groups.tolist() == list(range(100, 106))
+    image, row, column = bank.source(torch.arange(count)).unbind(-1)
+    assert torch.equal((image * 3 + row) * 5 + column, rows)
+    assert shares == sorted(shares)
+
+
+def test_distances_grow_by_no_more_than_the_covering_radius(patches):
+    whole = NormalBank(patches)
+    once = whole.coreset(30)
+    twice = once.coreset(0.2)
+    assert len(twice) == 6
+    assert twice.covering_radius > once.covering_radius > 0
+    queries = torch.rand(500, 8)
+    nearest_of_all = whole.nearest(queries)[0]
+    for bank in (once, twice, NormalBank.from_state_dict(twice.state_dict())):
+        growth = bank.nearest(queries)[0] - nearest_of_all
+        assert growth.min() >= 0
+        assert growth.max() > 0
+        assert growth.max() <= bank.covering_radius * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (0, ValueError, r"size must be in \[1, 90\], got 0"),
+        (91, ValueError, r"size must be in \[1, 90\], got 91"),
+        (0.0, ValueError, r"above 0, up to 1\.0, got 0\.0"),
+        (1.5, ValueError, r"above 0, up to 1\.0, got 1\.5"),
+        (True, TypeError, "size must be an integer"),
+        ("half", TypeError, "size must be an integer"),
+    ],
+)
+def test_sizes_that_no_coreset_can_have(patches, size, error, message):
+    with pytest.raises(error, match=message):
+        NormalBank(patches).coreset(size)
