@@ -72,6 +72,7 @@ INTERNAL = {
     "images.sample_cloth": "the sample of `patchsvdd demo`",
     "ops.backends": "how ops are registered; its settings of searches are names of ops",
     "ops.checks": "checks of arguments",
+    "ops.coreset": "what select_coreset runs on a CPU and on a GPU",
     "ops.cpu_bank": "the arrays of a NormalBank with clusters, for the kernels of a CPU",
     "ops.gpu_bank": "likewise, for those of a GPU",
     "ops.patches": "ops as torch sees them; their functions are names of ops",

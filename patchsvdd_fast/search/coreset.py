@@ -23,7 +23,8 @@ from .centroids import can_be_clustered
 from .cpu_clusters import principal_axes
 
 _LARGEST_INT = 2**63 - 1
-_SMALLEST = 4096  # rows; fewer are compared as fast without a screen
+# Coordinates of all pairs of a row and a choice: with fewer, a screen takes longer than it saves.
+_SMALLEST = 2**33
 _LEFT_OUT = 0.15  # share of the variance that the screen's axes may leave out; measured
 # Rows far out may be clipped: at most so many, and only what is so many times as far as the others.
 _CLIPPED, _FAR_OUT = 64, 4.0
@@ -84,15 +85,15 @@ def select_coreset(
     generator = torch.Generator("cpu").manual_seed(seed)
     first = int(torch.randint(rows, (), generator=generator, device="cpu"))
     if values.device.type == "cpu":
-        screen = _screen(values, generator)
+        screen = _screen(values, count, generator)
         return Coreset(*coreset_on_cpu(values, first, count, screen, progress))
     return Coreset(*coreset_on_gpu(values, first, count, progress))
 
 
-def _screen(embeddings: Tensor, generator: torch.Generator) -> Screen | None:
+def _screen(embeddings: Tensor, count: int, generator: torch.Generator) -> Screen | None:
     """The screen of embeddings [M, D] on the CPU; None where it is of no use or not possible."""
     method = search_method.get()
-    few = len(embeddings) < _SMALLEST and method != "screened"
+    few = embeddings.numel() * count < _SMALLEST and method != "screened"
     if method == "plain" or few or not can_be_clustered(embeddings):
         return None
     mean, basis, stretch = principal_axes(embeddings, generator, _LEFT_OUT)

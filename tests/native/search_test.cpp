@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/clusters.h"
@@ -306,6 +307,50 @@ void test_searches(int threads) {
   }
 }
 
+// Coresets with and without a screen, against the plain selection; some have so many rows that
+// these wait for whole groups of centres and are brought up to date in batches.
+void test_coresets(int threads) {
+  const TestBank made(integer(1, 40), integer(0, 7) ? integer(1, 200) : 900, 1, threads);
+  std::vector<float> projected(made.rows * made.axes), errors(made.rows);
+  project(
+      {made.bank.projection, made.rows, made.values.data(), false, projected.data(), errors.data()},
+      threads);
+  float largest = 0;
+  for (const float value : projected) largest = std::max(largest, std::fabs(value));
+  const int64_t count = integer(0, 1) ? made.rows : integer(1, made.rows);
+  std::vector<int64_t> expected(count), chosen(count);
+  std::vector<float> expected_distances(count), distances(count);
+  float expected_radius = -1, radius = -1;
+  CoresetParams params{};
+  params.rows = made.rows;
+  params.dim = made.dim;
+  params.count = count;
+  params.first = integer(0, made.rows - 1);
+  params.data = made.values.data();
+  params.method = SearchMethod::kPlain;
+  params.chosen = expected.data();
+  params.distances = expected_distances.data();
+  params.radius = &expected_radius;
+  coreset(params, threads);
+  params.method = SearchMethod::kAuto;
+  params.chosen = chosen.data();
+  params.distances = distances.data();
+  params.radius = &radius;
+  params.errors = errors.data();
+  params.axes = made.axes;
+  params.stretch = made.bank.projection.stretch;
+  // Also with scales that clip many rows or waste the codes.
+  params.scale =
+      static_cast<float>(std::max(largest / kCodeLimit * std::exp2(uniform(-3, 2)), 1e-30));
+  for (const float* screen :
+       {static_cast<const float*>(nullptr), std::as_const(projected).data()}) {
+    params.projected = screen;
+    coreset(params, threads);
+    EXPECT(chosen == expected && distances == expected_distances && radius == expected_radius,
+           "%ld of %ld rows, screened: %d", long(count), long(made.rows), screen != nullptr);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -317,6 +362,7 @@ int main(int argc, char** argv) {
       test_screen();
       test_cluster_bounds();
       test_searches(1 + round % 4);
+      test_coresets(1 + round % 4);
     }
   }
   return report();
