@@ -50,6 +50,7 @@ PUBLIC = (
     "score.regions",
     "score.stream",
     "search.bank",
+    "search.coreset",
     "search.larger_than_card",
     "training.log",
     "training.record",

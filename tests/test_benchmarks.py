@@ -1,11 +1,13 @@
 """The benchmarks' own logic: what they write, and that wrong answers are reported as wrong."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import blas
 import calibration
+import coreset
 import numpy as np
 import pipeline
 import pytest
@@ -365,3 +367,25 @@ def test_benchmarks_start_again_with_the_best_kernels(tmp_path):
     architectures = [lib["architecture"].lower() for lib in loaded if lib["name"] == "openblas"]
     assert architectures
     assert set(architectures) <= set(good)
+
+
+def test_the_coreset_benchmark_finds_the_choice_of_its_peers():
+    features = torch.randn(400, 12)
+    measured = coreset.measure(features, 0.05, 3, features[:100])
+    assert measured["count"] == 20
+    assert measured["same_as_plain"] == {
+        "steps_of_all_rows": 4,
+        "rows_of_some_images": 100,
+        "all_choices_among_these": 5,
+        "same": True,
+    }
+    radii = {record["name"]: record["radius"] for record in measured["records"]}
+    assert len(radii) == 7
+    assert radii["ours"] == radii["plain, torch"]
+    assert radii["ours"] != radii["patchcore-inspection's"]
+    steps = [coreset.plain_step, coreset.anomalib_step, coreset.patchcore_step]
+    for make in steps:  # the peers as written here do choose so
+        step = make(features)
+        expected = coreset.select_coreset(features, 20).rows.tolist()
+        for choice, following in itertools.pairwise(expected):
+            assert step(choice) == following
