@@ -51,6 +51,7 @@ PUBLIC = (
     "score.stream",
     "search.bank",
     "search.larger_than_card",
+    "search.neighbors",
     "training.log",
     "training.record",
     "training.settings",

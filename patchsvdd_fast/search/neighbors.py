@@ -107,8 +107,8 @@ class ExactKNeighborsTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMix
         X, n_neighbors: as for `kneighbors`.
         mode: "connectivity": ones for neighbours; "distance": their distances.
 
-        Returns a CSR matrix [n, n_samples_fit_] float32 (a CSR array if scikit-learn is configured
-        so) with K entries in each row, nearest first. Distances of 0 are entries, too.
+        Returns a CSR matrix [n, M] float32 for M fitted points (a CSR array if scikit-learn is
+        configured so) with K entries in each row, nearest first. Distances of 0 are entries, too.
         """
         check_is_fitted(self)
         _check_mode(mode)
