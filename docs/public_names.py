@@ -73,6 +73,7 @@ INTERNAL = {
     "ops.backends": "how ops are registered; its settings of searches are names of ops",
     "ops.checks": "checks of arguments",
     "ops.cpu_bank": "the arrays of a NormalBank with clusters, for the kernels of a CPU",
+    "ops.cpu_codes": "the arrays of a NormalBank without clusters, for the kernels of a CPU",
     "ops.gpu_bank": "likewise, for those of a GPU",
     "ops.patches": "ops as torch sees them; their functions are names of ops",
     "ops.reference": "what the tests compare the kernels with",

@@ -1,8 +1,11 @@
 // The search kernels for AVX-512 (F, BW, DQ, VL) with VNNI: a register is a block of 16 rows.
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../portable.h"
+#include "screen_batch.h"
 #include "search_kernels.h"
 
 #if PSVDD_X86
@@ -10,12 +13,15 @@
 
 // After the includes, so that nothing of the standard library is compiled for this target.
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("f16c,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#pragma GCC target("f16c,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #endif
+
+#include "search_kernels_rows.h"
 
 namespace psvdd::cpu {
 namespace {
@@ -139,6 +145,17 @@ inline void distances_of(const Rows& bank, const float* query, const int64_t* ro
 void avx512_squared_distances(const Rows& bank, const float* query, const int64_t* rows, int count,
                               float* squared) {
   (bank.half ? distances_of<true> : distances_of<false>)(bank, query, rows, count, squared);
+}
+
+// Distances to consecutive rows; those of the last row once more, up to a multiple of 16.
+inline void distances_to_run(const Rows& bank, const float* query, int64_t first, int count,
+                             float* squared) {
+  for (int r = 0; r < count; r += kLanes) {
+    int64_t rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = first + std::min(r + i, count - 1);
+    (bank.half ? distances_to<kLanes, true> : distances_to<kLanes, false>)(bank, query, rows,
+                                                                           squared + r);
+  }
 }
 
 Encoding avx512_encode(const float* vector, const float* centre, int64_t dims, float scale,
@@ -435,9 +452,11 @@ const SearchKernels& avx512_kernels() {
   static const SearchKernels kernels = {"avx512",
                                         1,
                                         avx512_squared_distances,
+                                        distance_tile_by_rows<distances_to_run>,
                                         avx512_encode,
                                         avx512_largest_difference,
                                         avx512_screen_tile,
+                                        screen_batch_by_tiles<avx512_screen_tile>,
                                         avx512_screen_blocks,
                                         avx512_closest_codes,
                                         avx512_tile_distances,

@@ -22,6 +22,7 @@ from .checks import (
     like_input,
 )
 from .cpu_bank import ClusterArrays
+from .cpu_codes import CodedRows
 from .gpu_bank import SegmentArrays, as_cuda
 
 # Torch ops cannot take a `Groups`, so they take its fields one by one.
@@ -58,17 +59,27 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     together = _checked(queries, bank, *groups)
     check_finite_rows("queries", queries)
-    if not bank_is_finite:
+    # A search on the CPU sees for itself whether a bank may hold NaN or infinity.
+    looks = queries.device.type == "cpu" and len(queries) > 0
+    bank = bank.contiguous()
+    if not (bank_is_finite or looks):
         check_finite_rows("bank", bank)
-    return _search_rows(queries, bank, together)
+    distances, indices, seems_finite = _search_rows(queries, bank, together)
+    if not (bank_is_finite or seems_finite):
+        check_finite_rows("bank", bank)
+    return distances, indices
 
 
 def _search_rows(
     queries: Tensor,
     bank: Tensor,
     groups: Groups = NO_GROUPS,
-) -> tuple[Tensor, Tensor]:
-    """`_nearest` without its checks; that for NaN would have to wait for a GPU."""
+) -> tuple[Tensor, Tensor, bool]:
+    """`_nearest` without its checks; that for NaN would have to wait for a GPU.
+
+    Returns distances, rows, and whether the bank is certainly finite (true on a GPU, which does not
+    look).
+    """
     distances, indices = _results_of(queries)
     queries, bank = queries.contiguous(), bank.contiguous()
     rows, dim = bank.shape
@@ -83,7 +94,7 @@ def _search_rows(
             limit=workspace_limit.get(),
         )
         workspace = new_workspace(queries, size)
-        backend.nearest(
+        seems_finite = backend.nearest(
             queries=len(queries),
             bank_rows=rows,
             dim=dim,
@@ -100,13 +111,51 @@ def _search_rows(
             workspace_limit=workspace_limit.get(),
             context=context,
         )
-    return distances, indices
+    return distances, indices, seems_finite
 
 
 define_op(
     f"nearest(Tensor queries, Tensor bank, {_GROUPS}, *, bool bank_is_finite=False) -> {_FOUND}",
     _nearest,
     _nearest_fake,
+)
+
+
+# --- nearest_in_codes: brute force with kept codes, on the CPU ------------------------------------
+
+
+def _nearest_in_codes_fake(
+    queries: Tensor, bank: list[Tensor], *groups: Any
+) -> tuple[Tensor, Tensor]:
+    return _nearest_fake(queries, bank[0], *groups)
+
+
+def _nearest_in_codes(queries: Tensor, bank: list[Tensor], *groups: Any) -> tuple[Tensor, Tensor]:
+    together = _checked(queries, bank[0], *groups)
+    check_finite_rows("queries", queries)
+    distances, indices = _results_of(queries)
+    queries = queries.contiguous()
+    arrays = CodedRows(*bank)
+    _native.cpu.nearest_in_codes(
+        bank=arrays.native(),
+        method=getattr(_native.SearchMethod, search_method.get().upper()),
+        queries=len(queries),
+        query_data=queries.data_ptr(),
+        query_groups=pointer(together.of_queries),
+        bank_groups=pointer(together.of_bank),
+        rows_per_group=together.rows_per_group,
+        distances=distances.data_ptr(),
+        indices=indices.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+    return distances, indices
+
+
+define_op(
+    f"nearest_in_codes(Tensor queries, Tensor[] bank, {_GROUPS}) -> {_FOUND}",
+    _nearest_in_codes,
+    _nearest_in_codes_fake,
+    devices=("CPU",),
 )
 
 
@@ -187,7 +236,7 @@ def search_segments(
     `visit_tile`) and a segment it looks at, those of the queries' own clusters left out.
     """
     # Sorted by their nearest centroid, the queries of a tile want the same segments.
-    _, own = _search_rows(queries, arrays.centroids)
+    _, own, _ = _search_rows(queries, arrays.centroids)
     own, order = own.sort(stable=True)
     centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
     own_starts = torch.searchsorted(own, centroids)
@@ -280,12 +329,12 @@ def nearest(
 
 def nearest_in_bank(
     queries: Tensor,
-    bank: Tensor | ClusterArrays | SegmentArrays,
+    bank: Tensor | CodedRows | ClusterArrays | SegmentArrays,
     stretch: float = 1.0,
     groups: Groups = NO_GROUPS,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in a plain bank [M, D], one clustered on the CPU, or one clustered on a GPU.
+    """As `nearest`, in a bank [M, D], plain, with codes, or clustered on the CPU or on a GPU.
 
     queries: [Q, D] float32. bank: finite, which is not checked. stretch: for a bank clustered on
     the CPU, an upper bound on the norm of its projection.
@@ -296,6 +345,8 @@ def nearest_in_bank(
             return op.nearest(queries, bank, *groups, bank_is_finite=True)
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *groups)
+        if isinstance(bank, CodedRows):
+            return op.nearest_in_codes(queries, list(bank), *groups)
         return op.nearest_in_clusters(queries, list(bank), stretch, *groups)
 
 
