@@ -134,7 +134,15 @@ const SearchKernels& portable_kernels();
 const SearchKernels& avx2_kernels();
 const SearchKernels& avx512_kernels();
 #endif
+#if PSVDD_X86 && defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define PSVDD_AMX 1
+const SearchKernels& amx_kernels();  // where there is AVX-512, too
+// Whether the processor has tiles and the system lets this process use them, for which it asks.
+bool may_use_tiles();
+#endif
 
 const SearchKernels& active_kernels();
+void set_active_kernels(const SearchKernels& kernels);  // which this processor must be able to run
 
 }  // namespace psvdd::cpu
