@@ -132,13 +132,39 @@ void avx2_squared_distances(const Rows& bank, const float* query, const int64_t*
   (bank.half ? distances_of<true> : distances_of<false>)(bank, query, rows, count, squared);
 }
 
-// Distances to consecutive rows; those of the last row once more, up to a multiple of 4.
+// Four rows one after the other, so that memory is read in order.
+template <bool kHalf>
+inline void distances_in_order(const Rows& bank, const float* query, const int64_t* rows,
+                               float* squared) {
+  Lanes sums[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    Lanes sum = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    const int64_t start = rows[r] * bank.dim;
+    int64_t j = 0;
+    for (; j + kLanes <= bank.dim; j += kLanes) {
+      add_square(&sum, load_sixteen<false>(query, j), load_sixteen<kHalf>(bank.data, start + j));
+    }
+    if (j < bank.dim) {
+      add_square(&sum, load_some<false>(query, j, bank.dim - j),
+                 load_some<kHalf>(bank.data, start + j, bank.dim - j));
+    }
+    sums[r] = sum;
+  }
+  _mm_storeu_ps(squared, canonical_sums(sums));
+}
+
+// Distances to consecutive rows; those of the last row once more, up to a multiple of 4. is_fresh:
+// the rows are not in a cache yet.
 inline void distances_to_run(const Rows& bank, const float* query, int64_t first, int count,
-                             float* squared) {
+                             bool is_fresh, float* squared) {
+  const auto distances = is_fresh
+                             ? (bank.half ? distances_in_order<true> : distances_in_order<false>)
+                             : (bank.half ? distances_to<4, true> : distances_to<4, false>);
   for (int r = 0; r < count; r += 4) {
     int64_t rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = first + std::min(r + i, count - 1);
-    (bank.half ? distances_to<4, true> : distances_to<4, false>)(bank, query, rows, squared + r);
+    distances(bank, query, rows, squared + r);
   }
   for (int r = (count + 3) / 4 * 4; r < (count + 7) / 8 * 8; ++r) squared[r] = squared[count - 1];
 }

@@ -127,7 +127,7 @@ void avx512_squared_distances(const Rows& bank, const float* query, const int64_
 
 // Distances to consecutive rows; those of the last row once more, up to a multiple of 16.
 inline void distances_to_run(const Rows& bank, const float* query, int64_t first, int count,
-                             float* squared) {
+                             bool /*is_fresh*/, float* squared) {
   for (int r = 0; r < count; r += kLanes) {
     int64_t rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = first + std::min(r + i, count - 1);

@@ -140,8 +140,8 @@ inline DistanceTile low_tile_of(int64_t dim, bool half, std::integer_sequence<in
   return kTiles[dim - 1][half];
 }
 
-// `SearchKernels::distance_tile`; kWide(bank, query, first, count, squared) computes the distances
-// of longer embeddings, at most 15 rows of no tile too many.
+// `SearchKernels::distance_tile`; kWide(bank, query, first, count, is_fresh, squared) computes the
+// distances of longer embeddings, at most 15 rows of no tile too many.
 template <auto kWide>
 bool distance_tile_by_rows(const Rows& bank, int64_t first, int count, const float* queries,
                            int num_queries, const float* limits, float* squared, uint64_t* masks) {
@@ -151,7 +151,7 @@ bool distance_tile_by_rows(const Rows& bank, int64_t first, int count, const flo
   }
   bool finite = true;
   for (int q = 0; q < num_queries; ++q, squared += kTileRows) {
-    kWide(bank, queries + q * bank.dim, first, count, squared);
+    kWide(bank, queries + q * bank.dim, first, count, q == 0, squared);
     finite &= mark_near_rows(squared, count, limits[q], &masks[q]);
   }
   return finite;
