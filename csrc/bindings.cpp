@@ -86,12 +86,14 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
                 Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, int neighbours,
                 Pointer ids, int64_t first_row, Pointer squared, Pointer indices, Pointer workspace,
                 int64_t workspace_limit, Context context) {
+        bool seems_finite = true;
         backend.nearest(
             {queries, bank_rows, dim, at<const float>(query_data), at<const void>(bank_data),
              bank_is_half, method, groups_of(query_groups, bank_groups, rows_per_group), neighbours,
              at<const int64_t>(ids), first_row, at<float>(squared), at<int64_t>(indices),
-             at<void>(workspace), workspace_limit},
+             at<void>(workspace), workspace_limit, &seems_finite},
             context);
+        return seems_finite;
       },
       py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
       py::arg("bank_data"), py::arg("bank_is_half"), py::arg("method"), py::arg("query_groups"),
@@ -126,6 +128,41 @@ void define_backend(py::module_ module, const Backend<Context>& backend) {
       py::arg("seed"), py::arg("step"), py::arg("colour_shift"), py::arg("pixel_noise"),
       py::arg("pixels"), py::arg("mean"), py::arg("image_of"), py::arg("patches"),
       py::arg("corners"), py::arg("labels"), py::arg("context"), release);
+}
+
+// The CPU's bank with codes.
+void define_codes(py::module_ cpu) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<psvdd::CodedRows>(cpu, "CodedRows", py::module_local())
+      .def(py::init([](int64_t rows, int64_t dim, Pointer data, bool is_half, Pointer codes,
+                       Pointer bias, Pointer centres, Pointer scales, Pointer slack) {
+             return psvdd::CodedRows{rows,
+                                     dim,
+                                     at<const void>(data),
+                                     is_half,
+                                     at<int8_t>(codes),
+                                     at<int32_t>(bias),
+                                     at<float>(centres),
+                                     at<float>(scales),
+                                     at<float>(slack)};
+           }),
+           py::arg("rows"), py::arg("dim"), py::arg("data"), py::arg("is_half"), py::arg("codes"),
+           py::arg("bias"), py::arg("centres"), py::arg("scales"), py::arg("slack"));
+  cpu.def("code_block_rows", psvdd::cpu::code_block_rows, py::arg("dim"));
+  cpu.def("encode_rows", psvdd::cpu::encode_rows, py::arg("bank"), py::arg("context"), release);
+  cpu.def(
+      "nearest_in_codes",
+      [](const psvdd::CodedRows& bank, psvdd::SearchMethod method, int64_t queries,
+         Pointer query_data, Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
+         int neighbours, Pointer squared, Pointer indices, int context) {
+        psvdd::cpu::nearest_in_codes(
+            {bank, method, groups_of(query_groups, bank_groups, rows_per_group), queries,
+             at<const float>(query_data), neighbours, at<float>(squared), at<int64_t>(indices)},
+            context);
+      },
+      py::arg("bank"), py::arg("method"), py::arg("queries"), py::arg("query_data"),
+      py::arg("query_groups"), py::arg("bank_groups"), py::arg("rows_per_group"),
+      py::arg("neighbours"), py::arg("squared"), py::arg("indices"), py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -350,6 +387,7 @@ PYBIND11_MODULE(PSVDD_MODULE_NAME, module) {
                             psvdd::cpu::crop_pairs});
   cpu.def("instruction_sets", psvdd::cpu::instruction_sets);
   cpu.def("instruction_set", psvdd::cpu::instruction_set);
+  define_codes(cpu);
   define_clusters(cpu);
   define_coreset(cpu);
   cpu.def(

@@ -87,6 +87,33 @@ struct NearestParams {
   int64_t* indices;         // [Q, k]
   void* workspace;          // scratch of cuda::nearest_workspace bytes, aligned to 16 (GPU only)
   int64_t workspace_limit;  // bytes: the limit that nearest_workspace was given
+  bool* seems_finite;       // or null; cleared if the bank may hold NaN or infinity (CPU only)
+};
+
+// 8-bit codes of all rows of a bank on the CPU, for the screen of brute force. Rows are cut into B
+// blocks of cpu::code_block_rows(D) rows, the last of which may be shorter; each block has a centre
+// and a scale of its own.
+struct CodedRows {
+  int64_t rows;      // M
+  int64_t dim;       // D
+  const void* data;  // [M, D]
+  bool is_half;      // float16 instead of float32
+  int8_t* codes;     // [M rounded up to a multiple of 64 / 16, D / 4 rounded up, 16, 4]
+  int32_t* bias;     // [M rounded up to a multiple of 64]
+  float* centres;    // [B, D rounded up to a multiple of 16]
+  float* scales;     // [B], what one unit of a code stands for; 0: this block has no codes
+  float* slack;      // [B], bound on the distance of a row to what its code stands for
+};
+
+struct CodedNearestParams {
+  CodedRows bank;
+  SearchMethod method;
+  Groups groups;
+  int64_t queries;          // Q
+  const float* query_data;  // [Q, D]
+  int k;                    // these three as in NearestParams
+  float* squared;           // [Q, k]
+  int64_t* indices;         // [Q, k]
 };
 
 // The end of a search: squared distances become distances, and kNoRow becomes -1.

@@ -8,6 +8,7 @@ import sys
 import blas
 import calibration
 import coreset
+import few_queries
 import numpy as np
 import pipeline
 import pytest
@@ -389,3 +390,19 @@ def test_the_coreset_benchmark_finds_the_choice_of_its_peers():
         expected = coreset.select_coreset(features, 20).rows.tolist()
         for choice, following in itertools.pairwise(expected):
             assert step(choice) == following
+
+
+def test_few_queries_are_measured_in_little(monkeypatch, tmp_path):
+    arguments = ["few_queries.py", "--quick", "--repeats", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(blas, "require_best_kernels", lambda _: None)
+    threads = torch.get_num_threads()
+    try:
+        few_queries.main()
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "few_queries.json").read_text())
+    assert [record["queries"] for record in result["records"]] == [*few_queries.QUERIES] * 2
+    for record in result["records"]:
+        assert set(few_queries.SEARCHES[1:]) <= set(record["milliseconds"])
+    assert "| 1,000 x 64 | 128 |" in (tmp_path / "few_queries.md").read_text()

@@ -10,9 +10,14 @@ from grids import GRIDS, PAIRS
 from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import backends, reference
 from patchsvdd_fast.ops.checks import Groups
-from patchsvdd_fast.ops.coreset import coreset_on_cpu, coreset_on_gpu
 from patchsvdd_fast.ops.gpu_bank import visit_tile
-from patchsvdd_fast.ops.search_kernels import Found, search_rows, search_segments
+from patchsvdd_fast.ops.search_kernels import (
+    Found,
+    coreset_on_cpu,
+    coreset_on_gpu,
+    search_rows,
+    search_segments,
+)
 from patchsvdd_fast.search import bank as bank_module
 from patchsvdd_fast.search import centroids as k_means
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about

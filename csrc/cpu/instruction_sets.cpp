@@ -18,6 +18,9 @@ const std::vector<const SearchKernels*>& supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
+#if PSVDD_AMX
+      if (may_use_tiles()) found.push_back(&amx_kernels());
+#endif
       found.push_back(&avx512_kernels());
     }
     // F16C came before AVX2 in every line of processors.
@@ -40,6 +43,8 @@ std::atomic<const SearchKernels*>& active() {
 
 const SearchKernels& active_kernels() { return *active().load(); }
 
+void set_active_kernels(const SearchKernels& kernels) { active() = &kernels; }
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const SearchKernels* set : supported()) names.emplace_back(set->name);
@@ -51,7 +56,7 @@ std::string instruction_set() { return active_kernels().name; }
 void set_instruction_set(const std::string& name) {
   for (const SearchKernels* set : supported()) {
     if (name == set->name) {
-      active() = set;
+      set_active_kernels(*set);
       return;
     }
   }

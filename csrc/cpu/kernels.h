@@ -17,6 +17,12 @@ void finish_search(const FinishSearchParams& params, int num_threads);
 void crop_pairs(const CropPairsParams& params, int num_threads);
 void coreset(const CoresetParams& params, int num_threads);
 
+// A bank whose codes are kept: how many rows a block of it has (a multiple of 64), making the
+// codes, and searching.
+int64_t code_block_rows(int64_t dim);
+void encode_rows(const CodedRows& bank, int num_threads);
+void nearest_in_codes(const CodedNearestParams& params, int num_threads);
+
 // The clustered bank: projecting rows, filling in what a search needs, and searching.
 void project(const ProjectParams& params, int num_threads);
 void pack_clusters(const PackClustersParams& params, int num_threads);

@@ -4,17 +4,18 @@
 // t = q[j] - b[j], rounded to float32, enters acc[j % 16] = fma(t, t, acc[j % 16]); then
 // acc[i] += acc[i + 8], + 4, + 2, + 1.
 //
-// The bank is taken block by block. A block's rows are rounded to 8-bit codes about its centre and
-// every query is compared with them in integers, 64 rows by 6 queries in registers at a time; only
-// rows that the codes cannot rule out are rescored canonically (rescore.h has the proof). Where the
-// codes rule out nothing, rescoring all rows is the plain search: the screen costs a fraction of
-// it. Traffic: the bank once, the queries once per block; codes stay in the second-level cache.
-
-#include "rescore.h"
+// The bank is taken block by block. A block's rows have 8-bit codes about its centre, kept or made
+// on the way; every query is compared with them in integers, 64 rows by 6 queries in registers at a
+// time (or 32 by 32, with tiles); only rows that the codes cannot rule out are rescored canonically
+// (rescore.h has the proof). Where the codes rule out nothing, rescoring all rows is the plain
+// search: the screen costs a fraction of it. Few queries do not repay encoding the bank and are
+// searched plainly, as very short vectors are. Traffic: the bank once, or its codes, the queries
+// once per block; codes stay in the second-level cache.
 
 #include <atomic>
 #include <vector>
 
+#include "codes.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "watch.h"
@@ -22,65 +23,27 @@
 namespace psvdd::cpu {
 namespace {
 
-constexpr int64_t kCodeBytes = 512 * 1024;  // of a block: half of a second-level cache
-constexpr int64_t kMostBlockRows = 4096;
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
-constexpr int64_t kRowsForCentre = 64;
+constexpr int64_t kMostBatchSteps = 12;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
-constexpr int64_t kFewQueries = 8;  // fewer do not repay encoding the bank
-constexpr float kLargest = 1e15f;   // squares of larger differences might overflow
+constexpr int kPlainQueries = 32;       // that share what is made of a tile of rows
+constexpr int64_t kItemsPerWorker = 4;  // so that no thread waits long for the last
 
-// The codes of one block of the bank.
-struct BlockCodes {
-  std::vector<float> centre;  // [padded dim]
-  std::vector<int8_t> codes;  // [rows / 16, packs, 16, 4]
-  std::vector<int32_t> bias;  // [rows], see SearchKernels::screen_tile
-  float scale = 0;
-  double slack = 0;  // bound on the distance of a row to what its code stands for
-  bool usable = false;
-};
-
-// Encodes rows [begin, end) about their centre.
-void encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin, int64_t end,
-                  BlockCodes* block) {
-  const int64_t dims = round_up(bank.dim, kLanes);
-  const int64_t packs = (bank.dim + 3) / 4;
-  const int64_t padded_rows = round_up(end - begin, kTileRows);
-  std::vector<float> row(dims, 0.0f);
-  // Any centre will do; the mean of some rows is close to that of all.
-  const int64_t step = std::max<int64_t>(1, (end - begin) / kRowsForCentre);
-  block->centre.assign(dims, 0.0f);
-  for (int64_t r = begin; r < end; r += step) {
-    read_row(bank, r, row.data());
-    const auto weight = static_cast<float>(step) / static_cast<float>(end - begin);
-    for (int64_t j = 0; j < bank.dim; ++j) block->centre[j] += weight * row[j];
-  }
-  float largest = 0;
-  for (int64_t r = begin; r < end; ++r) {
-    read_row(bank, r, row.data());
-    largest = std::max(largest, kernels.largest_difference(row.data(), block->centre.data(), dims));
-  }
-  block->usable = largest < kLargest &&  // false for NaN, from centres that overflow
-                  bank.dim <= kMostDims;
-  if (!block->usable) return;
-  block->scale = std::max(largest / kCodeLimit, 1e-30f);
-  block->codes.assign(padded_rows * packs * 4, 0);
-  block->bias.assign(padded_rows, kNothing);
-  block->slack = 0;
-  std::vector<uint8_t> code(dims);
-  for (int64_t r = begin; r < end; ++r) {
-    read_row(bank, r, row.data());
-    const Encoding encoding =
-        encode_row(kernels, row.data(), block->centre.data(), dims, block->scale, code.data());
-    block->slack = std::max(block->slack, residual_bound(encoding, dims));
-    write_code(code.data(), encoding, packs, r - begin, block->codes.data(), block->bias.data());
-  }
+// Whether to look at codes first, by the times of AVX2 on 20,000 and 200,000 rows. Up to 16
+// dimensions the plain search keeps all lanes busy, and encoding pays later.
+bool screen_pays(const NearestParams& params, bool has_codes) {
+  if (params.method != SearchMethod::kAuto) return params.method == SearchMethod::kScreened;
+  if (has_codes) return params.dim >= 4;
+  if (params.dim <= kLanes) return params.dim > 4 && params.queries * params.dim >= 1024;
+  return params.queries >= 16;
 }
 
 class Search {
  public:
-  Search(const NearestParams& params, int num_threads, Watch* watch)
+  // kept: the bank's codes, or null.
+  Search(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch)
       : params_(params),
+        kept_(kept),
         kernels_(active_kernels()),
         bank_{{params.bank_data, params.dim, params.bank_is_half},
               params.ids,
@@ -88,20 +51,30 @@ class Search {
               params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         packs_((params.dim + 3) / 4),
-        screened_(params.method == SearchMethod::kScreened ||
-                  (params.method == SearchMethod::kAuto && params.queries >= kFewQueries)),
+        screened_(screen_pays(params, kept != nullptr)),
         watch_(watch) {
-    const int64_t fitting = kCodeBytes / (packs_ * 4) / kTileRows * kTileRows;
-    const int64_t fair = round_up(params.bank_rows / (4 * std::max(num_threads, 1)), kTileRows);
-    block_rows_ = std::max<int64_t>(kTileRows, std::min({fitting, fair, int64_t{kMostBlockRows}}));
+    const int64_t threads = std::max(num_threads, 1);
+    block_rows_ = most_block_rows(params.dim);
+    const int64_t wanted = kItemsPerWorker * threads;
+    if (!screened_ || kept_ == nullptr) {  // blocks may be smaller
+      const int64_t fair = round_up((params.bank_rows + wanted - 1) / wanted, kTileRows);
+      block_rows_ = std::min(block_rows_, fair);
+    }
     blocks_ = (params.bank_rows + block_rows_ - 1) / block_rows_;
-    workers_ = std::min<int64_t>(blocks_, std::max(num_threads, 1));
+    ranges_ = 1;
+    if (screened_ && kept_ != nullptr && threads > 1 && blocks_ < wanted) {
+      const int64_t steps = (params.queries + kBatchStep - 1) / kBatchStep;
+      ranges_ = std::min((wanted + blocks_ - 1) / blocks_, steps);
+    }
+    range_queries_ = round_up((params.queries + ranges_ - 1) / ranges_, kBatchStep);
+    workers_ = std::min<int64_t>(blocks_ * ranges_, threads);
   }
 
-  // Each worker takes blocks and keeps its own best rows, which start from those given; the least
-  // over the workers are the answer. The first worker's lie where the answer is to be.
-  void run() {
-    const int64_t k = params_.k, entries = params_.queries * k;
+  // Each worker takes blocks, or parts of the queries for a block, and keeps its own best rows,
+  // which start from those given; the least over the workers are the answer. The first worker's lie
+  // where the answer is to be. Whether the bank is certainly finite, as far as was seen.
+  bool run() {
+    const int64_t entries = params_.queries * params_.k;
     std::vector<float> squared((workers_ - 1) * entries);
     std::vector<int64_t> ids((workers_ - 1) * entries);
     std::vector<Best> best{{params_.squared, params_.indices, nullptr, params_.k}};
@@ -112,105 +85,157 @@ class Search {
       std::copy_n(params_.indices, entries, best[worker].ids);
     }
     parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
-      BlockCodes codes;
-      for (int64_t block = next_block_++; block < blocks_; block = next_block_++) {
-        search_block(block, &codes, best[worker]);
+      Scratch scratch;
+      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
+        const int64_t first = item % ranges_ * range_queries_;
+        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
+                     &scratch, best[worker]);
       }
     });
     for (int64_t worker = 1; worker < workers_; ++worker) {
       for (int64_t q = 0; q < params_.queries; ++q) {
-        Best result = of_query(best[0], q);
-        const Best other = of_query(best[worker], q);
+        Best result = best[0].of_query(q);
+        const Best other = best[worker].of_query(q);
         for (int i = 0; i < params_.k && other.squared[i] <= result.bound(); ++i) {
           result.offer(other.squared[i], other.ids[i], -1);
         }
       }
     }
+    return finite_;
   }
 
  private:
+  // What a worker needs to encode a block and a batch of queries.
+  struct Scratch {
+    std::vector<float> centre;
+    std::vector<int8_t> codes;
+    std::vector<int32_t> bias;
+    std::vector<uint8_t> query_codes;
+    std::vector<int32_t> thresholds, squares;
+    std::vector<double> errors;
+    std::vector<float> padded;
+  };
+
+  // A batch of queries that is being screened, for `passed`.
+  struct Screening {
+    Search* search;
+    Scratch* scratch;
+    int64_t first_query, first_row, end_row;
+    float scale;
+    const Best* best;
+
+    int32_t threshold(int64_t i) const {
+      const double limit =
+          winning_distance(best->of_query(first_query + i).bound(), search->params_.dim);
+      return screen_threshold(scratch->squares[i], limit, scratch->errors[i], scale,
+                              search->kernels_.query_step);
+    }
+  };
+
   const float* query(int64_t q) const { return params_.query_data + q * params_.dim; }
 
-  // The best rows of one query, of those of all.
-  Best of_query(const Best& best, int64_t q) const {
-    return {best.squared + q * best.k, best.ids + q * best.k, nullptr, best.k};
-  }
-
-  void search_block(int64_t block, BlockCodes* codes, const Best& best) {
+  void search_block(int64_t block, int64_t first_query, int64_t end_query, Scratch* scratch,
+                    const Best& best) {
     const int64_t begin = block * block_rows_;
     const int64_t end = std::min(params_.bank_rows, begin + block_rows_);
-    if (screened_) encode_block(kernels_, bank_.rows, begin, end, codes);
+    BlockCodes codes{};
+    if (screened_) codes = codes_of(block, begin, end, scratch);
+    const int64_t stride = round_up(params_.dim, kCodeStride);
     const int64_t batch =
-        std::clamp<int64_t>(kBatchBytes / padded_dim_ / kTileQueries, 1, 64) * kTileQueries;
-    for (int64_t first = 0; first < params_.queries; first += batch) {
-      const int64_t last = std::min(params_.queries, first + batch);
-      if (screened_ && codes->usable) {
-        screen_batch(*codes, begin, end, first, last, best);
+        std::clamp<int64_t>(kBatchBytes / stride / kBatchStep, 1, kMostBatchSteps) * kBatchStep;
+    for (int64_t first = first_query; first < end_query; first += batch) {
+      const int64_t last = std::min(end_query, first + batch);
+      if (codes.scale > 0) {
+        screen_batch(codes, begin, end, first, last, scratch, best);
       } else {
-        for (int64_t tile = begin; tile < end; tile += kTileRows) {
-          const int64_t tile_end = std::min(end, tile + kTileRows);
-          for (int64_t q = first; q < last; ++q) {
-            Best own = of_query(best, q);
-            rescore_range(kernels_, bank_, query(q), q, tile, tile_end, &own);
-          }
-        }
+        compare_all(begin, end, first, last, best);
       }
       watch_->advance(static_cast<double>(last - first) * static_cast<double>(end - begin));
     }
   }
 
-  void screen_batch(const BlockCodes& block, int64_t begin, int64_t end, int64_t first,
-                    int64_t last, const Best& best) {
-    const int64_t count = last - first;
-    std::vector<uint8_t> codes(count * padded_dim_);
-    std::vector<int32_t> squares(count);
-    std::vector<double> errors(count);
-    std::vector<int32_t> thresholds(count);
-    std::vector<const uint8_t*> pointers(count);
-    std::vector<float> padded(padded_dim_, 0.0f);
-    const auto threshold = [&](int64_t i) {
-      return screen_threshold(squares[i],
-                              winning_distance(of_query(best, first + i).bound(), params_.dim),
-                              errors[i], block.scale, kernels_.query_step);
-    };
-    for (int64_t i = 0; i < count; ++i) {
-      const float* vector = query(first + i);
-      if (padded_dim_ != params_.dim) {
-        std::copy(vector, vector + params_.dim, padded.begin());
-        vector = padded.data();
-      }
-      uint8_t* code = codes.data() + i * padded_dim_;
-      const Encoding encoding =
-          encode_query(kernels_, vector, block.centre.data(), padded_dim_, block.scale, code);
-      pointers[i] = code;
-      squares[i] = encoding.code_squares;
-      errors[i] = residual_bound(encoding, padded_dim_) + block.slack;
-      thresholds[i] = threshold(i);
+  BlockCodes codes_of(int64_t block, int64_t begin, int64_t end, Scratch* scratch) {
+    if (kept_ != nullptr) {
+      return {kept_->centres + block * padded_dim_, kept_->codes + begin * packs_ * 4,
+              kept_->bias + begin, kept_->scales[block], kept_->slack[block]};
     }
-    for (int64_t tile = begin; tile < end; tile += kTileRows) {
-      const int8_t* tile_codes = block.codes.data() + (tile - begin) * packs_ * 4;
-      const int32_t* bias = block.bias.data() + (tile - begin);
-      for (int64_t i = 0; i < count; i += kTileQueries) {
-        const int queries = static_cast<int>(std::min<int64_t>(kTileQueries, count - i));
-        uint64_t masks[kTileQueries];
-        kernels_.screen_tile(&pointers[i], &thresholds[i], queries, tile_codes, bias, packs_,
-                             masks);
-        uint64_t any = 0;
-        for (int q = 0; q < queries; ++q) any |= masks[q];
-        if (any == 0) continue;
+    const int64_t padded_rows = round_up(end - begin, kTileRows);
+    scratch->centre.resize(padded_dim_);
+    scratch->codes.resize(padded_rows * packs_ * 4);
+    scratch->bias.resize(padded_rows);
+    BlockCodes codes = {scratch->centre.data(), scratch->codes.data(), scratch->bias.data(), 0, 0};
+    if (!encode_block(kernels_, bank_.rows, begin, end, &codes)) finite_ = false;
+    return codes;
+  }
+
+  // The plain search: the canonical distances of all pairs.
+  void compare_all(int64_t begin, int64_t end, int64_t first, int64_t last, const Best& best) {
+    float squared[kPlainQueries * kTileRows], limits[kPlainQueries];
+    uint64_t masks[kPlainQueries];
+    bool finite = true;
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - row));
+      for (int64_t start = first; start < last; start += kPlainQueries) {
+        const int queries = static_cast<int>(std::min<int64_t>(kPlainQueries, last - start));
+        for (int q = 0; q < queries; ++q) limits[q] = best.of_query(start + q).bound();
+        finite &= kernels_.distance_tile(bank_.rows, row, rows, query(start), queries, limits,
+                                         squared, masks);
         for (int q = 0; q < queries; ++q) {
-          if (masks[q] == 0) continue;
-          const int64_t number = first + i + q;
-          Best own = of_query(best, number);
-          if (rescore_mask(kernels_, bank_, query(number), number, tile, masks[q], &own)) {
-            thresholds[i + q] = threshold(i + q);
+          Best own = best.of_query(start + q);
+          for (uint64_t mask = masks[q]; mask != 0; mask &= mask - 1) {
+            const int r = __builtin_ctzll(mask);
+            if (bank_.excluded(start + q, row + r)) continue;
+            own.offer(squared[q * kTileRows + r], bank_.id(row + r), row + r);
           }
         }
       }
     }
+    if (!finite) finite_ = false;
+  }
+
+  void screen_batch(const BlockCodes& block, int64_t begin, int64_t end, int64_t first,
+                    int64_t last, Scratch* scratch, const Best& best) {
+    const int64_t count = last - first, padded_count = round_up(count, kBatchStep);
+    const int64_t stride = round_up(params_.dim, kCodeStride);
+    scratch->query_codes.assign(padded_count * stride, 0);
+    scratch->thresholds.assign(padded_count, kNothing);
+    scratch->squares.resize(count);
+    scratch->errors.resize(count);
+    scratch->padded.resize(padded_dim_, 0.0f);
+    Screening screening = {this, scratch, first, begin, end, block.scale, &best};
+    for (int64_t i = 0; i < count; ++i) {
+      const float* vector = query(first + i);
+      if (padded_dim_ != params_.dim) {
+        std::copy(vector, vector + params_.dim, scratch->padded.begin());
+        vector = scratch->padded.data();
+      }
+      uint8_t* code = scratch->query_codes.data() + i * stride;
+      const Encoding encoding =
+          encode_query(kernels_, vector, block.centre, padded_dim_, block.scale, code);
+      std::fill(code + packs_ * 4, code + padded_dim_, uint8_t{0});
+      scratch->squares[i] = encoding.code_squares;
+      scratch->errors[i] = residual_bound(encoding, padded_dim_) + static_cast<double>(block.slack);
+      scratch->thresholds[i] = screening.threshold(i);
+    }
+    kernels_.screen_batch({scratch->query_codes.data(), stride, count, scratch->thresholds.data(),
+                           block.codes, block.bias, packs_, round_up(end - begin, kTileRows),
+                           rescore_passed, &screening});
+  }
+
+  // Rescores the rows of a block that passed for one query.
+  static void rescore_passed(void* context, int64_t i, int64_t row, uint64_t mask) {
+    const auto& screening = *static_cast<Screening*>(context);
+    const Search& search = *screening.search;
+    const int64_t number = screening.first_query + i;
+    Best own = screening.best->of_query(number);
+    if (rescore_mask(search.kernels_, search.bank_, search.query(number), number,
+                     screening.first_row + row, mask, &own)) {
+      screening.scratch->thresholds[i] = screening.threshold(i);
+    }
   }
 
   const NearestParams& params_;
+  const CodedRows* const kept_;
   const SearchKernels& kernels_;
   const Searched bank_;
   const int64_t padded_dim_;
@@ -218,16 +243,18 @@ class Search {
   const bool screened_;
   int64_t block_rows_;
   int64_t blocks_;
+  int64_t ranges_;  // parts of the queries that are searched apart
+  int64_t range_queries_;
   int64_t workers_;
-  std::atomic<int64_t> next_block_{0};
+  std::atomic<int64_t> next_item_{0};
+  std::atomic<bool> finite_{true};
   Watch* const watch_;
 };
 
-}  // namespace
-
-void nearest(const NearestParams& params, int num_threads) {
-  if (params.queries == 0) return;
+bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads) {
+  if (params.queries == 0) return true;
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
+  bool finite = true;
   // A part of the queries at a time, so that a thread's last block does not take long after the
   // others have finished.
   for (int64_t first = 0; first < params.queries; first += kQueriesAtOnce) {
@@ -237,8 +264,33 @@ void nearest(const NearestParams& params, int num_threads) {
     part.squared += first * params.k;
     part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
-    Search(part, num_threads, &watch).run();
+    finite &= Search(part, kept, num_threads, &watch).run();
   }
+  return finite;
+}
+
+}  // namespace
+
+void nearest(const NearestParams& params, int num_threads) {
+  const bool finite = search_all(params, nullptr, num_threads);
+  if (params.seems_finite != nullptr) *params.seems_finite = finite;
+}
+
+void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
+  const CodedRows& bank = params.bank;
+  NearestParams plain{};
+  plain.queries = params.queries;
+  plain.bank_rows = bank.rows;
+  plain.dim = bank.dim;
+  plain.query_data = params.query_data;
+  plain.bank_data = bank.data;
+  plain.bank_is_half = bank.is_half;
+  plain.method = params.method;
+  plain.groups = params.groups;
+  plain.k = params.k;
+  plain.squared = params.squared;
+  plain.indices = params.indices;
+  search_all(plain, &bank, num_threads);
 }
 
 void finish_search(const FinishSearchParams& params, int) {

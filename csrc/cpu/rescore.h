@@ -22,6 +22,9 @@ struct Best {
   int64_t* rows;   // [k] where the rows are stored, or null
   int k;
 
+  // The list of one query, of lists of several that lie one after the other.
+  Best of_query(int64_t q) const { return {squared + q * k, ids + q * k, nullptr, k}; }
+
   // What a squared distance may not exceed to be among them.
   float bound() const { return squared[k - 1]; }
 

@@ -17,6 +17,8 @@ constexpr int kLanes = 16;  // rows of a block of codes, and partial sums of the
 constexpr int kTileBlocks = 4;                        // blocks that `screen_tile` takes at once
 constexpr int kTileRows = kTileBlocks * kLanes;       // 64: a bit each in a mask
 constexpr int kTileQueries = 6;                       // most queries of `screen_tile`
+constexpr int kBatchStep = 32;                        // a ScreenBatch is padded to such multiples
+constexpr int kCodeStride = 64;                       // and its codes to such
 constexpr int64_t kMostDims = 4096;                   // beyond, sums of codes might not be exact
 constexpr int kCodeLimit = 127;                       // codes of rows lie in [-127, 127]
 constexpr int kQueryOffset = 128;                     // what makes a query's codes unsigned
@@ -51,6 +53,21 @@ struct ClusterBounds {
   float rounding;      // relative error allowed for in squared distances
 };
 
+// The codes of many queries, and of many rows that each of them is compared with.
+struct ScreenBatch {
+  const uint8_t* queries;  // [count, padded to a multiple of kBatchStep; stride]
+  int64_t stride;          // a multiple of kCodeStride; zeros from packs * 4 on
+  int64_t count;
+  const int32_t* thresholds;  // [count, padded], which `passed` may raise; of padding: kNothing
+  const int8_t* codes;        // [rows / 16, packs, 16, 4]
+  const int32_t* bias;        // [rows]
+  int64_t packs;
+  int64_t rows;  // a multiple of kTileRows
+  // Called for up to 64 rows, bit i standing for row + i, of which some passed for a query.
+  void (*passed)(void* search, int64_t query, int64_t row, uint64_t mask);
+  void* search;
+};
+
 struct SearchKernels {
   const char* name;
 
@@ -62,6 +79,13 @@ struct SearchKernels {
   // Canonical squared distances from a query [dim] to `count` <= 16 rows, named by `rows`.
   void (*squared_distances)(const Rows& bank, const float* query, const int64_t* rows, int count,
                             float* squared);
+
+  // The plain search of a tile: canonical squared distances from each of `num_queries` queries
+  // [num_queries, dim] to the rows [first, first + count), count <= 64; `squared` [num_queries,
+  // 64]. masks: a bit per row that is at most limits[q] away. Whether all distances were finite;
+  // false as well if their sum overflows. A row that holds NaN or infinity has no finite distance.
+  bool (*distance_tile)(const Rows& bank, int64_t first, int count, const float* queries,
+                        int num_queries, const float* limits, float* squared, uint64_t* masks);
 
   // Codes of `vector` about `centre`, both padded with zeros to a multiple of 16 `dims`: integers
   // within `limit`, each stored plus `offset`.
@@ -77,7 +101,10 @@ struct SearchKernels {
   void (*screen_tile)(const uint8_t* const* queries, const int32_t* thresholds, int num_queries,
                       const int8_t* codes, const int32_t* bias, int64_t packs, uint64_t* masks);
 
-  // The same for one query and `blocks` blocks: 16 bits per block. Whether any row passed.
+  // The same for all pairs of a batch.
+  void (*screen_batch)(const ScreenBatch& batch);
+
+  // As `screen_tile`, for one query and `blocks` blocks: 16 bits per block. Whether any row passed.
   bool (*screen_blocks)(const uint8_t* query, int32_t threshold, const int8_t* codes,
                         const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks);
 
@@ -107,7 +134,15 @@ const SearchKernels& portable_kernels();
 const SearchKernels& avx2_kernels();
 const SearchKernels& avx512_kernels();
 #endif
+#if PSVDD_X86 && defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define PSVDD_AMX 1
+const SearchKernels& amx_kernels();  // where there is AVX-512, too
+// Whether the processor has tiles and the system lets this process use them, for which it asks.
+bool may_use_tiles();
+#endif
 
 const SearchKernels& active_kernels();
+void set_active_kernels(const SearchKernels& kernels);  // which this processor must be able to run
 
 }  // namespace psvdd::cpu

@@ -1,8 +1,11 @@
 // The search kernels for AVX2 with FMA and F16C: eight lanes, so two registers per block.
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../portable.h"
+#include "screen_batch.h"
 #include "search_kernels.h"
 
 #if PSVDD_X86
@@ -17,6 +20,7 @@
 #endif
 
 #include "search_kernels_generic.h"
+#include "search_kernels_rows.h"
 
 namespace psvdd::cpu {
 namespace {
@@ -45,6 +49,41 @@ inline float canonical_sum(Lanes sums) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+// The canonical sums of four rows at once: a transposing tree.
+inline __m128 canonical_sums(const Lanes* sums) {
+  __m256 eights[4], fours[2];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) eights[r] = _mm256_add_ps(sums[r].low, sums[r].high);  // + 8
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // + 4, two rows side by side
+    const __m256 a = eights[2 * i], b = eights[2 * i + 1];
+    fours[i] =
+        _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  // + 2, then + 1: rows 0 0 2 2 | 1 1 3 3
+  const __m256 twos = _mm256_add_ps(_mm256_shuffle_ps(fours[0], fours[1], 0x44),
+                                    _mm256_shuffle_ps(fours[0], fours[1], 0xee));
+  const __m256 ones = _mm256_add_ps(twos, _mm256_permute_ps(twos, 0xb1));
+  return _mm_blend_ps(_mm256_castps256_ps128(ones), _mm256_extractf128_ps(ones, 1), 0xa);
+}
+
+// Sixteen values of which the first `count` are loaded, the others zero.
+template <bool kHalf>
+inline Lanes load_some(const void* data, int64_t element, int64_t count) {
+  if constexpr (kHalf) {
+    Half halves[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) halves[i] = static_cast<const Half*>(data)[element + i];
+    return load_sixteen<true>(halves, 0);
+  } else {
+    const auto* floats = static_cast<const float*>(data) + element;
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto mask = [&](int64_t first) {
+      return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - first)), lane);
+    };
+    return {_mm256_maskload_ps(floats, mask(0)), _mm256_maskload_ps(floats + 8, mask(8))};
+  }
+}
+
 inline void add_square(Lanes* sums, const Lanes& query, const Lanes& row) {
   const __m256 low = _mm256_sub_ps(query.low, row.low);
   const __m256 high = _mm256_sub_ps(query.high, row.high);
@@ -66,15 +105,18 @@ inline void distances_to(const Rows& bank, const float* query, const int64_t* ro
     }
   }
   if (j < bank.dim) {
-    float tail[kLanes] = {}, lanes[kLanes];
-    for (int64_t i = j; i < bank.dim; ++i) tail[i - j] = query[i];
-    const Lanes values = load_sixteen<false>(tail, 0);
+    const Lanes values = load_some<false>(query, j, bank.dim - j);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      load_lanes(bank, rows[r], j, lanes);
-      add_square(&sums[r], values, load_sixteen<false>(lanes, 0));
+      add_square(&sums[r], values,
+                 load_some<kHalf>(bank.data, rows[r] * bank.dim + j, bank.dim - j));
     }
   }
-  for (int r = 0; r < kRows; ++r) squared[r] = canonical_sum(sums[r]);
+  if constexpr (kRows == 4) {
+    _mm_storeu_ps(squared, canonical_sums(sums));
+  } else {
+    for (int r = 0; r < kRows; ++r) squared[r] = canonical_sum(sums[r]);
+  }
 }
 
 template <bool kHalf>
@@ -88,6 +130,103 @@ inline void distances_of(const Rows& bank, const float* query, const int64_t* ro
 void avx2_squared_distances(const Rows& bank, const float* query, const int64_t* rows, int count,
                             float* squared) {
   (bank.half ? distances_of<true> : distances_of<false>)(bank, query, rows, count, squared);
+}
+
+// Four rows one after the other, so that memory is read in order.
+template <bool kHalf>
+inline void distances_in_order(const Rows& bank, const float* query, const int64_t* rows,
+                               float* squared) {
+  Lanes sums[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    Lanes sum = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    const int64_t start = rows[r] * bank.dim;
+    int64_t j = 0;
+    for (; j + kLanes <= bank.dim; j += kLanes) {
+      add_square(&sum, load_sixteen<false>(query, j), load_sixteen<kHalf>(bank.data, start + j));
+    }
+    if (j < bank.dim) {
+      add_square(&sum, load_some<false>(query, j, bank.dim - j),
+                 load_some<kHalf>(bank.data, start + j, bank.dim - j));
+    }
+    sums[r] = sum;
+  }
+  _mm_storeu_ps(squared, canonical_sums(sums));
+}
+
+// Distances to consecutive rows; those of the last row once more, up to a multiple of 4. is_fresh:
+// the rows are not in a cache yet.
+inline void distances_to_run(const Rows& bank, const float* query, int64_t first, int count,
+                             bool is_fresh, float* squared) {
+  const auto distances = is_fresh
+                             ? (bank.half ? distances_in_order<true> : distances_in_order<false>)
+                             : (bank.half ? distances_to<4, true> : distances_to<4, false>);
+  for (int r = 0; r < count; r += 4) {
+    int64_t rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = first + std::min(r + i, count - 1);
+    distances(bank, query, rows, squared + r);
+  }
+  for (int r = (count + 3) / 4 * 4; r < (count + 7) / 8 * 8; ++r) squared[r] = squared[count - 1];
+}
+
+inline float sum_of(__m256 values) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// Eight differences: their codes as integers; adds to the sums.
+inline __m256i encode_eight(const float* vector, const float* centre, float scale, float inverse,
+                            float limit, __m256* residual, __m256* squared) {
+  const __m256 t = _mm256_sub_ps(_mm256_loadu_ps(vector), _mm256_loadu_ps(centre));
+  const __m256 scaled = _mm256_mul_ps(t, _mm256_set1_ps(inverse));
+  const __m256i rounded = _mm256_cvtps_epi32(_mm256_max_ps(
+      _mm256_min_ps(scaled, _mm256_set1_ps(limit)), _mm256_set1_ps(-limit)));  // NaN: the limit
+  const __m256 rest = _mm256_fnmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(rounded), t);
+  *residual = _mm256_fmadd_ps(rest, rest, *residual);
+  *squared = _mm256_fmadd_ps(t, t, *squared);
+  return rounded;
+}
+
+Encoding avx2_encode(const float* vector, const float* centre, int64_t dims, float scale, int limit,
+                     int offset, uint8_t* code) {
+  const float inverse = 1.0f / scale, largest = static_cast<float>(limit);
+  __m256i code_squares = _mm256_setzero_si256();
+  __m256 residual = _mm256_setzero_ps(), squared = residual;
+  for (int64_t j = 0; j < dims; j += kLanes) {
+    const __m256i low =
+        encode_eight(vector + j, centre + j, scale, inverse, largest, &residual, &squared);
+    const __m256i high =
+        encode_eight(vector + j + 8, centre + j + 8, scale, inverse, largest, &residual, &squared);
+    // In the order 0-3, 8-11, 4-7, 12-15 until the end.
+    const __m256i words = _mm256_packs_epi32(low, high);
+    code_squares = _mm256_add_epi32(code_squares, _mm256_madd_epi16(words, words));
+    const __m256i shifted =
+        _mm256_and_si256(_mm256_add_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(offset))),
+                         _mm256_set1_epi16(0xff));
+    const __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(code + j), _mm_shuffle_epi32(bytes, 0xd8));
+  }
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(code_squares),
+                                     _mm256_extracti128_si256(code_squares, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return {_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1))), sum_of(residual),
+          sum_of(squared)};
+}
+
+float avx2_largest_difference(const float* vector, const float* centre, int64_t dims) {
+  const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 largest = _mm256_setzero_ps();
+  for (int64_t j = 0; j < dims; j += 8) {
+    const __m256 difference =
+        _mm256_sub_ps(_mm256_loadu_ps(vector + j), _mm256_loadu_ps(centre + j));
+    largest = _mm256_max_ps(_mm256_and_ps(difference, no_sign), largest);
+  }
+  const __m128 four =
+      _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 // A row's codes are at most 127 in size and a query's, stored unsigned, must be too: then a sum of
@@ -173,9 +312,11 @@ const SearchKernels& avx2_kernels() {
   static const SearchKernels kernels = {"avx2",
                                         kQueryStep,
                                         avx2_squared_distances,
-                                        generic_encode,
-                                        generic_largest_difference,
+                                        distance_tile_by_rows<distances_to_run>,
+                                        avx2_encode,
+                                        avx2_largest_difference,
                                         avx2_screen_tile,
+                                        screen_batch_by_tiles<avx2_screen_tile>,
                                         avx2_screen_blocks,
                                         generic_closest_codes,
                                         generic_tile_distances,

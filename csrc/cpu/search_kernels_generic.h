@@ -35,6 +35,22 @@ inline void generic_squared_distances(const Rows& bank, const float* query, cons
   }
 }
 
+inline bool generic_distance_tile(const Rows& bank, int64_t first, int count, const float* queries,
+                                  int num_queries, const float* limits, float* squared,
+                                  uint64_t* masks) {
+  bool finite = true;
+  for (int q = 0; q < num_queries; ++q, squared += kTileRows) {
+    masks[q] = 0;
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = first + r;
+      generic_squared_distances(bank, queries + q * bank.dim, &row, 1, squared + r);
+      masks[q] |= uint64_t{squared[r] <= limits[q]} << r;
+      finite &= squared[r] < INFINITY;
+    }
+  }
+  return finite;
+}
+
 inline Encoding generic_encode(const float* vector, const float* centre, int64_t dims, float scale,
                                int limit, int offset, uint8_t* code) {
   int32_t code_squares[kLanes] = {};

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "../portable.h"
+#include "screen_batch.h"
 #include "search_kernels.h"
 #include "search_kernels_generic.h"
 
@@ -12,9 +13,11 @@ const SearchKernels& portable_kernels() {
   static const SearchKernels kernels = {"portable",
                                         1,
                                         generic_squared_distances,
+                                        generic_distance_tile,
                                         generic_encode,
                                         generic_largest_difference,
                                         generic_screen_tile,
+                                        screen_batch_by_tiles<generic_screen_tile>,
                                         generic_screen_blocks,
                                         generic_closest_codes,
                                         generic_tile_distances,

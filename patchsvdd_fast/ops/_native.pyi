@@ -78,7 +78,9 @@ class Backend:
         workspace: int,
         workspace_limit: int,
         context: int,
-    ) -> None: ...
+    ) -> bool:
+        """Whether the bank seemed finite; true on a GPU, which does not look."""
+
     @staticmethod
     def nearest_workspace(
         queries: int,
@@ -116,6 +118,39 @@ class Backend:
     ) -> None: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
+    class CodedRows:
+        def __init__(
+            self,
+            rows: int,
+            dim: int,
+            data: int,
+            is_half: bool,
+            codes: int,
+            bias: int,
+            centres: int,
+            scales: int,
+            slack: int,
+        ) -> None: ...
+
+    @staticmethod
+    def code_block_rows(dim: int) -> int: ...
+    @staticmethod
+    def encode_rows(bank: cpu.CodedRows, context: int) -> None: ...
+    @staticmethod
+    def nearest_in_codes(
+        bank: cpu.CodedRows,
+        method: SearchMethod,
+        queries: int,
+        query_data: int,
+        query_groups: int,
+        bank_groups: int,
+        rows_per_group: int,
+        neighbours: int,
+        squared: int,
+        indices: int,
+        context: int,
+    ) -> None: ...
+
     class Projection:
         def __init__(self, dim: int, axes: int, mean: int, basis: int, stretch: float) -> None: ...
 

@@ -23,8 +23,16 @@ from .checks import (
     like_input,
 )
 from .cpu_bank import ClusterArrays
+from .cpu_codes import CodedRows
 from .gpu_bank import SegmentArrays
-from .search_kernels import MOST_NEIGHBOURS, Found, search_clusters, search_rows, search_segments
+from .search_kernels import (
+    MOST_NEIGHBOURS,
+    Found,
+    search_clusters,
+    search_codes,
+    search_rows,
+    search_segments,
+)
 
 # Torch ops cannot take a `Groups` or an `_Options`, so they take their fields one by one.
 _OPTIONS = (
@@ -92,10 +100,15 @@ def _nearest_fake(
 def _nearest(
     queries: Tensor, bank: Tensor, *options: Any, bank_is_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
+    # A search on the CPU sees for itself whether a bank may hold NaN or infinity.
+    looks = queries.device.type == "cpu" and len(queries) > 0
+
     def search(found: Found, groups: Groups) -> None:
-        if not bank_is_finite:
+        if not (bank_is_finite or looks):
             check_finite_rows("bank", bank)
-        search_rows(found, queries, bank, groups)
+        seems_finite = search_rows(found, queries, bank, groups)
+        if not (bank_is_finite or seems_finite):
+            check_finite_rows("bank", bank)
 
     return _found(queries, bank, _Options(*options), search)
 
@@ -104,6 +117,30 @@ define_op(
     f"nearest(Tensor queries, Tensor bank, {_OPTIONS}, *, bool bank_is_finite=False) -> {_FOUND}",
     _nearest,
     _nearest_fake,
+)
+
+
+# --- nearest_in_codes: brute force with kept codes, on the CPU ------------------------------------
+
+
+def _nearest_in_codes_fake(
+    queries: Tensor, bank: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    return _found_fake(queries, bank[0], _Options(*options))
+
+
+def _nearest_in_codes(queries: Tensor, bank: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    def search(found: Found, groups: Groups) -> None:
+        search_codes(found, queries, CodedRows(*bank), groups)
+
+    return _found(queries, bank[0], _Options(*options), search)
+
+
+define_op(
+    f"nearest_in_codes(Tensor queries, Tensor[] bank, {_OPTIONS}) -> {_FOUND}",
+    _nearest_in_codes,
+    _nearest_in_codes_fake,
+    devices=("CPU",),
 )
 
 
@@ -174,7 +211,7 @@ def _over_a_batch(
 
 
 if hasattr(torch.library, "register_vmap"):  # from PyTorch 2.5 on
-    for _name in ("nearest_in_clusters", "nearest_in_segments"):
+    for _name in ("nearest_in_codes", "nearest_in_clusters", "nearest_in_segments"):
         _op = getattr(torch.ops.patchsvdd_fast, _name)
         torch.library.register_vmap(
             f"patchsvdd_fast::{_name}", functools.partial(_over_a_batch, _op)
@@ -240,7 +277,7 @@ def as_neighbours(k: int | None) -> int | None:
 
 def nearest_in_bank(
     queries: Tensor,
-    bank: Tensor | ClusterArrays | SegmentArrays,
+    bank: Tensor | CodedRows | ClusterArrays | SegmentArrays,
     stretch: float = 1.0,
     groups: Groups = NO_GROUPS,
     progress: Callable[[float], None] | None = None,
@@ -248,7 +285,7 @@ def nearest_in_bank(
     k: int | None = None,
     appended: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in a plain bank [M, D], one clustered on the CPU, or one clustered on a GPU.
+    """As `nearest`, in a bank [M, D], plain, with codes, or clustered on the CPU or on a GPU.
 
     queries: [Q, D] float32. bank: finite, which is not checked. stretch: for a bank clustered on
     the CPU, an upper bound on the norm of its projection. appended: [T, D], more rows of the bank,
@@ -261,4 +298,6 @@ def nearest_in_bank(
             return op.nearest(queries, bank, *options, bank_is_finite=True)
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *options)
+        if isinstance(bank, CodedRows):
+            return op.nearest_in_codes(queries, list(bank), *options)
         return op.nearest_in_clusters(queries, list(bank), stretch, *options)

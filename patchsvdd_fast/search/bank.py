@@ -40,6 +40,8 @@ class NormalBank:
     clusters: how many clusters to sort the bank into; 0 for none; None chooses from the size and
         spread of the embeddings. It changes the speed, not the answers.
     seed: of the clustering.
+    keep_codes: keep 8-bit codes of the embeddings of a bank that is not clustered, which take a
+        quarter of the memory of float32; else every search makes them. For the CPU.
 
     Raises ValueError for wrong shapes and values, naming the first row that holds NaN or infinity;
     TypeError for a wrong dtype.
@@ -53,6 +55,7 @@ class NormalBank:
         storage: torch.dtype = torch.float32,
         clusters: int | None = None,
         seed: int = 0,
+        keep_codes: bool = True,
     ) -> None:
         if storage not in STORAGES:
             raise ValueError(f"storage must be torch.float32 or torch.float16, got {storage}")
@@ -61,7 +64,9 @@ class NormalBank:
         seed = check_int("seed", seed, 0, _LARGEST_INT)
         rows, grid = _as_rows(as_vectors("embeddings", embeddings, halves=True), storage)
         groups = _as_groups(groups, rows, grid)
-        self._index = Index.build(rows, groups, grid, wanted_clusters=clusters, seed=seed)
+        self._index = Index.build(
+            rows, groups, grid, wanted_clusters=clusters, seed=seed, keeps_codes=bool(keep_codes)
+        )
 
     @classmethod
     def _over(cls, index: Index) -> NormalBank:
@@ -215,6 +220,7 @@ class NormalBank:
                 patches=index.patch_numbers()[kept],
                 wanted_clusters=clusters,
                 seed=seed,
+                keeps_codes=index.keeps_codes,
                 radius=index.radius + chosen.radius,
             )
         )
@@ -314,6 +320,7 @@ class NormalBank:
                 patches=None if index.patches is None else index.patches.to(target),
                 wanted_clusters=index.wanted_clusters,
                 seed=index.seed,
+                keeps_codes=index.keeps_codes,
                 radius=index.radius,
             )
         )
@@ -330,12 +337,13 @@ class NormalBank:
         return state_of(bank._index)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> NormalBank:
+    def from_state_dict(cls, state: Mapping[str, Tensor], keep_codes: bool = True) -> NormalBank:
         """A bank over the memory of the tensors of `state_dict` (which may be a mapped file).
 
-        Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
+        keep_codes: as of `NormalBank`; they are made anew. Raises ValueError if tensors are
+        missing, do not fit together, or hold NaN or infinity.
         """
-        return cls._over(index_of(state))
+        return cls._over(index_of(state, keep_codes))
 
 
 def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:

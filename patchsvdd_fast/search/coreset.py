@@ -17,8 +17,8 @@ from ..ops.checks import (
     check_int,
     check_shape,
 )
-from ..ops.coreset import MOST_ROWS, Screen, coreset_on_cpu, coreset_on_gpu
 from ..ops.cpu_bank import project
+from ..ops.search_kernels import MOST_ROWS, Screen, coreset_on_cpu, coreset_on_gpu
 from .centroids import can_be_clustered
 from .cpu_clusters import principal_axes
 

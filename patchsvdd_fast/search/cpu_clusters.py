@@ -24,7 +24,8 @@ from ..ops.cpu_bank import (
     project,
     release_memory,
 )
-from ..ops.search_kernels import Found, search_clusters, search_rows
+from ..ops.cpu_codes import encode_rows
+from ..ops.search_kernels import Found, search_clusters, search_codes, search_rows
 from .centroids import clusters_wanted, find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
@@ -205,11 +206,12 @@ def _pays(
     queries = embeddings[picked].float()
     excluded = _own_groups(picked, rows, groups)
     clustered, brute = math.inf, math.inf
+    codes = encode_rows(embeddings)  # as an unclustered bank keeps them
     for _ in range(_TRIALS):
         began = time.perf_counter()
         search_clusters(Found.nothing(queries, None), queries, arrays, stretch, excluded)
         between = time.perf_counter()
-        search_rows(Found.nothing(queries, None), queries, embeddings, excluded)
+        search_codes(Found.nothing(queries, None), queries, codes, excluded)
         clustered = min(clustered, between - began)
         brute = min(brute, time.perf_counter() - between)
         if not 1 < brute / clustered < 2 * _WORTHWHILE:

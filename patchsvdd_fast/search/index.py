@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..ops.checks import NO_GROUPS, Groups
 from ..ops.cpu_bank import ClusterArrays
+from ..ops.cpu_codes import LEAST_DIMS, MOST_DIMS, CodedRows, encode_rows
 from ..ops.gpu_bank import SegmentArrays
 from ..ops.search import nearest_in_bank
 from .centroids import can_be_clustered
 from .cpu_clusters import build_clusters, extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
 
+_LEAST_CODED = 1024  # rows; of fewer, codes are made as fast as they are searched
 _GROWTH = 2  # beyond this factor since clusters were made or tried, they are made or tried anew
 # Rows that were added are searched one by one, without clusters or codes, until they are more than
 # _FEW_ROWS and than this share of the others.
@@ -42,6 +44,8 @@ class Index(NamedTuple):
     """[M] int64, ascending: which patch of all patches of the N images a row is; None: all are."""
     clusters: ClusterArrays | SegmentArrays | None
     """The clusters that `data` is sorted into, if it is."""
+    codes: CodedRows | None
+    """The codes of `data` where it is not clustered, if they are kept."""
     stretch: float
     """An upper bound on the norm of the projection of clusters on the CPU."""
     wanted_clusters: int | None
@@ -50,6 +54,8 @@ class Index(NamedTuple):
     """Of the clustering."""
     tried_rows: int
     """How many rows there were when clusters were made or found not to pay."""
+    keeps_codes: bool
+    """Whether to keep codes."""
     radius: float
     """The covering radius, see `NormalBank.covering_radius`."""
 
@@ -63,6 +69,7 @@ class Index(NamedTuple):
         patches: Tensor | None = None,
         wanted_clusters: int | None = None,
         seed: int = 0,
+        keeps_codes: bool = True,
         radius: float = 0.0,
     ) -> Index:
         """An index of rows [M, D], clustered if that pays or was asked for."""
@@ -73,24 +80,34 @@ class Index(NamedTuple):
             grid,
             patches,
             clusters=None,
+            codes=None,
             stretch=1.0,
             wanted_clusters=wanted_clusters,
             seed=seed,
             tried_rows=len(rows),
+            keeps_codes=keeps_codes,
             radius=radius,
         )
         if wanted_clusters == 0:
-            return plain
+            return plain.coded()
         if rows.device.type != "cpu":
             segments = build_segments(rows, wanted_clusters, seed)
             if segments is None:
-                return plain
+                return plain.coded()
             return plain._replace(data=segments.data, clusters=segments)
         built = build_clusters(rows, wanted_clusters, seed, plain.excluding(None))
         if built is None:
-            return plain
+            return plain.coded()
         clusters, stretch = built
         return plain._replace(data=clusters.data, clusters=clusters, stretch=stretch)
+
+    def coded(self) -> Index:
+        """With codes of `data`, where they are kept and searches on the CPU make use of them."""
+        rows, dim = self.data.shape
+        useful = self.clusters is None and rows >= _LEAST_CODED and LEAST_DIMS <= dim <= MOST_DIMS
+        if not (useful and self.keeps_codes and self.data.device.type == "cpu"):
+            return self._replace(codes=None)
+        return self._replace(codes=encode_rows(self.data))
 
     # --- what it holds ----------------------------------------------------------------------------
 
@@ -132,9 +149,10 @@ class Index(NamedTuple):
         progress: Callable[[float], None] | None,
     ) -> tuple[Tensor, Tensor]:
         """`nearest` for queries [Q, D]; query_groups: [Q], see `excluding`, or None."""
+        layout = self.codes if self.clusters is None else self.clusters
         return nearest_in_bank(
             queries,
-            self.data if self.clusters is None else self.clusters,
+            self.data if layout is None else layout,
             self.stretch,
             NO_GROUPS if query_groups is None else self.excluding(query_groups),
             progress,
@@ -183,7 +201,7 @@ class Index(NamedTuple):
 
     def _with_rows(self, rows: Tensor, anew: bool) -> Index:
         """With these rows [M, D] instead; anew: as far as clusters go, too."""
-        changed = self._replace(data=rows, appended=None)
+        changed = self._replace(data=rows, appended=None, codes=None)
         if anew or not can_be_clustered(rows):
             return Index.build(
                 rows,
@@ -192,10 +210,11 @@ class Index(NamedTuple):
                 patches=self.patches,
                 wanted_clusters=self.wanted_clusters,
                 seed=self.seed,
+                keeps_codes=self.keeps_codes,
                 radius=self.radius,
             )
         if self.clusters is None:
-            return changed
+            return changed.coded()
         if isinstance(self.clusters, SegmentArrays):
             segments = segments_about(rows, self.clusters.centroids)
             return changed._replace(data=segments.data, clusters=segments)

@@ -38,8 +38,8 @@ def state_of(index: Index) -> dict[str, Tensor]:
     )
 
 
-def index_of(state: Mapping[str, Tensor]) -> Index:
-    """The index over the memory of these tensors.
+def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
+    """The index over the memory of these tensors; codes are made anew.
 
     Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
     """
@@ -74,12 +74,14 @@ def index_of(state: Mapping[str, Tensor]) -> Index:
             grid=(rows, columns),
             patches=patches,
             clusters=clusters,
+            codes=None,
             stretch=stretch,
             wanted_clusters=None if wanted < 0 else wanted,
             seed=seed,
             tried_rows=tried,
+            keeps_codes=keeps_codes,
             radius=radius,
-        )
+        ).coded()
     except KeyError as error:
         raise ValueError(f"these tensors are not a bank: {error} is missing") from error
 

@@ -15,89 +15,12 @@
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/rescore.h"
 #include "checks.h"
+#include "kernel_checks.h"
 
 namespace {
 
 using namespace psvdd;
 using namespace psvdd::cpu;
-
-// Slightly more than a distance: a limit under which the pair must not be ruled out.
-double just_above(long double distance) {
-  return std::nextafter(static_cast<double>(distance * (1 + 1e-15L)), 1e300);
-}
-
-// A row whose canonical squared distance does not exceed `squared` is within winning_distance.
-void test_winning_distance() {
-  const int64_t dim = integer(1, 300);
-  const std::vector<float> values = hard_values(40, dim, dim);
-  for (int64_t b = 1; b < 40; ++b) {
-    float squared;
-    active_kernels().squared_distances({values.data(), dim, false}, values.data(), &b, 1, &squared);
-    const long double distance = true_distance(values.data(), values.data() + b * dim, dim);
-    EXPECT(distance <= winning_distance(squared, dim), "dim %ld, distance %Lg", long(dim),
-           distance);
-  }
-}
-
-// The screen passes every pair under a limit that is just its distance.
-void test_screen() {
-  const SearchKernels& kernels = active_kernels();
-  const int64_t dim = integer(0, 3) ? integer(1, 100) : integer(1, kMostDims);
-  const int64_t padded = round_up(dim, kLanes), packs = (dim + 3) / 4;
-  const int64_t queries = integer(1, kTileQueries);
-  const std::vector<float> values = hard_values(kTileRows + queries + 1, dim, padded);
-  const float* centre = values.data() + (kTileRows + queries) * padded;
-  float largest = 0;
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t j = 0; j < dim; ++j) {
-      largest = std::max(largest, std::fabs(values[r * padded + j] - centre[j]));
-    }
-  }
-  // Also with scales that clip the rows or waste the codes.
-  const auto scale = static_cast<float>(
-      std::max(static_cast<double>(largest) / kCodeLimit * std::exp2(uniform(-2, 2)), 1e-30));
-  std::vector<int8_t> codes(kTileRows * packs * 4);
-  std::vector<int32_t> bias(kTileRows, kNothing);
-  std::vector<double> row_error(kTileRows);
-  std::vector<uint8_t> code(padded);
-  const int64_t rows = integer(1, kTileRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    const Encoding encoding =
-        encode_row(kernels, values.data() + r * padded, centre, padded, scale, code.data());
-    row_error[r] = residual_bound(encoding, padded);
-    write_code(code.data(), encoding, packs, r, codes.data(), bias.data());
-  }
-  std::vector<std::vector<uint8_t>> query_codes(queries, std::vector<uint8_t>(padded));
-  std::vector<const uint8_t*> pointers;
-  std::vector<Encoding> encodings;
-  for (int64_t q = 0; q < queries; ++q) {
-    encodings.push_back(encode_query(kernels, values.data() + (kTileRows + q) * padded, centre,
-                                     padded, scale, query_codes[q].data()));
-    pointers.push_back(query_codes[q].data());
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    std::vector<int32_t> thresholds;
-    for (int64_t q = 0; q < queries; ++q) {
-      const long double distance =
-          true_distance(values.data() + r * padded, values.data() + (kTileRows + q) * padded, dim);
-      thresholds.push_back(screen_threshold(encodings[q].code_squares, just_above(distance),
-                                            row_error[r] + residual_bound(encodings[q], padded),
-                                            scale, kernels.query_step));
-    }
-    uint64_t masks[kTileQueries];
-    kernels.screen_tile(pointers.data(), thresholds.data(), static_cast<int>(queries), codes.data(),
-                        bias.data(), packs, masks);
-    for (int64_t q = 0; q < queries; ++q) {
-      EXPECT(masks[q] >> r & 1, "%s, dim %ld, row %ld", kernels.name, long(dim), long(r));
-      EXPECT(rows == kTileRows || masks[q] >> rows == 0, "padding passed");
-      uint16_t blocks[kTileBlocks];
-      kernels.screen_blocks(pointers[q], thresholds[q], codes.data(), bias.data(), packs,
-                            kTileBlocks, blocks);
-      EXPECT(std::memcmp(blocks, &masks[q], sizeof blocks) == 0, "%s: tile and blocks differ",
-             kernels.name);
-    }
-  }
-}
 
 // The nearest row of each query, by brute force.
 void nearest_one(NearestParams params, float* distances, int64_t* indices, int threads) {
@@ -235,8 +158,30 @@ void test_cluster_bounds() {
   }
 }
 
-// Whole searches, plain and clustered, for one and several neighbours, in one part and two, with
-// and without groups, against a sort of all rows.
+// The rows of a bank with codes made here.
+struct TestCodes {
+  std::vector<int8_t> codes;
+  std::vector<int32_t> bias;
+  std::vector<float> centres, scales, slack;
+  CodedRows bank;
+
+  TestCodes(const std::vector<float>& values, int64_t dim, int threads) {
+    const auto rows = static_cast<int64_t>(values.size()) / dim;
+    const int64_t padded_rows = round_up(rows, kTileRows);
+    const int64_t blocks = (rows + code_block_rows(dim) - 1) / code_block_rows(dim);
+    codes.resize(padded_rows * ((dim + 3) / 4 * 4));
+    bias.resize(padded_rows);
+    centres.resize(blocks * round_up(dim, kLanes));
+    scales.resize(blocks);
+    slack.resize(blocks);
+    bank = {rows,           dim,           values.data(), false, codes.data(), bias.data(),
+            centres.data(), scales.data(), slack.data()};
+    encode_rows(bank, threads);
+  }
+};
+
+// Whole searches, plain, with codes and clustered, for one and several neighbours, in one part and
+// two, with and without groups, against a sort of all rows.
 void test_searches(int threads) {
   const TestBank made(integer(1, 40), integer(1, 400), integer(1, 40), threads);
   const int64_t queries = integer(0, 3) ? integer(1, 100) : integer(300, 900);
@@ -269,17 +214,22 @@ void test_searches(int threads) {
     params.k = k;
     params.squared = squared.data();
     params.indices = indices.data();
+    params.method = static_cast<SearchMethod>(integer(0, 2));
     if (given > 0) {
       params.bank_rows = given;
       nearest(params, threads);
     }
-    std::vector<float> clustered_squared = squared;
-    std::vector<int64_t> clustered_indices = indices;
+    std::vector<float> clustered_squared = squared, coded_squared = squared;
+    std::vector<int64_t> clustered_indices = indices, coded_indices = indices;
     params.bank_rows = made.rows - given;
     params.bank_data = made.values.data() + given * made.dim;
     params.first_row = given;
     if (grouped) params.groups.bank_groups += given;
     nearest(params, threads);
+    TestCodes coded(made.values, made.dim, threads);
+    nearest_in_codes({coded.bank, params.method, groups, queries, vectors.data(), k,
+                      coded_squared.data(), coded_indices.data()},
+                     threads);
     int64_t scanned = 0;
     nearest_in_clusters({made.bank, groups, queries, vectors.data(), k, clustered_squared.data(),
                          clustered_indices.data(), &scanned},
@@ -300,6 +250,8 @@ void test_searches(int threads) {
         const int64_t at = q * k + i;
         EXPECT(squared[at] == distance && indices[at] == index, "plain: %ld for %ld, of %d",
                long(indices[at]), long(index), k);
+        EXPECT(coded_squared[at] == distance && coded_indices[at] == index,
+               "codes: %ld for %ld, of %d", long(coded_indices[at]), long(index), k);
         EXPECT(clustered_squared[at] == distance && clustered_indices[at] == index,
                "clustered: %ld for %ld, of %d", long(clustered_indices[at]), long(index), k);
       }
@@ -355,11 +307,18 @@ void test_coresets(int threads) {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
+  std::vector<const SearchKernels*> sets = {&software_tile_kernels()};
   for (const std::string& name : instruction_sets()) {
     set_instruction_set(name);
+    sets.push_back(&active_kernels());
+  }
+  for (const SearchKernels* set : sets) {
+    set_active_kernels(*set);
     for (int round = 0; round < rounds; ++round) {
       test_winning_distance();
       test_screen();
+      test_batches();
+      test_distance_tiles();
       test_cluster_bounds();
       test_searches(1 + round % 4);
       test_coresets(1 + round % 4);

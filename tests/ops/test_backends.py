@@ -1,5 +1,7 @@
 """Ops as PyTorch sees them: opcheck, compilation, builds without CUDA."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,3 +63,15 @@ def test_compiles_to_a_full_graph():
     )
     compiled = torch.compile(whole_path, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), whole_path(*arguments))
+
+
+def test_tiles_are_used_only_where_the_processor_has_them():
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else ()
+    sets = ops.instruction_sets()
+    if "amx" in sets:
+        assert {"amx_tile", "amx_int8", "avx512_vnni"} <= flags
+        assert sets.index("amx") < sets.index("avx512")
+    else:
+        refused = pytest.raises(ValueError, match="does not support the instruction set amx")
+        with refused, ops.use_instruction_set("amx"):
+            pass

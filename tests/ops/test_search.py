@@ -70,6 +70,54 @@ def test_nearest_at_every_scale(dim, bank_rows, count, scale, offset, seed):
         assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("method", ["plain", "screened"])
+@pytest.mark.parametrize("half", [False, True])
+def test_both_methods_in_every_short_dimension(instruction_set, method, half):
+    with ops.use_instruction_set(instruction_set), ops.use_method(method):
+        for dim in [*range(1, 34), 100]:
+            for rows in (1, 7, 64, 131):
+                bank = torch.randn(rows, dim)
+                bank = bank.half() if half else bank
+                queries = torch.randn(41, dim)
+                found = ops.nearest(queries, bank)
+                expected = reference.nearest(queries, bank.float())
+                assert torch.equal(found[0], expected[0]), (dim, rows)
+                assert torch.equal(found[1], expected[1]), (dim, rows)
+
+
+@pytest.mark.parametrize("instruction_set", ops.instruction_sets())
+@pytest.mark.parametrize("method", ["plain", "screened"])
+@pytest.mark.parametrize("dim", [1, 3, 8, 16, 20, 64, 4100])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_is_named_wherever_it_lies(instruction_set, method, dim, bad):
+    rows, count = 200, 3
+    # The bad row is in the group of all queries, so that it is no candidate.
+    groups = (torch.zeros(count, dtype=torch.int64), (torch.arange(rows) != 150).long())
+    for half in (False, True):
+        bank = torch.randn(rows, dim)
+        bank[150, dim // 2] = bank[170, dim - 1] = bad
+        bank = bank.half() if half else bank
+        with ops.use_instruction_set(instruction_set), ops.use_method(method):
+            for excluded in (None, groups):
+                with pytest.raises(ValueError, match=r"bank must be finite, .* in row 150"):
+                    ops.nearest(torch.randn(count, dim), bank, exclude_same_group=excluded)
+            with pytest.raises(ValueError, match=r"bank must be finite, .* in row 150"):
+                ops.nearest(torch.empty(0, dim), bank)
+
+
+@pytest.mark.parametrize("method", ["plain", "screened"])
+@pytest.mark.parametrize("dim", [2, 40])
+def test_squares_that_overflow_are_no_error(method, dim):
+    bank = torch.full((70, dim), 3e38)
+    bank[40:] = 1e16
+    with ops.use_method(method):
+        distances, indices = ops.nearest(torch.zeros(9, dim), bank)
+        assert torch.equal(indices, torch.full((9,), 40))
+        assert torch.isfinite(distances).all()
+        assert torch.isinf(ops.nearest(torch.zeros(9, dim), bank[:40])[0]).all()
+
+
 def test_nearest_where_expanded_distances_cancel():
     """A tiny ball far from the origin, as trained embeddings form it."""
     bank = (torch.randn(3000, 64) * 0.0005 + 0.45).float()

@@ -109,7 +109,7 @@ def test_rows_along_few_axes_are_clustered_and_noise_is_not():
 
 @pytest.mark.parametrize(("slower", "clustered"), [("clusters", False), ("brute force", True)])
 def test_what_a_trial_finds_slower_is_not_done(monkeypatch, patches, slower, clustered):
-    name = "search_clusters" if slower == "clusters" else "search_rows"
+    name = "search_clusters" if slower == "clusters" else "search_codes"
     search = getattr(cpu_clusters, name)
 
     def slow(*arguments, **named):
@@ -333,8 +333,10 @@ def test_a_bank_is_checked_when_made_and_not_at_each_search(patches, queries, mo
     monkeypatch.setattr(search_ops, "check_finite_rows", lambda name, _: checked.append(name))
     bank.nearest(queries)
     assert checked == ["queries"]
-    nearest(queries.flatten(0, 2), bank.embeddings)
-    assert checked == ["queries", "queries", "bank"]
+    nearest(queries.flatten(0, 2), bank.embeddings)  # sees by the distances that all is finite
+    assert checked == ["queries", "queries"]
+    nearest(queries.flatten(0, 2), torch.full_like(bank.embeddings, torch.inf))
+    assert checked == ["queries", "queries", "queries", "bank"]
 
 
 def test_half_storage_rounds_once(patches, queries):
