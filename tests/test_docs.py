@@ -221,9 +221,10 @@ def test_demo(tmp_path, monkeypatch):
 
 
 def test_file_format_has_every_tensor(example_folder):
-    """The tables of tensors are those of a model that has a bank with clusters."""
+    """The tables of tensors are those of a model that has a clustered bank and a coreset."""
     detector = PatchSVDD.load("model.safetensors", device="cpu")
-    level, bank = list(detector.banks_.items())[-1]
+    (first, whole), *_, (level, bank) = detector.banks_.items()
+    detector.banks_[first] = whole.coreset(0.5)
     rows = bank.embeddings.view(-1, *bank.grid, bank.dim)
     detector.banks_[level] = NormalBank(rows, groups=bank.groups, clusters=20)
     detector.save("clustered.safetensors")

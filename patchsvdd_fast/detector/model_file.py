@@ -127,6 +127,7 @@ def load_model(
     ImportError if its encoder cannot be made here.
     """
     tensors, header = store.load(path)
+    _refuse_bank(path, header)
     if header["kind"] != "detector":
         raise ValueError(
             f"{path} is a training {header['kind']}, not a fitted detector: finish it with "
@@ -234,8 +235,14 @@ def load_encoder(path: str | Path) -> PatchEncoder:
     if Path(path).suffix in _FOREIGN_SUFFIXES:
         return load_official_checkpoint(path)
     tensors, header = store.load(path)
+    _refuse_bank(path, header)
     with naming(path):
         return encoder_of(tensors, header)
+
+
+def _refuse_bank(path: str | Path, header: Mapping[str, Any]) -> None:
+    if header["kind"] == "bank":
+        raise ValueError(f"{path} holds a bank alone, for `NormalBank.open`, and no encoder")
 
 
 def preparation_of(path: str | Path) -> dict[str, str]:
@@ -315,11 +322,22 @@ def describe(path: str | Path) -> dict[str, str]:
         return _facts(tensors, header, Path(path).stat().st_size)
 
 
+def _bank_in_words(bank: Mapping[str, Tensor], stride: str) -> str:
+    rows, dim = bank["data"].shape
+    clusters = f", {len(bank['centroids']):,} clusters" if "centroids" in bank else ""
+    coreset = f", covering radius {float(bank['radius']):.4g}" if "radius" in bank else ""
+    return f"{rows:,} x {dim}, {len(bank['groups']):,} images{stride}{clusters}{coreset}"
+
+
 def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
-    parameters, record = _parameters_in(header), record_of(header.get("record", {}))
     facts = {
         "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
         "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
+    }
+    if header["kind"] == "bank":
+        return facts | {"bank": _bank_in_words(tensors, "")}
+    parameters, record = _parameters_in(header), record_of(header.get("record", {}))
+    facts |= {
         "encoder": parameters.get("encoder", PATCH_SVDD),
         "mode": str(parameters.get("mode")),
         "steps": f"{record.steps or header.get('steps', 0):,}",
@@ -336,14 +354,7 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
     for level in parameters["levels"]:
         bank = below(tensors, f"bank.{level}.")
         if bank:
-            rows, dim = bank["data"].shape
-            clusters = f", {len(bank['centroids']):,} clusters" if "centroids" in bank else ""
-            facts[f"bank {level}"] = (
-                f"{rows:,} x {dim}, {len(bank['groups']):,} images, stride {level.stride}{clusters}"
-            )
-            if "radius" in bank:
-                radius = float(bank["radius"])
-                facts[f"bank {level}"] += f", a coreset with a covering radius of {radius:.4g}"
+            facts[f"bank {level}"] = _bank_in_words(bank, f", stride {level.stride}")
     stored = below(tensors, "calibration.")
     if stored:
         calibration = Calibration.from_tensors(stored)

@@ -29,7 +29,7 @@ from .whole import remove_leftovers, written_whole
 SCHEMA_VERSION = 5
 _OLDEST_SCHEMA = 2  # that is still read
 _OLDEST_WITH_CHECKSUMS = 4
-_KINDS = ("detector", "checkpoint")
+_KINDS = ("detector", "checkpoint", "bank")
 _HEADER_KEY = "patchsvdd_fast"
 _CHECKSUMS_KEY = "checksums"
 _DTYPES = {  # allowed in models, with their names in files
@@ -54,7 +54,7 @@ _THREADS = 2
 def save(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    """Write tensors and a JSON-serialisable header; `kind` is "detector" or "checkpoint".
+    """Write tensors and a JSON-serialisable header; `kind` is one of `_KINDS`.
 
     The file appears under its name only when it is complete and on disk; after a failure, an older
     file of that name is as it was. Raises OSError if it cannot be written.

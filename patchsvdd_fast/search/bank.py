@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import store
 from ..ops.checks import (
     FloatArray,
     IntArray,
@@ -212,12 +214,13 @@ class NormalBank:
         rows = index.in_order()
         chosen = select_coreset(rows, count, seed, progress)
         kept = chosen.rows.sort().values
+        patches = index.patches if count == index.rows else index.patch_numbers()[kept]
         return NormalBank._over(
             Index.build(
                 rows[kept],
                 index.groups,
                 index.grid,
-                patches=index.patch_numbers()[kept],
+                patches=patches,
                 wanted_clusters=clusters,
                 seed=seed,
                 keeps_codes=index.keeps_codes,
@@ -326,6 +329,23 @@ class NormalBank:
         )
 
     # --- saving -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the bank to one safetensors file, atomically, for `open`. Raises OSError."""
+        store.save(path, "bank", self.state_dict(), {"parameters": {}})
+
+    @classmethod
+    def open(cls, path: str | Path, keep_codes: bool = True) -> NormalBank:
+        """A bank over the memory of a file written by `save`, which is mapped, not copied.
+
+        keep_codes: as of `NormalBank`. Raises OSError if the file cannot be read; ValueError if it
+        holds no bank, is damaged, or of a newer version.
+        """
+        tensors, header = store.load(path)
+        if header["kind"] != "bank":
+            raise ValueError(f"{path} holds a {header['kind']}, not a bank alone")
+        with store.naming(path):
+            return cls.from_state_dict(tensors, keep_codes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The bank as named tensors on the CPU, for `from_state_dict`.

@@ -76,6 +76,16 @@ def test_several_blocks_and_any_number_of_threads(dim):
         torch.set_num_threads(before)
 
 
+def test_several_neighbours_and_rows_behind_the_coded_ones():
+    bank, queries = torch.randn(300, 20), torch.randn(50, 20)
+    expected = ops.nearest(queries, bank, k=5)
+    some = encode_rows(bank[:200].contiguous())
+    for coded, behind in ((some, bank[200:]), (encode_rows(bank), None)):
+        found = nearest_in_bank(queries, coded, k=5, appended=behind)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
 def test_codes_rule_rows_out():
     """Rows whose codes put them far away are not looked at."""
     bank = torch.randn(1000, 32)

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 
-from patchsvdd_fast import NormalBank, nearest
+from patchsvdd_fast import NormalBank, PatchSVDD, nearest
+from patchsvdd_fast.detector.model_file import describe, load_encoder
+from patchsvdd_fast.files import store
 from patchsvdd_fast.search import index as index_module
 from patchsvdd_fast.search.coreset import select_coreset
 from patchsvdd_fast.search.index import Index
@@ -268,3 +270,55 @@ def test_distances_grow_by_no_more_than_the_covering_radius(patches):
 def test_sizes_that_no_coreset_can_have(patches, size, error, message):
     with pytest.raises(error, match=message):
         NormalBank(patches).coreset(size)
+
+
+# --- codes and files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_codes_are_kept_where_asked_for(keep):
+    rows = torch.rand(3000, 64)
+    bank = NormalBank(rows, clusters=0, keep_codes=keep)
+    opened = NormalBank.from_state_dict(bank.state_dict(), keep_codes=keep)
+    for searched in (bank, opened, bank.coreset(2000, clusters=0)):
+        assert (searched._index.codes is not None) == keep
+        assert_finds_the_canonical_answer(searched, torch.rand(20, 64))
+    bank.add(rows[:2000])
+    assert (bank._index.codes is not None) == keep
+    if keep:
+        assert bank._index.codes.data is bank._index.data
+    assert NormalBank(blob(5000, 24, 4, 0), clusters=30)._index.codes is None
+
+
+@pytest.mark.parametrize("clusters", [0, 30])
+def test_a_bank_has_a_file_of_its_own(tmp_path, clusters):
+    path = tmp_path / "bank.safetensors"
+    bank = NormalBank(blob(5000, 24, 4, 0), clusters=clusters, groups=torch.arange(5000) + 7)
+    bank.add(blob(3, 24, 4, 1))
+    bank.save(path)
+    opened = NormalBank.open(path)
+    assert opened.num_clusters == bank.num_clusters
+    assert torch.equal(opened.groups, bank.groups)
+    queries = torch.randn(30, 24)
+    for ours, theirs in zip(opened.nearest(queries), bank.nearest(queries), strict=True):
+        assert torch.equal(ours, theirs)
+    facts = describe(path)
+    assert facts["bank"].startswith("5,003 x 24, 5,003 images")
+    for opener in (PatchSVDD.load, load_encoder):
+        with pytest.raises(ValueError, match=r"bank\.safetensors holds a bank alone"):
+            opener(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is not a model file, or is damaged"):
+        NormalBank.open(path)
+    flipped = bytearray(whole)
+    flipped[-1000] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"checksum of .* does not match"):
+        NormalBank.open(path)
+
+
+def test_a_file_of_something_else_is_no_bank(tmp_path):
+    store.save(tmp_path / "other", "checkpoint", {"a": torch.zeros(1)}, {"parameters": {}})
+    with pytest.raises(ValueError, match="other holds a checkpoint, not a bank alone"):
+        NormalBank.open(tmp_path / "other")
