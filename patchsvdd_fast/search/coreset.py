@@ -11,8 +11,7 @@ from torch import Tensor
 from ..ops.backends import search_method
 from ..ops.checks import (
     FloatArray,
-    as_tensor,
-    check_dtype,
+    as_vectors,
     check_finite_rows,
     check_int,
     check_shape,
@@ -55,8 +54,7 @@ def select_coreset(
     This is greedy k-centre selection (Gonzalez 1985), which PatchCore (Roth et al. 2022) thins its
     memory bank with; no choice of `count` rows has less than half of its radius.
 
-    embeddings: [M, D] float32 or float16, finite, M < 2^32; a tensor, a NumPy array or an array
-        with DLPack.
+    embeddings: [M, D], finite, M < 2^32; real numbers as `NormalBank` takes them.
     count: rows to choose, 1 to M. A smaller coreset is the beginning of a larger one.
     seed: of the first row, which `torch.randint` draws on the CPU, whatever the device.
     progress: called now and then with the share done, 0 to 1.
@@ -67,11 +65,10 @@ def select_coreset(
     of threads. Returns tensors on the device of the embeddings.
 
     Raises ValueError for a wrong shape or count and for values that are not finite, naming the
-    first such row; TypeError for a wrong dtype; KeyboardInterrupt soon after Ctrl-C.
+    first such row; TypeError for what are no real numbers; KeyboardInterrupt soon after Ctrl-C.
     """
-    values = as_tensor("embeddings", embeddings).detach()
+    values = as_vectors("embeddings", embeddings, halves=True)
     check_shape("embeddings", values, "M, D")
-    check_dtype("embeddings", values, torch.float32, torch.float16)
     rows, dim = values.shape
     if rows == 0 or dim == 0 or rows > MOST_ROWS:
         raise ValueError(
