@@ -18,8 +18,8 @@ from patchsvdd_fast.ops.search_kernels import (
     search_rows,
     search_segments,
 )
-from patchsvdd_fast.search import bank as bank_module
 from patchsvdd_fast.search import centroids as k_means
+from patchsvdd_fast.search import index as index_module
 from patchsvdd_fast.search.gpu_clusters import build_segments, segments_about
 from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
@@ -341,7 +341,7 @@ def test_a_bank_on_a_gpu(on_cuda_kernels, monkeypatch, storage):
     queries, rows = _near_a_plane(1200, 16)
     rows = rows.view(12, 10, 10, 16)
     plain = NormalBank(rows, clusters=0, storage=storage)
-    monkeypatch.setattr(bank_module, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(index_module, "_on_gpu", lambda tensor: True)
     with on_cuda_kernels():
         bank = NormalBank(rows, clusters=6, storage=storage)
         assert bank.num_clusters in range(1, 7)
@@ -421,9 +421,9 @@ def test_nearest_of_no_queries(on_cuda_kernels, k):
 SEVERAL = [2, 9, 32]
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("schedule", [0, 2])
 @pytest.mark.parametrize("k", SEVERAL)
-@pytest.mark.parametrize("dim", [1, 16, 33, 100])
+@pytest.mark.parametrize("dim", [1, 33])
 @pytest.mark.parametrize("count", [1, 40])
 def test_k_neighbours_are_the_canonical_ones(
     on_cuda_kernels, cuda_on_host, count, dim, k, schedule

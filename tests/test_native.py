@@ -28,7 +28,7 @@ def run(*command):
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
 @pytest.mark.parametrize(
     ("name", "plain_rounds", "sanitized_rounds", "fewest_checks"),
-    [("search_test", 400, 40, 10_000), ("cuda_test", 30, 8, 100)],
+    [("search_test", 150, 12, 10_000), ("cuda_test", 15, 4, 100)],
 )
 def test_everything(name, plain_rounds, sanitized_rounds, fewest_checks, sanitizers, request):
     rounds = sanitized_rounds if sanitizers else plain_rounds

@@ -90,7 +90,7 @@ class Index(NamedTuple):
         )
         if wanted_clusters == 0:
             return plain.coded()
-        if rows.device.type != "cpu":
+        if _on_gpu(rows):
             segments = build_segments(rows, wanted_clusters, seed)
             if segments is None:
                 return plain.coded()
@@ -105,7 +105,7 @@ class Index(NamedTuple):
         """With codes of `data`, where they are kept and searches on the CPU make use of them."""
         rows, dim = self.data.shape
         useful = self.clusters is None and rows >= _LEAST_CODED and LEAST_DIMS <= dim <= MOST_DIMS
-        if not (useful and self.keeps_codes and self.data.device.type == "cpu"):
+        if _on_gpu(self.data) or not (useful and self.keeps_codes):
             return self._replace(codes=None)
         return self._replace(codes=encode_rows(self.data))
 
@@ -220,3 +220,7 @@ class Index(NamedTuple):
             return changed._replace(data=segments.data, clusters=segments)
         clusters, stretch = extend_clusters(rows, self.clusters, self.stretch)
         return changed._replace(data=clusters.data, clusters=clusters, stretch=stretch)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
