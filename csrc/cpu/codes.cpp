@@ -90,7 +90,7 @@ void encode_rows(const CodedRows& bank, int num_threads) {
     BlockCodes block = {bank.centres + b * round_up(bank.dim, kLanes),
                         bank.codes + begin * packs * 4, bank.bias + begin, 0, 0};
     encode_block(kernels, rows, begin, end, &block);
-    if (block.scale == 0) {  // arrays without values of their own are no surprise to anyone
+    if (block.scale == 0) {  // so that all of the arrays have values
       const int64_t padded_rows = round_up(end - begin, kTileRows);
       std::fill(block.codes, block.codes + padded_rows * packs * 4, int8_t{0});
       std::fill(block.bias, block.bias + padded_rows, kNothing);

@@ -281,7 +281,7 @@ class Selection {
   std::vector<float> zeros_;
   std::vector<int8_t> codes_;   // of the centres, [count / 16, packs, 16, 4]
   std::vector<int32_t> bias_;   // [count]
-  std::vector<double> slack_;   // [count / kGroup], bounds on ...
+  std::vector<double> slack_;   // [count / kGroup], bounds on how far a code is off
   std::vector<float> squared_;  // [M], only of a pass over all rows
   std::vector<int64_t> seen_;   // [M], how many centres a row has been compared with
   std::vector<Key> heap_;       // of the rows that have not been chosen

@@ -120,7 +120,7 @@ class Search {
   struct Screening {
     Search* search;
     Scratch* scratch;
-    int64_t first_query, first_row, end_row;
+    int64_t first_query, first_row;
     float scale;
     const Best* best;
 
@@ -202,7 +202,7 @@ class Search {
     scratch->squares.resize(count);
     scratch->errors.resize(count);
     scratch->padded.resize(padded_dim_, 0.0f);
-    Screening screening = {this, scratch, first, begin, end, block.scale, &best};
+    Screening screening = {this, scratch, first, begin, block.scale, &best};
     for (int64_t i = 0; i < count; ++i) {
       const float* vector = query(first + i);
       if (padded_dim_ != params_.dim) {

@@ -65,6 +65,12 @@ class _Options(NamedTuple):
         return groups.contiguous()
 
 
+def _nearest_in_arrays_fake(
+    queries: Tensor, bank: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    return _found_fake(queries, bank[0], _Options(*options))
+
+
 def _found_fake(queries: Tensor, bank: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     options.checked_groups(queries, bank)
     shape = (queries.shape[0],) if options.k is None else (queries.shape[0], options.k)
@@ -123,12 +129,6 @@ define_op(
 # --- nearest_in_codes: brute force with kept codes, on the CPU ------------------------------------
 
 
-def _nearest_in_codes_fake(
-    queries: Tensor, bank: list[Tensor], *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _found_fake(queries, bank[0], _Options(*options))
-
-
 def _nearest_in_codes(queries: Tensor, bank: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     def search(found: Found, groups: Groups) -> None:
         search_codes(found, queries, CodedRows(*bank), groups)
@@ -139,7 +139,7 @@ def _nearest_in_codes(queries: Tensor, bank: list[Tensor], *options: Any) -> tup
 define_op(
     f"nearest_in_codes(Tensor queries, Tensor[] bank, {_OPTIONS}) -> {_FOUND}",
     _nearest_in_codes,
-    _nearest_in_codes_fake,
+    _nearest_in_arrays_fake,
     devices=("CPU",),
 )
 
@@ -173,12 +173,6 @@ define_op(
 # --- nearest_in_segments: clusters on a GPU -------------------------------------------------------
 
 
-def _nearest_in_segments_fake(
-    queries: Tensor, bank: list[Tensor], *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _found_fake(queries, bank[0], _Options(*options))
-
-
 def _nearest_in_segments(
     queries: Tensor, bank: list[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +185,7 @@ def _nearest_in_segments(
 define_op(
     f"nearest_in_segments(Tensor queries, Tensor[] bank, {_OPTIONS}) -> {_FOUND}",
     _nearest_in_segments,
-    _nearest_in_segments_fake,
+    _nearest_in_arrays_fake,
 )
 
 

@@ -57,6 +57,19 @@ class Found(NamedTuple):
         return self.squared, self.rows
 
 
+def _pointers(found: Found, queries: Tensor, groups: Groups) -> dict[str, int]:
+    """What every native search takes; the arguments, contiguous, must outlive the call."""
+    return {
+        "queries": len(queries),
+        "query_data": queries.data_ptr(),
+        "query_groups": pointer(groups.of_queries),
+        "bank_groups": pointer(groups.of_bank),
+        "rows_per_group": groups.rows_per_group,
+        "squared": found.squared.data_ptr(),
+        "indices": found.rows.data_ptr(),
+    }
+
+
 def search_rows(
     found: Found,
     queries: Tensor,
@@ -89,21 +102,15 @@ def search_rows(
         )
         workspace = new_workspace(queries, size)
         return backend.nearest(
-            queries=len(queries),
+            **_pointers(found, queries, groups),
             bank_rows=rows,
             dim=dim,
-            query_data=queries.data_ptr(),
             bank_data=bank.data_ptr(),
             bank_is_half=bank.dtype == torch.float16,
             method=method,
-            query_groups=pointer(groups.of_queries),
-            bank_groups=pointer(groups.of_bank),
-            rows_per_group=groups.rows_per_group,
             neighbours=neighbours,
             ids=pointer(ids),
             first_row=first_row,
-            squared=found.squared.data_ptr(),
-            indices=found.rows.data_ptr(),
             workspace=workspace.data_ptr(),
             workspace_limit=workspace_limit.get(),
             context=context,
@@ -118,14 +125,8 @@ def search_codes(
     _native.cpu.nearest_in_codes(
         bank=arrays.native(),
         method=getattr(_native.SearchMethod, search_method.get().upper()),
-        queries=len(queries),
-        query_data=queries.data_ptr(),
-        query_groups=pointer(groups.of_queries),
-        bank_groups=pointer(groups.of_bank),
-        rows_per_group=groups.rows_per_group,
+        **_pointers(found, queries, groups),
         neighbours=found.rows.shape[1],
-        squared=found.squared.data_ptr(),
-        indices=found.rows.data_ptr(),
         context=torch.get_num_threads(),
     )
 
@@ -144,14 +145,8 @@ def search_clusters(
     queries = queries.contiguous()
     return _native.cpu.nearest_in_clusters(
         bank=arrays.native(stretch),
-        queries=len(queries),
-        query_data=queries.data_ptr(),
-        query_groups=pointer(groups.of_queries),
-        bank_groups=pointer(groups.of_bank),
-        rows_per_group=groups.rows_per_group,
+        **_pointers(found, queries, groups),
         neighbours=found.rows.shape[1],
-        squared=found.squared.data_ptr(),
-        indices=found.rows.data_ptr(),
         context=torch.get_num_threads(),
     )
 
@@ -180,8 +175,9 @@ def search_segments(
     centroids = torch.arange(len(arrays.centroids) + 1, device=own.device)
     own_starts = torch.searchsorted(own, centroids)
     sorted_queries = queries[order].contiguous()
-    sorted_groups = None if groups.of_queries is None else groups.of_queries[order]
-    squared, indices = found.squared[order], found.rows[order]
+    if groups.of_queries is not None:
+        groups = groups._replace(of_queries=groups.of_queries[order])
+    in_order = Found(found.squared[order], found.rows[order])
     with backends.backend_of(queries) as (backend, context):
         cuda = as_cuda(backend)
         bank = arrays.native(cuda)
@@ -190,22 +186,16 @@ def search_segments(
         workspace = new_workspace(queries, size)
         cuda.nearest_in_segments(
             bank=bank,
-            queries=len(queries),
-            query_data=sorted_queries.data_ptr(),
+            **_pointers(in_order, sorted_queries, groups),
             own=own.data_ptr(),
             own_starts=own_starts.data_ptr(),
-            query_groups=pointer(sorted_groups),
-            bank_groups=pointer(groups.of_bank),
-            rows_per_group=groups.rows_per_group,
-            squared=squared.data_ptr(),
-            indices=indices.data_ptr(),
             workspace=workspace.data_ptr(),
             workspace_limit=limit,
             visits=pointer(visits),
             context=context,
         )
-    found.squared.index_copy_(0, order, squared)
-    found.rows.index_copy_(0, order, indices)
+    found.squared.index_copy_(0, order, in_order.squared)
+    found.rows.index_copy_(0, order, in_order.rows)
 
 
 # --- coresets -------------------------------------------------------------------------------------

@@ -216,16 +216,12 @@ class NormalBank:
         kept = chosen.rows.sort().values
         patches = index.patches if count == index.rows else index.patch_numbers()[kept]
         return NormalBank._over(
-            Index.build(
-                rows[kept],
-                index.groups,
-                index.grid,
+            index._replace(
                 patches=patches,
                 wanted_clusters=clusters,
                 seed=seed,
-                keeps_codes=index.keeps_codes,
                 radius=index.radius + chosen.radius,
-            )
+            ).laid_out(rows[kept])
         )
 
     @property
@@ -316,16 +312,10 @@ class NormalBank:
         if target.type == self.device.type and target.index in (None, self.device.index):
             return self
         return NormalBank._over(
-            Index.build(
-                index.in_order().to(target),
-                index.groups.to(target),
-                index.grid,
+            index._replace(
+                groups=index.groups.to(target),
                 patches=None if index.patches is None else index.patches.to(target),
-                wanted_clusters=index.wanted_clusters,
-                seed=index.seed,
-                keeps_codes=index.keeps_codes,
-                radius=index.radius,
-            )
+            ).laid_out(index.in_order().to(target))
         )
 
     # --- saving -----------------------------------------------------------------------------------

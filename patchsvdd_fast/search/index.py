@@ -73,7 +73,7 @@ class Index(NamedTuple):
         radius: float = 0.0,
     ) -> Index:
         """An index of rows [M, D], clustered if that pays or was asked for."""
-        plain = cls(
+        return cls(
             rows,
             None,
             groups,
@@ -87,15 +87,26 @@ class Index(NamedTuple):
             tried_rows=len(rows),
             keeps_codes=keeps_codes,
             radius=radius,
+        ).laid_out(rows)
+
+    def laid_out(self, rows: Tensor) -> Index:
+        """With these rows [M, D], clustered anew if that pays or was asked for; all else stays."""
+        plain = self._replace(
+            data=rows,
+            appended=None,
+            clusters=None,
+            codes=None,
+            stretch=1.0,
+            tried_rows=len(rows),
         )
-        if wanted_clusters == 0:
+        if self.wanted_clusters == 0:
             return plain.coded()
         if _on_gpu(rows):
-            segments = build_segments(rows, wanted_clusters, seed)
+            segments = build_segments(rows, self.wanted_clusters, self.seed)
             if segments is None:
                 return plain.coded()
             return plain._replace(data=segments.data, clusters=segments)
-        built = build_clusters(rows, wanted_clusters, seed, plain.excluding(None))
+        built = build_clusters(rows, self.wanted_clusters, self.seed, plain.excluding(None))
         if built is None:
             return plain.coded()
         clusters, stretch = built
@@ -201,18 +212,9 @@ class Index(NamedTuple):
 
     def _with_rows(self, rows: Tensor, anew: bool) -> Index:
         """With these rows [M, D] instead; anew: as far as clusters go, too."""
-        changed = self._replace(data=rows, appended=None, codes=None)
         if anew or not can_be_clustered(rows):
-            return Index.build(
-                rows,
-                self.groups,
-                self.grid,
-                patches=self.patches,
-                wanted_clusters=self.wanted_clusters,
-                seed=self.seed,
-                keeps_codes=self.keeps_codes,
-                radius=self.radius,
-            )
+            return self.laid_out(rows)
+        changed = self._replace(data=rows, appended=None, codes=None)
         if self.clusters is None:
             return changed.coded()
         if isinstance(self.clusters, SegmentArrays):
