@@ -12,22 +12,45 @@ namespace {
 // The CPU's bank with codes.
 void define_codes(py::module_ cpu) {
   const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<psvdd::Projection>(cpu, "Projection", py::module_local())
+      .def(py::init([](int64_t dim, int64_t axes, Pointer mean, Pointer basis, double stretch) {
+             return psvdd::Projection{dim, axes, at<const float>(mean), at<const float>(basis),
+                                      stretch};
+           }),
+           py::arg("dim"), py::arg("axes"), py::arg("mean"), py::arg("basis"), py::arg("stretch"));
+  py::class_<psvdd::RowCodes>(cpu, "RowCodes", py::module_local())
+      .def(py::init([](int64_t block_rows, Pointer codes, Pointer bias, Pointer centres,
+                       Pointer scales, Pointer slack) {
+             return psvdd::RowCodes{block_rows,         at<int8_t>(codes), at<int32_t>(bias),
+                                    at<float>(centres), at<float>(scales), at<float>(slack)};
+           }),
+           py::arg("block_rows"), py::arg("codes"), py::arg("bias"), py::arg("centres"),
+           py::arg("scales"), py::arg("slack"));
+  py::class_<psvdd::LeadingAxes>(cpu, "LeadingAxes", py::module_local())
+      .def(py::init([](const psvdd::Projection& projection, float error) {
+             return psvdd::LeadingAxes{projection, error};
+           }),
+           py::arg("projection"), py::arg("error"));
   py::class_<psvdd::CodedRows>(cpu, "CodedRows", py::module_local())
-      .def(py::init([](int64_t rows, int64_t dim, Pointer data, bool is_half, Pointer codes,
-                       Pointer bias, Pointer centres, Pointer scales, Pointer slack) {
-             return psvdd::CodedRows{rows,
-                                     dim,
-                                     at<const void>(data),
-                                     is_half,
-                                     at<int8_t>(codes),
-                                     at<int32_t>(bias),
-                                     at<float>(centres),
-                                     at<float>(scales),
-                                     at<float>(slack)};
+      .def(py::init([](int64_t rows, int64_t dim, Pointer data, bool is_half,
+                       const psvdd::RowCodes& codes, const psvdd::LeadingAxes& leading_axes,
+                       const psvdd::RowCodes& leading) {
+             return psvdd::CodedRows{rows,         dim,    at<const void>(data), is_half, codes,
+                                     leading_axes, leading};
            }),
            py::arg("rows"), py::arg("dim"), py::arg("data"), py::arg("is_half"), py::arg("codes"),
-           py::arg("bias"), py::arg("centres"), py::arg("scales"), py::arg("slack"));
+           py::arg("leading_axes"), py::arg("leading"));
   cpu.def("code_block_rows", psvdd::cpu::code_block_rows, py::arg("dim"));
+  cpu.def(
+      "leading_images",
+      [](const psvdd::LeadingAxes& leading_axes, int64_t rows, Pointer data, bool is_half,
+         Pointer images, Pointer errors, int context) {
+        psvdd::cpu::leading_images({leading_axes, rows, at<const void>(data), is_half,
+                                    at<float>(images), at<float>(errors)},
+                                   context);
+      },
+      py::arg("leading_axes"), py::arg("rows"), py::arg("data"), py::arg("is_half"),
+      py::arg("images"), py::arg("errors"), py::arg("context"), release);
   cpu.def("encode_rows", psvdd::cpu::encode_rows, py::arg("bank"), py::arg("context"), release);
   cpu.def(
       "nearest_in_codes",
@@ -47,12 +70,6 @@ void define_codes(py::module_ cpu) {
 // The CPU's clustered bank: the structs as they are, pointers as integers.
 void define_clusters(py::module_ cpu) {
   const auto release = py::call_guard<py::gil_scoped_release>();
-  py::class_<psvdd::Projection>(cpu, "Projection", py::module_local())
-      .def(py::init([](int64_t dim, int64_t axes, Pointer mean, Pointer basis, double stretch) {
-             return psvdd::Projection{dim, axes, at<const float>(mean), at<const float>(basis),
-                                      stretch};
-           }),
-           py::arg("dim"), py::arg("axes"), py::arg("mean"), py::arg("basis"), py::arg("stretch"));
   py::class_<psvdd::ClusteredBank>(cpu, "ClusteredBank", py::module_local())
       .def(py::init([](const psvdd::Projection& projection, int64_t rows, int64_t clusters,
                        int64_t packs, Pointer data, bool is_half, Pointer ids, Pointer starts,

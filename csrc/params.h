@@ -90,19 +90,57 @@ struct NearestParams {
   bool* seems_finite;       // or null; cleared if the bank may hold NaN or infinity (CPU only)
 };
 
-// 8-bit codes of all rows of a bank on the CPU, for the screen of brute force. Rows are cut into B
-// blocks of cpu::code_block_rows(D) rows, the last of which may be shorter; each block has a centre
-// and a scale of its own.
+// 8-bit codes of vectors [M, D] on the CPU, for the screen of brute force. Rows are cut into B
+// blocks, the last of which may be shorter; each block has a centre and a scale of its own.
+struct RowCodes {
+  int64_t block_rows;  // a multiple of 64
+  int8_t* codes;       // [M rounded up to a multiple of 64 / 16, D / 4 rounded up, 16, 4]
+  int32_t* bias;       // [M rounded up to a multiple of 64]
+  float* centres;      // [B, D rounded up to a multiple of 16]
+  float* scales;       // [B], what one unit of a code stands for; 0: this block has no codes
+  float* slack;        // [B], bound on the distance of a row to what its code stands for
+};
+
+// A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
+struct Projection {
+  int64_t dim;         // D
+  int64_t axes;        // coordinates of y, padded with zeros to a multiple of 16
+  const float* mean;   // [D]
+  const float* basis;  // [D, axes], or null: y = x - mean, padded with zeros
+  double stretch;      // bound on the factor by which the map lengthens a vector
+};
+
+// A map of vectors to shorter images, which are never farther apart: with y = x - mean, an image
+// holds the products of y with A - 1 axes, and the length of the rest of y. A is a multiple of 64,
+// or 0 for no map.
+struct LeadingAxes {
+  Projection projection;  // on the axes; the last column of its basis is zero
+  float error;            // largest bound on the error of the image of a row of the bank
+};
+
+// How far the axes may be from orthonormal: of their products, as a matrix, from the unit matrix.
+constexpr double kLeadingExcess = 1e-5;
+
+struct LeadingImagesParams {
+  LeadingAxes leading_axes;
+  int64_t rows;      // M
+  const void* data;  // [M, D]
+  bool is_half;
+  float* images;  // [M, A]
+  float* errors;  // [M], bounds on the errors of the images
+};
+
+// A bank on the CPU with codes of all rows.
 struct CodedRows {
   int64_t rows;      // M
   int64_t dim;       // D
   const void* data;  // [M, D]
   bool is_half;      // float16 instead of float32
-  int8_t* codes;     // [M rounded up to a multiple of 64 / 16, D / 4 rounded up, 16, 4]
-  int32_t* bias;     // [M rounded up to a multiple of 64]
-  float* centres;    // [B, D rounded up to a multiple of 16]
-  float* scales;     // [B], what one unit of a code stands for; 0: this block has no codes
-  float* slack;      // [B], bound on the distance of a row to what its code stands for
+  RowCodes codes;
+  // Codes of the rows' images [M, A] under `leading_axes`, looked at first, unless A is 0. Their
+  // block_rows are as in `codes`.
+  LeadingAxes leading_axes;
+  RowCodes leading;
 };
 
 struct CodedNearestParams {
@@ -121,15 +159,6 @@ struct FinishSearchParams {
   int64_t count;     // queries times neighbours
   float* distances;  // [count], squared at first
   int64_t* indices;  // [count]
-};
-
-// A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
-struct Projection {
-  int64_t dim;         // D
-  int64_t axes;        // coordinates of y, padded with zeros to a multiple of 16
-  const float* mean;   // [D]
-  const float* basis;  // [D, axes], or null: y = x - mean, padded with zeros
-  double stretch;      // bound on the factor by which the map lengthens a vector
 };
 
 struct ProjectParams {

@@ -23,28 +23,20 @@ constexpr float kFarAway = 1e18f;  // coordinates of centroids that fill up a ti
 
 }  // namespace
 
-double project_row(const Projection& projection, const float* row, double* sums, float* projected) {
-  double squared = 0;  // of row - mean
-  if (projection.basis == nullptr) {
-    for (int64_t j = 0; j < projection.axes; ++j) projected[j] = 0.0f;
-    for (int64_t j = 0; j < projection.dim; ++j) {
-      const double difference = static_cast<double>(row[j]) - projection.mean[j];
-      projected[j] = static_cast<float>(difference);
-      squared += difference * difference;
-    }
-    return 0x1p-23 * std::sqrt(squared);
+double RowProjector::operator()(const float* row, float* projected) {
+  squared_ = 0;
+  for (int64_t j = 0; j < projection_.dim; ++j) {
+    centred_[j] = static_cast<double>(row[j]) - projection_.mean[j];
+    squared_ += centred_[j] * centred_[j];
   }
-  for (int64_t i = 0; i < projection.axes; ++i) sums[i] = 0.0;
-  for (int64_t j = 0; j < projection.dim; ++j) {
-    const double difference = static_cast<double>(row[j]) - projection.mean[j];
-    squared += difference * difference;
-    const float* axes = projection.basis + j * projection.axes;
-    for (int64_t i = 0; i < projection.axes; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) sums[i + l] += difference * axes[i + l];
-    }
+  if (projection_.basis == nullptr) {
+    std::copy(centred_.begin(), centred_.end(), sums_.begin());  // the others are zero
+  } else {
+    active_kernels().products(centred_.data(), projection_.basis, projection_.dim, projection_.axes,
+                              sums_.data());
   }
-  for (int64_t i = 0; i < projection.axes; ++i) projected[i] = static_cast<float>(sums[i]);
-  return 0x1p-23 * projection.stretch * std::sqrt(squared);
+  for (int64_t i = 0; i < projection_.axes; ++i) projected[i] = static_cast<float>(sums_[i]);
+  return 0x1p-23 * projection_.stretch * std::sqrt(squared_);
 }
 
 void project(const ProjectParams& params, int num_threads) {
@@ -52,12 +44,11 @@ void project(const ProjectParams& params, int num_threads) {
   const int64_t items = (params.rows + kRowsPerItem - 1) / kRowsPerItem;
   parallel_for(items, num_threads, [&](int64_t item) {
     std::vector<float> row(params.projection.dim);
-    std::vector<double> sums(params.projection.axes);
+    RowProjector projector(params.projection);
     const int64_t end = std::min(params.rows, (item + 1) * kRowsPerItem);
     for (int64_t r = item * kRowsPerItem; r < end; ++r) {
       read_row(rows, r, row.data());
-      const double error = project_row(params.projection, row.data(), sums.data(),
-                                       params.projected + r * params.projection.axes);
+      const double error = projector(row.data(), params.projected + r * params.projection.axes);
       params.errors[r] = static_cast<float>(error * 1.001);
     }
   });

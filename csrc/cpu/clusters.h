@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../params.h"
 #include "search_kernels.h"
@@ -10,9 +11,25 @@
 namespace psvdd::cpu {
 
 // Projects one row, [dim] -> [axes]; returns a bound on the distance between the result and the
-// exact projection. sums: scratch [axes]. Sums are float64, whose error of at most
-// 4096 * 2^-53 of the terms' size is far below the final rounding to float32.
-double project_row(const Projection& projection, const float* row, double* sums, float* projected);
+// exact projection. Sums are float64, whose error of at most 4096 * 2^-53 of the terms' size is far
+// below the final rounding to float32.
+class RowProjector {
+ public:
+  explicit RowProjector(const Projection& projection)
+      : projection_(projection), centred_(projection.dim), sums_(projection.axes) {}
+
+  double operator()(const float* row, float* projected);
+
+  // Of the last row: its squared distance from the mean, and its coordinates before rounding.
+  double squared() const { return squared_; }
+  const std::vector<double>& sums() const { return sums_; }
+
+ private:
+  const Projection& projection_;
+  std::vector<double> centred_;  // row - mean
+  std::vector<double> sums_;
+  double squared_ = 0;
+};
 
 // Relative error allowed for in squared distances between projected points, however summed; with
 // room for the few operations of the bounds computed from them.

@@ -78,17 +78,22 @@ bool encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin,
 
 int64_t code_block_rows(int64_t dim) { return most_block_rows(dim); }
 
+BlockCodes block_of(const RowCodes& codes, int64_t dim, int64_t block) {
+  const int64_t begin = block * codes.block_rows;
+  return {codes.centres + block * round_up(dim, kLanes), codes.codes + begin * ((dim + 3) / 4) * 4,
+          codes.bias + begin, codes.scales[block], codes.slack[block]};
+}
+
 void encode_rows(const CodedRows& bank, int num_threads) {
   const Rows rows{bank.data, bank.dim, bank.is_half};
   const SearchKernels& kernels = active_kernels();
-  const int64_t block_rows = code_block_rows(bank.dim);
+  const int64_t block_rows = bank.codes.block_rows;
   const int64_t packs = (bank.dim + 3) / 4;
   const int64_t blocks = (bank.rows + block_rows - 1) / block_rows;
   parallel_for(blocks, num_threads, [&](int64_t b) {
     const int64_t begin = b * block_rows;
     const int64_t end = std::min(bank.rows, begin + block_rows);
-    BlockCodes block = {bank.centres + b * round_up(bank.dim, kLanes),
-                        bank.codes + begin * packs * 4, bank.bias + begin, 0, 0};
+    BlockCodes block = block_of(bank.codes, bank.dim, b);
     encode_block(kernels, rows, begin, end, &block);
     if (block.scale == 0) {  // so that all of the arrays have values
       const int64_t padded_rows = round_up(end - begin, kTileRows);
@@ -96,8 +101,8 @@ void encode_rows(const CodedRows& bank, int num_threads) {
       std::fill(block.bias, block.bias + padded_rows, kNothing);
       std::fill(block.centre, block.centre + round_up(bank.dim, kLanes), 0.0f);
     }
-    bank.scales[b] = block.scale;
-    bank.slack[b] = block.slack;
+    bank.codes.scales[b] = block.scale;
+    bank.codes.slack[b] = block.slack;
   });
 }
 

@@ -30,4 +30,7 @@ inline int64_t most_block_rows(int64_t dim) {
 bool encode_block(const SearchKernels& kernels, const Rows& bank, int64_t begin, int64_t end,
                   BlockCodes* block);
 
+// One block of the codes of vectors [rows, dim].
+BlockCodes block_of(const RowCodes& codes, int64_t dim, int64_t block);
+
 }  // namespace psvdd::cpu

@@ -9,17 +9,21 @@
 
 namespace psvdd::cpu {
 
+class Watch;
+
 void extract_patches(const ExtractPatchesParams& params, int num_threads);
 void extract_patches_backward(const ExtractPatchesBackwardParams& params, int num_threads);
 void score_map(const ScoreMapParams& params, int num_threads);
 void nearest(const NearestParams& params, int num_threads);
+void nearest(const NearestParams& params, int num_threads, Watch* watch);  // as part of a search
 void finish_search(const FinishSearchParams& params, int num_threads);
 void crop_pairs(const CropPairsParams& params, int num_threads);
 void coreset(const CoresetParams& params, int num_threads);
 
-// A bank whose codes are kept: how many rows a block of it has (a multiple of 64), making the
-// codes, and searching.
+// A bank whose codes are kept: how many rows a block of it has (a multiple of 64), images along its
+// leading axes, making the codes, and searching.
 int64_t code_block_rows(int64_t dim);
+void leading_images(const LeadingImagesParams& params, int num_threads);
 void encode_rows(const CodedRows& bank, int num_threads);
 void nearest_in_codes(const CodedNearestParams& params, int num_threads);
 

@@ -7,10 +7,12 @@
 // The bank is taken block by block. A block's rows have 8-bit codes about its centre, kept or made
 // on the way; every query is compared with them in integers, 64 rows by 6 queries in registers at a
 // time (or 32 by 32, with tiles); only rows that the codes cannot rule out are rescored canonically
-// (rescore.h has the proof). Where the codes rule out nothing, rescoring all rows is the plain
-// search: the screen costs a fraction of it. Few queries do not repay encoding the bank and are
-// searched plainly, as very short vectors are. Traffic: the bank once, or its codes, the queries
-// once per block; codes stay in the second-level cache.
+// (rescore.h has the proof). Kept codes may have shorter ones beside, along a bank's leading axes:
+// then these are compared first, and the others only for the blocks of 16 rows that pass. Where the
+// codes rule out nothing, rescoring all rows is the plain search: the screen costs a fraction of
+// it. Few queries do not repay encoding the bank and are searched plainly, as very short vectors
+// are. Traffic: the bank once, or its codes, the queries once per block; codes stay in the
+// second-level cache.
 
 #include <atomic>
 #include <vector>
@@ -26,7 +28,9 @@ namespace {
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kMostBatchSteps = 12;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
-constexpr int kPlainQueries = 32;       // that share what is made of a tile of rows
+constexpr int kPlainQueries = 32;                // that share what is made of a tile of rows
+constexpr double kStretch = 1 + kLeadingExcess;  // how much farther apart images may be
+constexpr int64_t kSeedBlocks = 64;     // of rows, in which a search looks for its first bounds
 constexpr int64_t kItemsPerWorker = 4;  // so that no thread waits long for the last
 
 // Whether to look at codes first, by the times of AVX2 on 20,000 and 200,000 rows. Up to 16
@@ -38,12 +42,20 @@ bool screen_pays(const NearestParams& params, bool has_codes) {
   return params.queries >= 16;
 }
 
+// The queries' images along a bank's leading axes.
+struct LeadingImages {
+  const float* images;  // [Q, axes]
+  const float* errors;  // [Q], with those of the rows
+};
+
 class Search {
  public:
-  // kept: the bank's codes, or null.
-  Search(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch)
+  // kept: the bank's codes, or null; leading: the queries' images, if there are leading axes.
+  Search(const NearestParams& params, const CodedRows* kept, const LeadingImages& leading,
+         int num_threads, Watch* watch)
       : params_(params),
         kept_(kept),
+        leading_(leading),
         kernels_(active_kernels()),
         bank_{{params.bank_data, params.dim, params.bank_is_half},
               params.ids,
@@ -51,10 +63,11 @@ class Search {
               params.groups},
         padded_dim_(round_up(params.dim, kLanes)),
         packs_((params.dim + 3) / 4),
+        leads_(kept != nullptr && kept->leading_axes.projection.axes > 0),
         screened_(screen_pays(params, kept != nullptr)),
         watch_(watch) {
     const int64_t threads = std::max(num_threads, 1);
-    block_rows_ = most_block_rows(params.dim);
+    block_rows_ = kept_ == nullptr ? most_block_rows(params.dim) : kept_->codes.block_rows;
     const int64_t wanted = kItemsPerWorker * threads;
     if (!screened_ || kept_ == nullptr) {  // blocks may be smaller
       const int64_t fair = round_up((params.bank_rows + wanted - 1) / wanted, kTileRows);
@@ -105,30 +118,81 @@ class Search {
   }
 
  private:
+  // The codes of a batch of queries about one block of rows, and what thresholds follow from.
+  struct QueryCodes {
+    BlockCodes block;
+    int64_t dim;
+    int64_t stride;
+    std::vector<uint8_t> codes;
+    std::vector<int32_t> thresholds, squares;
+    std::vector<double> errors;
+    std::vector<float> padded;
+
+    const uint8_t* code(int64_t i) const { return codes.data() + i * stride; }
+
+    // Makes the codes of vectors [count, dim]; `vector_errors` [count] or null: their own errors.
+    void encode(const SearchKernels& kernels, const BlockCodes& about, const float* vectors,
+                const float* vector_errors, int64_t dims, int64_t count) {
+      const int64_t padded_dim = round_up(dims, kLanes), padded_count = round_up(count, kBatchStep);
+      block = about;
+      dim = dims;
+      stride = round_up(dims, kCodeStride);
+      codes.assign(padded_count * stride, 0);
+      thresholds.assign(padded_count, kNothing);
+      squares.resize(count);
+      errors.resize(count);
+      padded.resize(padded_dim, 0.0f);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* vector = vectors + i * dims;
+        if (padded_dim != dims) {
+          std::copy(vector, vector + dims, padded.begin());
+          vector = padded.data();
+        }
+        uint8_t* code = codes.data() + i * stride;
+        const Encoding encoding =
+            encode_query(kernels, vector, about.centre, padded_dim, about.scale, code);
+        std::fill(code + (dims + 3) / 4 * 4, code + padded_dim, uint8_t{0});
+        squares[i] = encoding.code_squares;
+        errors[i] = residual_bound(encoding, padded_dim) + static_cast<double>(about.slack) +
+                    (vector_errors == nullptr ? 0.0 : vector_errors[i]);
+      }
+    }
+
+    // Nothing farther than `limit` can win any more.
+    void take_limit(int64_t i, double limit, int query_step) {
+      thresholds[i] = screen_threshold(squares[i], limit, errors[i], block.scale, query_step);
+    }
+
+    ScreenBatch batch(int64_t count, int64_t rows, decltype(ScreenBatch::passed) passed,
+                      void* search) const {
+      return {codes.data(), stride,     count,         thresholds.data(),
+              block.codes,  block.bias, (dim + 3) / 4, rows,
+              passed,       search};
+    }
+  };
+
   // What a worker needs to encode a block and a batch of queries.
   struct Scratch {
     std::vector<float> centre;
     std::vector<int8_t> codes;
     std::vector<int32_t> bias;
-    std::vector<uint8_t> query_codes;
-    std::vector<int32_t> thresholds, squares;
-    std::vector<double> errors;
-    std::vector<float> padded;
+    QueryCodes whole, leading;
   };
 
   // A batch of queries that is being screened, for `passed`.
   struct Screening {
-    Search* search;
+    const Search* search;
     Scratch* scratch;
+    bool leads;  // by leading codes first
     int64_t first_query, first_row;
-    float scale;
     const Best* best;
 
-    int32_t threshold(int64_t i) const {
+    void take_limit(int64_t i) const {
       const double limit =
           winning_distance(best->of_query(first_query + i).bound(), search->params_.dim);
-      return screen_threshold(scratch->squares[i], limit, scratch->errors[i], scale,
-                              search->kernels_.query_step);
+      const int step = search->kernels_.query_step;
+      scratch->whole.take_limit(i, limit, step);
+      if (leads) scratch->leading.take_limit(i, limit * kStretch, step);
     }
   };
 
@@ -140,13 +204,14 @@ class Search {
     const int64_t end = std::min(params_.bank_rows, begin + block_rows_);
     BlockCodes codes{};
     if (screened_) codes = codes_of(block, begin, end, scratch);
-    const int64_t stride = round_up(params_.dim, kCodeStride);
+    const int64_t stride =
+        round_up(leads_ ? kept_->leading_axes.projection.axes : params_.dim, kCodeStride);
     const int64_t batch =
         std::clamp<int64_t>(kBatchBytes / stride / kBatchStep, 1, kMostBatchSteps) * kBatchStep;
     for (int64_t first = first_query; first < end_query; first += batch) {
       const int64_t last = std::min(end_query, first + batch);
       if (codes.scale > 0) {
-        screen_batch(codes, begin, end, first, last, scratch, best);
+        screen_batch(codes, block, begin, end, first, last, scratch, best);
       } else {
         compare_all(begin, end, first, last, best);
       }
@@ -155,10 +220,7 @@ class Search {
   }
 
   BlockCodes codes_of(int64_t block, int64_t begin, int64_t end, Scratch* scratch) {
-    if (kept_ != nullptr) {
-      return {kept_->centres + block * padded_dim_, kept_->codes + begin * packs_ * 4,
-              kept_->bias + begin, kept_->scales[block], kept_->slack[block]};
-    }
+    if (kept_ != nullptr) return block_of(kept_->codes, params_.dim, block);
     const int64_t padded_rows = round_up(end - begin, kTileRows);
     scratch->centre.resize(padded_dim_);
     scratch->codes.resize(padded_rows * packs_ * 4);
@@ -193,33 +255,57 @@ class Search {
     if (!finite) finite_ = false;
   }
 
-  void screen_batch(const BlockCodes& block, int64_t begin, int64_t end, int64_t first,
-                    int64_t last, Scratch* scratch, const Best& best) {
-    const int64_t count = last - first, padded_count = round_up(count, kBatchStep);
-    const int64_t stride = round_up(params_.dim, kCodeStride);
-    scratch->query_codes.assign(padded_count * stride, 0);
-    scratch->thresholds.assign(padded_count, kNothing);
-    scratch->squares.resize(count);
-    scratch->errors.resize(count);
-    scratch->padded.resize(padded_dim_, 0.0f);
-    Screening screening = {this, scratch, first, begin, block.scale, &best};
-    for (int64_t i = 0; i < count; ++i) {
-      const float* vector = query(first + i);
-      if (padded_dim_ != params_.dim) {
-        std::copy(vector, vector + params_.dim, scratch->padded.begin());
-        vector = scratch->padded.data();
-      }
-      uint8_t* code = scratch->query_codes.data() + i * stride;
-      const Encoding encoding =
-          encode_query(kernels_, vector, block.centre, padded_dim_, block.scale, code);
-      std::fill(code + packs_ * 4, code + padded_dim_, uint8_t{0});
-      scratch->squares[i] = encoding.code_squares;
-      scratch->errors[i] = residual_bound(encoding, padded_dim_) + static_cast<double>(block.slack);
-      scratch->thresholds[i] = screening.threshold(i);
+  void screen_batch(const BlockCodes& codes, int64_t block, int64_t begin, int64_t end,
+                    int64_t first, int64_t last, Scratch* scratch, const Best& best) {
+    const int64_t count = last - first, rows = round_up(end - begin, kTileRows);
+    BlockCodes leading{};
+    if (leads_) leading = block_of(kept_->leading, kept_->leading_axes.projection.axes, block);
+    Screening screening = {this, scratch, leading.scale > 0, first, begin, &best};
+    scratch->whole.encode(kernels_, codes, query(first), nullptr, params_.dim, count);
+    if (screening.leads) {
+      const int64_t axes = kept_->leading_axes.projection.axes;
+      scratch->leading.encode(kernels_, leading, leading_.images + first * axes,
+                              leading_.errors + first, axes, count);
     }
-    kernels_.screen_batch({scratch->query_codes.data(), stride, count, scratch->thresholds.data(),
-                           block.codes, block.bias, packs_, round_up(end - begin, kTileRows),
-                           rescore_passed, &screening});
+    for (int64_t i = 0; i < count; ++i) {
+      const Best own = best.of_query(first + i);
+      if (own.bound() == INFINITY) {
+        rescore_closest(screening.leads ? scratch->leading : scratch->whole, i, first + i, begin,
+                        end, own);
+      }
+      screening.take_limit(i);
+    }
+    kernels_.screen_batch(screening.leads
+                              ? scratch->leading.batch(count, rows, screen_passed, &screening)
+                              : scratch->whole.batch(count, rows, rescore_passed, &screening));
+  }
+
+  // Rescores sixteen rows that look closest by their codes among the first of a block [begin, end),
+  // for a bound to start from.
+  void rescore_closest(const QueryCodes& codes, int64_t i, int64_t number, int64_t begin,
+                       int64_t end, Best best) const {
+    const int64_t blocks = std::min<int64_t>((end - begin + kLanes - 1) / kLanes, kSeedBlocks);
+    int32_t block_of_lane[kLanes];
+    kernels_.closest_codes(codes.code(i), codes.block.codes, codes.block.bias, (codes.dim + 3) / 4,
+                           blocks, block_of_lane);
+    int64_t rows[kLanes];
+    int count = 0;
+    for (int r = 0; r < kLanes; ++r) {
+      rows[count] = begin + block_of_lane[r] * kLanes + r;
+      count += rows[count] < end;
+    }
+    rescore(kernels_, bank_, query(number), number, rows, count, &best);
+  }
+
+  // Compares the whole codes of the rows that passed by their leading ones, for one query.
+  static void screen_passed(void* context, int64_t i, int64_t row, uint64_t mask) {
+    const auto& screening = *static_cast<Screening*>(context);
+    const QueryCodes& whole = screening.scratch->whole;
+    const int64_t packs = screening.search->packs_;
+    mask = screening.search->kernels_.screen_masked(whole.code(i), whole.thresholds[i],
+                                                    whole.block.codes + row * packs * 4,
+                                                    whole.block.bias + row, packs, mask);
+    if (mask != 0) rescore_passed(context, i, row, mask);
   }
 
   // Rescores the rows of a block that passed for one query.
@@ -230,16 +316,18 @@ class Search {
     Best own = screening.best->of_query(number);
     if (rescore_mask(search.kernels_, search.bank_, search.query(number), number,
                      screening.first_row + row, mask, &own)) {
-      screening.scratch->thresholds[i] = screening.threshold(i);
+      screening.take_limit(i);
     }
   }
 
   const NearestParams& params_;
   const CodedRows* const kept_;
+  const LeadingImages leading_;
   const SearchKernels& kernels_;
   const Searched bank_;
   const int64_t padded_dim_;
   const int64_t packs_;  // per row, of four codes each
+  const bool leads_;     // whether there are leading axes
   const bool screened_;
   int64_t block_rows_;
   int64_t blocks_;
@@ -251,10 +339,9 @@ class Search {
   Watch* const watch_;
 };
 
-bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads) {
-  if (params.queries == 0) return true;
-  Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
+bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch) {
   bool finite = true;
+  std::vector<float> images, errors;
   // A part of the queries at a time, so that a thread's last block does not take long after the
   // others have finished.
   for (int64_t first = 0; first < params.queries; first += kQueriesAtOnce) {
@@ -264,16 +351,29 @@ bool search_all(const NearestParams& params, const CodedRows* kept, int num_thre
     part.squared += first * params.k;
     part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
-    finite &= Search(part, kept, num_threads, &watch).run();
+    if (kept != nullptr && kept->leading_axes.projection.axes > 0) {
+      images.resize(part.queries * kept->leading_axes.projection.axes);
+      errors.resize(part.queries);
+      leading_images(
+          {kept->leading_axes, part.queries, part.query_data, false, images.data(), errors.data()},
+          num_threads);
+      for (float& error : errors) error = (error + kept->leading_axes.error) * (1 + 0x1p-20f);
+    }
+    finite &= Search(part, kept, {images.data(), errors.data()}, num_threads, watch).run();
   }
   return finite;
 }
 
 }  // namespace
 
-void nearest(const NearestParams& params, int num_threads) {
-  const bool finite = search_all(params, nullptr, num_threads);
+void nearest(const NearestParams& params, int num_threads, Watch* watch) {
+  const bool finite = search_all(params, nullptr, num_threads, watch);
   if (params.seems_finite != nullptr) *params.seems_finite = finite;
+}
+
+void nearest(const NearestParams& params, int num_threads) {
+  Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
+  nearest(params, num_threads, &watch);
 }
 
 void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
@@ -290,7 +390,8 @@ void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
   plain.k = params.k;
   plain.squared = params.squared;
   plain.indices = params.indices;
-  search_all(plain, &bank, num_threads);
+  Watch watch(static_cast<double>(params.queries) * static_cast<double>(bank.rows));
+  search_all(plain, &bank, num_threads, &watch);
 }
 
 void finish_search(const FinishSearchParams& params, int) {

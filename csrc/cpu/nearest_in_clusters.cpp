@@ -7,10 +7,12 @@
 // in the caches. Within a cluster, rows too near to or too far from the centroid are skipped in
 // blocks (the triangle inequality), the others are compared as 8-bit codes, and those that pass
 // rescored canonically. docs/design/cpu-search.md has the proofs of the bounds; each is widened by
-// what rounding may have changed.
+// what rounding may have changed. Queries for which the bounds turn out to rule out little, far
+// from all of the bank, are left to brute force.
 
 #include <atomic>
 #include <cmath>
+#include <mutex>
 #include <vector>
 
 #include "clusters.h"
@@ -26,6 +28,9 @@ constexpr int64_t kQueriesPerBatch = 256;
 constexpr int64_t kBlocksAtOnce = 64;  // blocks screened under one limit
 constexpr int64_t kNearFirst = 8;  // clusters searched at once, nearest first; others become visits
 constexpr double kLargest = 1e15;  // squares of larger coordinates might overflow
+// A query that would rescore more than this share of the bank is faster by brute force.
+// More is taken for hopeless at once, when only the query's own cluster has been searched.
+constexpr double kMostRescored = 1.0 / 16, kMostAtFirst = 1.0 / 4;
 
 // A query of the batch, and what is known of its answer.
 struct Query {
@@ -36,6 +41,7 @@ struct Query {
   Best best;
   // Distance between projections beyond which nothing can win, but for the bank's own rounding.
   float limit = INFINITY;
+  int64_t scanned = 0, passed = 0;  // rows whose codes were looked at, and of these were rescored
 };
 
 // A cluster that a query of the batch still has to look into.
@@ -57,7 +63,7 @@ class Searcher {
         padded_clusters_(round_up(bank_.clusters, kLanes)),
         rounding_(bound_rounding(axes_)),
         projected_(kQueriesPerBatch * axes_),
-        sums_(axes_),
+        projector_(bank_.projection),
         squared_(padded_clusters_),
         kept_(padded_clusters_ + kLanes),
         code_(axes_),
@@ -65,6 +71,8 @@ class Searcher {
         visit_starts_(bank_.clusters + 1) {}
 
   int64_t scanned() const { return scanned_; }
+  // The queries that are still to be searched by brute force.
+  const std::vector<int64_t>& left() const { return left_; }
 
   // Searches for queries [begin, end), at most kQueriesPerBatch of them.
   void search_batch(int64_t begin, int64_t end) {
@@ -91,7 +99,7 @@ class Searcher {
   // Searches the nearest clusters; others that may hold the answer are left as visits.
   void search_near(Query& query, const int64_t* hints) {
     float* projected = projected_.data() + (queries_.size() - 1) * axes_;
-    query.error = project_row(bank_.projection, query.vector, sums_.data(), projected);
+    query.error = projector_(query.vector, projected);
     if (!(query.error < kLargest * 0x1p-23)) {
       rescore_range(kernels_, searched_, query.vector, query.number, 0, bank_.rows, &query.best);
       return;
@@ -106,6 +114,14 @@ class Searcher {
     const int64_t kept =
         kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
     const int64_t near = std::min(kNearFirst, kept);
+    const size_t visits = visits_.size();
+    int64_t rows = 0;  // of clusters that may hold the answer and have not been searched
+    for (int64_t i = 0; i < kept; ++i) rows += size_of(kept_[i]);
+    if (passes_often(query, rows, kMostAtFirst)) {
+      left_.push_back(query.number);
+      return;
+    }
+    rows = 0;
     std::partial_sort(kept_.begin(), kept_.begin() + near, kept_.begin() + kept,
                       [this](int32_t a, int32_t b) { return squared_[a] < squared_[b]; });
     for (int64_t i = 0; i < kept; ++i) {
@@ -118,8 +134,23 @@ class Searcher {
         search_cluster(query, c, visit.squared, false);
       } else {
         visits_.push_back(visit);
+        rows += size_of(c);
       }
     }
+    if (passes_often(query, rows, kMostRescored)) {
+      visits_.resize(visits);
+      left_.push_back(query.number);
+    }
+  }
+
+  int64_t size_of(int64_t c) const { return bank_.starts[c + 1] - bank_.starts[c]; }
+
+  // Whether more than a share of the bank would be rescored if `rows` more pass as those so far
+  // did.
+  bool passes_often(const Query& query, int64_t rows, double share) const {
+    const double to_rescore = static_cast<double>(rows) * static_cast<double>(query.passed);
+    return to_rescore >
+           share * static_cast<double>(bank_.rows) * static_cast<double>(query.scanned);
   }
 
   // Makes the visits of all queries, cluster by cluster (a counting sort).
@@ -174,6 +205,7 @@ class Searcher {
           screen_threshold(encoding.code_squares, query.limit, error, scale, kernels_.query_step);
       uint16_t masks[kBlocksAtOnce];
       scanned_ += count * kLanes;
+      query.scanned += count * kLanes;
       if (kernels_.screen_blocks(code_.data(), threshold, bank_.codes + b * bank_.packs * 64,
                                  bank_.bias + b * kLanes, bank_.packs, count, masks)) {
         rescore_passed(query, bank_.starts[c] + block * kLanes, bank_.starts[c + 1], count, masks);
@@ -211,6 +243,7 @@ class Searcher {
       for (unsigned mask = masks[b]; mask != 0; mask &= mask - 1) {
         rows[count] = first_row + b * kLanes + __builtin_ctz(mask);
         count += rows[count] < end_row;
+        ++query.passed;
         if (count == kLanes) {
           rescore_rows(query, rows, count);
           count = 0;
@@ -252,7 +285,7 @@ class Searcher {
   const int64_t padded_clusters_;
   const double rounding_;
   std::vector<float> projected_;  // [kQueriesPerBatch, axes]
-  std::vector<double> sums_;
+  RowProjector projector_;
   std::vector<float> squared_;  // from the query at hand to the centroids
   std::vector<int32_t> kept_;
   std::vector<uint8_t> code_;
@@ -260,8 +293,44 @@ class Searcher {
   std::vector<Query> queries_;
   std::vector<Visit> visits_, sorted_visits_;
   std::vector<int64_t> visit_starts_;
+  std::vector<int64_t> left_;
   int64_t scanned_ = 0;
 };
+
+// Searches the whole bank for some of the queries, from what was found for them so far.
+void search_by_brute_force(const ClusteredNearestParams& params,
+                           const std::vector<int64_t>& numbers, int num_threads, Watch* watch) {
+  const auto count = static_cast<int64_t>(numbers.size());
+  const int64_t dim = params.bank.projection.dim, k = params.k;
+  std::vector<float> vectors(count * dim), squared(count * k);
+  std::vector<int64_t> indices(count * k), groups(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t q = numbers[i];
+    std::copy_n(params.query_data + q * dim, dim, vectors.data() + i * dim);
+    std::copy_n(params.squared + q * k, k, squared.data() + i * k);
+    std::copy_n(params.indices + q * k, k, indices.data() + i * k);
+    if (params.groups.query_groups != nullptr) groups[i] = params.groups.query_groups[q];
+  }
+  NearestParams rest{};
+  rest.queries = count;
+  rest.bank_rows = params.bank.rows;
+  rest.dim = dim;
+  rest.query_data = vectors.data();
+  rest.bank_data = params.bank.data;
+  rest.bank_is_half = params.bank.is_half;
+  rest.ids = params.bank.ids;
+  rest.groups = params.groups;
+  if (params.groups.query_groups != nullptr) rest.groups.query_groups = groups.data();
+  rest.k = params.k;
+  rest.squared = squared.data();
+  rest.indices = indices.data();
+  nearest(rest, num_threads, watch);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t q = numbers[i];
+    std::copy_n(squared.data() + i * k, k, params.squared + q * k);
+    std::copy_n(indices.data() + i * k, k, params.indices + q * k);
+  }
+}
 
 }  // namespace
 
@@ -269,18 +338,30 @@ void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) 
   const int64_t batches = (params.queries + kQueriesPerBatch - 1) / kQueriesPerBatch;
   const int64_t workers = std::min<int64_t>(batches, std::max(num_threads, 1));
   std::atomic<int64_t> next{0}, scanned{0};
-  Watch watch(static_cast<double>(params.queries));
+  const auto rows = static_cast<double>(params.bank.rows);
+  Watch watch(static_cast<double>(params.queries) * rows);
+  std::mutex mutex;
+  std::vector<int64_t> left;
   parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
     Searcher searcher(params);
     for (int64_t batch = next++; batch < batches; batch = next++) {
       const int64_t begin = batch * kQueriesPerBatch;
       const int64_t end = std::min(params.queries, begin + kQueriesPerBatch);
+      const size_t left_before = searcher.left().size();
       searcher.search_batch(begin, end);
-      watch.advance(static_cast<double>(end - begin));
+      const auto done = static_cast<double>(end - begin) -
+                        static_cast<double>(searcher.left().size() - left_before);
+      watch.advance(done * rows);
     }
     scanned += searcher.scanned();
+    const std::lock_guard<std::mutex> lock(mutex);
+    left.insert(left.end(), searcher.left().begin(), searcher.left().end());
   });
   *params.scanned += scanned;
+  if (left.empty()) return;
+  std::sort(left.begin(), left.end());
+  search_by_brute_force(params, left, num_threads, &watch);
+  *params.scanned += static_cast<int64_t>(left.size()) * params.bank.rows;
 }
 
 }  // namespace psvdd::cpu

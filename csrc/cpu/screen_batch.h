@@ -1,4 +1,5 @@
-// Screening many queries against many rows, for sets of kernels that do it tile by tile.
+// Screening many queries, or the rows of a mask, for sets of kernels that do it tile by tile or
+// block by block.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,21 @@ void screen_batch_by_tiles(const ScreenBatch& batch) {
       }
     }
   }
+}
+
+// `SearchKernels::screen_masked` by way of a function that screens one block: 16 bits.
+template <auto kScreenBlock>
+inline uint64_t screen_masked_by_blocks(const uint8_t* query, int32_t threshold,
+                                        const int8_t* codes, const int32_t* bias, int64_t packs,
+                                        uint64_t mask) {
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const uint64_t lanes = uint64_t{0xffff} << (b * kLanes);
+    if ((mask & lanes) == 0) continue;
+    const uint64_t passed =
+        kScreenBlock(query, threshold, codes + b * packs * 64, bias + b * kLanes, packs);
+    mask &= ~lanes | passed << (b * kLanes);
+  }
+  return mask;
 }
 
 }  // namespace psvdd::cpu

@@ -87,6 +87,10 @@ struct SearchKernels {
   bool (*distance_tile)(const Rows& bank, int64_t first, int count, const float* queries,
                         int num_queries, const float* limits, float* squared, uint64_t* masks);
 
+  // Products of a vector [dims] with each column of a matrix [dims, columns], a multiple of 16.
+  void (*products)(const double* vector, const float* matrix, int64_t dims, int64_t columns,
+                   double* result);
+
   // Codes of `vector` about `centre`, both padded with zeros to a multiple of 16 `dims`: integers
   // within `limit`, each stored plus `offset`.
   Encoding (*encode)(const float* vector, const float* centre, int64_t dims, float scale, int limit,
@@ -107,6 +111,11 @@ struct SearchKernels {
   // As `screen_tile`, for one query and `blocks` blocks: 16 bits per block. Whether any row passed.
   bool (*screen_blocks)(const uint8_t* query, int32_t threshold, const int8_t* codes,
                         const int32_t* bias, int64_t packs, int64_t blocks, uint16_t* masks);
+
+  // As `screen_tile`, for one query, and only for those of the tile's 4 blocks in which a bit of
+  // `mask` is set. Which of the rows of `mask` pass.
+  uint64_t (*screen_masked)(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                            const int32_t* bias, int64_t packs, uint64_t mask);
 
   // For each of the 16 places in a block, the block in which the row there has the largest sum: 16
   // rows that are likely to be close. Padding is only named where a place has nothing else.

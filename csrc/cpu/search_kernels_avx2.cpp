@@ -188,6 +188,34 @@ inline __m256i encode_eight(const float* vector, const float* centre, float scal
   return rounded;
 }
 
+// Columns [first, first + 4 kRegisters) of the products.
+template <int kRegisters>
+inline void products_of(const double* vector, const float* matrix, int64_t dims, int64_t columns,
+                        double* result) {
+  __m256d sums[kRegisters] = {};
+  for (int64_t j = 0; j < dims; ++j, matrix += columns) {
+    const __m256d value = _mm256_broadcast_sd(vector + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRegisters; ++i) {
+      const __m256d row = _mm256_cvtps_pd(_mm_loadu_ps(matrix + 4 * i));
+      sums[i] = _mm256_fmadd_pd(value, row, sums[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; ++i) _mm256_storeu_pd(result + 4 * i, sums[i]);
+}
+
+void avx2_products(const double* vector, const float* matrix, int64_t dims, int64_t columns,
+                   double* result) {
+  int64_t first = 0;
+  for (; first + 32 <= columns; first += 32) {
+    products_of<8>(vector, matrix + first, dims, columns, result + first);
+  }
+  for (; first < columns; first += kLanes) {
+    products_of<4>(vector, matrix + first, dims, columns, result + first);
+  }
+}
+
 Encoding avx2_encode(const float* vector, const float* centre, int64_t dims, float scale, int limit,
                      int offset, uint8_t* code) {
   const float inverse = 1.0f / scale, largest = static_cast<float>(limit);
@@ -306,6 +334,13 @@ bool avx2_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t* c
   return any != 0;
 }
 
+uint16_t avx2_screen_block(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                           const int32_t* bias, int64_t packs) {
+  uint16_t mask;
+  avx2_screen_blocks(query, threshold, codes, bias, packs, 1, &mask);
+  return mask;
+}
+
 }  // namespace
 
 const SearchKernels& avx2_kernels() {
@@ -313,11 +348,13 @@ const SearchKernels& avx2_kernels() {
                                         kQueryStep,
                                         avx2_squared_distances,
                                         distance_tile_by_rows<distances_to_run>,
+                                        avx2_products,
                                         avx2_encode,
                                         avx2_largest_difference,
                                         avx2_screen_tile,
                                         screen_batch_by_tiles<avx2_screen_tile>,
                                         avx2_screen_blocks,
+                                        screen_masked_by_blocks<avx2_screen_block>,
                                         generic_closest_codes,
                                         generic_tile_distances,
                                         generic_keep_clusters,

@@ -27,6 +27,34 @@
 namespace psvdd::cpu {
 namespace {
 
+// Columns [first, first + 8 kRegisters) of the products.
+template <int kRegisters>
+inline void products_of(const double* vector, const float* matrix, int64_t dims, int64_t columns,
+                        double* result) {
+  __m512d sums[kRegisters] = {};
+  for (int64_t j = 0; j < dims; ++j, matrix += columns) {
+    const __m512d value = _mm512_set1_pd(vector[j]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRegisters; ++i) {
+      const __m512d row = _mm512_cvtps_pd(_mm256_loadu_ps(matrix + 8 * i));
+      sums[i] = _mm512_fmadd_pd(value, row, sums[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; ++i) _mm512_storeu_pd(result + 8 * i, sums[i]);
+}
+
+void avx512_products(const double* vector, const float* matrix, int64_t dims, int64_t columns,
+                     double* result) {
+  int64_t first = 0;
+  for (; first + 64 <= columns; first += 64) {
+    products_of<8>(vector, matrix + first, dims, columns, result + first);
+  }
+  for (; first < columns; first += kLanes) {
+    products_of<2>(vector, matrix + first, dims, columns, result + first);
+  }
+}
+
 Encoding avx512_encode(const float* vector, const float* centre, int64_t dims, float scale,
                        int limit, int offset, uint8_t* code) {
   const __m512 inverse = _mm512_set1_ps(1.0f / scale), step = _mm512_set1_ps(scale);
@@ -74,14 +102,32 @@ inline __m512i broadcast_pack(const uint8_t* query, int64_t p) {
   return _mm512_set1_epi32(pack);
 }
 
-// Sums over one block for one query.
+// Sums over one block for one query, in four chains of products, so that they do not wait for each
+// other.
 inline __m512i block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
                           int64_t packs) {
-  __m512i sums = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias));
-  for (int64_t p = 0; p < packs; ++p) {
-    add_products(&sums, broadcast_pack(query, p), _mm512_loadu_si512(codes + p * 64));
+  constexpr int kChains = 4;
+  __m512i sums[kChains] = {};
+  sums[0] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(bias));
+  int64_t p = 0;
+  for (; p + kChains <= packs; p += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      add_products(&sums[i], broadcast_pack(query, p + i),
+                   _mm512_loadu_si512(codes + (p + i) * 64));
+    }
   }
-  return sums;
+  for (; p < packs; ++p) {
+    add_products(&sums[0], broadcast_pack(query, p), _mm512_loadu_si512(codes + p * 64));
+  }
+  return _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+}
+
+// Which rows of one block pass.
+inline uint16_t screen_block(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                             const int32_t* bias, int64_t packs) {
+  return _mm512_cmpge_epi32_mask(block_sums(query, codes, bias, packs),
+                                 _mm512_set1_epi32(threshold));
 }
 
 template <int kQueries>
@@ -199,8 +245,7 @@ bool avx512_screen_blocks(const uint8_t* query, int32_t threshold, const int8_t*
     any |= mask;
   }
   for (; b < blocks; ++b) {
-    const __m512i sum = block_sums(query, codes + b * packs * 64, bias + b * kLanes, packs);
-    masks[b] = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
+    masks[b] = screen_block(query, threshold, codes + b * packs * 64, bias + b * kLanes, packs);
     any |= masks[b];
   }
   return any != 0;
@@ -322,11 +367,13 @@ const SearchKernels& avx512_kernels() {
                                         1,
                                         avx512_squared_distances,
                                         distance_tile_by_rows<distances_to_run>,
+                                        avx512_products,
                                         avx512_encode,
                                         avx512_largest_difference,
                                         avx512_screen_tile,
                                         screen_batch_by_tiles<avx512_screen_tile>,
                                         avx512_screen_blocks,
+                                        screen_masked_by_blocks<screen_block>,
                                         avx512_closest_codes,
                                         avx512_tile_distances,
                                         avx512_keep_clusters,

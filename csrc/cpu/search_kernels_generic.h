@@ -95,6 +95,18 @@ inline float generic_largest_difference(const float* vector, const float* centre
   return largest[0];
 }
 
+inline void generic_products(const double* vector, const float* matrix, int64_t dims,
+                             int64_t columns, double* result) {
+  for (int64_t first = 0; first < columns; first += kLanes) {
+    double sums[kLanes] = {};
+    for (int64_t j = 0; j < dims; ++j) {
+      const float* values = matrix + j * columns + first;
+      for (int r = 0; r < kLanes; ++r) sums[r] += vector[j] * values[r];
+    }
+    for (int r = 0; r < kLanes; ++r) result[first + r] = sums[r];
+  }
+}
+
 // Sums over one block for one query: [16].
 inline void generic_block_sums(const uint8_t* query, const int8_t* codes, const int32_t* bias,
                                int64_t packs, int32_t* sums) {
@@ -121,6 +133,13 @@ inline bool generic_screen_blocks(const uint8_t* query, int32_t threshold, const
     any |= mask;
   }
   return any != 0;
+}
+
+inline uint16_t generic_screen_block(const uint8_t* query, int32_t threshold, const int8_t* codes,
+                                     const int32_t* bias, int64_t packs) {
+  uint16_t mask;
+  generic_screen_blocks(query, threshold, codes, bias, packs, 1, &mask);
+  return mask;
 }
 
 inline void generic_closest_codes(const uint8_t* query, const int8_t* codes, const int32_t* bias,

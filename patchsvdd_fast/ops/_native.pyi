@@ -118,13 +118,10 @@ class Backend:
     ) -> None: ...
 
 class cpu(Backend):  # noqa: N801 (a submodule)
-    class CodedRows:
+    class RowCodes:
         def __init__(
             self,
-            rows: int,
-            dim: int,
-            data: int,
-            is_half: bool,
+            block_rows: int,
             codes: int,
             bias: int,
             centres: int,
@@ -132,8 +129,33 @@ class cpu(Backend):  # noqa: N801 (a submodule)
             slack: int,
         ) -> None: ...
 
+    class LeadingAxes:
+        def __init__(self, projection: cpu.Projection, error: float) -> None: ...
+
+    class CodedRows:
+        def __init__(
+            self,
+            rows: int,
+            dim: int,
+            data: int,
+            is_half: bool,
+            codes: cpu.RowCodes,
+            leading_axes: cpu.LeadingAxes,
+            leading: cpu.RowCodes,
+        ) -> None: ...
+
     @staticmethod
     def code_block_rows(dim: int) -> int: ...
+    @staticmethod
+    def leading_images(
+        leading_axes: cpu.LeadingAxes,
+        rows: int,
+        data: int,
+        is_half: bool,
+        images: int,
+        errors: int,
+        context: int,
+    ) -> None: ...
     @staticmethod
     def encode_rows(bank: cpu.CodedRows, context: int) -> None: ...
     @staticmethod

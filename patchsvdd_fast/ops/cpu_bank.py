@@ -191,7 +191,7 @@ class ClusterArrays(NamedTuple):
             if name not in ("mean", "basis")
         }
         return _native.cpu.ClusteredBank(
-            projection=_projection(self.mean, self.basis, stretch),
+            projection=native_projection(self.mean, self.basis, stretch),
             rows=self.data.shape[0],
             clusters=self.centroids.shape[0],
             packs=self.codes.shape[1],
@@ -215,7 +215,7 @@ def project(
     """
     projected, errors = floats(len(embeddings), basis.shape[1]), floats(len(embeddings))
     _native.cpu.project(
-        projection=_projection(mean, basis, stretch),
+        projection=native_projection(mean, basis, stretch),
         rows=len(embeddings),
         data=embeddings.data_ptr(),
         is_half=embeddings.dtype == float16,
@@ -259,7 +259,7 @@ def release_memory() -> None:
     _native.cpu.release_memory()
 
 
-def _projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Projection:
+def native_projection(mean: Tensor, basis: Tensor, stretch: float) -> _native.cpu.Projection:
     """The struct of pointers to a mean [D] and a basis ([D, A], or [0, A]: none)."""
     return _native.cpu.Projection(
         dim=mean.shape[0],

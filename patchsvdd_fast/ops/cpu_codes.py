@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, float16, float32, int8, int32
 
 from . import _native
+from .cpu_bank import native_projection
 
 MOST_DIMS = 4096
 """Longer embeddings have no codes (kMostDims in csrc/cpu/search_kernels.h)."""
@@ -15,28 +17,23 @@ MOST_DIMS = 4096
 LEAST_DIMS = 4
 """A search of shorter embeddings makes no use of codes: comparing the values is as fast."""
 
+LEADING_STEP = 64
+"""Images under a bank's leading axes have a multiple of so many coordinates (kCodeStride)."""
+
 _TILE_ROWS = 64  # codes are padded to a multiple of it (kTileRows)
 _LANES = 16
-_NOTHING = 2**31 - 1  # bias of padding (kNothing)
-_MOST_BIAS = 1 << 15  # per code c: more than c^2 / 2 + 128 |c| can be
-_SMALLEST_SCALE = 0.99e-30  # codes.cpp computes none smaller, but 0 for a block without codes
-_LARGEST = 1.3e17  # of differences below 1e15 in 4,096 dimensions, no sum comes near
-_LARGEST_FLOAT = torch.finfo(float32).max
-_DTYPES = {"data": (float32, float16), "codes": (int8,), "bias": (int32,)}  # others are float32
+_DTYPES = {"codes": int8, "bias": int32}  # others are float32
+_MOST_EXCESS = 0.9e-5  # of the axes' products over the unit matrix (kLeadingExcess)
+_STRETCH = 1 + 1e-5  # by which images may be farther apart for that
 
 
-class CodedRows(NamedTuple):
-    """The embeddings of a bank of M rows, and 8-bit codes that a search looks at first.
+class RowCodes(NamedTuple):
+    """Codes of M vectors [M, D], cut into B blocks; each has a centre and a scale of its own.
 
-    D is the dimension of an embedding, P = D / 4 rounded up, and M' is M rounded up to a multiple
-    of 64. Rows are cut into B blocks, whose size follows from D alone; each has a centre and a
-    scale of its own. All arrays are contiguous and on the CPU. Beside the data, which is shared, a
-    row takes about D + 4 bytes: a quarter of what a float32 bank takes, half of a float16 one.
-    docs/design/cpu-search.md says how a search uses them.
+    P is D / 4 rounded up, and M' is M rounded up to a multiple of 64. All arrays are contiguous and
+    on the CPU.
     """
 
-    data: Tensor
-    """[M, D] float32 or float16: the embeddings."""
     codes: Tensor
     """[M' / 16, P, 16, 4] int8: rows minus their block's centre, in units of its scale."""
     bias: Tensor
@@ -48,70 +45,140 @@ class CodedRows(NamedTuple):
     slack: Tensor
     """[B] float32: bound on the distance from a row to what its code stands for."""
 
+    def native(self, block_rows: int) -> _native.cpu.RowCodes:
+        """The struct of pointers for the kernels; valid as long as this object lives."""
+        pointers = {name: tensor.data_ptr() for name, tensor in self._asdict().items()}
+        return _native.cpu.RowCodes(block_rows=block_rows, **pointers)
+
+
+class LeadingAxes(NamedTuple):
+    """A map of vectors [D] to shorter *images* [A] which are never farther apart than the vectors.
+
+    The image of x holds, for y = x - mean, the A - 1 products of y with orthonormal axes, and
+    the length of what is left of y without these. A is a multiple of `LEADING_STEP`.
+    """
+
+    mean: Tensor
+    """[D] float32."""
+    basis: Tensor
+    """[D, A] float32: axes in columns, orthonormal up to rounding, and a column of zeros."""
+
+    @classmethod
+    def along(cls, mean: Tensor, axes: Tensor) -> LeadingAxes:
+        """The map for a mean [D] and axes [D, A - 1]; ValueError if these are not orthonormal."""
+        basis = torch.nn.functional.pad(axes.float(), (0, 1)).contiguous()
+        if basis.shape[1] % LEADING_STEP:
+            raise ValueError(f"there must be {LEADING_STEP} n - 1 axes, got {axes.shape[1]}")
+        gram = basis[:, :-1].double().T @ basis[:, :-1].double()
+        excess = float((gram - torch.eye(len(gram), dtype=gram.dtype, device="cpu")).norm())
+        if not excess <= _MOST_EXCESS:
+            raise ValueError(f"axes must be orthonormal, their products are off by {excess:.1e}")
+        return cls(mean.float().contiguous(), basis)
+
+    @property
+    def axes(self) -> int:
+        """A."""
+        return self.basis.shape[1]
+
+    def native(self, error: float) -> _native.cpu.LeadingAxes:
+        """The struct for the kernels; valid as long as this object lives.
+
+        error: a bound on the errors of the images of the rows that are searched.
+        """
+        return _native.cpu.LeadingAxes(
+            projection=native_projection(self.mean, self.basis, _STRETCH), error=error
+        )
+
+    def images(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, A] of vectors [N, D] on the CPU, and bounds on their errors [N], float32.
+
+        vectors: float32 or float16, contiguous. Those too long for squares have the image 0, and
+        an infinite error.
+        """
+        images = torch.empty(len(vectors), self.axes, dtype=float32, device="cpu")
+        errors = torch.empty(len(vectors), dtype=float32, device="cpu")
+        _native.cpu.leading_images(
+            leading_axes=self.native(0.0),
+            rows=len(vectors),
+            data=vectors.data_ptr(),
+            is_half=vectors.dtype == float16,
+            images=images.data_ptr(),
+            errors=errors.data_ptr(),
+            context=torch.get_num_threads(),
+        )
+        return images, errors
+
+
+class CodedRows(NamedTuple):
+    """The embeddings of a bank of M rows, and 8-bit codes that a search looks at first.
+
+    Beside the data, which is shared, a row takes about D + 4 bytes, a quarter of what a float32
+    bank takes, half of a float16 one; and A + 4 more where leading axes have codes of their own.
+    docs/design/cpu-search.md says how a search uses them.
+    """
+
+    data: Tensor
+    """[M, D] float32 or float16: the embeddings, contiguous, on the CPU."""
+    codes: RowCodes
+    """Codes of the embeddings."""
+    leading: LeadingAxes | None = None
+    """A map to images that are compared before the embeddings' codes."""
+    leading_codes: RowCodes | None = None
+    """Codes of the images [M, A] of the embeddings, in blocks of as many rows."""
+    leading_error: Tensor | None = None
+    """[] float32: a bound on the error of any of these images."""
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows a block has, but for the last."""
+        dim = self.data.shape[1] if self.leading is None else self.leading.axes
+        return _native.cpu.code_block_rows(dim)
+
     @property
     def code_bytes(self) -> int:
         """The memory that the codes take beside the data, in bytes."""
-        return sum(array.numel() * array.element_size() for array in self[1:])
+        return sum(array.numel() * array.element_size() for array in self.tensors()[1:])
 
-    def check(self) -> None:
-        """Raise ValueError unless the arrays fit together, so that a search stays within them.
+    def tensors(self) -> list[Tensor]:
+        """All arrays, one after the other, for an op; `of_tensors` is the inverse."""
+        tensors = [self.data, *self.codes]
+        if self.leading is not None:
+            assert self.leading_codes is not None and self.leading_error is not None
+            tensors += [*self.leading, *self.leading_codes, self.leading_error]
+        return tensors
 
-        That codes, centres and bounds are those of the data is not checked: with others, a search
-        may miss the nearest row, but reads nothing else.
-        """
-        for name, tensor in self._asdict().items():
-            expected = _DTYPES.get(name, (float32,))
-            if tensor.dtype not in expected or not tensor.is_contiguous():
-                raise ValueError(f"a coded bank's {name} must be contiguous {expected[0]}")
-            if tensor.device.type != "cpu":
-                raise ValueError(f"a coded bank's {name} must be on the CPU")
-        if self.data.ndim != 2 or len(self.data) < 1 or not 1 <= self.data.shape[1] <= MOST_DIMS:
-            raise ValueError(
-                f"a coded bank's data must have shape [M, D] with 1 <= D <= {MOST_DIMS}, "
-                f"got {list(self.data.shape)}"
-            )
-        for name, shape in _shapes(*self.data.shape).items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(
-                    f"a coded bank's {name} must have shape {list(shape)}, "
-                    f"got {list(getattr(self, name).shape)}"
-                )
-        coded = self.scales != 0
-        for name, values, low, high in (
-            ("centres", self.centres, -_LARGEST_FLOAT, _LARGEST_FLOAT),
-            ("scales", self.scales[coded], _SMALLEST_SCALE, _LARGEST),
-            ("slack", self.slack, 0.0, _LARGEST),
-        ):
-            if not bool(((values >= low) & (values <= high)).all()):  # false for NaN
-                raise ValueError(f"a coded bank's {name} must be in [{low:g}, {high:g}]")
-        self._check_codes(coded)
-
-    def _check_codes(self, coded: Tensor) -> None:
-        """Require biases whose sums with products cannot overflow, and padding that looks it."""
-        rows, dim = self.data.shape
-        block = torch.arange(len(self.bias)) // _native.cpu.code_block_rows(dim)
-        is_row = coded[block]
-        is_row[rows:] = False
-        limit = _MOST_BIAS * 4 * self.codes.shape[1]
-        is_small = (self.bias >= -limit) & (self.bias <= limit)
-        fits = torch.where(is_row, is_small, self.bias == _NOTHING)
-        has_code = (self.codes != 0).any(dim=3).any(dim=1).view(-1)
-        if not bool(fits.all()) or bool((has_code & ~is_row).any()):
-            raise ValueError("a coded bank's bias does not fit its codes")
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> CodedRows:
+        """What `tensors` was called on."""
+        data, codes, leading = tensors[0], RowCodes(*tensors[1:6]), tensors[6:]
+        if not leading:
+            return cls(data, codes)
+        return cls(
+            data,
+            codes,
+            LeadingAxes(*leading[:2]),
+            RowCodes(*leading[2:7]),
+            leading_error=leading[7],
+        )
 
     def native(self) -> _native.cpu.CodedRows:
         """The struct of pointers for the kernels; valid as long as this object lives."""
-        rows, dim = self.data.shape
-        return _native.cpu.CodedRows(
-            rows=rows,
-            dim=dim,
-            is_half=self.data.dtype == float16,
-            **{name: tensor.data_ptr() for name, tensor in self._asdict().items()},
+        codes = self.codes.native(self.block_rows)
+        if self.leading is None:
+            return _native_rows(self.data, codes, _NO_AXES, codes)
+        assert self.leading_codes is not None and self.leading_error is not None
+        return _native_rows(
+            self.data,
+            codes,
+            self.leading.native(float(self.leading_error)),
+            self.leading_codes.native(self.block_rows),
         )
 
 
-def encode_rows(embeddings: Tensor) -> CodedRows:
+def encode_rows(embeddings: Tensor, leading: LeadingAxes | None = None) -> CodedRows:
     """Codes of the embeddings [M, D] float32 or float16, finite (which is not checked).
+
+    leading: makes codes of the embeddings' images, too.
 
     The result shares the memory of contiguous embeddings. Raises ValueError for more than 4,096
     dimensions, and for embeddings that are empty or not on the CPU.
@@ -127,23 +194,58 @@ def encode_rows(embeddings: Tensor) -> CodedRows:
             "embeddings to encode must be float32 or float16 on the CPU, "
             f"got {data.dtype} on {data.device}"
         )
-    arrays = {
-        name: torch.empty(shape, dtype=_DTYPES.get(name, (float32,))[0], device="cpu")
-        for name, shape in _shapes(*data.shape).items()
-    }
-    coded = CodedRows(data=data, **arrays)
-    _native.cpu.encode_rows(bank=coded.native(), context=torch.get_num_threads())
-    return coded
+    if leading is None:
+        return CodedRows(data, _encode(data, _native.cpu.code_block_rows(data.shape[1])))
+    block_rows = _native.cpu.code_block_rows(leading.axes)
+    images, errors = leading.images(data)
+    return CodedRows(
+        data, _encode(data, block_rows), leading, _encode(images, block_rows), errors.max()
+    )
 
 
-def _shapes(rows: int, dim: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays but for the data."""
+def _encode(vectors: Tensor, block_rows: int) -> RowCodes:
+    """Codes of vectors [M, D], made in blocks of so many rows."""
+    rows, dim = vectors.shape
     padded_rows = -(-rows // _TILE_ROWS) * _TILE_ROWS
-    blocks = -(-rows // _native.cpu.code_block_rows(dim))
-    return {
+    blocks = -(-rows // block_rows)
+    shapes = {
         "codes": (padded_rows // _LANES, -(-dim // 4), _LANES, 4),
         "bias": (padded_rows,),
         "centres": (blocks, -(-dim // _LANES) * _LANES),
         "scales": (blocks,),
         "slack": (blocks,),
     }
+    codes = RowCodes(
+        **{
+            name: torch.empty(shape, dtype=_DTYPES.get(name, float32), device="cpu")
+            for name, shape in shapes.items()
+        }
+    )
+    native_codes = codes.native(block_rows)
+    native = _native_rows(vectors, native_codes, _NO_AXES, native_codes)
+    _native.cpu.encode_rows(bank=native, context=torch.get_num_threads())
+    return codes
+
+
+_NO_AXES = _native.cpu.LeadingAxes(
+    projection=_native.cpu.Projection(dim=0, axes=0, mean=0, basis=0, stretch=1.0), error=0.0
+)
+
+
+def _native_rows(
+    data: Tensor,
+    codes: _native.cpu.RowCodes,
+    axes: _native.cpu.LeadingAxes,
+    leading: _native.cpu.RowCodes,
+) -> _native.cpu.CodedRows:
+    """leading: not looked at without axes."""
+    rows, dim = data.shape
+    return _native.cpu.CodedRows(
+        rows=rows,
+        dim=dim,
+        data=data.data_ptr(),
+        is_half=data.dtype == float16,
+        codes=codes,
+        leading_axes=axes,
+        leading=leading,
+    )

@@ -131,7 +131,7 @@ define_op(
 
 def _nearest_in_codes(queries: Tensor, bank: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     def search(found: Found, groups: Groups) -> None:
-        search_codes(found, queries, CodedRows(*bank), groups)
+        search_codes(found, queries, CodedRows.of_tensors(bank), groups)
 
     return _found(queries, bank[0], _Options(*options), search)
 
@@ -293,5 +293,5 @@ def nearest_in_bank(
         if isinstance(bank, SegmentArrays):
             return op.nearest_in_segments(queries, list(bank), *options)
         if isinstance(bank, CodedRows):
-            return op.nearest_in_codes(queries, list(bank), *options)
+            return op.nearest_in_codes(queries, bank.tensors(), *options)
         return op.nearest_in_clusters(queries, list(bank), stretch, *options)

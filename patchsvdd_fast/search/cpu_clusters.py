@@ -9,12 +9,10 @@ for rounding (docs/design/cpu-search.md).
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import NO_GROUPS, Groups
 from ..ops.cpu_bank import (
     LANES,
     ClusterArrays,
@@ -24,9 +22,8 @@ from ..ops.cpu_bank import (
     project,
     release_memory,
 )
-from ..ops.cpu_codes import encode_rows
-from ..ops.search_kernels import Found, search_clusters, search_codes, search_rows
-from .centroids import clusters_wanted, find_centroids, sort_into_clusters
+from ..ops.search_kernels import Found, search_rows
+from .centroids import find_centroids, sort_into_clusters
 
 _COVARIANCE_SAMPLES = 32_768
 # Of wider embeddings only so many axes are looked for, in a sample of so many rows: all axes of
@@ -38,40 +35,23 @@ _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 # than their own rows, before it needs others.
 _MOST_OFF_AXES, _MOST_SPREAD = 0.1, 4.0
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
-_TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
-_TRIALS = 2  # of each way, in turn, while it is not clear; the faster counts
-# The bank's own rows are easier to find than new images' patches, which clusters may take up to
-# three times as long for; brute force takes as long for all.
-_WORTHWHILE = 2.0
 
 
 def build_clusters(
-    embeddings: Tensor,
-    num_clusters: int | None = None,
-    seed: int = 0,
-    groups: Groups = NO_GROUPS,
-) -> tuple[ClusterArrays, float] | None:
-    """Cluster a bank; returns its arrays and the stretch of its projection, or None.
+    embeddings: Tensor, num_clusters: int, seed: int = 0
+) -> tuple[ClusterArrays, float]:
+    """Cluster a bank; returns its arrays and the stretch of its projection.
 
-    embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU.
-    num_clusters: None chooses it from M, and gives up clusters where they would not pay: in small
-        banks, and where a trial search is faster without them.
-    groups: `of_bank`, the groups of the rows; a trial's queries match none of their own.
-
-    Returns None where clusters were given up, asked for as 0, or where `can_be_clustered` is false.
+    embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU, fit for clusters
+        (`can_be_clustered`). num_clusters: at least 1, see `clusters_wanted`.
     """
-    wanted = clusters_wanted(embeddings, num_clusters)
-    if wanted == 0:
-        return None
     generator = torch.Generator("cpu").manual_seed(seed)
     mean, basis, stretch = principal_axes(embeddings, generator)
     projected, errors = project(embeddings, mean, basis, stretch)
-    centroids = find_centroids(projected, wanted, generator)
+    centroids = find_centroids(projected, num_clusters, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
     release_memory()
-    if num_clusters is None and not _pays(embeddings, arrays, stretch, groups, generator):
-        return None
     return arrays, stretch
 
 
@@ -112,6 +92,25 @@ def principal_axes(
 
     embeddings: [M, D] on the CPU. left_out_share: of the variance, what the axes may leave out.
     """
+    dim = embeddings.shape[1]
+    mean, left_out, vectors = spectrum(embeddings, generator)
+    enough = int((left_out > left_out_share).sum()) + 1
+    axes = _padded(enough)
+    if axes > min(3 * dim // 4, len(left_out)):
+        return mean, floats(0, _padded(dim)), 1.0
+    basis = vectors[:, :axes].float().contiguous()
+    # |basis^T x|^2 <= |basis^T basis|_2 |x|^2, and a matrix norm is at most the Frobenius norm.
+    gram = basis.double().T @ basis.double()
+    excess = float((gram - torch.eye(axes, dtype=torch.float64, device="cpu")).norm())
+    return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
+
+
+def spectrum(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D] float32, and principal axes of embeddings [M, D], by a sample of them.
+
+    Returns with the mean, for the first N axes, the share of the variance that is left out by axes
+    up to each of them [N], and these axes in columns [D, N], both float64.
+    """
     rows, dim = embeddings.shape
     samples = _WIDE_SAMPLES if dim > _WIDE else _COVARIANCE_SAMPLES
     picked = torch.randint(rows, (min(rows, samples),), generator=generator, device="cpu")
@@ -121,15 +120,7 @@ def principal_axes(
     variances, vectors = (_first_axes if dim > _WIDE else _all_axes)(sample, generator)
     total = float(sample.square().sum()) / len(sample)
     left_out = total - variances.clamp(min=0).cumsum(0)
-    enough = int((left_out > left_out_share * total).sum()) + 1
-    axes = _padded(enough)
-    if axes > min(3 * dim // 4, len(variances)):
-        return mean, floats(0, _padded(dim)), 1.0
-    basis = vectors[:, :axes].float().contiguous()
-    # |basis^T x|^2 <= |basis^T basis|_2 |x|^2, and a matrix norm is at most the Frobenius norm.
-    gram = basis.double().T @ basis.double()
-    excess = float((gram - torch.eye(axes, dtype=torch.float64, device="cpu")).norm())
-    return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
+    return mean, left_out / total if total > 0 else left_out, vectors
 
 
 def _all_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -189,47 +180,6 @@ def _pack(
     )
     pack_clusters(arrays, stretch, projected, errors, radii)
     return arrays
-
-
-def _pays(
-    embeddings: Tensor,
-    arrays: ClusterArrays,
-    stretch: float,
-    groups: Groups,
-    generator: torch.Generator,
-) -> bool:
-    """Whether a search for some of the bank's own rows is much faster with its clusters."""
-    rows = len(embeddings)
-    run = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
-    starts = torch.randint(rows - len(run) + 1, (_TRIAL_RUNS, 1), generator=generator, device="cpu")
-    picked = (starts + run).flatten()
-    queries = embeddings[picked].float()
-    excluded = _own_groups(picked, rows, groups)
-    clustered, brute = math.inf, math.inf
-    codes = encode_rows(embeddings)  # as an unclustered bank keeps them
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        search_clusters(Found.nothing(queries, None), queries, arrays, stretch, excluded)
-        between = time.perf_counter()
-        search_codes(Found.nothing(queries, None), queries, codes, excluded)
-        clustered = min(clustered, between - began)
-        brute = min(brute, time.perf_counter() - between)
-        if not 1 < brute / clustered < 2 * _WORTHWHILE:
-            break  # clear
-    return clustered * _WORTHWHILE < brute
-
-
-def _own_groups(picked: Tensor, rows: int, groups: Groups) -> Groups:
-    """Groups that exclude each picked row's own from its search, or else the row alone.
-
-    A group that is most of the bank would leave nothing to search.
-    """
-    if groups.of_bank is not None:
-        of_queries = groups.of_bank[picked // groups.rows_per_group]
-        largest = int(groups.of_bank.unique(return_counts=True)[1].max()) * groups.rows_per_group
-        if largest <= rows // 2:
-            return Groups(of_queries, groups.of_bank, groups.rows_per_group)
-    return Groups(picked, torch.arange(rows, device="cpu"))
 
 
 def _offsets(counts: Tensor) -> Tensor:

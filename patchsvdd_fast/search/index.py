@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..ops.checks import NO_GROUPS, Groups
 from ..ops.cpu_bank import ClusterArrays
-from ..ops.cpu_codes import LEAST_DIMS, MOST_DIMS, CodedRows, encode_rows
+from ..ops.cpu_codes import CodedRows, encode_rows
 from ..ops.gpu_bank import SegmentArrays
 from ..ops.search import nearest_in_bank
 from .centroids import can_be_clustered
-from .cpu_clusters import build_clusters, extend_clusters, suit_clusters
+from .cpu_choice import choose_codes, lay_out
+from .cpu_clusters import extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
 
-_LEAST_CODED = 1024  # rows; of fewer, codes are made as fast as they are searched
 _GROWTH = 2  # beyond this factor since clusters were made or tried, they are made or tried anew
 # Rows that were added are searched one by one, without clusters or codes, until they are more than
 # _FEW_ROWS and than this share of the others.
@@ -99,26 +99,24 @@ class Index(NamedTuple):
             stretch=1.0,
             tried_rows=len(rows),
         )
-        if self.wanted_clusters == 0:
-            return plain.coded()
         if _on_gpu(rows):
             segments = build_segments(rows, self.wanted_clusters, self.seed)
-            if segments is None:
-                return plain.coded()
-            return plain._replace(data=segments.data, clusters=segments)
-        built = build_clusters(rows, self.wanted_clusters, self.seed, plain.excluding(None))
-        if built is None:
-            return plain.coded()
-        clusters, stretch = built
+            return (
+                plain if segments is None else plain._replace(data=segments.data, clusters=segments)
+            )
+        found = lay_out(
+            rows, self.wanted_clusters, self.seed, plain.excluding(None), self.keeps_codes
+        )
+        if found is None or isinstance(found, CodedRows):
+            return plain._replace(codes=found)
+        clusters, stretch = found
         return plain._replace(data=clusters.data, clusters=clusters, stretch=stretch)
 
     def coded(self) -> Index:
         """With codes of `data`, where they are kept and searches on the CPU make use of them."""
-        rows, dim = self.data.shape
-        useful = self.clusters is None and rows >= _LEAST_CODED and LEAST_DIMS <= dim <= MOST_DIMS
-        if _on_gpu(self.data) or not (useful and self.keeps_codes):
+        if self.clusters is not None or not self.keeps_codes or _on_gpu(self.data):
             return self._replace(codes=None)
-        return self._replace(codes=encode_rows(self.data))
+        return self._replace(codes=choose_codes(self.data, self.seed, self.excluding(None)))
 
     # --- what it holds ----------------------------------------------------------------------------
 
@@ -215,6 +213,8 @@ class Index(NamedTuple):
         if anew or not can_be_clustered(rows):
             return self.laid_out(rows)
         changed = self._replace(data=rows, appended=None, codes=None)
+        if self.codes is not None:
+            return changed._replace(codes=encode_rows(rows, self.codes.leading))
         if self.clusters is None:
             return changed.coded()
         if isinstance(self.clusters, SegmentArrays):

@@ -121,7 +121,7 @@ void test_cluster_bounds() {
   const SearchKernels& kernels = active_kernels();
   const int64_t padded = round_up(bank.clusters, kLanes);
   std::vector<float> point(made.axes), squared(padded);
-  std::vector<double> sums(made.axes);
+  RowProjector projector(made.bank.projection);
   std::vector<int32_t> kept(padded + kLanes);
   for (int query = 0; query < 20; ++query) {
     std::vector<float> vector(made.values.begin() + integer(0, made.rows - 1) * made.dim,
@@ -129,7 +129,7 @@ void test_cluster_bounds() {
     vector.resize(made.dim);
     const double nudge = std::exp2(uniform(-20, 1)) * bank.reach[integer(0, bank.clusters - 1)];
     for (float& value : vector) value += static_cast<float>(nudge * uniform(-1, 1));
-    const double error = project_row(bank.projection, vector.data(), sums.data(), point.data());
+    const double error = projector(vector.data(), point.data());
     const int64_t own = kernels.tile_distances(point.data(), bank.centroid_tiles, made.axes,
                                                padded / kLanes, squared.data());
     for (int64_t c = 0; c < bank.clusters; ++c) {
@@ -158,25 +158,48 @@ void test_cluster_bounds() {
   }
 }
 
-// The rows of a bank with codes made here.
+// Codes made here, of vectors [rows, dim] in blocks of `block_rows`.
 struct TestCodes {
   std::vector<int8_t> codes;
   std::vector<int32_t> bias;
   std::vector<float> centres, scales, slack;
   CodedRows bank;
 
-  TestCodes(const std::vector<float>& values, int64_t dim, int threads) {
+  TestCodes(const std::vector<float>& values, int64_t dim, int64_t block_rows, int threads) {
     const auto rows = static_cast<int64_t>(values.size()) / dim;
     const int64_t padded_rows = round_up(rows, kTileRows);
-    const int64_t blocks = (rows + code_block_rows(dim) - 1) / code_block_rows(dim);
+    const int64_t blocks = (rows + block_rows - 1) / block_rows;
     codes.resize(padded_rows * ((dim + 3) / 4 * 4));
     bias.resize(padded_rows);
     centres.resize(blocks * round_up(dim, kLanes));
     scales.resize(blocks);
     slack.resize(blocks);
-    bank = {rows,           dim,           values.data(), false, codes.data(), bias.data(),
-            centres.data(), scales.data(), slack.data()};
+    bank = {rows,
+            dim,
+            values.data(),
+            false,
+            {block_rows, codes.data(), bias.data(), centres.data(), scales.data(), slack.data()},
+            {},
+            {}};
     encode_rows(bank, threads);
+  }
+};
+
+// A map to the first coordinates, at most 63, and the images of the rows of a bank.
+struct TestLeading {
+  std::vector<float> mean, basis, images, errors;
+  LeadingAxes map;
+
+  TestLeading(const std::vector<float>& values, int64_t dim, int threads)
+      : mean(dim), basis(dim * 64) {
+    const auto rows = static_cast<int64_t>(values.size()) / dim;
+    for (float& value : mean) value = static_cast<float>(uniform(-1, 1));
+    for (int64_t j = 0; j < std::min<int64_t>(dim, integer(1, 63)); ++j) basis[j * 64 + j] = 1;
+    images.resize(rows * 64);
+    errors.resize(rows);
+    map = {{dim, 64, mean.data(), basis.data(), 1 + kLeadingExcess}, 0};
+    leading_images({map, rows, values.data(), false, images.data(), errors.data()}, threads);
+    map.error = *std::max_element(errors.begin(), errors.end());
   }
 };
 
@@ -226,7 +249,14 @@ void test_searches(int threads) {
     params.first_row = given;
     if (grouped) params.groups.bank_groups += given;
     nearest(params, threads);
-    TestCodes coded(made.values, made.dim, threads);
+    const int64_t block_rows = kTileRows * integer(1, 8);
+    TestCodes coded(made.values, made.dim, block_rows, threads);
+    const TestLeading leading(made.values, made.dim, threads);
+    const TestCodes leading_codes(leading.images, 64, block_rows, threads);
+    if (integer(0, 1)) {
+      coded.bank.leading_axes = leading.map;
+      coded.bank.leading = leading_codes.bank.codes;
+    }
     nearest_in_codes({coded.bank, params.method, groups, queries, vectors.data(), k,
                       coded_squared.data(), coded_indices.data()},
                      threads);

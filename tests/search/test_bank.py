@@ -18,7 +18,7 @@ from patchsvdd_fast import NormalBank, nearest, ops
 from patchsvdd_fast.ops import reference
 from patchsvdd_fast.ops import search as search_ops
 from patchsvdd_fast.ops.checks import Groups
-from patchsvdd_fast.search import cpu_clusters
+from patchsvdd_fast.search import cpu_choice
 from patchsvdd_fast.search.centroids import default_clusters
 from patchsvdd_fast.search.cpu_clusters import build_clusters
 
@@ -110,27 +110,31 @@ def test_rows_along_few_axes_are_clustered_and_noise_is_not():
 @pytest.mark.parametrize(("slower", "clustered"), [("clusters", False), ("brute force", True)])
 def test_what_a_trial_finds_slower_is_not_done(monkeypatch, patches, slower, clustered):
     name = "search_clusters" if slower == "clusters" else "search_codes"
-    search = getattr(cpu_clusters, name)
+    search = getattr(cpu_choice, name)
 
     def slow(*arguments, **named):
         time.sleep(0.2)
         return search(*arguments, **named)
 
-    monkeypatch.setattr(cpu_clusters, name, slow)
+    monkeypatch.setattr(cpu_choice, name, slow)
     assert (NormalBank(patches).num_clusters > 0) == clustered
 
 
 def test_a_trial_leaves_out_the_groups_of_its_queries():
     picked = torch.tensor([0, 7, 11])
     groups = Groups(of_bank=torch.tensor([5, 6, 7, 5]), rows_per_group=3)
-    own = cpu_clusters._own_groups(picked, 12, groups)
+    own = cpu_choice.own_groups(picked, 12, groups)
     assert own.of_queries.tolist() == [5, 7, 5]
     assert own.rows_per_group == 3
     # A group that is most of the bank would leave too little.
     groups = Groups(of_bank=torch.tensor([5, 5, 7, 5]), rows_per_group=3)
-    alone = cpu_clusters._own_groups(picked, 12, groups)
+    alone = cpu_choice.own_groups(picked, 12, groups)
     assert alone.of_queries.tolist() == [0, 7, 11]
     assert alone.of_bank.tolist() == list(range(12))
+    # Rows without images: those about a query, which may be of its image.
+    about = cpu_choice.own_groups(picked, 48, Groups(of_bank=torch.arange(48)))
+    assert about.of_queries.tolist() == [0, 1, 1]
+    assert about.of_bank.tolist() == [row // 6 for row in range(48)]
 
 
 def test_answers_do_not_depend_on_clusters_threads_batches_or_order(patches, queries):

@@ -32,7 +32,7 @@ def assert_finds_the_canonical_answer(bank, queries, **options):
 def test_few_rows_are_added_without_a_build(monkeypatch, clusters):
     bank = NormalBank(blob(5000, 24, 4, 0), clusters=clusters)
     before = bank._index
-    for name in ("build_clusters", "extend_clusters"):
+    for name in ("lay_out", "extend_clusters"):
         monkeypatch.setattr(index_module, name, None)  # would fail
     bank.add(blob(1, 24, 4, 0))
     bank.add(blob(7, 24, 4, 1))
@@ -54,14 +54,14 @@ def test_many_rows_are_merged_with_the_others(clusters):
 def test_a_bank_that_clusters_did_not_pay_for_is_not_tried_again(monkeypatch):
     bank = NormalBank(torch.rand(5000, 64))
     assert bank.num_clusters == 0
-    monkeypatch.setattr(index_module, "build_clusters", None)  # would fail
+    monkeypatch.setattr(index_module, "lay_out", None)  # would fail
     bank.add(torch.rand(2000, 64))
     assert bank._index.appended is None
     opened = NormalBank.from_state_dict(bank.state_dict())
     opened.add(torch.rand(2000, 64))
     monkeypatch.undo()
     tried = []
-    monkeypatch.setattr(index_module, "build_clusters", lambda *_: tried.append(1))
+    monkeypatch.setattr(index_module, "lay_out", lambda *_: tried.append(1))
     opened.add(torch.rand(2000, 64))  # more than twice what was tried
     assert tried == [1]
 

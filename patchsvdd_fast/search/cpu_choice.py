@@ -1,0 +1,165 @@
+"""How a bank on the CPU is searched fastest: in clusters, or by codes of its rows.
+
+Which it is depends on the embeddings and on the processor, so searches of the bank at hand are
+timed. Whatever is chosen, the answers are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import Groups
+from ..ops.cpu_bank import ClusterArrays
+from ..ops.cpu_codes import (
+    LEADING_STEP,
+    LEAST_DIMS,
+    MOST_DIMS,
+    CodedRows,
+    LeadingAxes,
+    encode_rows,
+)
+from ..ops.search_kernels import Found, search_clusters, search_codes, search_rows
+from .centroids import clusters_wanted
+from .cpu_clusters import build_clusters, spectrum
+
+_LEAST_CODED = 1024  # rows; of fewer, codes are made as fast as they are searched
+_TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
+_MOST_ABOUT = 4096  # rows that are left out about a query whose image is not known
+_REPEATS = 2  # of what is timed, in turn; the faster counts
+# New images' patches lie farther from the bank than its own rows do: queries of a trial are rows
+# moved away from their nearest by this share of the distance.
+_MOVED_AWAY = 0.5
+_WORTHWHILE = 1.1  # how much faster what takes more memory has to be
+_LEAST_LEADING = 128  # dimensions; of fewer, images are hardly shorter
+_VARIANCE_LEFT_OUT = 0.15  # the share that leading axes may leave out
+
+
+def lay_out(
+    embeddings: Tensor,
+    num_clusters: int | None,
+    seed: int,
+    groups: Groups,
+    keeps_codes: bool,
+) -> tuple[ClusterArrays, float] | CodedRows | None:
+    """The clusters of a bank with the stretch of their projection, or its codes, or neither.
+
+    embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU.
+    num_clusters: None chooses it from M, and gives up clusters where they do not pay.
+    groups: `of_bank`, the groups of the rows; a trial's queries match none of their own.
+    keeps_codes: whether codes may be kept.
+    """
+    wanted = clusters_wanted(embeddings, num_clusters)
+    if num_clusters is not None and wanted > 0:
+        return build_clusters(embeddings, wanted, seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    codes = choose_codes(embeddings, seed, groups) if keeps_codes else None
+    if wanted == 0:
+        return codes
+    trial = _Trial(embeddings, groups, generator)
+    arrays, stretch = build_clusters(embeddings, wanted, seed)
+    if trial.is_faster(
+        lambda: trial.clusters(arrays, stretch),
+        lambda: trial.rows() if codes is None else trial.codes(codes),
+    ):
+        return arrays, stretch
+    return codes
+
+
+def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | None:
+    """The codes of a bank, with leading axes if a search is faster; None where codes are no use.
+
+    Arguments as for `lay_out`.
+    """
+    rows, dim = embeddings.shape
+    if rows < _LEAST_CODED or not LEAST_DIMS <= dim <= MOST_DIMS:
+        return None
+    plain = encode_rows(embeddings)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    leading = leading_axes(embeddings, generator)
+    if leading is None:
+        return plain
+    coded = encode_rows(embeddings, leading)
+    trial = _Trial(embeddings, groups, generator)
+    return (
+        coded if trial.is_faster(lambda: trial.codes(coded), lambda: trial.codes(plain)) else plain
+    )
+
+
+def leading_axes(embeddings: Tensor, generator: torch.Generator) -> LeadingAxes | None:
+    """Axes that hold most of the variance of embeddings [M, D], half of D at most; None: too many.
+
+    They are principal axes turned at random within the space they span, so that no coordinate is
+    much larger than others, for which codes would be coarse.
+    """
+    dim = embeddings.shape[1]
+    if dim < _LEAST_LEADING:
+        return None
+    mean, left_out, vectors = spectrum(embeddings, generator)
+    enough = int((left_out > _VARIANCE_LEFT_OUT).sum()) + 1
+    axes = -(-(enough + 1) // LEADING_STEP) * LEADING_STEP
+    if axes > dim // 2 or axes > len(left_out):
+        return None
+    turned = torch.randn(axes - 1, axes - 1, generator=generator, dtype=torch.float64, device="cpu")
+    basis, _ = torch.linalg.qr(vectors[:, : axes - 1] @ torch.linalg.qr(turned)[0])
+    return LeadingAxes.along(mean, basis)
+
+
+class _Trial:
+    """Queries like those to come, for searches of a bank to be timed with."""
+
+    def __init__(self, embeddings: Tensor, groups: Groups, generator: torch.Generator) -> None:
+        rows = len(embeddings)
+        run = torch.arange(min(_TRIAL_RUN, rows), device="cpu")
+        last = rows - len(run) + 1
+        starts = torch.randint(last, (_TRIAL_RUNS, 1), generator=generator, device="cpu")
+        picked = (starts + run).flatten()
+        self.embeddings = embeddings
+        self.excluded = own_groups(picked, rows, groups)
+        self.queries = embeddings[picked].float()
+        found = Found.nothing(self.queries, None)
+        search_rows(found, self.queries, embeddings, self.excluded)
+        known = found.squared[:, 0].isfinite()
+        nearest = embeddings[found.rows[known, 0]].float()
+        self.queries[known] += _MOVED_AWAY * (self.queries[known] - nearest)
+
+    def clusters(self, arrays: ClusterArrays, stretch: float) -> None:
+        search_clusters(self._nothing(), self.queries, arrays, stretch, self.excluded)
+
+    def codes(self, codes: CodedRows) -> None:
+        search_codes(self._nothing(), self.queries, codes, self.excluded)
+
+    def rows(self) -> None:
+        search_rows(self._nothing(), self.queries, self.embeddings, self.excluded)
+
+    def is_faster(self, search: Callable[[], None], other: Callable[[], None]) -> bool:
+        """Whether the first search is faster than the other, by what makes it worthwhile."""
+        times: dict[Callable[[], None], float] = {}
+        for _ in range(_REPEATS):
+            for way in (search, other):
+                began = time.perf_counter()
+                way()
+                taken = time.perf_counter() - began
+                times[way] = min(taken, times.get(way, taken))
+        return times[search] * _WORTHWHILE < times[other]
+
+    def _nothing(self) -> Found:
+        return Found.nothing(self.queries, None)
+
+
+def own_groups(picked: Tensor, rows: int, groups: Groups) -> Groups:
+    """Groups that exclude each picked row's own from its search, or else the rows about it.
+
+    A group that is most of the bank would leave nothing to search; and rows that are each their own
+    group may still be of one image, one after the other.
+    """
+    if groups.of_bank is not None:
+        of_queries = groups.of_bank[picked // groups.rows_per_group]
+        largest = int(groups.of_bank.unique(return_counts=True)[1].max()) * groups.rows_per_group
+        if 1 < largest <= rows // 2:
+            return Groups(of_queries, groups.of_bank, groups.rows_per_group)
+    run = max(1, min(_MOST_ABOUT, rows // 8))
+    return Groups(picked // run, torch.arange(rows, device="cpu") // run)

@@ -1,0 +1,103 @@
+"""What a bank on the CPU is searched by is decided by trials; the answers are the same."""
+
+import pytest
+import torch
+
+from patchsvdd_fast import NormalBank, nearest
+from patchsvdd_fast.search import cpu_choice
+
+NO_GROUPS = cpu_choice.Groups()
+
+
+def decaying(rows, dim, seed=0):
+    """Embeddings whose variance falls along the axes, as that of pretrained features does."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = torch.arange(1, dim + 1) ** -1.0
+    return torch.randn(rows, dim, generator=generator) * deviations
+
+
+def axes_of(embeddings):
+    leading = cpu_choice.leading_axes(embeddings, torch.Generator().manual_seed(0))
+    return None if leading is None else leading.axes
+
+
+def test_leading_axes_are_few_and_hold_most_of_the_variance():
+    assert axes_of(decaying(3000, 176)) == 64
+    assert axes_of(decaying(3000, 600)) == 64
+    assert axes_of(torch.randn(3000, 176)) is None  # no axis leads
+    assert axes_of(decaying(3000, 100)) is None  # too short to be worth it
+    assert axes_of(torch.zeros(3000, 200)) in (None, 64)  # nothing to lead
+
+
+@pytest.mark.parametrize(("slower", "leads"), [("leading", False), ("others", True)])
+def test_leading_axes_are_kept_where_a_trial_is_faster(monkeypatch, slower, leads):
+    rows = decaying(2000, 176)
+
+    def is_faster(trial, search, other):
+        search()
+        other()
+        return slower == "others"
+
+    monkeypatch.setattr(cpu_choice._Trial, "is_faster", is_faster)
+    codes = cpu_choice.choose_codes(rows, 0, NO_GROUPS)
+    assert (codes.leading is not None) == leads
+
+
+@pytest.mark.parametrize("dim", [176, 700])
+def test_a_bank_with_leading_axes_finds_the_canonical_answer(monkeypatch, dim):
+    monkeypatch.setattr(cpu_choice._Trial, "is_faster", lambda *_: True)
+    rows, queries = decaying(3000, dim), decaying(400, dim, seed=1)
+    queries[3] = 1e17  # beyond what codes are made for
+    bank = NormalBank(rows[:2000], clusters=0)
+    before = bank._index.codes.leading
+    assert before.axes == 64
+    bank.add(rows[2000:])
+    assert bank._index.codes.leading is before  # merged, along the same axes
+    for k in (None, 7):
+        for ours, theirs in zip(
+            bank.nearest(queries, k=k), nearest(queries, rows, k=k), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    opened = NormalBank.from_state_dict(bank.state_dict())
+    assert opened._index.codes.leading.axes == 64
+
+
+def test_queries_of_a_trial_lie_farther_from_the_bank_than_its_own_rows():
+    rows = torch.randn(4000, 20)
+    groups = cpu_choice.Groups(of_bank=torch.arange(40), rows_per_group=100)
+    trial = cpu_choice._Trial(rows, groups, torch.Generator().manual_seed(0))
+    own = cpu_choice._Trial(rows, groups, torch.Generator().manual_seed(0))
+    assert torch.equal(trial.queries, own.queries)  # the same for a seed
+    found, _ = nearest(
+        trial.queries,
+        rows,
+        exclude_same_group=(trial.excluded.of_queries, groups.of_bank.repeat_interleave(100)),
+    )
+    nearest_own, _ = nearest(
+        rows[:512],
+        rows,
+        exclude_same_group=(torch.arange(512) // 100, groups.of_bank.repeat_interleave(100)),
+    )
+    assert 1.2 < float(found.median() / nearest_own.median()) < 1.5
+
+
+@pytest.mark.parametrize("count", [1, 30, 700])
+@pytest.mark.parametrize("k", [None, 5])
+def test_queries_far_from_a_clustered_bank_are_left_to_brute_force(count, k):
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.randn(4, 64, generator=generator)
+    rows = torch.randn(8000, 4, generator=generator) @ axes
+    bank = NormalBank(rows.view(80, 100, 1, 64), clusters=50)
+    queries = rows[:count] + 0.01
+    queries[::2] = 30 * torch.randn(len(queries[::2]), 64, generator=generator)
+    own = torch.arange(count) // 100
+    every_row = torch.arange(80).repeat_interleave(100)
+    shares = []
+    found = bank.nearest(
+        queries.view(count, 1, 1, 64), exclude_same_group=own, k=k, progress=shares.append
+    )
+    expected = nearest(queries, rows, exclude_same_group=(own, every_row), k=k)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.flatten(), theirs.flatten())
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
