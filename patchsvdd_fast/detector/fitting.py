@@ -187,6 +187,7 @@ def calibrated(
         calibrating,
         encoder.surroundings != 0,
         embeddings,
+        given["reweight"],
     )
     normality.warn_of_twins(normal.gallery, calibration)
     return calibration

@@ -73,6 +73,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         embedding_dim: D, an embedding's length; None: 64 for Patch SVDD, all channels of others.
         coreset: share of the patches that banks keep, so chosen that no other is far from them, see
             `NormalBank.coreset`; None: all. Images can then not be added, removed or merged.
+        reweight: multiply image scores as PatchCore does, by how alone the nearest normal patch is
+            among this many, 2 to 32, see `score.reweighting`; None: do not. For a single level, as
+            pretrained encoders have.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -113,6 +116,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         patience: int | None = None,
         embedding_dim: int | None = None,
         coreset: float | None = None,
+        reweight: int | None = None,
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
@@ -142,6 +146,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.patience = patience
         self.embedding_dim = embedding_dim
         self.coreset = coreset
+        self.reweight = reweight
         self.keep_images = keep_images
         self.device = device
         self.seed = seed

@@ -65,6 +65,7 @@ def score_encoded(model: Model, encoded: Sequence[Tensor], shape: tuple[int, int
         shape,
         parameters["combination"],
         rule=map_rule(model.encoder, model.calibration),
+        reweight=parameters["reweight"],
     )
 
 
