@@ -66,6 +66,13 @@ CoresetOption = Annotated[
         "from. Scores grow by no more than what is shown; images cannot be added or removed later."
     ),
 ]
+ReweightOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Multiply image scores as PatchCore does, by how alone the nearest normal patch is "
+        "among this many, 2 to 32, such as 9. For pretrained encoders."
+    ),
+]
 RateOption = Annotated[
     float | None,
     typer.Option(

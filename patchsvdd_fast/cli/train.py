@@ -20,6 +20,7 @@ from .options import (
     EncoderOption,
     ProjectionOption,
     ResizeOption,
+    ReweightOption,
     encoder_parameters,
     loading,
     parse_resize,
@@ -51,6 +52,7 @@ def train(
     projection: ProjectionOption = None,
     dim: DimOption = None,
     coreset: CoresetOption = None,
+    reweight: ReweightOption = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -215,6 +217,7 @@ def train(
             projection=projection,
             embedding_dim=dim,
             coreset=coreset,
+            reweight=reweight,
             image_size=parse_resize(resize),
             combination=combination,
             contamination=contamination,

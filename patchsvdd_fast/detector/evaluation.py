@@ -17,7 +17,7 @@ from ..files.whole import written_whole
 from ..images.prepare import read_mask
 from ..score import metrics
 from ..score.image_result import ImageResult
-from ..score.maps import combinations_of, combine
+from ..score.maps import combinations_of, combine, scores_of
 from ..score.metrics import METRICS
 from .patch_svdd import PatchSVDD
 
@@ -57,10 +57,13 @@ def evaluate_category(
             f"{category.root / 'test'} needs good and anomalous images, got only one kind"
         )
     parts: dict[str, list[Tensor]] = {}
+    weights: list[Tensor] = []  # of re-weighted scores
     with detector.score_stream(image.path for image in tests) as stream:
         for image, result in zip(tests, stream, strict=True):
             for name, level_map in result.scores.level_maps.items():
                 parts.setdefault(name, []).append(level_map)
+            if result.scores.weights is not None:
+                weights.append(result.scores.weights)
             if on_result is not None:
                 on_result(image, result)
     shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
@@ -72,9 +75,11 @@ def evaluate_category(
     masks = read_masks(tests, (height, width))
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels_):
-        maps = combine(level_maps, combination).numpy()
+        combined = combine(level_maps, combination)
+        scores = scores_of(combined, torch.cat(weights) if weights else None).numpy()
+        maps = combined.numpy()
         percent[combination] = {
-            "detection": 100 * metrics.detection_auroc(maps.max(axis=(1, 2)), labels),
+            "detection": 100 * metrics.detection_auroc(scores, labels),
             "segmentation": None
             if masks is None
             else 100 * metrics.segmentation_auroc(maps, masks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ..images.light import (
     match_illumination,
     mean_colour,
     mean_image,
+    mean_of_size,
 )
 from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
 from ..ops.backends import resolve_device
@@ -115,6 +117,18 @@ def fit_model(
     )
 
 
+def refit_model(before: Model, source: Any) -> Model:
+    """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
+    given = before.parameters
+    images = load(source, given)
+    mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
+    normal, calibration = filled(given, before.encoder, mean, before.light, images)
+    if given["mean"] == "pixel":
+        normality.warn_of_repeats(normal.gallery, before.gallery)
+    banks, gallery = normal
+    return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
+
+
 def load(source: Any, given: Parameters, progress: Progress | None = None) -> ImageSet:
     """Load and resize images as resolved parameters say."""
     size, smallest = parse_size(given["image_size"]), parameters.largest_patch(given["levels"])
@@ -173,6 +187,7 @@ def calibrated(
         calibrating,
         encoder.surroundings != 0,
         embeddings,
+        given["reweight"],
     )
     normality.warn_of_twins(normal.gallery, calibration)
     return calibration

@@ -172,7 +172,9 @@ def _model_of(
         raise ValueError("the banks are not of the same images")
     (count,) = counts
     if header["schema_version"] < _CALIBRATION_SCHEMA:
-        calibration = calibrate(banks, (height, width), parameters["combination"])
+        calibration = calibrate(
+            banks, (height, width), parameters["combination"], reweight=parameters["reweight"]
+        )
     else:
         stored = below(tensors, "calibration.")
         calibration = Calibration.from_tensors(stored) if stored else None
@@ -345,6 +347,8 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         "subtracted": MEANS[parameters.get("mean", "pixel")],
         "joined by": str(parameters.get("combination")),
     }
+    if parameters["reweight"] is not None:
+        facts["re-weighted"] = f"image scores, by {parameters['reweight']} neighbours"
     if parameters["encoding_precision"] != "float32":
         facts["encoder"] += f", computing in {parameters['encoding_precision']}"
     if parameters.get("encoder", PATCH_SVDD) != PATCH_SVDD:

@@ -131,7 +131,7 @@ def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
             f"{again} of the images are training images of the detector, and may have a part "
             "in its mean image, which makes thresholds too low: leave images out with "
             "`remove` (patchsvdd update --remove) instead",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

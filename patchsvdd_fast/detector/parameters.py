@@ -20,6 +20,7 @@ from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import parse_size
 from ..score.maps import check_combination
+from ..score.reweighting import check_reweight
 from ..training import settings
 from ..training.settings import TrainingSettings, training_settings
 
@@ -128,6 +129,7 @@ def check_parameters(parameters: Parameters) -> None:
     coreset = parameters["coreset"]
     if coreset is not None and not 0 < coreset <= 1:
         raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
+    check_reweight(parameters["reweight"], levels)
     if not 0 <= parameters["contamination"] < 1:
         raise ValueError(f"contamination must be in [0, 1), got {parameters['contamination']}")
     size, largest = parse_size(parameters["image_size"]), largest_patch(levels)
@@ -184,10 +186,11 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, as `to_header` put them there."""
-    # Older files have no precision for encoding, and no coresets.
+    # Older files have no precision for encoding, no coresets and no re-weighting.
     parameters: dict[str, Any] = {
         "encoding_precision": "float32",
         "coreset": None,
+        "reweight": None,
         **header["parameters"],
     }
     parameters["levels"] = tuple(

@@ -6,7 +6,7 @@ Methods have a few lines each: the work is done in the other files of this folde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..encoders.pretrained import PATCH_SVDD
-from ..images.light import mean_of_size
 from ..images.prepare import ImageSet
 from ..ops.backends import resolve_device
 from ..score.image_result import ImageResult
-from ..score.maps import ScoreResult, search_levels
+from ..score.maps import ScoreResult
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import normality, parameters, scoring
-from .fitting import Keeping, calibrated, filled, fit_model, load
+from .fitting import Keeping, calibrated, fit_model, load, refit_model
 from .forecast import OnProgress
 from .model_file import Model, differences, load_model, save_model
 from .normality import Normality
@@ -74,6 +73,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         embedding_dim: D, an embedding's length; None: 64 for Patch SVDD, all channels of others.
         coreset: share of the patches that banks keep, so chosen that no other is far from them, see
             `NormalBank.coreset`; None: all. Images can then not be added, removed or merged.
+        reweight: multiply image scores as PatchCore does, by how alone the nearest normal patch is
+            among this many, 2 to 32, see `score.reweighting`; None: do not. For a single level, as
+            pretrained encoders have.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -114,6 +116,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         patience: int | None = None,
         embedding_dim: int | None = None,
         coreset: float | None = None,
+        reweight: int | None = None,
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
@@ -143,6 +146,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.patience = patience
         self.embedding_dim = embedding_dim
         self.coreset = coreset
+        self.reweight = reweight
         self.keep_images = keep_images
         self.device = device
         self.seed = seed
@@ -274,16 +278,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         `fit`: to leave some of those out, use `remove`. Raises ValueError for unusable images, and
         for those of another size unless mean="channel".
         """
-        before = self._model()
-        given = before.parameters
-        images = load(X, given)
-        mean = mean_of_size(self.mean_, given["mean"], *images.pixels.shape[-2:])
-        normal, calibration = filled(given, self.encoder_, mean, self.light_, images)
+        model = refit_model(self._model(), X)
         twin = type(self)(**self.get_params())
-        banks, gallery = normal
-        twin._use(replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration))
-        if given["mean"] == "pixel":
-            normality.warn_of_repeats(normal.gallery, self.gallery_)
+        twin._use(model)
         return twin
 
     def usual_light(self) -> Tensor | None:
@@ -314,9 +311,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""
-        self._require_fitted()
-        rule = scoring.map_rule(self.encoder_, self.calibration_)
-        return search_levels(self.banks_, encoded, shape, self.combination, rule=rule)
+        return scoring.score_encoded(self._model(), encoded, shape)
 
     def score_stream(
         self,

@@ -14,7 +14,7 @@ from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
 from ..score.calibration import Calibration
 from ..score.encoding import NotFiniteError, encode_images
 from ..score.image_result import ImageResult, image_results
-from ..score.maps import MapRule, search_levels
+from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from .model_file import Model
 from .parameters import Parameters, largest_patch, usual_light
@@ -56,6 +56,19 @@ def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:
     return MapRule(interpolate=encoder.surroundings != 0, border=border)
 
 
+def score_encoded(model: Model, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
+    """Score images of (height, width) pixels by their embeddings, as `encode` gives them."""
+    parameters = model.parameters
+    return search_levels(
+        model.banks,
+        encoded,
+        shape,
+        parameters["combination"],
+        rule=map_rule(model.encoder, model.calibration),
+        reweight=parameters["reweight"],
+    )
+
+
 def score_stream(
     model: Model,
     sources: Iterable[Any],
@@ -67,8 +80,6 @@ def score_stream(
     threshold: image score above which an image is called anomalous; None: no verdicts.
     """
     parameters = model.parameters
-
-    rule = map_rule(model.encoder, model.calibration)
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
 
     def read(item: Any, number: int) -> PreparedImage:
@@ -86,9 +97,7 @@ def score_stream(
     def search(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
         images, embeddings = embedded
         height, width = images[0].pixels.shape[1:]
-        scores = search_levels(
-            model.banks, embeddings, (height, width), parameters["combination"], rule=rule
-        )
+        scores = score_encoded(model, embeddings, (height, width))
         return image_results(images, scores, model.calibration, threshold, model.gallery)
 
     return Stream(sources, read, embed, search, on_error)

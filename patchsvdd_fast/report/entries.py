@@ -29,6 +29,8 @@ def open_report(
     """
     banks = ", ".join(f"{level}: {len(bank):,}" for level, bank in detector.banks_.items())
     facts = {"patches in the banks": banks, "maps are joined by": detector.combination}
+    if detector.reweight is not None:
+        facts["image scores are re-weighted by"] = f"{detector.reweight} neighbours"
     scores: list[float] = []
     if detector.calibration_ is not None:
         scores = detector.calibration_.image_scores.tolist()

@@ -62,7 +62,7 @@ class ReportEntry:
     heat: npt.NDArray[np.float32]
     """The map scaled to [0, 1], [H, W]; see `heat_maps.scale_map`."""
     score: float
-    """Maximum of the anomaly map."""
+    """The image score."""
     p_value: float | None
     """How probable it is that a good image scores so high; None if that is unknown."""
     anomalous: bool | None

@@ -21,14 +21,14 @@ MAP_FORMATS = ("png", "tiff", "npy")
 MAP_UNIT = "patchsvdd.map_unit"
 """Key of the text in a PNG map that says which map value one step of its 16 bits stands for."""
 
-_FULL_SCALE = 16  # times the highest good score: what 65,535 in a PNG map stands for
+_FULL_SCALE = 16  # times the highest good pixel: what 65,535 in a PNG map stands for
 _LONGEST_NAME = 140  # bytes of one part of a path, which leaves room for what is added to it
 _LONGEST_FOLDER = 1_000  # bytes of all folders of a path
 _ROOT = "root"  # takes the place of "/"
 
 
 def map_unit(calibration: Calibration | None, anomaly_map: npt.NDArray[np.float32]) -> float:
-    """Map value of one step of a 16-bit map: 65,535 steps are 16 times the highest good score.
+    """Map value of one step of a 16-bit map: 65,535 steps are 16 times the highest good pixel.
 
     So the maps of one detector can be compared; higher values are cut off. Without a calibration
     each map has a unit of its own, in which its maximum is 65,535.

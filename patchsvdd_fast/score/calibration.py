@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..search.bank import NormalBank
-from .border import RINGS, border_factors, ring_means
-from .maps import MapRule, check_combination, combine
+from .border import RINGS, border_factors, corrected, ring_means
+from .maps import MapRule, check_combination, combine, scores_of
+from .reweighting import check_reweight, image_weights
 
 _COMBINED = "combined"
 _LEVEL, _BORDER = "level.", "border."
@@ -89,8 +90,8 @@ class Calibration:
 
     @property
     def highest(self) -> float:
-        """The highest image score: the highest pixel of all good images' maps."""
-        return float(self.image_scores[-1])
+        """The highest pixel of all good images' maps: unless re-weighted, the highest score."""
+        return float(self.pixel_values[-1])
 
     def level_of_alarm(self, values: Mapping[str, float]) -> str:
         """The level that stands out most: by value / highest value of its maps of good images.
@@ -155,6 +156,7 @@ def calibrate(
     progress: Callable[[float], None] | None = None,
     sees_surroundings: bool = False,
     embeddings: Sequence[Tensor] | None = None,
+    reweight: int | None = None,
 ) -> Calibration | None:
     """Score each image of the banks against the banks without its own patches.
 
@@ -165,46 +167,49 @@ def calibrate(
         interpolated, and corrected near the border.
     embeddings: of all patches of the images, [N, I, J, D] per level; None: what the banks hold,
         which must be all.
+    reweight: as for `maps.search_levels`; an image's own rows have no part in its weight.
 
-    Returns None if there is only one image. Raises ValueError for coresets without `embeddings`.
+    Returns None if there is only one image. Raises ValueError for coresets without `embeddings`,
+    and as `maps.search_levels`.
     """
     num_images = len(next(iter(banks.values())).groups)
     if num_images < 2:
         return None
     check_combination(combination, list(banks))
+    check_reweight(reweight, list(banks))
     at_once = max(1, _PIXELS_AT_ONCE // (image_shape[0] * image_shape[1]))
     if embeddings is None:
         embeddings = [_all_embeddings(bank) for bank in banks.values()]
     distances = _own_distances(banks, embeddings, at_once, progress)
-    border, of_others = {}, {}
+    border = {}
     if sees_surroundings:
-        for name, found in distances.items():
-            means = ring_means(found)
+        for name, values in distances.items():
+            means = ring_means(values)
             border[name] = border_factors(means.mean(dim=0))
             # An image is corrected as a new one would be: by the others' distances.
             others = (means.sum(dim=0) - means) / (num_images - 1)
-            of_others[name] = border_factors(others)  # [N, RINGS]
+            distances[name] = corrected(values, border_factors(others))  # by [N, RINGS]
     rule = MapRule(interpolate=sees_surroundings)
     step = max(1, math.isqrt(num_images * image_shape[0] * image_shape[1] // _MOST_PIXELS))
     scores: dict[str, list[Tensor]] = {}
-    pixels = []
+    pixels, highest = [], []
     for some in torch.arange(num_images).split(at_once):
-        maps = {
-            str(level): rule.map(
-                distances[str(level)][some],
-                level,
-                image_shape,
-                of_others[str(level)][some] if of_others else None,
-            ).cpu()
-            for level in banks
-        }
-        combined = combine(maps, combination).double()
-        for name, values in {**maps, _COMBINED: combined}.items():
-            scores.setdefault(name, []).append(values.double().amax(dim=(1, 2)))
-        pixels.append(combined[:, ::step, ::step].flatten())
+        found = {level: distances[str(level)][some] for level in banks}
+        maps = {str(level): rule.map(found[level], level, image_shape).cpu() for level in banks}
+        combined, weights = combine(maps, combination), None
+        if reweight is not None:
+            ((level, bank),) = banks.items()
+            own = bank.groups[some.to(bank.device)]
+            queries = _patches_of(embeddings[0], some, bank)
+            weights = image_weights(bank, queries, found[level], reweight, own)
+        for name, level_map in maps.items():
+            scores.setdefault(name, []).append(scores_of(level_map).double())
+        scores.setdefault(_COMBINED, []).append(scores_of(combined, weights).double())
+        pixels.append(combined[:, ::step, ::step].flatten().double())
+        highest.append(combined.amax().double())
     ordered = {name: torch.cat(parts).sort().values for name, parts in scores.items()}
     image_scores = ordered.pop(_COMBINED)
-    quantiles = _upper_quantiles(torch.cat(pixels), image_scores[-1:])
+    quantiles = _upper_quantiles(torch.cat(pixels), torch.stack(highest).amax(dim=0, keepdim=True))
     return Calibration(image_scores, quantiles, ordered, border)
 
 
@@ -216,6 +221,11 @@ def _all_embeddings(bank: NormalBank) -> Tensor:
             "them: fit the detector again"
         )
     return bank.embeddings.view(-1, *bank.grid, bank.dim)
+
+
+def _patches_of(embeddings: Tensor, images: Tensor, bank: NormalBank) -> Tensor:
+    """The embeddings of some images [n] out of [N, I, J, D], float32 on the bank's device."""
+    return embeddings[images.to(embeddings.device)].to(bank.device).float()
 
 
 def _own_distances(
@@ -237,9 +247,8 @@ def _own_distances(
         num_images = len(values)
         found = torch.empty(values.shape[:3], device=bank.device)
         for some in torch.arange(num_images, device=bank.device).split(at_once):
-            queries = values[some.to(values.device)].to(bank.device).float()
             own = bank.groups[some]
-            found[some], _ = bank.nearest(queries, exclude_same_group=own)
+            found[some], _ = bank.nearest(_patches_of(values, some, bank), exclude_same_group=own)
             done += len(some) / num_images * work / sum(works)
             if progress is not None:
                 progress(min(1.0, done))

@@ -24,7 +24,7 @@ class ImageResult:
     name: str
     """Its path as given, or "image 3" for the fourth of a stream."""
     score: float
-    """Maximum of the anomaly map."""
+    """Maximum of the anomaly map, times the image's weight where scores are re-weighted."""
     p_value: float | None
     """Probability that a good image scores at least so high; None without a calibration."""
     threshold: float | None

@@ -12,6 +12,7 @@ from ..encoders.levels import PatchLevel
 from ..ops import score_map
 from ..search.bank import NormalBank
 from .border import corrected
+from .reweighting import check_reweight, image_weights
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,18 @@ class ScoreResult:
     matches: dict[str, Tensor] = field(repr=False)
     """Per level: where that normal patch came from, [N, I, J, 3] int64: number of the training
     image, and row and column in its grid of patches (times the stride: top and left in pixels)."""
+    weights: Tensor | None = field(default=None, repr=False)
+    """Of re-weighted scores (`score.reweighting`): the factor of each image, [N] float64."""
 
     def image(self, number: int) -> ScoreResult:
         """The scores of one image alone, with N = 1; copied, so that the others can be freed."""
         one = slice(number, number + 1)
         parts = (self.level_maps, self.distances, self.bank_rows, self.matches)
-        return ScoreResult(
-            self.combination,
-            *({name: t[one].clone() for name, t in part.items()} for part in parts),
+        maps, distances, rows, matches = (
+            {name: t[one].clone() for name, t in part.items()} for part in parts
         )
+        weights = None if self.weights is None else self.weights[one].clone()
+        return ScoreResult(self.combination, maps, distances, rows, matches, weights)
 
     def map(self, combination: str | None = None) -> Tensor:
         """Anomaly map [N, H, W] under the given combination (default: the result's own)."""
@@ -50,8 +54,17 @@ class ScoreResult:
 
     @property
     def image_scores(self) -> Tensor:
-        """[N] float32: the maximum of each anomaly map."""
-        return self.anomaly_map.amax(dim=(1, 2))
+        """[N] float32: the maximum of each anomaly map, times the image's weight if it has one."""
+        return scores_of(self.anomaly_map, self.weights)
+
+
+def scores_of(maps: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Image scores [N] float32 of maps [N, H, W]: the maximum of each, times its weight if given.
+
+    weights: [N] float64, see `ScoreResult`.
+    """
+    highest = maps.amax(dim=(1, 2))
+    return highest if weights is None else (highest.double() * weights).float()
 
 
 def combinations_of(levels: Sequence[PatchLevel]) -> list[str]:
@@ -95,22 +108,17 @@ class MapRule:
     border: Mapping[str, Tensor] = field(default_factory=dict)
     """Per level: factors that distances near the border are divided by, see `score.border`."""
 
-    def map(
-        self,
-        distances: Tensor,
-        level: PatchLevel,
-        image_shape: tuple[int, int],
-        border: Tensor | None = None,
-    ) -> Tensor:
-        """The map [N, H, W] of distances [N, I, J].
-
-        border: instead of the rule's own, [RINGS] or [N, RINGS].
-        """
-        factors = self.border.get(str(level)) if border is None else border
-        values = distances if factors is None else corrected(distances, factors)
+    def map(self, distances: Tensor, level: PatchLevel, image_shape: tuple[int, int]) -> Tensor:
+        """The map [N, H, W] of distances [N, I, J]."""
+        values = self.values(distances, level)
         if self.interpolate:
             return _interpolated(values, level, image_shape)
         return score_map(values, level.size, level.stride, *image_shape)
+
+    def values(self, distances: Tensor, level: PatchLevel) -> Tensor:
+        """What the map shows of distances [N, I, J]: these, corrected near the border."""
+        factors = self.border.get(str(level))
+        return distances if factors is None else corrected(distances, factors)
 
 
 def _interpolated(values: Tensor, level: PatchLevel, image_shape: tuple[int, int]) -> Tensor:
@@ -141,22 +149,27 @@ def search_levels(
     combination: str = "mult",
     groups: Tensor | None = None,
     rule: MapRule = DEFAULT_RULE,
+    reweight: int | None = None,
 ) -> ScoreResult:
     """Score images by their embeddings, one [N, I, J, D] per level of the banks, in their order.
 
     image_shape: (height, width) in pixels. groups: [N] int64, one per image, whose patches match
-    no bank rows of that group. rule: how maps are made; it changes no distance. Results lie on the
-    CPU. Raises ValueError for another combination than `combine` takes.
+    no bank rows of that group. rule: how maps are made; it changes no distance. reweight: multiply
+    image scores as PatchCore does, by this many neighbours, 2 to 32, see `score.reweighting`; None:
+    they are the maxima of the maps. Results lie on the CPU. Raises ValueError for another
+    combination than `combine` takes, and for `reweight` with several levels.
     """
     check_combination(combination, list(banks))
+    check_reweight(reweight, list(banks))
     maps, distances, rows, matches = {}, {}, {}, {}
+    weights = None
     for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
-        own = None
-        if groups is not None:
-            own = groups.to(bank.device)[:, None, None].expand(embeddings.shape[:-1])
+        own = None if groups is None else groups.to(bank.device)
         found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
         name = str(level)
         maps[name] = rule.map(found, level, image_shape).cpu()
         distances[name], rows[name] = found.cpu(), row.cpu()
         matches[name] = bank.source(row).cpu()
-    return ScoreResult(combination, maps, distances, rows, matches)
+        if reweight is not None:
+            weights = image_weights(bank, embeddings, rule.values(found, level), reweight, own)
+    return ScoreResult(combination, maps, distances, rows, matches, weights)

@@ -54,10 +54,10 @@ def find_regions(
 ) -> list[Region]:
     """The anomalous regions of one image, the most anomalous first.
 
-    A region is a connected part of the map whose peak exceeds the threshold. It ends where the map
-    falls to the value that one pixel in a thousand of good images exceeds (or to the threshold, if
-    that is lower). So there are regions exactly if the image is called anomalous; for others see
-    `highest_place`.
+    A region is a connected part of the map whose peak exceeds the threshold, times the image's
+    weight if scores are re-weighted. It ends where the map falls to the value that one pixel in a
+    thousand of good images exceeds (or to the threshold, if that is lower). So there are regions
+    exactly if the image is called anomalous; for others see `highest_place`.
 
     result: of one image (N = 1); names: of the training images. Without a calibration or threshold
     there are no regions.
@@ -65,12 +65,13 @@ def find_regions(
     if calibration is None or threshold is None:
         return []
     anomaly_map = result.anomaly_map[0].double().numpy()
+    weight = 1.0 if result.weights is None else float(result.weights[0])
     low = min(calibration.exceeded_by(0.001), threshold)
     labels, count = ndimage.label(anomaly_map > low, structure=np.ones((3, 3)))
     regions = []
     for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
         inside = np.where(labels[window] == number, anomaly_map[window], -np.inf)
-        if inside.max() > threshold:
+        if float(np.float32(inside.max() * weight)) > threshold:  # rounded as image scores are
             y, x = np.unravel_index(inside.argmax(), inside.shape)
             peak = int(window[0].start + y), int(window[1].start + x)
             box = (window[1].start, window[0].start, inside.shape[1], inside.shape[0])

@@ -170,14 +170,22 @@ class NormalBank:
         [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.
         """
         index = self._index
-        numbers = as_numbers("rows", rows)
-        if numbers.numel() and not -1 <= int(numbers.min()) <= int(numbers.max()) < index.rows:
-            raise ValueError(f"rows must be in [-1, {index.rows}), got {rows}")
+        numbers = self._row_numbers(rows, -1)
         patches = numbers if index.patches is None else index.patches[numbers]
         image, patch = patches // index.patches_per_image, patches % index.patches_per_image
         columns = index.grid[1]
         where: Tensor = torch.stack([image, patch // columns, patch % columns], dim=-1)
         return where.where(numbers[..., None] >= 0, -1)
+
+    def embeddings_of(self, rows: Tensor | IntArray) -> Tensor:
+        """The stored embeddings [..., D] of bank rows [...] int64, which `nearest` found."""
+        return self._index.at(self._row_numbers(rows, 0).to(self.device))
+
+    def _row_numbers(self, rows: Tensor | IntArray, lowest: int) -> Tensor:
+        numbers, count = as_numbers("rows", rows), len(self)
+        if numbers.numel() and not lowest <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError(f"rows must be in [{lowest}, {count}), got {rows}")
+        return numbers
 
     # --- coresets ---------------------------------------------------------------------------------
 

@@ -138,6 +138,23 @@ class Index(NamedTuple):
             rows[self.clusters.ids] = self.data
         return rows if self.appended is None else torch.cat([rows, self.appended])
 
+    def at(self, numbers: Tensor) -> Tensor:
+        """The rows [..., D] with these numbers [...] int64."""
+        first = len(self.data)  # number of the first row that was appended
+        places = numbers.clamp(max=first - 1)
+        if self.clusters is not None:
+            ids = self.clusters.ids
+            wanted = torch.zeros(first, dtype=torch.bool, device=ids.device)
+            wanted[places] = True
+            found = wanted[ids].nonzero()[:, 0]
+            found = found[ids[found].argsort()]  # where they lie, by number
+            places = found[torch.searchsorted(ids[found], places)]
+        rows = self.data[places]
+        if self.appended is None:
+            return rows
+        others = self.appended[(numbers - first).clamp(min=0)]
+        return torch.where((numbers < first)[..., None], rows, others)
+
     def patch_numbers(self) -> Tensor:
         """[M] int64: which patch of all patches of the N images each row is."""
         if self.patches is not None:

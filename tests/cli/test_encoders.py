@@ -1,5 +1,6 @@
 """`--encoder NAME`: from a folder of good images to scores without training."""
 
+import csv
 import json
 import sys
 
@@ -56,6 +57,26 @@ def test_projections(here, category_folder, tmp_path):
     assert "400 x 8" in here("info", path).stdout
 
 
+def test_scores_are_re_weighted(lite_model, here, category_folder, tmp_path):
+    path = tmp_path / "model.safetensors"
+    done = here("train", category_folder, "-o", path, *LITE, "--reweight", "3")
+    assert done.returncode == 0, done.stderr
+    assert "image scores, by 3 neighbours" in here("info", path).stdout
+    scores = {}
+    for model in (path, lite_model):
+        out = tmp_path / f"{model.stem} scores"
+        options = ("-o", out, "--report", tmp_path / "report", "--no-heat-maps")
+        done = here("score", model, category_folder / "test", *options)
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader((out / "scores.csv").open()))
+        scores[model] = [float(row["score"]) for row in rows]
+        page = (tmp_path / "report" / "index.html").read_text()
+        assert ("re-weighted by" in page) == (model == path)
+    pairs = list(zip(scores[path], scores[lite_model], strict=True))
+    assert all(2 / 3 * plain - 1e-6 < weighted <= plain for weighted, plain in pairs)
+    assert any(weighted < 0.99 * plain for weighted, plain in pairs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -70,6 +91,8 @@ def test_projections(here, category_folder, tmp_path):
         ((*LITE, "--mean", "pixel"), 1, "has a mean of its own"),
         (("--projection", "whiten", "--steps", "1"), 1, "projection is for pretrained encoders"),
         (("--encoder", "timm/../x"), 1, "no name of a network of timm"),
+        ((*LITE, "--reweight", "1"), 1, "reweight must be in [2, 32], got 1"),
+        (("--reweight", "9", "--steps", "1"), 1, "reweight is for a single patch level"),
     ],
 )
 def test_wrong_use_is_one_line(here, category_folder, tmp_path, arguments, status, message):

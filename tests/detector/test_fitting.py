@@ -19,6 +19,8 @@ from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.encoders.patch_encoder import PatchEncoder
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.score import metrics
+from patchsvdd_fast.score.calibration import calibrate
 
 LITE = "efficientnet_lite0"
 
@@ -41,6 +43,7 @@ ENCODERS = {
     "lite, whitened": {"encoder": LITE, "projection": "whiten", "embedding_dim": 32},
     "backbone": {"encoder": Plain()},
     "sees all": {"encoder": SeesAll()},
+    "re-weighted": {"encoder": Plain(), "reweight": 9},
     "levels": {"encoder": Plain(), "levels": (PatchLevel(32, 16), PatchLevel(16, 8))},
     "an encoder": {"encoder": BackboneEncoder(Plain(), name="mine", projection="axes", dim=8)},
 }
@@ -80,6 +83,7 @@ def test_nothing_is_trained_and_everything_works(parameters, category_folder, tm
     with loaded.score_stream(paths) as stream:
         for number, result in enumerate(stream):
             assert torch.equal(result.anomaly_map, before.anomaly_map[number])
+            assert result.score == float(before.image_scores[number])
             region = loaded.highest_place(result)
             assert region.match_name
             assert loaded.match_picture(region) is not None
@@ -372,3 +376,82 @@ def test_a_coreset_cannot_be_changed(thinned, images):
 def test_a_share_that_cannot_be_kept(images, share):
     with pytest.raises(ValueError, match="coreset must be a share above 0, up to 1, or None"):
         PatchSVDD(encoder=Plain(), image_size=96, coreset=share, device="cpu").fit(images)
+
+
+REWEIGHTED = {"encoder": Plain(), "image_size": 96, "device": "cpu", "reweight": 5}
+
+
+@pytest.fixture
+def reweighted(images):
+    return PatchSVDD(**REWEIGHTED).fit(images)
+
+
+def test_thresholds_are_those_of_re_weighted_scores(reweighted, images):
+    plain = PatchSVDD(**REWEIGHTED | {"reweight": None}).fit(images)
+    for detector, reweight in ((reweighted, 5), (plain, None)):
+        options = {"sees_surroundings": True, "reweight": reweight}
+        expected = calibrate(detector.banks_, (96, 96), "mult", **options).image_scores
+        assert torch.equal(detector.calibration_.image_scores, expected)
+        assert detector.threshold_ == float(expected[-1])
+    assert (reweighted.calibration_.image_scores < plain.calibration_.image_scores).all()
+    assert torch.equal(reweighted.calibration_.pixel_values, plain.calibration_.pixel_values)
+    found, before = reweighted.score(images[:2]), plain.score(images[:2])
+    assert torch.equal(found.anomaly_map, before.anomaly_map)
+    assert (found.weights < 1).all()
+    expected = (before.image_scores.double() * found.weights).float()
+    assert torch.equal(found.image_scores, expected)
+
+
+def test_re_weighting_is_kept_in_the_file_which_may_lack_it(reweighted, images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    loaded = reopened(reweighted, path)
+    assert loaded.reweight == 5
+    assert torch.equal(loaded.score(images).image_scores, reweighted.score(images).image_scores)
+    assert loaded.threshold_ == reweighted.threshold_
+    assert describe(path)["re-weighted"] == "image scores, by 5 neighbours"
+    tensors, header = store.load(path)
+    other = tmp_path / "other.safetensors"
+    header["parameters"]["reweight"] = 1
+    other.write_bytes(packed(tensors, header))
+    with pytest.raises(ValueError, match=r"is damaged: reweight must be in \[2, 32\], got 1"):
+        PatchSVDD.load(other, device="cpu", encoder=Plain())
+    del header["parameters"]["reweight"]  # as before there was such a thing
+    other.write_bytes(packed(tensors, header))
+    older = PatchSVDD.load(other, device="cpu", encoder=Plain())
+    assert older.reweight is None
+    assert older.score(images).weights is None
+    assert "re-weighted" not in describe(other)
+
+
+def test_evaluation_takes_re_weighted_scores(reweighted, category_folder, monkeypatch):
+    taken = []
+    monkeypatch.setattr(metrics, "detection_auroc", lambda scores, _: taken.append(scores) or 0.5)
+    category = Category(category_folder)
+    evaluate_category(reweighted, category)
+    result = reweighted.score([image.path for image in category.test_images()])
+    assert taken[0].tolist() == result.image_scores.tolist()
+    assert taken[0].tolist() != result.anomaly_map.amax(dim=(1, 2)).tolist()
+
+
+def test_a_coreset_is_re_weighted(images):
+    detector = PatchSVDD(**REWEIGHTED | {"coreset": 0.2}).fit(images)
+    found = detector.score(images)
+    assert ((found.weights > 0.8) & (found.weights < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"reweight": 33}, r"reweight must be in \[2, 32\], got 33"),
+        ({"encoder": "patch-svdd"}, "reweight is for a single patch level, .*, got K64, K32"),
+    ],
+)
+def test_re_weighting_that_cannot_be(images, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        PatchSVDD(**REWEIGHTED | parameters).fit(images)
+
+
+def test_patch_svdd_of_one_level_is_re_weighted(images):
+    level = {"encoder": "patch-svdd", "levels": (PatchLevel(32, 16),)}
+    detector = PatchSVDD(**REWEIGHTED | level).fit(images, encoder=HierarchicalEncoder(64, 1))
+    assert (detector.score(images).weights < 1).all()

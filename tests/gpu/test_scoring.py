@@ -7,6 +7,7 @@ import torch
 from equality import assert_same, to
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, ops
 from patchsvdd_fast.score.encoding import score_images
+from patchsvdd_fast.score.reweighting import image_weights
 from patchsvdd_fast.search.larger_than_card import nearest_streamed
 
 LEVELS = (PatchLevel(64, 16), PatchLevel(32, 4))
@@ -60,6 +61,19 @@ def test_a_bank_changes_on_the_device(device):
         bank.merge(NormalBank(values[8:].to(where), groups=torch.arange(80, 84, device=where)))
         answers.append((bank.embeddings, bank.groups, *bank.nearest(queries.to(where))))
     assert_same(*answers, device)
+
+
+@pytest.mark.parametrize("clusters", [0, 20])
+def test_images_are_weighted_on_the_device(device, clusters):
+    images, groups = 40 * embeddings(3, 25, 25, 7), torch.tensor([0, 5, 99])
+    weights = []
+    for where in (device, torch.device("cpu")):
+        bank = NormalBank(40 * embeddings(12, 25, 25, 6).to(where), clusters=clusters)
+        bank.add(40 * embeddings(1, 25, 25, 8).to(where))
+        distances, _ = bank.nearest(images.to(where), exclude_same_group=groups.to(where))
+        weights.append(image_weights(bank, images.to(where), distances, 9, groups.to(where)))
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=0)
+    assert ((weights[0] > 0.88) & (weights[0] < 1)).all()
 
 
 KINDS = {

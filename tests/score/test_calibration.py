@@ -21,7 +21,7 @@ def _calibration(scores, pixels=(0.0,)):
 
 
 def test_threshold_and_p_values_by_hand():
-    calibration = _calibration(range(1, 20))  # 19 images: 1 .. 19
+    calibration = _calibration(range(1, 20), pixels=(2.0, 21.0))  # 19 images: 1 .. 19
     assert calibration.smallest_rate == 0.05
     assert [calibration.threshold(rate) for rate in (0.05, 0.099, 0.1, 0.5, 0.99)] == [
         *(19, 19, 18, 10, 1)
@@ -29,7 +29,7 @@ def test_threshold_and_p_values_by_hand():
     assert calibration.p_values(np.array([0.5, 1, 1.5, 19, 20])).tolist() == [
         *(1, 1, 0.95, 0.1, 0.05)
     ]
-    assert calibration.highest == 19
+    assert calibration.highest == 21  # a pixel; the same unless scores are re-weighted
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,27 @@ def test_source_names_image_and_position(patches, queries):
         bank.source(torch.tensor([7500]))
 
 
+@pytest.mark.parametrize("clusters", [0, 20])
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+def test_rows_are_read_by_number(patches, clusters, storage):
+    """Those that were appended and lie beside the others included."""
+    bank = NormalBank(patches[:10], clusters=clusters, storage=storage)
+    numbers = torch.randint(6250, (40, 3), generator=torch.Generator().manual_seed(0))
+    assert bank.embeddings_of(numbers[:0]).shape == (0, 3, 40)
+    assert torch.equal(bank.embeddings_of(numbers), bank.embeddings[numbers])
+    bank.add(patches[10:11])
+    assert bank._index.appended is not None
+    numbers = torch.tensor([6874, 0, 6250, 6249])
+    assert torch.equal(bank.embeddings_of(numbers), bank.embeddings[numbers])
+    expected = patches[:11].flatten(0, 2)[numbers].to(storage)
+    assert torch.equal(bank.embeddings_of(numbers.tolist()), expected)
+    bank.remove([0])
+    assert torch.equal(bank.embeddings_of(numbers[1::2]), bank.embeddings[numbers[1::2]])
+    for number in (-1, 6250):
+        with pytest.raises(ValueError, match=r"rows must be in \[0, 6250\)"):
+            bank.embeddings_of([number])
+
+
 @pytest.mark.parametrize("clusters", [0, 30])
 def test_add_remove_merge(patches, queries, clusters):
     bank = NormalBank(patches[:4], clusters=clusters)
