@@ -123,6 +123,14 @@ struct FinishSearchParams {
   int64_t* indices;  // [count]
 };
 
+// Dividing vectors by their norm.
+struct NormaliseParams {
+  int64_t rows;       // N
+  int64_t dim;        // D >= 1
+  const float* data;  // [N, D], finite
+  float* normalised;  // [N, D]
+};
+
 // A linear map of the embeddings x: y = basis (x - mean), along the bank's principal axes.
 struct Projection {
   int64_t dim;         // D

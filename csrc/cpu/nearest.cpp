@@ -40,9 +40,13 @@ bool screen_pays(const NearestParams& params, bool has_codes) {
 
 class Search {
  public:
-  // kept: the bank's codes, or null.
-  Search(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch)
+  // kept: the bank's codes, or null. matches: null, or takes all rows within the limits that
+  // `squared` holds, under the numbers of the queries from first_query on.
+  Search(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch,
+         Matches* matches, int64_t first_query)
       : params_(params),
+        matches_(matches),
+        first_query_(first_query),
         kept_(kept),
         kernels_(active_kernels()),
         bank_{{params.bank_data, params.dim, params.bank_is_half},
@@ -74,6 +78,14 @@ class Search {
   // which start from those given; the least over the workers are the answer. The first worker's lie
   // where the answer is to be. Whether the bank is certainly finite, as far as was seen.
   bool run() {
+    if (matches_ != nullptr) {
+      std::vector<Best> lists;
+      for (int64_t worker = 0; worker < workers_; ++worker) {
+        lists.push_back({params_.squared, nullptr, nullptr, 1, matches_->new_list(), first_query_});
+      }
+      search_blocks(lists);
+      return finite_;
+    }
     const int64_t entries = params_.queries * params_.k;
     std::vector<float> squared((workers_ - 1) * entries);
     std::vector<int64_t> ids((workers_ - 1) * entries);
@@ -84,14 +96,7 @@ class Search {
       std::copy_n(params_.squared, entries, best[worker].squared);
       std::copy_n(params_.indices, entries, best[worker].ids);
     }
-    parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
-      Scratch scratch;
-      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
-        const int64_t first = item % ranges_ * range_queries_;
-        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
-                     &scratch, best[worker]);
-      }
-    });
+    search_blocks(best);
     for (int64_t worker = 1; worker < workers_; ++worker) {
       for (int64_t q = 0; q < params_.queries; ++q) {
         Best result = best[0].of_query(q);
@@ -131,6 +136,18 @@ class Search {
                               search->kernels_.query_step);
     }
   };
+
+  // All of the search, each worker with its own list of best rows.
+  void search_blocks(const std::vector<Best>& best) {
+    parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
+      Scratch scratch;
+      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
+        const int64_t first = item % ranges_ * range_queries_;
+        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
+                     &scratch, best[worker]);
+      }
+    });
+  }
 
   const float* query(int64_t q) const { return params_.query_data + q * params_.dim; }
 
@@ -235,6 +252,8 @@ class Search {
   }
 
   const NearestParams& params_;
+  Matches* const matches_;
+  const int64_t first_query_;
   const CodedRows* const kept_;
   const SearchKernels& kernels_;
   const Searched bank_;
@@ -251,7 +270,8 @@ class Search {
   Watch* const watch_;
 };
 
-bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads) {
+bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads,
+                Matches* matches = nullptr) {
   if (params.queries == 0) return true;
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
   bool finite = true;
@@ -262,9 +282,9 @@ bool search_all(const NearestParams& params, const CodedRows* kept, int num_thre
     part.queries = std::min(kQueriesAtOnce, params.queries - first);
     part.query_data += first * params.dim;
     part.squared += first * params.k;
-    part.indices += first * params.k;
+    if (part.indices != nullptr) part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
-    finite &= Search(part, kept, num_threads, &watch).run();
+    finite &= Search(part, kept, num_threads, &watch, matches, first).run();
   }
   return finite;
 }
@@ -276,7 +296,11 @@ void nearest(const NearestParams& params, int num_threads) {
   if (params.seems_finite != nullptr) *params.seems_finite = finite;
 }
 
-void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
+bool within(const NearestParams& params, Matches* matches, int num_threads) {
+  return search_all(params, nullptr, num_threads, matches);
+}
+
+void nearest_in_codes(const CodedNearestParams& params, int num_threads, Matches* matches) {
   const CodedRows& bank = params.bank;
   NearestParams plain{};
   plain.queries = params.queries;
@@ -290,7 +314,7 @@ void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
   plain.k = params.k;
   plain.squared = params.squared;
   plain.indices = params.indices;
-  search_all(plain, &bank, num_threads);
+  search_all(plain, &bank, num_threads, matches);
 }
 
 void finish_search(const FinishSearchParams& params, int) {

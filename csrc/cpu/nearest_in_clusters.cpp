@@ -48,7 +48,7 @@ struct Visit {
 
 class Searcher {
  public:
-  explicit Searcher(const ClusteredNearestParams& params)
+  explicit Searcher(const ClusteredNearestParams& params, Matches* matches)
       : params_(params),
         bank_(params.bank),
         kernels_(active_kernels()),
@@ -62,6 +62,7 @@ class Searcher {
         kept_(padded_clusters_ + kLanes),
         code_(axes_),
         best_rows_(kQueriesPerBatch * params.k),
+        matches_(matches == nullptr ? nullptr : matches->new_list()),
         visit_starts_(bank_.clusters + 1) {}
 
   int64_t scanned() const { return scanned_; }
@@ -78,8 +79,11 @@ class Searcher {
                   params_.query_data + q * bank_.projection.dim,
                   projected_.data() + (q - begin) * axes_,
                   0,
-                  {params_.squared + q * k, params_.indices + q * k,
-                   best_rows_.data() + (q - begin) * k, k}};
+                  {params_.squared + q, nullptr, nullptr, 1, matches_, q}};
+      if (matches_ == nullptr) {
+        query.best = {params_.squared + q * k, params_.indices + q * k,
+                      best_rows_.data() + (q - begin) * k, k};
+      }
       queries_.push_back(query);
       search_near(queries_.back(), hints);
       hints = query.best.rows;
@@ -166,7 +170,7 @@ class Searcher {
     const Encoding encoding =
         encode_query(kernels_, query.projected, centroid, axes_, scale, code_.data());
     const double error = residual_bound(encoding, axes_) + bank_.code_slack[c];
-    if (is_first) rescore_closest(query, c);
+    if (is_first && matches_ == nullptr) rescore_closest(query, c);
     for (int64_t block = range.begin; block < range.end; block += kBlocksAtOnce) {
       const int64_t count = std::min(range.end - block, kBlocksAtOnce);
       const int64_t b = first_block + block;
@@ -257,6 +261,7 @@ class Searcher {
   std::vector<int32_t> kept_;
   std::vector<uint8_t> code_;
   std::vector<int64_t> best_rows_;  // [kQueriesPerBatch, k]
+  Matches::List* const matches_;    // null: the nearest are searched for
   std::vector<Query> queries_;
   std::vector<Visit> visits_, sorted_visits_;
   std::vector<int64_t> visit_starts_;
@@ -265,13 +270,13 @@ class Searcher {
 
 }  // namespace
 
-void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) {
+void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads, Matches* matches) {
   const int64_t batches = (params.queries + kQueriesPerBatch - 1) / kQueriesPerBatch;
   const int64_t workers = std::min<int64_t>(batches, std::max(num_threads, 1));
   std::atomic<int64_t> next{0}, scanned{0};
   Watch watch(static_cast<double>(params.queries));
   parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
-    Searcher searcher(params);
+    Searcher searcher(params, matches);
     for (int64_t batch = next++; batch < batches; batch = next++) {
       const int64_t begin = batch * kQueriesPerBatch;
       const int64_t end = std::min(params.queries, begin + kQueriesPerBatch);
