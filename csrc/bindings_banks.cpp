@@ -1,4 +1,4 @@
-// The Python face of banks with codes or clusters, and of coresets.
+// The Python face of banks with codes or clusters, of searches within a radius, and of coresets.
 
 #include "bindings.h"
 #include "cpu/kernels.h"

@@ -6,10 +6,9 @@ threads, CUDA kernels on the current stream.
 """
 
 from .backends import instruction_sets, use_instruction_set, use_method, use_workspace_limit
-from .metrics import normalise
 from .patches import crop_pairs, extract_patches, score_map
 from .radius import Within, within
-from .search import nearest
+from .search import nearest, normalise
 
 __all__ = [
     "Within",

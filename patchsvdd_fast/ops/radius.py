@@ -26,7 +26,7 @@ from .checks import (
 from .cpu_bank import ClusterArrays
 from .cpu_codes import CodedRows
 from .gpu_bank import SegmentArrays
-from .metrics import is_cosine, normalised
+from .search import is_cosine, normalised
 
 MOST_WITHIN = 100_000_000
 """How many rows `within` returns at most by default: 1.2 GB of distances and indices."""

@@ -1,4 +1,7 @@
-"""Nearest-neighbour searches as torch ops: brute force, and clustered banks of CPU and GPU."""
+"""Nearest-neighbour searches as torch ops: brute force, and clustered banks of CPU and GPU.
+
+And what the cosine distance needs beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from .backends import define_op, reporting_to
 from .checks import (
     NO_GROUPS,
@@ -16,16 +20,17 @@ from .checks import (
     Groups,
     IntArray,
     as_vectors,
+    check_dtype,
     check_finite_rows,
     check_int,
     check_search,
+    check_shape,
     given_groups,
     like_input,
 )
 from .cpu_bank import ClusterArrays
 from .cpu_codes import CodedRows
 from .gpu_bank import SegmentArrays
-from .metrics import is_cosine, normalised
 from .search_kernels import (
     MOST_NEIGHBOURS,
     Found,
@@ -41,6 +46,16 @@ _OPTIONS = (
     "Tensor? appended=None, int? k=None, bool cosine=False"
 )
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64; [Q, k] where k is given
+
+
+METRICS = ("euclidean", "cosine")
+
+
+def is_cosine(metric: Any) -> bool:
+    """Whether the metric is "cosine"; ValueError unless it is one of `METRICS`."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be {' or '.join(map(repr, METRICS))}, got {metric!r}")
+    return bool(metric == "cosine")
 
 
 class _Options(NamedTuple):
@@ -184,6 +199,46 @@ define_op(
 )
 
 
+# --- normalise: vectors for the cosine distance ---------------------------------------------------
+
+
+def _normalise_fake(vectors: Tensor) -> Tensor:
+    check_shape("vectors", vectors, "N, D")
+    check_dtype("vectors", vectors, torch.float32)
+    if vectors.shape[1] == 0:
+        raise ValueError(f"vectors must have at least one value, got {list(vectors.shape)}")
+    return torch.empty_like(vectors, memory_format=torch.contiguous_format)
+
+
+def _normalise(vectors: Tensor) -> Tensor:
+    _normalise_fake(vectors)
+    check_finite_rows("vectors", vectors)
+    values = vectors.cpu().contiguous()  # a GPU's own roots might round otherwise
+    normalised = torch.empty_like(values)
+    zero = _native.cpu.normalise(
+        rows=values.shape[0],
+        dim=values.shape[1],
+        data=values.data_ptr(),
+        normalised=normalised.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+    if zero >= 0:
+        raise ValueError(f"vectors must have a direction, got only zeros in row {zero}")
+    return normalised.to(vectors.device)
+
+
+define_op("normalise(Tensor vectors) -> Tensor", _normalise, _normalise_fake)
+
+
+def normalised(name: str, vectors: Tensor) -> Tensor:
+    """`normalise` of a tensor [N, D] float32; errors call it `name`."""
+    try:
+        result: Tensor = torch.ops.patchsvdd_fast.normalise(vectors)
+    except ValueError as error:
+        raise ValueError(str(error).replace("vectors", name, 1)) from None
+    return result
+
+
 # --- under torch.vmap -----------------------------------------------------------------------------
 
 
@@ -255,6 +310,27 @@ def nearest(
     with reporting_to(progress):
         found = torch.ops.patchsvdd_fast.nearest(query_tensor, bank_tensor, *options)
     return like_input(queries, *found)
+
+
+def normalise(vectors: Tensor | FloatArray) -> Tensor:
+    """Divide each vector by its norm, as the cosine distance does.
+
+    The norm is the canonical distance to the zero vector (`nearest` says what that is), and each
+    value is divided by it in float32, rounded once. Before, a power of two brings the largest
+    value of a vector to [1, 2): so that the squares of values like 1e30 or 1e-30 do not overflow
+    or underflow. It changes no result else: multiplying by it is exact, but for values 2^126
+    times smaller than the largest, which are rounded as subnormal numbers are.
+
+    vectors: [N, D], D >= 1, finite; real numbers as `nearest` takes them.
+
+    Returns [N, D] float32, a NumPy array if `vectors` is one or a list. The same bits for every
+    instruction set and device; those on a GPU are computed on the CPU and copied back. Not
+    differentiable. Raises ValueError for a wrong shape, for NaN or infinity, and for a vector of
+    zeros, which has no direction, naming its row; TypeError for what are no real numbers.
+    """
+    result: Tensor
+    (result,) = like_input(vectors, normalised("vectors", as_vectors("vectors", vectors)))
+    return result
 
 
 def as_neighbours(k: int | None) -> int | None:

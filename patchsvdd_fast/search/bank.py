@@ -19,9 +19,8 @@ from ..ops.checks import (
     check_same_device,
     like_input,
 )
-from ..ops.metrics import is_cosine
 from ..ops.radius import MOST_WITHIN, Within, as_radii
-from ..ops.search import as_neighbours
+from ..ops.search import as_neighbours, is_cosine
 from .coreset import select_coreset
 from .index import Index, as_groups, as_rows
 from .index_state import STORAGES, index_of, state_of

@@ -19,9 +19,8 @@ from ..ops.checks import (
 from ..ops.cpu_bank import ClusterArrays
 from ..ops.cpu_codes import LEAST_DIMS, MOST_DIMS, CodedRows, encode_rows
 from ..ops.gpu_bank import SegmentArrays
-from ..ops.metrics import normalised
 from ..ops.radius import Within, within_in_bank
-from ..ops.search import nearest_in_bank
+from ..ops.search import nearest_in_bank, normalised
 from .centroids import can_be_clustered
 from .cpu_clusters import build_clusters, extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
