@@ -281,7 +281,8 @@ def nearest(
         bank are tensors, NumPy arrays, arrays of another library with DLPack (CuPy), or lists.
     k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
     metric: "euclidean", or "cosine" for the cosine distance 1 - cos of the angle, exact in this
-        sense: half of the canonical squared distance of the vectors that `normalise` makes.
+        sense: half of the canonical squared distance of the vectors that `normalise` makes. A GPU's
+        are normalised on the CPU, so that no CUDA graph can capture it.
     exclude_same_group: the groups of the queries [Q] and of the bank rows [M], integers; a query
         cannot match rows of its own group.
     progress: called now and then with the share done, 0 to 1 (only on the CPU).
