@@ -1,7 +1,8 @@
-// The Python face of banks with codes or clusters, and of coresets.
+// The Python face of banks with codes or clusters, of searches within a radius, and of coresets.
 
 #include "bindings.h"
 #include "cpu/kernels.h"
+#include "cpu/matches.h"
 #if defined(PSVDD_WITH_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -56,15 +57,17 @@ void define_codes(py::module_ cpu) {
       "nearest_in_codes",
       [](const psvdd::CodedRows& bank, psvdd::SearchMethod method, int64_t queries,
          Pointer query_data, Pointer query_groups, Pointer bank_groups, int64_t rows_per_group,
-         int neighbours, Pointer squared, Pointer indices, int context) {
+         int neighbours, Pointer squared, Pointer indices, psvdd::cpu::Matches* matches,
+         int context) {
         psvdd::cpu::nearest_in_codes(
             {bank, method, groups_of(query_groups, bank_groups, rows_per_group), queries,
              at<const float>(query_data), neighbours, at<float>(squared), at<int64_t>(indices)},
-            context);
+            context, matches);
       },
       py::arg("bank"), py::arg("method"), py::arg("queries"), py::arg("query_data"),
       py::arg("query_groups"), py::arg("bank_groups"), py::arg("rows_per_group"),
-      py::arg("neighbours"), py::arg("squared"), py::arg("indices"), py::arg("context"), release);
+      py::arg("neighbours"), py::arg("squared"), py::arg("indices"), py::arg("matches").none(true),
+      py::arg("context"), release);
 }
 
 // The CPU's clustered bank: the structs as they are, pointers as integers.
@@ -127,17 +130,79 @@ void define_clusters(py::module_ cpu) {
       "nearest_in_clusters",
       [](const psvdd::ClusteredBank& bank, int64_t queries, Pointer query_data,
          Pointer query_groups, Pointer bank_groups, int64_t rows_per_group, int neighbours,
-         Pointer squared, Pointer indices, int context) {
+         Pointer squared, Pointer indices, psvdd::cpu::Matches* matches, int context) {
         int64_t scanned = 0;
         psvdd::cpu::nearest_in_clusters({bank, groups_of(query_groups, bank_groups, rows_per_group),
                                          queries, at<const float>(query_data), neighbours,
                                          at<float>(squared), at<int64_t>(indices), &scanned},
-                                        context);
+                                        context, matches);
         return scanned;
       },
       py::arg("bank"), py::arg("queries"), py::arg("query_data"), py::arg("query_groups"),
       py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("neighbours"), py::arg("squared"),
-      py::arg("indices"), py::arg("context"), release);
+      py::arg("indices"), py::arg("matches").none(true), py::arg("context"), release);
+}
+
+// Searches for all rows within a radius, and what the metrics take.
+void define_within(py::module_ cpu) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  using psvdd::cpu::Matches;
+  py::class_<Matches>(cpu, "Matches", py::module_local())
+      .def(py::init<int64_t>(), py::arg("most"))
+      .def("total", &Matches::total)
+      .def(
+          "take",
+          [](Matches& matches, int64_t queries, Pointer starts, Pointer squared, Pointer ids,
+             int context) {
+            matches.take(queries, at<int64_t>(starts), at<float>(squared), at<int64_t>(ids),
+                         context);
+          },
+          py::arg("queries"), py::arg("starts"), py::arg("squared"), py::arg("ids"),
+          py::arg("context"), release);
+  cpu.def(
+      "within",
+      [](int64_t queries, int64_t bank_rows, int64_t dim, Pointer query_data, Pointer bank_data,
+         bool bank_is_half, psvdd::SearchMethod method, Pointer query_groups, Pointer bank_groups,
+         int64_t rows_per_group, int64_t first_row, Pointer limits, Matches& matches, int context) {
+        psvdd::NearestParams params{};
+        params.queries = queries;
+        params.bank_rows = bank_rows;
+        params.dim = dim;
+        params.query_data = at<const float>(query_data);
+        params.bank_data = at<const void>(bank_data);
+        params.bank_is_half = bank_is_half;
+        params.method = method;
+        params.groups = groups_of(query_groups, bank_groups, rows_per_group);
+        params.k = 1;
+        params.first_row = first_row;
+        params.squared = at<float>(limits);
+        return psvdd::cpu::within(params, &matches, context);
+      },
+      py::arg("queries"), py::arg("bank_rows"), py::arg("dim"), py::arg("query_data"),
+      py::arg("bank_data"), py::arg("bank_is_half"), py::arg("method"), py::arg("query_groups"),
+      py::arg("bank_groups"), py::arg("rows_per_group"), py::arg("first_row"), py::arg("limits"),
+      py::arg("matches"), py::arg("context"), release);
+  cpu.def(
+      "squared_limits",
+      [](int64_t count, Pointer radii, bool is_cosine, Pointer limits) {
+        psvdd::cpu::squared_limits(count, at<const float>(radii), is_cosine, at<float>(limits));
+      },
+      py::arg("count"), py::arg("radii"), py::arg("is_cosine"), py::arg("limits"), release);
+  cpu.def(
+      "finish_cosine_search",
+      [](int64_t count, Pointer distances, Pointer indices, int context) {
+        psvdd::cpu::finish_cosine_search({count, at<float>(distances), at<int64_t>(indices)},
+                                         context);
+      },
+      py::arg("count"), py::arg("distances"), py::arg("indices"), py::arg("context"), release);
+  cpu.def(
+      "normalise",
+      [](int64_t rows, int64_t dim, Pointer data, Pointer normalised, int context) {
+        return psvdd::cpu::normalise({rows, dim, at<const float>(data), at<float>(normalised)},
+                                     context);
+      },
+      py::arg("rows"), py::arg("dim"), py::arg("data"), py::arg("normalised"), py::arg("context"),
+      release);
 }
 
 void define_coreset(py::module_ cpu) {
@@ -162,6 +227,7 @@ void define_coreset(py::module_ cpu) {
 }  // namespace
 
 void define_cpu_banks(py::module_ cpu) {
+  define_within(cpu);  // first: others take its Matches
   define_codes(cpu);
   define_clusters(cpu);
   define_coreset(cpu);

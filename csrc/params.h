@@ -161,6 +161,14 @@ struct FinishSearchParams {
   int64_t* indices;  // [count]
 };
 
+// Dividing vectors by their norm.
+struct NormaliseParams {
+  int64_t rows;       // N
+  int64_t dim;        // D >= 1
+  const float* data;  // [N, D], finite
+  float* normalised;  // [N, D]
+};
+
 struct ProjectParams {
   Projection projection;
   int64_t rows;      // M

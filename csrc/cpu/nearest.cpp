@@ -51,9 +51,13 @@ struct LeadingImages {
 class Search {
  public:
   // kept: the bank's codes, or null; leading: the queries' images, if there are leading axes.
+  // matches: null, or takes all rows within the limits that `squared` holds, under the numbers of
+  // the queries from first_query on.
   Search(const NearestParams& params, const CodedRows* kept, const LeadingImages& leading,
-         int num_threads, Watch* watch)
+         int num_threads, Watch* watch, Matches* matches, int64_t first_query)
       : params_(params),
+        matches_(matches),
+        first_query_(first_query),
         kept_(kept),
         leading_(leading),
         kernels_(active_kernels()),
@@ -87,6 +91,14 @@ class Search {
   // which start from those given; the least over the workers are the answer. The first worker's lie
   // where the answer is to be. Whether the bank is certainly finite, as far as was seen.
   bool run() {
+    if (matches_ != nullptr) {
+      std::vector<Best> lists;
+      for (int64_t worker = 0; worker < workers_; ++worker) {
+        lists.push_back({params_.squared, nullptr, nullptr, 1, matches_->new_list(), first_query_});
+      }
+      search_blocks(lists);
+      return finite_;
+    }
     const int64_t entries = params_.queries * params_.k;
     std::vector<float> squared((workers_ - 1) * entries);
     std::vector<int64_t> ids((workers_ - 1) * entries);
@@ -97,14 +109,7 @@ class Search {
       std::copy_n(params_.squared, entries, best[worker].squared);
       std::copy_n(params_.indices, entries, best[worker].ids);
     }
-    parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
-      Scratch scratch;
-      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
-        const int64_t first = item % ranges_ * range_queries_;
-        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
-                     &scratch, best[worker]);
-      }
-    });
+    search_blocks(best);
     for (int64_t worker = 1; worker < workers_; ++worker) {
       for (int64_t q = 0; q < params_.queries; ++q) {
         Best result = best[0].of_query(q);
@@ -196,6 +201,18 @@ class Search {
     }
   };
 
+  // All of the search, each worker with its own list of best rows.
+  void search_blocks(const std::vector<Best>& best) {
+    parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
+      Scratch scratch;
+      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
+        const int64_t first = item % ranges_ * range_queries_;
+        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
+                     &scratch, best[worker]);
+      }
+    });
+  }
+
   const float* query(int64_t q) const { return params_.query_data + q * params_.dim; }
 
   void search_block(int64_t block, int64_t first_query, int64_t end_query, Scratch* scratch,
@@ -269,7 +286,7 @@ class Search {
     }
     for (int64_t i = 0; i < count; ++i) {
       const Best own = best.of_query(first + i);
-      if (own.bound() == INFINITY) {
+      if (matches_ == nullptr && own.bound() == INFINITY) {
         rescore_closest(screening.leads ? scratch->leading : scratch->whole, i, first + i, begin,
                         end, own);
       }
@@ -321,6 +338,8 @@ class Search {
   }
 
   const NearestParams& params_;
+  Matches* const matches_;
+  const int64_t first_query_;
   const CodedRows* const kept_;
   const LeadingImages leading_;
   const SearchKernels& kernels_;
@@ -339,7 +358,8 @@ class Search {
   Watch* const watch_;
 };
 
-bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch) {
+bool search_all(const NearestParams& params, const CodedRows* kept, int num_threads, Watch* watch,
+                Matches* matches = nullptr) {
   bool finite = true;
   std::vector<float> images, errors;
   // A part of the queries at a time, so that a thread's last block does not take long after the
@@ -349,7 +369,7 @@ bool search_all(const NearestParams& params, const CodedRows* kept, int num_thre
     part.queries = std::min(kQueriesAtOnce, params.queries - first);
     part.query_data += first * params.dim;
     part.squared += first * params.k;
-    part.indices += first * params.k;
+    if (part.indices != nullptr) part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
     if (kept != nullptr && kept->leading_axes.projection.axes > 0) {
       images.resize(part.queries * kept->leading_axes.projection.axes);
@@ -359,7 +379,8 @@ bool search_all(const NearestParams& params, const CodedRows* kept, int num_thre
           num_threads);
       for (float& error : errors) error = (error + kept->leading_axes.error) * (1 + 0x1p-20f);
     }
-    finite &= Search(part, kept, {images.data(), errors.data()}, num_threads, watch).run();
+    finite &= Search(part, kept, {images.data(), errors.data()}, num_threads, watch, matches, first)
+                  .run();
   }
   return finite;
 }
@@ -376,7 +397,12 @@ void nearest(const NearestParams& params, int num_threads) {
   nearest(params, num_threads, &watch);
 }
 
-void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
+bool within(const NearestParams& params, Matches* matches, int num_threads) {
+  Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
+  return search_all(params, nullptr, num_threads, &watch, matches);
+}
+
+void nearest_in_codes(const CodedNearestParams& params, int num_threads, Matches* matches) {
   const CodedRows& bank = params.bank;
   NearestParams plain{};
   plain.queries = params.queries;
@@ -391,7 +417,7 @@ void nearest_in_codes(const CodedNearestParams& params, int num_threads) {
   plain.squared = params.squared;
   plain.indices = params.indices;
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(bank.rows));
-  search_all(plain, &bank, num_threads, &watch);
+  search_all(plain, &bank, num_threads, &watch, matches);
 }
 
 void finish_search(const FinishSearchParams& params, int) {

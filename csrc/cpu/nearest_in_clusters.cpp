@@ -54,7 +54,7 @@ struct Visit {
 
 class Searcher {
  public:
-  explicit Searcher(const ClusteredNearestParams& params)
+  explicit Searcher(const ClusteredNearestParams& params, Matches* matches)
       : params_(params),
         bank_(params.bank),
         kernels_(active_kernels()),
@@ -68,6 +68,7 @@ class Searcher {
         kept_(padded_clusters_ + kLanes),
         code_(axes_),
         best_rows_(kQueriesPerBatch * params.k),
+        matches_(matches == nullptr ? nullptr : matches->new_list()),
         visit_starts_(bank_.clusters + 1) {}
 
   int64_t scanned() const { return scanned_; }
@@ -86,8 +87,11 @@ class Searcher {
                   params_.query_data + q * bank_.projection.dim,
                   projected_.data() + (q - begin) * axes_,
                   0,
-                  {params_.squared + q * k, params_.indices + q * k,
-                   best_rows_.data() + (q - begin) * k, k}};
+                  {params_.squared + q, nullptr, nullptr, 1, matches_, q}};
+      if (matches_ == nullptr) {
+        query.best = {params_.squared + q * k, params_.indices + q * k,
+                      best_rows_.data() + (q - begin) * k, k};
+      }
       queries_.push_back(query);
       search_near(queries_.back(), hints);
       hints = query.best.rows;
@@ -148,6 +152,7 @@ class Searcher {
   // Whether more than a share of the bank would be rescored if `rows` more pass as those so far
   // did.
   bool passes_often(const Query& query, int64_t rows, double share) const {
+    if (matches_ != nullptr) return false;  // some of the rows have been taken
     const double to_rescore = static_cast<double>(rows) * static_cast<double>(query.passed);
     return to_rescore >
            share * static_cast<double>(bank_.rows) * static_cast<double>(query.scanned);
@@ -197,7 +202,7 @@ class Searcher {
     const Encoding encoding =
         encode_query(kernels_, query.projected, centroid, axes_, scale, code_.data());
     const double error = residual_bound(encoding, axes_) + bank_.code_slack[c];
-    if (is_first) rescore_closest(query, c);
+    if (is_first && matches_ == nullptr) rescore_closest(query, c);
     for (int64_t block = range.begin; block < range.end; block += kBlocksAtOnce) {
       const int64_t count = std::min(range.end - block, kBlocksAtOnce);
       const int64_t b = first_block + block;
@@ -290,6 +295,7 @@ class Searcher {
   std::vector<int32_t> kept_;
   std::vector<uint8_t> code_;
   std::vector<int64_t> best_rows_;  // [kQueriesPerBatch, k]
+  Matches::List* const matches_;    // null: the nearest are searched for
   std::vector<Query> queries_;
   std::vector<Visit> visits_, sorted_visits_;
   std::vector<int64_t> visit_starts_;
@@ -334,7 +340,7 @@ void search_by_brute_force(const ClusteredNearestParams& params,
 
 }  // namespace
 
-void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) {
+void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads, Matches* matches) {
   const int64_t batches = (params.queries + kQueriesPerBatch - 1) / kQueriesPerBatch;
   const int64_t workers = std::min<int64_t>(batches, std::max(num_threads, 1));
   std::atomic<int64_t> next{0}, scanned{0};
@@ -343,7 +349,7 @@ void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads) 
   std::mutex mutex;
   std::vector<int64_t> left;
   parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
-    Searcher searcher(params);
+    Searcher searcher(params, matches);
     for (int64_t batch = next++; batch < batches; batch = next++) {
       const int64_t begin = batch * kQueriesPerBatch;
       const int64_t end = std::min(params.queries, begin + kQueriesPerBatch);

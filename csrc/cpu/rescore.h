@@ -10,26 +10,40 @@
 
 #include "../params.h"
 #include "../portable.h"
+#include "matches.h"
 #include "search_kernels.h"
 
 namespace psvdd::cpu {
 
 // The nearest rows of one query so far, ascending by squared distance, then by id; ids are rows as
 // the user knows them. Entries that are not there yet have infinity and kNoRow.
+//
+// With `matches`, all rows within a limit instead: `squared` is that limit, of k = 1, and does not
+// change; ids and rows are null.
 struct Best {
   float* squared;  // [k]
   int64_t* ids;    // [k]
   int64_t* rows;   // [k] where the rows are stored, or null
   int k;
+  Matches::List* matches = nullptr;
+  int64_t query = 0;  // its number in `matches`
 
   // The list of one query, of lists of several that lie one after the other.
-  Best of_query(int64_t q) const { return {squared + q * k, ids + q * k, nullptr, k}; }
+  Best of_query(int64_t q) const {
+    if (matches != nullptr) return {squared + q, nullptr, nullptr, 1, matches, query + q};
+    return {squared + q * k, ids + q * k, nullptr, k};
+  }
 
   // What a squared distance may not exceed to be among them.
   float bound() const { return squared[k - 1]; }
 
-  // Whether the row is among them now and was not before.
+  // Whether the row is among them now and was not before, so that the bound may have changed. With
+  // `matches`, a row may be offered only once, and within the bound.
   bool offer(float other_squared, int64_t other_id, int64_t row) {
+    if (matches != nullptr) {
+      matches->add(query, other_id, other_squared);
+      return false;
+    }
     const auto before = [&](int i) {
       return squared[i] < other_squared || (squared[i] == other_squared && ids[i] < other_id);
     };

@@ -7,15 +7,19 @@ threads, CUDA kernels on the current stream.
 
 from .backends import instruction_sets, use_instruction_set, use_method, use_workspace_limit
 from .patches import crop_pairs, extract_patches, score_map
-from .search import nearest
+from .radius import Within, within
+from .search import nearest, normalise
 
 __all__ = [
+    "Within",
     "crop_pairs",
     "extract_patches",
     "instruction_sets",
     "nearest",
+    "normalise",
     "score_map",
     "use_instruction_set",
     "use_method",
     "use_workspace_limit",
+    "within",
 ]

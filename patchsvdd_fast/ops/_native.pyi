@@ -170,8 +170,38 @@ class cpu(Backend):  # noqa: N801 (a submodule)
         neighbours: int,
         squared: int,
         indices: int,
+        matches: cpu.Matches | None,
         context: int,
     ) -> None: ...
+
+    class Matches:
+        def __init__(self, most: int) -> None: ...
+        def total(self) -> int: ...
+        def take(self, queries: int, starts: int, squared: int, ids: int, context: int) -> None: ...
+
+    @staticmethod
+    def within(
+        queries: int,
+        bank_rows: int,
+        dim: int,
+        query_data: int,
+        bank_data: int,
+        bank_is_half: bool,
+        method: SearchMethod,
+        query_groups: int,
+        bank_groups: int,
+        rows_per_group: int,
+        first_row: int,
+        limits: int,
+        matches: cpu.Matches,
+        context: int,
+    ) -> bool: ...
+    @staticmethod
+    def squared_limits(count: int, radii: int, is_cosine: bool, limits: int) -> None: ...
+    @staticmethod
+    def finish_cosine_search(count: int, distances: int, indices: int, context: int) -> None: ...
+    @staticmethod
+    def normalise(rows: int, dim: int, data: int, normalised: int, context: int) -> int: ...
 
     class Projection:
         def __init__(self, dim: int, axes: int, mean: int, basis: int, stretch: float) -> None: ...
@@ -229,6 +259,7 @@ class cpu(Backend):  # noqa: N801 (a submodule)
         neighbours: int,
         squared: int,
         indices: int,
+        matches: cpu.Matches | None,
         context: int,
     ) -> int: ...
     @staticmethod

@@ -209,6 +209,22 @@ def check_search_operands(queries: Tensor, bank: Tensor) -> None:
     check_same_device("queries", queries, "bank", bank)
 
 
+def check_search(
+    queries: Tensor, bank: Tensor, groups: Groups, appended: Tensor | None = None
+) -> Groups:
+    """Check the operands and groups of a search (ValueError, TypeError); the groups, contiguous.
+
+    appended: [T, D], more rows of the bank, whose numbers follow.
+    """
+    check_search_operands(queries, bank)
+    rows = bank.shape[0]
+    if appended is not None:
+        check_search_operands(queries, appended)
+        rows += appended.shape[0]
+    groups.check(queries, rows)
+    return groups.contiguous()
+
+
 class Groups(NamedTuple):
     """The bank rows that a query may not match: those of its own group, such as its own image."""
 
@@ -224,6 +240,12 @@ class Groups(NamedTuple):
         if self.of_queries is None or self.of_bank is None:
             return self
         return Groups(self.of_queries.contiguous(), self.of_bank.contiguous(), self.rows_per_group)
+
+    def behind(self, row: int) -> Groups:
+        """The groups of a bank that begins at this row, the first of a group's entry."""
+        if self.of_bank is None:
+            return self
+        return self._replace(of_bank=self.of_bank[row // self.rows_per_group :])
 
     def check(self, queries: Tensor, bank_rows: int) -> None:
         """Require groups of all queries and of all bank rows, or of neither."""
@@ -243,6 +265,19 @@ class Groups(NamedTuple):
 
 NO_GROUPS = Groups()
 """A query may match any row."""
+
+
+def given_groups(exclude_same_group: Any) -> Groups:
+    """From the groups of the queries [Q] and of the bank's rows [M], a pair; or None."""
+    if exclude_same_group is None:
+        return NO_GROUPS
+    if len(exclude_same_group) != 2:
+        raise ValueError(
+            "exclude_same_group must hold the groups of the queries and of the bank, "
+            f"got {len(exclude_same_group)} items"
+        )
+    of_queries, of_bank = exclude_same_group
+    return Groups(as_numbers("query_groups", of_queries), as_numbers("bank_groups", of_bank))
 
 
 def check_indices(name: str, indices: Tensor, count: int) -> None:

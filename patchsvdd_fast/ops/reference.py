@@ -89,6 +89,43 @@ def canonical_squared_distances(queries: Tensor, bank: Tensor) -> Tensor:
     return sums[0]
 
 
+def within(
+    queries: Tensor,
+    bank: Tensor,
+    radii: Tensor,
+    *,
+    exclude_same_group: tuple[Tensor, Tensor] | None = None,
+    cosine: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.within`, radii [Q]: starts [Q + 1], distances and indices."""
+    if cosine:
+        queries, bank = normalise(queries), normalise(bank)
+    squared = canonical_squared_distances(queries, bank)
+    exact = squared.double()
+    distances = (exact / 2 if cosine else exact.sqrt()).float()
+    inside = distances <= radii[:, None]
+    if exclude_same_group is not None:
+        inside &= exclude_same_group[0][:, None] != exclude_same_group[1]
+    counts, found, rows = [0], [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    for q in range(len(queries)):
+        order = torch.argsort(squared[q], stable=True)
+        order = order[inside[q, order]]
+        counts.append(len(order))
+        found.append(distances[q, order])
+        rows.append(order)
+    return torch.tensor(counts).cumsum(0), torch.cat(found), torch.cat(rows)
+
+
+def normalise(vectors: Tensor) -> Tensor:
+    """Vectors [N, D], none of zeros, divided by their canonical distance to zero."""
+    largest = vectors.abs().amax(dim=1, keepdim=True).double()
+    exponent = torch.frexp(largest).exponent - 1  # brings the largest value to [1, 2)
+    scaled = torch.ldexp(vectors.double(), -exponent).float()
+    zero = torch.zeros(1, vectors.shape[1])
+    norms = canonical_squared_distances(scaled, zero).double().sqrt().float()
+    return scaled / norms
+
+
 def coreset(embeddings: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, float]:
     """Greedy k-centre selection: rows [count], their distances [count] when chosen, the radius."""
     values = embeddings.float()

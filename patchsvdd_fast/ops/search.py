@@ -1,4 +1,7 @@
-"""Nearest-neighbour searches as torch ops: brute force, and clustered banks of CPU and GPU."""
+"""Nearest-neighbour searches as torch ops: brute force, and clustered banks of CPU and GPU.
+
+And what the cosine distance needs beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from .backends import define_op, reporting_to
 from .checks import (
     NO_GROUPS,
     FloatArray,
     Groups,
     IntArray,
-    as_numbers,
     as_vectors,
+    check_dtype,
     check_finite_rows,
     check_int,
-    check_search_operands,
+    check_search,
+    check_shape,
+    given_groups,
     like_input,
 )
 from .cpu_bank import ClusterArrays
@@ -37,9 +43,19 @@ from .search_kernels import (
 # Torch ops cannot take a `Groups` or an `_Options`, so they take their fields one by one.
 _OPTIONS = (
     "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1, "
-    "Tensor? appended=None, int? k=None"
+    "Tensor? appended=None, int? k=None, bool cosine=False"
 )
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64; [Q, k] where k is given
+
+
+METRICS = ("euclidean", "cosine")
+
+
+def is_cosine(metric: Any) -> bool:
+    """Whether the metric is "cosine"; ValueError unless it is one of `METRICS`."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be {' or '.join(map(repr, METRICS))}, got {metric!r}")
+    return bool(metric == "cosine")
 
 
 class _Options(NamedTuple):
@@ -50,19 +66,15 @@ class _Options(NamedTuple):
     rows_per_group: int = 1
     appended: Tensor | None = None  # [T, D]: more rows of the bank, whose numbers follow
     k: int | None = None  # neighbours; None: one, without an axis for it
+    cosine: bool = False  # half of the squared distances, instead of their roots
 
     def checked_groups(self, queries: Tensor, bank: Tensor) -> Groups:
         """Check all arguments of a search (ValueError, TypeError); its groups, contiguous."""
-        check_search_operands(queries, bank)
+        groups = Groups(self.query_groups, self.bank_groups, self.rows_per_group)
+        groups = check_search(queries, bank, groups, self.appended)
         if self.k is not None:
             check_int("k", self.k, 1, MOST_NEIGHBOURS)
-        rows = bank.shape[0]
-        if self.appended is not None:
-            check_search_operands(queries, self.appended)
-            rows += self.appended.shape[0]
-        groups = Groups(self.query_groups, self.bank_groups, self.rows_per_group)
-        groups.check(queries, rows)
-        return groups.contiguous()
+        return groups
 
 
 def _nearest_in_arrays_fake(
@@ -87,11 +99,9 @@ def _found(
     search(found, groups)
     if options.appended is not None:
         first_row = bank.shape[0]
-        if groups.of_bank is not None:  # the bank holds whole images
-            behind = groups.of_bank[first_row // groups.rows_per_group :]
-            groups = groups._replace(of_bank=behind)
-        search_rows(found, queries, options.appended, groups, first_row=first_row)
-    return found.finish(options.k)
+        behind = groups.behind(first_row)  # the bank holds whole images
+        search_rows(found, queries, options.appended, behind, first_row=first_row)
+    return found.finish(options.k, options.cosine)
 
 
 # --- nearest: brute force -------------------------------------------------------------------------
@@ -189,6 +199,46 @@ define_op(
 )
 
 
+# --- normalise: vectors for the cosine distance ---------------------------------------------------
+
+
+def _normalise_fake(vectors: Tensor) -> Tensor:
+    check_shape("vectors", vectors, "N, D")
+    check_dtype("vectors", vectors, torch.float32)
+    if vectors.shape[1] == 0:
+        raise ValueError(f"vectors must have at least one value, got {list(vectors.shape)}")
+    return torch.empty_like(vectors, memory_format=torch.contiguous_format)
+
+
+def _normalise(vectors: Tensor) -> Tensor:
+    _normalise_fake(vectors)
+    check_finite_rows("vectors", vectors)
+    values = vectors.cpu().contiguous()  # a GPU's own roots might round otherwise
+    normalised = torch.empty_like(values)
+    zero = _native.cpu.normalise(
+        rows=values.shape[0],
+        dim=values.shape[1],
+        data=values.data_ptr(),
+        normalised=normalised.data_ptr(),
+        context=torch.get_num_threads(),
+    )
+    if zero >= 0:
+        raise ValueError(f"vectors must have a direction, got only zeros in row {zero}")
+    return normalised.to(vectors.device)
+
+
+define_op("normalise(Tensor vectors) -> Tensor", _normalise, _normalise_fake)
+
+
+def normalised(name: str, vectors: Tensor) -> Tensor:
+    """`normalise` of a tensor [N, D] float32; errors call it `name`."""
+    try:
+        result: Tensor = torch.ops.patchsvdd_fast.normalise(vectors)
+    except ValueError as error:
+        raise ValueError(str(error).replace("vectors", name, 1)) from None
+    return result
+
+
 # --- under torch.vmap -----------------------------------------------------------------------------
 
 
@@ -220,15 +270,19 @@ def nearest(
     bank: Tensor | FloatArray,
     *,
     k: int | None = None,
+    metric: str = "euclidean",
     exclude_same_group: tuple[Tensor | IntArray, Tensor | IntArray] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact L2 distance from each query to its nearest bank row, and that row's index.
+    """Exact distance from each query to its nearest bank row, and that row's index.
 
     queries: [Q, D] float32, or other real numbers, which are rounded to it once.
     bank: [M, D] float32 or float16, or other real numbers, M >= 1, on the same device. Queries and
         bank are tensors, NumPy arrays, arrays of another library with DLPack (CuPy), or lists.
     k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
+    metric: "euclidean", or "cosine" for the cosine distance 1 - cos of the angle, exact in this
+        sense: half of the canonical squared distance of the vectors that `normalise` makes. A GPU's
+        are normalised on the CPU, so that no CUDA graph can capture it.
     exclude_same_group: the groups of the queries [Q] and of the bank rows [M], integers; a query
         cannot match rows of its own group.
     progress: called now and then with the share done, 0 to 1 (only on the CPU).
@@ -245,23 +299,39 @@ def nearest(
     Can be captured in a CUDA graph. Values cannot be checked then: a query that holds NaN gets the
     distance NaN instead of an error, and a bank row that holds NaN is never the nearest.
     """
-    if exclude_same_group is not None and len(exclude_same_group) != 2:
-        raise ValueError(
-            "exclude_same_group must hold the groups of the queries and of the bank, "
-            f"got {len(exclude_same_group)} items"
-        )
+    cosine = is_cosine(metric)
     query_tensor = as_vectors("queries", queries)
-    bank_tensor = as_vectors("bank", bank, halves=True)
-    query_groups, bank_groups = (
-        (None, None)
-        if exclude_same_group is None
-        else map(as_numbers, ("query_groups", "bank_groups"), exclude_same_group)
-    )
+    bank_tensor = as_vectors("bank", bank, halves=not cosine)
+    groups = given_groups(exclude_same_group)
+    options = _Options(*groups, k=as_neighbours(k), cosine=cosine)
+    if cosine:
+        options.checked_groups(query_tensor, bank_tensor)
+        query_tensor = normalised("queries", query_tensor)
+        bank_tensor = normalised("bank", bank_tensor)
     with reporting_to(progress):
-        found = torch.ops.patchsvdd_fast.nearest(
-            query_tensor, bank_tensor, query_groups, bank_groups, 1, None, as_neighbours(k)
-        )
+        found = torch.ops.patchsvdd_fast.nearest(query_tensor, bank_tensor, *options)
     return like_input(queries, *found)
+
+
+def normalise(vectors: Tensor | FloatArray) -> Tensor:
+    """Divide each vector by its norm, as the cosine distance does.
+
+    The norm is the canonical distance to the zero vector (`nearest` says what that is), and each
+    value is divided by it in float32, rounded once. Before, a power of two brings the largest
+    value of a vector to [1, 2): so that the squares of values like 1e30 or 1e-30 do not overflow
+    or underflow. It changes no result else: multiplying by it is exact, but for values 2^126
+    times smaller than the largest, which are rounded as subnormal numbers are.
+
+    vectors: [N, D], D >= 1, finite; real numbers as `nearest` takes them.
+
+    Returns [N, D] float32, a NumPy array if `vectors` is one or a list. The same bits for every
+    instruction set and device; those on a GPU are computed on the CPU and copied back. Not
+    differentiable. Raises ValueError for a wrong shape, for NaN or infinity, and for a vector of
+    zeros, which has no direction, naming its row; TypeError for what are no real numbers.
+    """
+    result: Tensor
+    (result,) = like_input(vectors, normalised("vectors", as_vectors("vectors", vectors)))
+    return result
 
 
 def as_neighbours(k: int | None) -> int | None:
@@ -278,15 +348,17 @@ def nearest_in_bank(
     *,
     k: int | None = None,
     appended: Tensor | None = None,
+    cosine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, in a bank [M, D], plain, with codes, or clustered on the CPU or on a GPU.
 
     queries: [Q, D] float32. bank: finite, which is not checked. stretch: for a bank clustered on
     the CPU, an upper bound on the norm of its projection. appended: [T, D], more rows of the bank,
-    whose numbers follow; also finite.
+    whose numbers follow; also finite. cosine: queries and bank are normalised, and distances are to
+    be cosine distances.
     """
     op = torch.ops.patchsvdd_fast
-    options = _Options(*groups, appended, k)
+    options = _Options(*groups, appended, k, cosine)
     with reporting_to(progress):
         if isinstance(bank, Tensor):
             return op.nearest(queries, bank, *options, bank_is_finite=True)

@@ -43,15 +43,24 @@ class Found(NamedTuple):
             torch.full(shape, _NO_ROW, dtype=torch.int64, device=queries.device),
         )
 
-    def finish(self, k: int | None) -> tuple[Tensor, Tensor]:
-        """Distances and rows, [Q] if k is None, else [Q, k]; this must not be used afterwards."""
+    def finish(self, k: int | None, cosine: bool = False) -> tuple[Tensor, Tensor]:
+        """Distances and rows, [Q] if k is None, else [Q, k]; this must not be used afterwards.
+
+        cosine: distances are half of the squared ones, instead of their roots.
+        """
         with backends.backend_of(self.squared) as (backend, context):
-            backend.finish_search(
-                count=self.squared.numel(),
-                distances=self.squared.data_ptr(),
-                indices=self.rows.data_ptr(),
-                context=context,
-            )
+            arrays = {
+                "count": self.squared.numel(),
+                "distances": self.squared.data_ptr(),
+                "indices": self.rows.data_ptr(),
+            }
+            if not cosine:
+                backend.finish_search(**arrays, context=context)
+            elif self.squared.device.type == "cpu":
+                _native.cpu.finish_cosine_search(**arrays, context=context)
+            else:
+                self.squared.mul_(0.5)
+                self.rows.masked_fill_(self.rows == _NO_ROW, -1)
         if k is None:
             return self.squared.view(-1), self.rows.view(-1)
         return self.squared, self.rows
@@ -127,6 +136,7 @@ def search_codes(
         method=getattr(_native.SearchMethod, search_method.get().upper()),
         **_pointers(found, queries, groups),
         neighbours=found.rows.shape[1],
+        matches=None,
         context=torch.get_num_threads(),
     )
 
@@ -147,6 +157,7 @@ def search_clusters(
         bank=arrays.native(stretch),
         **_pointers(found, queries, groups),
         neighbours=found.rows.shape[1],
+        matches=None,
         context=torch.get_num_threads(),
     )
 

@@ -15,14 +15,14 @@ from ..ops.checks import (
     IntArray,
     as_numbers,
     as_vectors,
-    check_finite_rows,
     check_int,
     check_same_device,
     like_input,
 )
-from ..ops.search import as_neighbours
-from .coreset import select_coreset
-from .index import Index
+from ..ops.radius import MOST_WITHIN, Within, as_radii
+from ..ops.search import as_neighbours, is_cosine
+from .coreset import as_count, select_coreset
+from .index import Index, as_groups, as_rows
 from .index_state import STORAGES, index_of, state_of
 
 _LARGEST_INT = 2**63 - 1
@@ -44,9 +44,11 @@ class NormalBank:
     seed: of the clustering.
     keep_codes: keep 8-bit codes of the embeddings of a bank that is not clustered, which take a
         quarter of the memory of float32; else every search makes them. For the CPU.
+    metric: "euclidean", or "cosine", see `nearest`. The bank then keeps the normalised rows, in
+        float32.
 
-    Raises ValueError for wrong shapes and values, naming the first row that holds NaN or infinity;
-    TypeError for a wrong dtype.
+    Raises ValueError for wrong shapes and values, naming the first row that holds NaN or infinity,
+    and for "cosine" the first that is zero; TypeError for a wrong dtype.
     """
 
     def __init__(
@@ -58,16 +60,27 @@ class NormalBank:
         clusters: int | None = None,
         seed: int = 0,
         keep_codes: bool = True,
+        metric: str = "euclidean",
     ) -> None:
         if storage not in STORAGES:
             raise ValueError(f"storage must be torch.float32 or torch.float16, got {storage}")
+        if is_cosine(metric) and storage != torch.float32:
+            raise ValueError(
+                "a bank with metric='cosine' needs storage=torch.float32: rounded to float16, its "
+                "rows would no longer have length one"
+            )
         if clusters is not None:
             clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
         seed = check_int("seed", seed, 0, _LARGEST_INT)
-        rows, grid = _as_rows(as_vectors("embeddings", embeddings, halves=True), storage)
-        groups = _as_groups(groups, rows, grid)
+        rows, grid = as_rows(as_vectors("embeddings", embeddings, halves=True), storage, metric)
         self._index = Index.build(
-            rows, groups, grid, wanted_clusters=clusters, seed=seed, keeps_codes=bool(keep_codes)
+            rows,
+            as_groups(groups, rows, grid),
+            grid,
+            wanted_clusters=clusters,
+            seed=seed,
+            keeps_codes=bool(keep_codes),
+            metric=metric,
         )
 
     @classmethod
@@ -80,13 +93,19 @@ class NormalBank:
         return self._index.rows
 
     def __repr__(self) -> str:
+        metric = "" if self.metric == "euclidean" else f", {self.metric}"
         clusters = f", {self.num_clusters:,} clusters" if self.num_clusters else ""
-        return f"NormalBank({len(self):,} x {self.dim}, {self.device}{clusters})"
+        return f"NormalBank({len(self):,} x {self.dim}, {self.device}{metric}{clusters})"
 
     @property
     def dim(self) -> int:
         """D, the length of an embedding."""
         return self._index.data.shape[1]
+
+    @property
+    def metric(self) -> str:
+        """Of its distances: "euclidean" or "cosine"."""
+        return self._index.metric
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +130,10 @@ class NormalBank:
 
     @property
     def embeddings(self) -> Tensor:
-        """The stored embeddings [M, D] in the order of their row numbers; mostly a copy."""
+        """The stored embeddings [M, D] in the order of their row numbers; mostly a copy.
+
+        Those of a bank with metric "cosine" are normalised.
+        """
         return self._index.in_order()
 
     # --- searching --------------------------------------------------------------------------------
@@ -124,7 +146,9 @@ class NormalBank:
         exclude_same_group: Tensor | IntArray | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Exact L2 distance from each query to its nearest bank row, and that row's number.
+        """Exact distance from each query to its nearest bank row, and that row's number.
+
+        Distances are of the bank's metric: Euclidean, or 1 - cos of the angle (`ops.nearest`).
 
         queries: [..., D], finite, on the bank's device; real numbers, rounded to float32 once.
         k: how many neighbours to find, 1 to 32; None: one, and no axis for it in the results.
@@ -135,31 +159,40 @@ class NormalBank:
         Returns distances [...] float32 and rows [...] int64, the lowest row on ties; infinity and
         -1 where every row is excluded. With k, [..., k]: by ascending distance, equally near ones
         by row, and infinity and -1 beyond the rows that a query may match. NumPy queries and lists
-        give NumPy arrays. Raises ValueError for a wrong shape, and for NaN or infinity in a query;
-        TypeError for what are no real numbers.
+        give NumPy arrays. Raises ValueError for a wrong shape, for NaN or infinity in a query, and
+        with metric "cosine" for a query of zeros; TypeError for what are no real numbers.
         """
         index = self._index
-        dim = index.data.shape[1]
-        given = as_vectors("queries", queries)
-        if given.ndim < 1 or given.shape[-1] != dim:
-            raise ValueError(
-                f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
-            )
-        shape = given.shape[:-1]
-        query_groups = None
-        if exclude_same_group is not None:
-            query_groups = as_numbers("exclude_same_group", exclude_same_group)
-            if query_groups.shape != shape[: query_groups.ndim]:
-                raise ValueError(
-                    f"exclude_same_group must have shape {list(shape)} to match the queries, "
-                    f"got {list(query_groups.shape)}"
-                )
-            missing = (1,) * (len(shape) - query_groups.ndim)
-            query_groups = query_groups.view(*query_groups.shape, *missing).expand(shape).flatten()
+        flat, shape, query_groups = index.asked(queries, exclude_same_group)
         k = as_neighbours(k)
-        distances, rows = index.nearest(given.reshape(-1, dim), query_groups, k, progress)
+        distances, rows = index.nearest(flat, query_groups, k, progress)
         found = shape if k is None else (*shape, k)
         return like_input(queries, distances.view(found), rows.view(found))
+
+    def within(
+        self,
+        queries: Tensor | FloatArray,
+        radius: float | Tensor | FloatArray,
+        *,
+        exclude_same_group: Tensor | IntArray | None = None,
+        most: int | None = MOST_WITHIN,
+        progress: Callable[[float], None] | None = None,
+    ) -> Within:
+        """All rows whose distance to a query is at most a radius; `ops.within` says more.
+
+        queries, exclude_same_group, progress: as for `nearest`; the bank lies on the CPU.
+        radius: one for all queries, or of each [...]; at least 0, rounded to float32 once.
+        most: how many rows to return at most, over all queries; None: as many as there are.
+
+        All ties of the nearest row are ``bank.within(queries, bank.nearest(queries)[0])``. Returns
+        a `Within`; queries [..., D] are numbered as if they were [N, D]. Raises what `nearest`
+        does; ValueError for a radius that is negative or NaN, and for more rows than `most`;
+        NotImplementedError for a bank on a GPU: use ``bank.to("cpu")``.
+        """
+        index = self._index
+        flat, shape, query_groups = index.asked(queries, exclude_same_group)
+        found = index.within(flat, as_radii(radius, shape), query_groups, most, progress)
+        return Within(*like_input(queries, *found))
 
     def source(self, rows: Tensor | IntArray) -> Tensor:
         """The patches that bank rows came from.
@@ -211,12 +244,7 @@ class NormalBank:
         it costs. Raises ValueError for a size out of range.
         """
         index = self._index
-        if isinstance(size, float):
-            if not 0 < size <= 1:
-                raise ValueError(f"a share of the rows must be above 0, up to 1.0, got {size}")
-            count = max(1, round(size * index.rows))
-        else:
-            count = check_int("size", size, 1, index.rows)
+        count = as_count(size, index.rows)
         if clusters is not None:
             clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
         rows = index.in_order()
@@ -244,6 +272,8 @@ class NormalBank:
 
         0 for a bank that is no coreset. Of a coreset, the largest distance of any row of the bank
         it was chosen from to the nearest row that was chosen; of a coreset of a coreset, the sum.
+        With metric "cosine" this is, and bounds, the Euclidean distance of normalised vectors: the
+        root of twice the cosine distance.
         """
         return self._index.radius
 
@@ -259,7 +289,8 @@ class NormalBank:
         Raises ValueError if grid or D are not the bank's.
         """
         index = self._index
-        rows, grid = _as_rows(as_vectors("embeddings", embeddings, halves=True), index.data.dtype)
+        given = as_vectors("embeddings", embeddings, halves=True)
+        rows, grid = as_rows(given, index.data.dtype, index.metric)
         self._append(index, rows, grid, groups, None)
 
     def _append(
@@ -282,7 +313,7 @@ class NormalBank:
             count = len(rows) // index.patches_per_image
             groups = torch.arange(first, first + count, device=rows.device)
         elif patches is None:
-            groups = _as_groups(groups, rows, grid)
+            groups = as_groups(groups, rows, grid)
         # Last, and in one step: nothing has changed if this is interrupted.
         self._index = index.append(rows, groups, patches)
 
@@ -305,13 +336,17 @@ class NormalBank:
         """Append all rows of another bank.
 
         groups: [M'] or [N'] int64, as for `add`; by default the groups that they have there.
+
+        Raises ValueError if grid, D or metric are not the bank's.
         """
         if not isinstance(other, NormalBank):
             raise TypeError(f"only a NormalBank can be merged, got {type(other).__name__}: use add")
         index, theirs = self._index, other._index
-        rows, _ = _as_rows(theirs.in_order(), index.data.dtype)
+        if index.metric != theirs.metric:
+            raise ValueError(f"a bank with metric {theirs.metric!r} does not fit {index.metric!r}")
+        rows, _ = as_rows(theirs.in_order(), index.data.dtype)
         given = theirs.groups if groups is None else groups
-        named = _as_groups(given, rows, theirs.grid, count=len(theirs.groups))
+        named = as_groups(given, rows, theirs.grid, count=len(theirs.groups))
         self._append(index, rows, theirs.grid, named, theirs.patches)
 
     def to(self, device: torch.device | str) -> NormalBank:
@@ -362,37 +397,3 @@ class NormalBank:
         missing, do not fit together, or hold NaN or infinity.
         """
         return cls._over(index_of(state, keep_codes))
-
-
-def _as_rows(embeddings: Tensor, storage: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-    """The checked rows [M, D], contiguous and in the storage dtype, and their grid (I, J)."""
-    if embeddings.ndim not in (2, 4):
-        raise ValueError(
-            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(embeddings.shape)}"
-        )
-    if embeddings.numel() == 0:
-        raise ValueError(f"a bank needs at least one embedding, got {list(embeddings.shape)}")
-    grid = (1, 1) if embeddings.ndim == 2 else (embeddings.shape[1], embeddings.shape[2])
-    rows = embeddings.detach().reshape(-1, embeddings.shape[-1])
-    check_finite_rows("embeddings", rows)
-    stored = rows.to(storage).contiguous()
-    if storage == torch.float16 and rows.dtype != storage:
-        try:
-            check_finite_rows("embeddings", stored)
-        except ValueError as error:
-            raise ValueError("embeddings are too large for float16 storage") from error
-    return stored, grid
-
-
-def _as_groups(
-    groups: Any, rows: Tensor, grid: tuple[int, int], count: int | None = None
-) -> Tensor:
-    """Groups [N] of rows [M, D], checked, or numbered from 0. count: N where rows do not tell."""
-    count = len(rows) // (grid[0] * grid[1]) if count is None else count
-    if groups is None:
-        return torch.arange(count, device=rows.device)
-    given = as_numbers("groups", groups)
-    check_same_device("groups", given, "embeddings", rows)
-    if given.shape != (count,):
-        raise ValueError(f"groups must have shape [{count}], got {list(given.shape)}")
-    return given

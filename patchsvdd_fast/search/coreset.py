@@ -43,6 +43,15 @@ class Coreset(NamedTuple):
     of a query to its nearest row grows by no more than this."""
 
 
+def as_count(size: float, rows: int) -> int:
+    """How many of `rows`: an integer, or a float, a share of them; ValueError out of range."""
+    if not isinstance(size, float):
+        return check_int("size", size, 1, rows)
+    if not 0 < size <= 1:
+        raise ValueError(f"a share of the rows must be above 0, up to 1.0, got {size}")
+    return max(1, round(size * rows))
+
+
 def select_coreset(
     embeddings: Tensor | FloatArray,
     count: int,

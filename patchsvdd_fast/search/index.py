@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import NO_GROUPS, Groups
+from ..ops.checks import (
+    NO_GROUPS,
+    Groups,
+    as_numbers,
+    as_vectors,
+    check_finite_rows,
+    check_same_device,
+)
 from ..ops.cpu_bank import ClusterArrays
 from ..ops.cpu_codes import CodedRows, encode_rows
 from ..ops.gpu_bank import SegmentArrays
-from ..ops.search import nearest_in_bank
+from ..ops.radius import Within, within_in_bank
+from ..ops.search import nearest_in_bank, normalised
 from .centroids import can_be_clustered
 from .cpu_choice import choose_codes, lay_out
 from .cpu_clusters import extend_clusters, suit_clusters
@@ -58,6 +66,8 @@ class Index(NamedTuple):
     """Whether to keep codes."""
     radius: float
     """The covering radius, see `NormalBank.covering_radius`."""
+    metric: str
+    """Of its distances; rows are normalised for "cosine"."""
 
     @classmethod
     def build(
@@ -71,6 +81,7 @@ class Index(NamedTuple):
         seed: int = 0,
         keeps_codes: bool = True,
         radius: float = 0.0,
+        metric: str = "euclidean",
     ) -> Index:
         """An index of rows [M, D], clustered if that pays or was asked for."""
         return cls(
@@ -87,6 +98,7 @@ class Index(NamedTuple):
             tried_rows=len(rows),
             keeps_codes=keeps_codes,
             radius=radius,
+            metric=metric,
         ).laid_out(rows)
 
     def laid_out(self, rows: Tensor) -> Index:
@@ -167,6 +179,33 @@ class Index(NamedTuple):
             return Groups(query_groups, self.groups, self.patches_per_image)
         return Groups(query_groups, self.groups[self.patches // self.patches_per_image])
 
+    def asked(
+        self, queries: Any, exclude_same_group: Any
+    ) -> tuple[Tensor, torch.Size, Tensor | None]:
+        """Queries as users give them [..., D]: [Q, D], their shape [...], and their groups [Q].
+
+        exclude_same_group: [...], or the first axes of it, or None. Raises ValueError, TypeError.
+        """
+        dim = self.data.shape[1]
+        given = as_vectors("queries", queries)
+        if given.ndim < 1 or given.shape[-1] != dim:
+            raise ValueError(
+                f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
+            )
+        shape = given.shape[:-1]
+        groups = None
+        if exclude_same_group is not None:
+            groups = as_numbers("exclude_same_group", exclude_same_group)
+            if groups.shape != shape[: groups.ndim]:
+                raise ValueError(
+                    f"exclude_same_group must have shape {list(shape)} to match the queries, "
+                    f"got {list(groups.shape)}"
+                )
+            missing = (1,) * (len(shape) - groups.ndim)
+            groups = groups.view(*groups.shape, *missing).expand(shape).flatten()
+        flat = given.reshape(-1, dim)
+        return normalised("queries", flat) if self.metric == "cosine" else flat, shape, groups
+
     def nearest(
         self,
         queries: Tensor,
@@ -174,17 +213,44 @@ class Index(NamedTuple):
         k: int | None,
         progress: Callable[[float], None] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`nearest` for queries [Q, D]; query_groups: [Q], see `excluding`, or None."""
-        layout = self.codes if self.clusters is None else self.clusters
+        """`nearest` for queries [Q, D] as `asked` gives them; their groups [Q], or None."""
         return nearest_in_bank(
             queries,
-            self.data if layout is None else layout,
+            self._layout,
             self.stretch,
             NO_GROUPS if query_groups is None else self.excluding(query_groups),
             progress,
             k=k,
             appended=self.appended,
+            cosine=self.metric == "cosine",
         )
+
+    def within(
+        self,
+        queries: Tensor,
+        radii: Tensor,
+        query_groups: Tensor | None,
+        most: int | None,
+        progress: Callable[[float], None] | None,
+    ) -> Within:
+        """`within` for queries [Q, D], as for `nearest`, and radii [Q]."""
+        return within_in_bank(
+            queries,
+            self._layout,
+            radii,
+            self.stretch,
+            NO_GROUPS if query_groups is None else self.excluding(query_groups),
+            progress,
+            appended=self.appended,
+            most=most,
+            cosine=self.metric == "cosine",
+        )
+
+    @property
+    def _layout(self) -> Tensor | CodedRows | ClusterArrays | SegmentArrays:
+        """What of the rows is searched, but for those appended."""
+        layout = self.codes if self.clusters is None else self.clusters
+        return self.data if layout is None else layout
 
     # --- others made from it ----------------------------------------------------------------------
 
@@ -243,3 +309,45 @@ class Index(NamedTuple):
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
+
+
+# --- what users give ------------------------------------------------------------------------------
+
+
+def as_rows(
+    embeddings: Tensor, storage: torch.dtype, metric: str = "euclidean"
+) -> tuple[Tensor, tuple[int, int]]:
+    """The checked rows [M, D], contiguous and in the storage dtype, and their grid (I, J).
+
+    embeddings: [M, D] or [N, I, J, D]. metric: "cosine" normalises them.
+    """
+    if embeddings.ndim not in (2, 4):
+        raise ValueError(
+            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(embeddings.shape)}"
+        )
+    if embeddings.numel() == 0:
+        raise ValueError(f"a bank needs at least one embedding, got {list(embeddings.shape)}")
+    grid = (1, 1) if embeddings.ndim == 2 else (embeddings.shape[1], embeddings.shape[2])
+    rows = embeddings.detach().reshape(-1, embeddings.shape[-1])
+    check_finite_rows("embeddings", rows)
+    if metric == "cosine":
+        rows = normalised("embeddings", rows.float())
+    stored = rows.to(storage).contiguous()
+    if storage == torch.float16 and rows.dtype != storage:
+        try:
+            check_finite_rows("embeddings", stored)
+        except ValueError as error:
+            raise ValueError("embeddings are too large for float16 storage") from error
+    return stored, grid
+
+
+def as_groups(groups: Any, rows: Tensor, grid: tuple[int, int], count: int | None = None) -> Tensor:
+    """Groups [N] of rows [M, D], checked, or numbered from 0. count: N where rows do not tell."""
+    count = len(rows) // (grid[0] * grid[1]) if count is None else count
+    if groups is None:
+        return torch.arange(count, device=rows.device)
+    given = as_numbers("groups", groups)
+    check_same_device("groups", given, "embeddings", rows)
+    if given.shape != (count,):
+        raise ValueError(f"groups must have shape [{count}], got {list(given.shape)}")
+    return given

@@ -12,6 +12,7 @@ from ..ops.cpu_bank import ClusterArrays, link_clusters
 from .index import Index
 
 STORAGES = (torch.float32, torch.float16)
+_COSINE = 1
 _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not saved
 
 
@@ -25,6 +26,8 @@ def state_of(index: Index) -> dict[str, Tensor]:
         "settings": _int64(wanted, index.seed),
         "clustered_rows": _int64(index.tried_rows),
     }
+    if index.metric == "cosine":
+        state |= {"metric": _int64(_COSINE)}
     if index.patches is not None:
         radius = torch.tensor([index.radius], dtype=torch.float64, device="cpu")
         state |= {"patches": index.patches, "radius": radius}
@@ -81,6 +84,7 @@ def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
             tried_rows=tried,
             keeps_codes=keeps_codes,
             radius=radius,
+            metric=_metric(state),
         ).coded()
     except KeyError as error:
         raise ValueError(f"these tensors are not a bank: {error} is missing") from error
@@ -98,6 +102,18 @@ def _clusters(state: Mapping[str, Tensor]) -> tuple[ClusterArrays | None, float]
     if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
         raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
     return link_clusters(arrays), float(state["stretch"])
+
+
+def _metric(state: Mapping[str, Tensor]) -> str:
+    """The metric of a state, which says so only if it is not the Euclidean one."""
+    if "metric" not in state:
+        return "euclidean"
+    (number,) = _integers(state, "metric", 1)
+    if number != _COSINE:
+        raise ValueError(f"a bank's metric must be {_COSINE} (cosine), got {number}")
+    if state["data"].dtype != torch.float32:
+        raise ValueError(f"a cosine bank's data must be float32, got {state['data'].dtype}")
+    return "cosine"
 
 
 def _patches(state: Mapping[str, Tensor], rows: int, count: int) -> tuple[Tensor | None, float]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from equality import assert_same, to
-from patchsvdd_fast import ops
+from patchsvdd_fast import NormalBank, ops
 from patchsvdd_fast.ops import reference
 
 METHODS = ["plain", "screened", "auto"]
@@ -219,6 +219,35 @@ def test_answers_do_not_depend_on_batches_or_runs(device, method):
             parts = [ops.nearest(part, bank) for part in queries[:2000].split(batch)]
             for ours, expected in zip(zip(*parts, strict=True), whole, strict=True):
                 assert torch.equal(torch.cat(ours), expected[:2000])
+
+
+@pytest.mark.parametrize("k", [None, 1, 13])
+@pytest.mark.parametrize("clusters", [0, 20])
+def test_cosine_distances(device, clusters, k):
+    queries, bank = torch.randn(60, 24), torch.randn(5000, 24) * 1e25
+    bank[2500:3000] = bank[:500]
+    expected = ops.nearest(queries, bank, k=k, metric="cosine")
+    on_device = to(device, (queries, bank))
+    assert_same(ops.nearest(*on_device, k=k, metric="cosine"), expected, device)
+    assert_same(ops.normalise(on_device[1]), ops.normalise(bank), device)
+    searched = NormalBank(on_device[1], clusters=clusters, metric="cosine")
+    assert_same(searched.nearest(on_device[0], k=k), expected, device)
+    none_left = torch.zeros(60, dtype=torch.int64), torch.zeros(5000, dtype=torch.int64)
+    found = ops.nearest(*on_device, k=k, metric="cosine", exclude_same_group=to(device, none_left))
+    assert torch.isinf(found[0]).all()
+    assert (found[1] == -1).all()
+
+
+def test_within_is_for_the_cpu(device):
+    if device.type == "cpu":
+        pytest.skip("is about a GPU")
+    rows = torch.randn(20, 4)
+    bank = NormalBank(rows.to(device))
+    with pytest.raises(NotImplementedError, match="CPU only"):
+        bank.within(rows.to(device), 1.0)
+    with pytest.raises(NotImplementedError, match="CPU only"):
+        ops.within(bank.embeddings, bank.embeddings, 1.0)
+    assert_same(bank.to("cpu").within(rows, 1.0), ops.within(rows, rows, 1.0), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("method", METHODS)

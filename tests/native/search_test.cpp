@@ -13,6 +13,7 @@
 
 #include "../../csrc/cpu/clusters.h"
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/matches.h"
 #include "../../csrc/cpu/rescore.h"
 #include "checks.h"
 #include "kernel_checks.h"
@@ -289,6 +290,84 @@ void test_searches(int threads) {
   }
 }
 
+// All rows within a limit, plain, with codes and clustered, against a loop over all rows.
+void test_within(int threads) {
+  const TestBank made(integer(1, 40), integer(1, 400), integer(1, 40), threads);
+  const int64_t queries = integer(0, 3) ? integer(1, 40) : 300;
+  std::vector<float> vectors, limits;
+  std::vector<std::vector<std::pair<float, int64_t>>> expected(queries);
+  std::vector<int64_t> bank_groups(made.rows), query_groups(queries);
+  for (int64_t& group : bank_groups) group = integer(0, 2);
+  for (int64_t& group : query_groups) group = integer(0, 3);
+  Groups groups{nullptr, nullptr, 1};
+  if (integer(0, 1)) groups = {query_groups.data(), bank_groups.data(), 1};
+  int64_t most = 0;
+  for (int64_t q = 0; q < queries; ++q) {
+    const float* row = made.values.data() + integer(0, made.rows - 1) * made.dim;
+    for (int64_t j = 0; j < made.dim; ++j) {
+      vectors.push_back(q % 3 ? row[j] * static_cast<float>(uniform(0.999, 1.001)) : row[j]);
+    }
+    std::vector<float> squared(made.rows);
+    for (int64_t r = 0; r < made.rows; ++r) {
+      portable_kernels().squared_distances({made.values.data(), made.dim, false},
+                                           vectors.data() + q * made.dim, &r, 1, &squared[r]);
+    }
+    const float limit = squared[integer(0, made.rows - 1)];
+    limits.push_back(integer(0, 3) ? limit : std::nextafter(limit, 0.0f));
+    for (int64_t r = 0; r < made.rows; ++r) {
+      const bool excluded = groups.query_groups != nullptr && query_groups[q] == bank_groups[r];
+      if (squared[r] <= limits[q] && !excluded) expected[q].emplace_back(squared[r], r);
+    }
+    std::sort(expected[q].begin(), expected[q].end());
+    most += static_cast<int64_t>(expected[q].size());
+  }
+  const std::vector<float> before = limits;
+  const auto method = static_cast<SearchMethod>(integer(0, 2));
+  const int64_t block_rows = kTileRows * integer(1, 8);
+  TestCodes coded(made.values, made.dim, block_rows, threads);
+  const TestLeading leading(made.values, made.dim, threads);
+  const TestCodes leading_codes(leading.images, 64, block_rows, threads);
+  if (integer(0, 1)) {
+    coded.bank.leading_axes = leading.map;
+    coded.bank.leading = leading_codes.bank.codes;
+  }
+  for (int way = 0; way < 3; ++way) {
+    Matches matches(most);
+    if (way == 0) {
+      NearestParams params{};
+      params.queries = queries;
+      params.bank_rows = made.rows;
+      params.dim = made.dim;
+      params.query_data = vectors.data();
+      params.bank_data = made.values.data();
+      params.groups = groups;
+      params.k = 1;
+      params.squared = limits.data();
+      params.method = method;
+      within(params, &matches, threads);
+    } else if (way == 1) {
+      nearest_in_codes(
+          {coded.bank, method, groups, queries, vectors.data(), 1, limits.data(), nullptr}, threads,
+          &matches);
+    } else {
+      int64_t scanned = 0;
+      nearest_in_clusters(
+          {made.bank, groups, queries, vectors.data(), 1, limits.data(), nullptr, &scanned},
+          threads, &matches);
+    }
+    EXPECT(limits == before, "limits have changed, way %d", way);
+    std::vector<int64_t> starts(queries + 1), ids(matches.total());
+    std::vector<float> squared(ids.size());
+    matches.take(queries, starts.data(), squared.data(), ids.data(), threads);
+    for (int64_t q = 0; q < queries; ++q) {
+      std::vector<std::pair<float, int64_t>> found;
+      for (int64_t i = starts[q]; i < starts[q + 1]; ++i) found.emplace_back(squared[i], ids[i]);
+      EXPECT(found == expected[q], "way %d: %ld rows for %ld", way, long(found.size()),
+             long(expected[q].size()));
+    }
+  }
+}
+
 // Coresets with and without a screen, against the plain selection; some have so many rows that
 // these wait for whole groups of centres and are brought up to date in batches.
 void test_coresets(int threads) {
@@ -351,6 +430,7 @@ int main(int argc, char** argv) {
       test_distance_tiles();
       test_cluster_bounds();
       test_searches(1 + round % 4);
+      test_within(1 + round % 4);
       test_coresets(1 + round % 4);
     }
   }
