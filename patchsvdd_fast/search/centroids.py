@@ -13,8 +13,8 @@ from ..ops.cpu_bank import LANES, MOST_CLUSTERS
 
 _SMALLEST = 4096  # rows; fewer are searched as fast without clusters
 _CLUSTERS_PER_ROOT = 0.8  # clusters per square root of rows; measured, the optimum is flat
-_ITERATIONS = 6
-_SAMPLES_PER_CLUSTER = 128
+_ITERATIONS = 4
+_SAMPLES_PER_CLUSTER = 64  # more of either did not make searches faster
 _LARGEST = 1e15  # coordinates beyond might overflow when squared
 _MOST_DIMS = 4096
 
