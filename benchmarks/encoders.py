@@ -49,6 +49,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
     "efficientnet_lite0, 64 axes": {"encoder": "efficientnet_lite0", "embedding_dim": 64},
     "efficientnet_lite0, whitened": {"encoder": "efficientnet_lite0", "projection": "whiten"},
+    "efficientnet_lite0, coreset of 10 %": {"encoder": "efficientnet_lite0", "coreset": 0.1},
+    "efficientnet_lite0, re-weighted": {"encoder": "efficientnet_lite0", "reweight": 9},
 }
 """What is compared: parameters of `PatchSVDD`, all else at its defaults."""
 METRICS = ("detection", "segmentation", "aupro")
