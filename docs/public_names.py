@@ -72,6 +72,7 @@ INTERNAL = {
     "detector.thresholds": "a base class of PatchSVDD, which has its members",
     "files.store": "the format of model files, which file-format.md describes",
     "files.whole": "how every file is written",
+    "images.arrays": "what load_image_set makes of arrays and tensors",
     "images.drawn_defects": "what the checks during training draw",
     "images.sample_cloth": "the sample of `patchsvdd demo`",
     "ops.backends": "how ops are registered; its settings of searches are names of ops",

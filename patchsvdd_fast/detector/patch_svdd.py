@@ -80,8 +80,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
-    a file, a sequence of files, PIL images or arrays, or a uint8 batch: [N, H, W, 3] as a NumPy
-    array, [N, 3, H, W] as a tensor.
+    a file, a sequence of files, PIL images, arrays [H, W, 3] or tensors [3, H, W], or a batch of
+    either; uint8, uint16, or floats in 0 to 1.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
@@ -325,7 +325,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         For `for` and `async for`. Reading, encoding, searching and what the caller does with a
         result overlap, in bounded memory. Scores are those of `score`.
 
-        sources: paths, PIL images or uint8 arrays [H, W, 3]; may be endless. A thread of the stream
+        sources: paths, PIL images, arrays or tensors; may be endless. A thread of the stream
             iterates over them, some images ahead.
         false_alarm_rate: share of good images that may be called anomalous; None: `threshold_`.
         on_error: called with an image that cannot be read, and why; it is then skipped. None: the
