@@ -107,6 +107,8 @@ INTERNAL = {
     "detector.model_file.encoder_of": "a part of load_encoder",
     "detector.model_file.load_model": "PatchSVDD.load",
     "detector.model_file.save_model": "PatchSVDD.save",
+    "detector.patch_svdd.PatchSVDD.file_": "how a model file that was changed is noticed",
+    "encoders.levels.as_levels": "what `levels` means",
     "encoders.patch_encoder.device_of": "where encode_images computes",
     "encoders.patch_svdd.LEAKY_SLOPE": "of the encoder's layers",
     "encoders.patch_svdd.QuadrantHead": "a part of HierarchicalEncoder",

@@ -24,7 +24,7 @@ class ThresholdsMixin:
     calibration_: Calibration | None
     """What good images score; None of a single training image."""
 
-    def score(self, X: Any) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
+    def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
         """Anomaly maps and image scores; the detector defines it."""
         raise NotImplementedError
 

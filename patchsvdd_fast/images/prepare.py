@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ ImageSize = tuple[int, int] | None
 def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
     """Bring an `image_size` argument to (height, width) or None. One number means a square.
 
-    Raises ValueError for a size below 1.
+    Raises ValueError for a size below 1, TypeError for what is no size.
     """
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    sides: Any = (size, size) if isinstance(size, numbers.Integral) else size
+    is_pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not is_pair or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise TypeError(f"image_size must be pixels, (height, width) or None, got {size!r}")
+    height, width = map(int, sides)
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be positive, got {height}x{width}")
     return height, width
