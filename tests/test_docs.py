@@ -42,11 +42,12 @@ BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.D
 SIDE = 128
 LONGEST_WAIT = 30  # seconds, for what is to be there before Ctrl-C
 
-# onnx.md is run by detector/test_onnx.py, which also compares what it computes.
+# onnx.md is run by detector/test_onnx.py, which also compares what it computes; serving.md by
+# test_serving.py, with a client.
 PAGES = [
     page.relative_to(DOCS).as_posix()
     for page in sorted(DOCS.rglob("*.md"))
-    if page.name != "onnx.md" and BLOCK.search(page.read_text(encoding="utf-8"))
+    if page.name not in ("onnx.md", "serving.md") and BLOCK.search(page.read_text(encoding="utf-8"))
 ]
 
 

@@ -23,7 +23,7 @@ from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import load_official_checkpoint
 from ..encoders.pretrained import PATCH_SVDD, rebuilt_encoder
 from ..files import store
-from ..files.store import below, naming
+from ..files.store import MappedFile, below, file_of, naming
 from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
 from ..images.light import MEANS
@@ -64,6 +64,8 @@ class Model:
     """The training images' names, figures and pictures; None if not known, as in files of schema 2
     and 3."""
     record: TrainingRecord
+    file: MappedFile | None = None
+    """The file whose memory a part of this lies in; None: none."""
 
 
 def differences(one: Model, other: Model) -> list[str]:
@@ -186,7 +188,9 @@ def _model_of(
     if gallery is not None and len(gallery.names) != count:
         raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")
     record = record_of(header["record"])
-    return Model(parameters, encoder, mean, light, banks, calibration, gallery, record)
+    return Model(
+        *(parameters, encoder, mean, light, banks, calibration, gallery, record), file_of(tensors)
+    )
 
 
 def _parameters_in(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,7 +310,8 @@ def _patch_svdd_of(stored: Mapping[str, Tensor], parameters: Mapping[str, Any]) 
             f"its encoder is not one for patches of {max(sizes)} pixels and "
             f"D = {parameters['embedding_dim']}"
         )
-    encoder.load_state_dict(stored, assign=True)
+    own = {name: value.clone() for name, value in stored.items()}  # not the file's memory
+    encoder.load_state_dict(own, assign=True)
     return encoder.eval()
 
 

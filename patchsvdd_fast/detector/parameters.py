@@ -5,14 +5,16 @@ Parameters are those of `PatchSVDD` by name, as scikit-learn's `get_params` retu
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..encoders.backbone import BackboneEncoder
-from ..encoders.levels import DEFAULT_LEVELS, PatchLevel
+from ..encoders.levels import DEFAULT_LEVELS, PatchLevel, as_levels
 from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
 from ..encoders.precision import PRECISIONS
@@ -72,6 +74,7 @@ def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dic
     }
     values = dict(parameters)
     values |= {name: value for name, value in own.items() if values[name] is None}
+    values["levels"] = as_levels(values["levels"])
     values["encoder"] = PATCH_SVDD if encoder is None else encoder.name
     if encoder is not None:
         values["embedding_dim"] = encoder.embedding_dim
@@ -126,6 +129,9 @@ def check_parameters(parameters: Parameters) -> None:
             f"encoding_precision must be one of {PRECISIONS}, "
             f"got {parameters['encoding_precision']!r}"
         )
+    for name in ("coreset", "contamination"):
+        if not isinstance(parameters[name], numbers.Real | None):
+            raise TypeError(f"{name} must be a number, got {parameters[name]!r}")
     coreset = parameters["coreset"]
     if coreset is not None and not 0 < coreset <= 1:
         raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
@@ -181,7 +187,8 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
     """The part of a file's header that holds resolved parameters, as values that JSON has."""
     levels = [(level.size, level.stride) for level in parameters["levels"]]
     # All are resolved, hence written out: an encoder's or mode's own may change in later versions.
-    return {"parameters": {**parameters, "levels": levels}}
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
+    return {"parameters": {**plain, "levels": levels}}
 
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:

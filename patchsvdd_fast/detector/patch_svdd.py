@@ -43,8 +43,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         projection: of a pretrained encoder, see `BackboneEncoder`; None: its own.
         image_size: side of the square that images are resized to, or (height, width), in pixels;
             None keeps their own size, which must be the same for all.
-        levels: patch sizes and strides to score at; of Patch SVDD sizes 32, 64, 128 or 256 and
-            even strides, of others see there; None: the encoder's own.
+        levels: pairs (size, stride), or `PatchLevel`, to score at; of Patch SVDD sizes 32, 64, 128
+            or 256 and even strides, of others see there; None: the encoder's own.
         combination: how the levels' maps become one: "mult", "sum", or one level, e.g. "K32".
         contamination: share of good images that may be called anomalous; sets the threshold. N
             training images can promise 1 / (N + 1) at the lowest, see `false_alarm_rate_`.
@@ -80,8 +80,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
-    a file, a sequence of files, PIL images or arrays, or a uint8 batch: [N, H, W, 3] as a NumPy
-    array, [N, 3, H, W] as a tensor.
+    a file, a sequence of files, PIL images, arrays [H, W, 3] or tensors [3, H, W], or a batch of
+    either; uint8, uint16, or floats in 0 to 1.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
@@ -94,7 +94,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         encoder: str | nn.Module = PATCH_SVDD,
         projection: str | None = None,
         image_size: int | tuple[int, int] | None = 256,
-        levels: Sequence[PatchLevel] | None = None,
+        levels: Sequence[PatchLevel | tuple[int, int]] | None = None,
         combination: str = "mult",
         contamination: float = 0.01,
         illumination: str | None = None,
@@ -302,8 +302,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     # --- scoring ----------------------------------------------------------------------------------
 
-    def score(self, X: Any) -> ScoreResult:  # noqa: N803
-        """Anomaly maps and image scores of new images, all in memory. Raises NotFittedError."""
+    def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803
+        """Anomaly maps and image scores of new images, all in memory; y is ignored."""
         self._require_fitted()
         images = self.load_images(X)
         height, width = images.pixels.shape[2:]
@@ -325,7 +325,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         For `for` and `async for`. Reading, encoding, searching and what the caller does with a
         result overlap, in bounded memory. Scores are those of `score`.
 
-        sources: paths, PIL images or uint8 arrays [H, W, 3]; may be endless. A thread of the stream
+        sources: paths, PIL images, arrays or tensors; may be endless. A thread of the stream
             iterates over them, some images ahead.
         false_alarm_rate: share of good images that may be called anomalous; None: `threshold_`.
         on_error: called with an image that cannot be read, and why; it is then skipped. None: the

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
+from ..files.store import MappedFile
 from ..score.calibration import Calibration
 from ..score.maps import ScoreResult
 
@@ -18,10 +19,12 @@ class ThresholdsMixin:
 
     contamination: float
     """Share of good images that may be called anomalous, as the detector was given it."""
+    file_: MappedFile | None
+    """The model file that it was loaded from, to notice that somebody wrote into it."""
     calibration_: Calibration | None
     """What good images score; None of a single training image."""
 
-    def score(self, X: Any) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
+    def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
         """Anomaly maps and image scores; the detector defines it."""
         raise NotImplementedError
 
@@ -92,3 +95,5 @@ class ThresholdsMixin:
     def _require_fitted(self) -> None:
         if not hasattr(self, "banks_"):
             raise NotFittedError("this PatchSVDD is not fitted yet: call fit or PatchSVDD.load")
+        if self.file_ is not None:
+            self.file_.check()

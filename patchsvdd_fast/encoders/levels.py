@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..ops.checks import check_patch, grid_shape
+from ..ops.checks import check_int, check_patch, grid_shape
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,32 @@ class PatchLevel:
     def __str__(self) -> str:
         return f"K{self.size}"
 
+
+def as_levels(given: Any) -> tuple[PatchLevel, ...]:
+    """Levels, each given as a `PatchLevel` or as a pair (size, stride).
+
+    Raises TypeError for anything else; ValueError for sizes and strides that no level has, and for
+    two levels of one size, which would have one name.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"levels must be a sequence of levels, got {given!r}")
+    levels = tuple(map(_as_level, given))
+    if len({level.size for level in levels}) < len(levels):
+        raise ValueError(f"levels must have different sizes, got {', '.join(map(str, levels))}")
+    return levels
+
+
+def _as_level(given: Any) -> PatchLevel:
+    if isinstance(given, PatchLevel):
+        return given
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != 2:
+        raise TypeError(f"a level must be a PatchLevel or a pair (size, stride), got {given!r}")
+    size, stride = (check_int(n, v, 1, _LARGEST) for n, v in zip(_NAMES, given, strict=True))
+    return PatchLevel(size, stride)
+
+
+_LARGEST = 1 << 20  # pixels of a patch's side: more than any image has
+_NAMES = ("a level's size", "a level's stride")
 
 DEFAULT_LEVELS = (PatchLevel(size=64, stride=16), PatchLevel(size=32, stride=4))
 """The paper's two levels: 13x13 and 57x57 patches of a 256x256 image."""

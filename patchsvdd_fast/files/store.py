@@ -5,7 +5,7 @@ the code that reads a tensor or a field checks its type and values. Checksums ar
 forged file can give wrong answers, but cannot make a search read outside its arrays.
 
 Opening maps the file into memory. If it is cut short while it is open, the process ends; `save`
-therefore replaces files and never writes into one.
+therefore replaces files and never writes into one. `MappedFile` notices others that did.
 
 safetensors is imported only when a file is read: the search alone does not need it.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import zlib
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,53 @@ _PART_BYTES = 1 << 22  # bytes per checksum of a part of a tensor; belongs to th
 _THREADS = 2
 
 
+class MappedFile:
+    """An open file, to notice later that somebody has written into it.
+
+    What was replaced as `save` does it, by renaming another file, stays as it was while it is
+    mapped; so does what was deleted. Pickled or copied, it becomes None: copies of tensors lie in
+    memory of their own.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path).absolute()
+        self._opened = _state_of(self._path)
+
+    def check(self) -> None:
+        """Raise OSError if the file was changed in place; costs one `os.stat`."""
+        if self._opened is None or (now := _state_of(self._path)) in (None, self._opened):
+            return
+        if now[:2] == self._opened[:2]:
+            raise OSError(
+                f"{self._path} was changed in place while it was open, so answers would mix what "
+                "it held and holds: open it again, and replace files by renaming, as `save` does"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_file, ()
+
+
+def _no_file() -> None:
+    """What becomes of a pickled `MappedFile`."""
+
+
+def _state_of(path: Path) -> tuple[int, int, int, int] | None:
+    """Which file has this path (device and number), its size and time of change; None: none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (half the time of Path.stat)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class Tensors(dict[str, Tensor]):
+    """Tensors by name that lie in the memory of a file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], file: MappedFile) -> None:
+        super().__init__(tensors)
+        self.file = file
+
+
 def save(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
@@ -75,7 +123,7 @@ def save(
         _write(partial, stored, metadata)
 
 
-def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     """Read the tensors and the header of a model file.
 
     Tensors lie in the mapped file: contiguous, aligned, of the dtypes that models have. The header
@@ -88,6 +136,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a model file")
+    file_as_it_is = MappedFile(path)
     with naming(path):
         _check_size_of_header(path)
         try:
@@ -106,12 +155,24 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if tensor.dtype not in _DTYPES or tensor.data_ptr() % tensor.element_size():
                 raise ValueError(f"{name} is {tensor.dtype}, or not aligned")
         _verify(metadata, tensors, header["schema_version"])
-    return tensors, header
+    return Tensors(tensors, file_as_it_is), header
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with the prefix, by the rest of their names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return with_file_of(
+        tensors, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
+
+
+def with_file_of(tensors: Mapping[str, Tensor], some: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some of the tensors, as `Tensors` if those are."""
+    return some if (file := file_of(tensors)) is None else Tensors(some, file)
+
+
+def file_of(tensors: Mapping[str, Tensor]) -> MappedFile | None:
+    """The file whose memory tensors lie in; None if they lie in none."""
+    return tensors.file if isinstance(tensors, Tensors) else None
 
 
 @contextlib.contextmanager

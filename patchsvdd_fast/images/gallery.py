@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ class Gallery:
             )
         if self.pictures is not None and len(self.pictures) != count:
             raise ValueError(f"{count} training images cannot have {len(self.pictures)} pictures")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pictures of an opened model are views of the file, which cannot be pickled.
+        pictures = None if self.pictures is None else tuple(map(bytes, self.pictures))
+        return {**self.__dict__, "pictures": pictures}
 
     @classmethod
     def of(cls, images: ImageSet, with_pictures: bool = True) -> Gallery:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files.folders import training_paths
+from .arrays import image_of_array, images_of_batch, is_array
 
 MASK_THRESHOLD = 128
 """Pixels of a mask above this are anomalous."""
@@ -26,11 +28,15 @@ ImageSize = tuple[int, int] | None
 def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
     """Bring an `image_size` argument to (height, width) or None. One number means a square.
 
-    Raises ValueError for a size below 1.
+    Raises ValueError for a size below 1, TypeError for what is no size.
     """
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    sides: Any = (size, size) if isinstance(size, numbers.Integral) else size
+    is_pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not is_pair or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise TypeError(f"image_size must be pixels, (height, width) or None, got {size!r}")
+    height, width = map(int, sides)
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be positive, got {height}x{width}")
     return height, width
@@ -98,8 +104,10 @@ class ImageSet:
 
 
 def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> PreparedImage:
-    """Read one image: a path, a PIL image, or an array [H, W] or [H, W, 3] uint8.
+    """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
+    item: colours are RGB; of OpenCV's BGR, give ``frame[:, :, ::-1]``. Arrays are uint8, uint16
+        (scaled to 8 bits as those of files are) or floats in 0 to 1; other floats are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
     smallest: least pixels on a side, before resizing. Raises ValueError, TypeError or OSError
     naming the image.
@@ -136,9 +144,10 @@ def load_image_set(
     """Load images of one size.
 
     source: a folder (a category's good training images, or every image below it), one image file,
-    a sequence of files, PIL images or [H, W, 3] arrays, or a uint8 batch: [N, H, W, 3] or [N, H, W]
-    as a NumPy array, [N, 3, H, W] as a tensor. The names of images in a folder are relative to it.
-    size, smallest: as for `prepare_image`.
+    a sequence of what `prepare_image` takes, or a batch: [N, H, W, 3] or [N, H, W] as an array,
+    [N, 3, H, W] as a tensor. An array [H, W, 3] or a tensor [3, H, W] is one image. The names of
+    images in a folder are relative to it.
+    size, smallest, dtypes of arrays: as for `prepare_image`.
     progress: called after each image with the share that is read, 0 to 1.
 
     Raises as `prepare_image`, and ValueError if there are no images or their sizes differ and
@@ -149,9 +158,9 @@ def load_image_set(
         path = Path(source)
         folder = path if path.is_dir() else None
         source = [path] if folder is None else training_paths(folder)
-    if isinstance(source, Tensor):
-        source = _batch_of_tensor(source)
-    if not isinstance(source, Sequence | np.ndarray):
+    if is_array(source):
+        source = images_of_batch(source)
+    if not isinstance(source, Sequence | np.ndarray | Tensor):
         raise TypeError(
             "images must be a folder, a file, a sequence of files, PIL images or arrays, or a "
             f"batch, got {type(source).__name__}"
@@ -187,20 +196,11 @@ def _as_image(item: Any, name: str) -> Image.Image:
             return _to_rgb(item)
         except Exception as error:  # Pillow decodes an opened file only now
             raise ValueError(f"cannot read {name}: {_reason(error)}") from error
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (1, 3, 4)):
-            return _to_rgb(Image.fromarray(item.squeeze(2) if item.shape[2:] == (1,) else item))
-        raise ValueError(f"{name} must have shape [H, W] or [H, W, 3], got {list(item.shape)}")
-    kind = f"{item.dtype} array" if isinstance(item, np.ndarray) else type(item).__name__
-    raise TypeError(f"{name} must be a path, a PIL image or a uint8 array, got {kind}")
-
-
-def _batch_of_tensor(batch: Tensor) -> Sequence[np.ndarray]:
-    if batch.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {str(batch.dtype).removeprefix('torch.')}")
-    if batch.ndim != 4 or batch.shape[1] != 3:
-        raise ValueError(f"images must have shape [N, 3, H, W], got {list(batch.shape)}")
-    return list(batch.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+    if is_array(item):
+        return _to_rgb(Image.fromarray(image_of_array(item, name)))
+    raise TypeError(
+        f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
+    )
 
 
 def _check_pixels(image: Image.Image) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,6 +183,47 @@ def reporting_to(progress: Callable[[float], None] | None) -> Iterator[None]:
 def pointer(tensor: Tensor | None) -> int:
     """Address of the tensor's data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+# GNU's OpenMP, which torch computes with on Linux, keeps the threads of a parallel loop for the
+# next one. A child of a fork does not have them, and would wait for them for ever. So they are
+# ended before a fork; the next loop starts others. This library's own threads last for one call.
+
+_OMP_PAUSE_SOFT = 1
+_were_ended = True  # whether the last fork found no threads that its child would wait for
+
+
+def _end_idle_threads() -> None:
+    """End the OpenMP threads that wait for the next parallel loop of the calling thread."""
+    global _were_ended  # noqa: PLW0603
+    _were_ended = False
+    with contextlib.suppress(OSError, AttributeError):  # before GCC 9 there is no such call
+        for path in _loaded_openmp():
+            if ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_SOFT) != 0:
+                return
+        _were_ended = True
+
+
+def _loaded_openmp() -> list[str]:
+    """The files of all GNU OpenMP libraries in this process; torch and others bring their own."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():  # not on Linux
+        return []
+    lines = maps.read_text(errors="surrogateescape").splitlines()
+    return sorted({line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line})
+
+
+def _settle_threads() -> None:
+    """In a child of a fork: one thread where the parent's could not be ended, else as many."""
+    # Setting the number also makes torch's other pool of threads anew, which several threads of
+    # the child must not do at once: "Invalid thread pool".
+    torch.set_num_threads(torch.get_num_threads() if _were_ended else 1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_end_idle_threads, after_in_child=_settle_threads)
 
 
 # --- versions -------------------------------------------------------------------------------------

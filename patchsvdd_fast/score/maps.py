@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ class ScoreResult:
     image, and row and column in its grid of patches (times the stride: top and left in pixels)."""
     weights: Tensor | None = field(default=None, repr=False)
     """Of re-weighted scores (`score.reweighting`): the factor of each image, [N] float64."""
+
+    def __repr__(self) -> str:
+        count, height, width = next(iter(self.level_maps.values())).shape
+        levels = ", ".join(self.level_maps)
+        return f"ScoreResult({count} images, {width}x{height} pixels, {levels}, {self.combination})"
+
+    def item(self) -> NoReturn:
+        """Raises TypeError: scikit-learn calls this where it needs one number, and has none."""
+        raise TypeError(
+            "`score` gives maps and a score of each image, not one number: give GridSearchCV and "
+            'cross_val_score a scoring, such as "roc_auc", and labels y, +1 normal and -1 anomalous'
+        )
 
     def image(self, number: int) -> ScoreResult:
         """The scores of one image alone, with N = 1; copied, so that the others can be freed."""

@@ -10,12 +10,13 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
+import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from ..images.prepare import PreparedImage
 
@@ -42,7 +43,8 @@ class Stream(Generic[Result]):
         ends the stream.
 
     Use it as a context manager, or `close` it, to end its threads before its items end; they end
-    with the iterator, too.
+    with the iterator, too. It belongs to the process that made it: it cannot be pickled, and in a
+    child of a fork it raises RuntimeError.
     """
 
     def __init__(
@@ -88,8 +90,11 @@ class Stream(Generic[Result]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_stages"):
+        if hasattr(self, "_stages") and self._stages.is_here:
             self._stages.closed.set()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream has threads and cannot be pickled: pass on its results instead")
 
     def close(self) -> None:
         """End the stream; what was not taken yet is dropped."""
@@ -109,6 +114,7 @@ class Stream(Generic[Result]):
 
     @contextlib.contextmanager
     def _closed_by_errors(self) -> Iterator[None]:
+        self._stages.check_here()
         try:
             yield
         except asyncio.CancelledError:  # ends only the caller's wait: no result was taken
@@ -130,6 +136,7 @@ class _Stages:
     ) -> None:
         self._items, self._read, self._encode, self._search = items, read, encode, search
         self.closed = threading.Event()
+        self._process = os.getpid()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="patchsvdd-read")
         self._read_ahead: queue.Queue[Any] = queue.Queue(_IMAGES_AHEAD)
         self._encoded: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
@@ -150,6 +157,19 @@ class _Stages:
         _running.add(self)
         for thread in self._threads:
             thread.start()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process has the threads; a child of a fork does not."""
+        return self._process == os.getpid()
+
+    def check_here(self) -> None:
+        """Raise RuntimeError in a child of a fork."""
+        if not self.is_here:
+            raise RuntimeError(
+                "this stream was made before the process forked, and its threads are those of the "
+                "parent: call score_stream in the child"
+            )
 
     def next_results(self) -> list[Any] | None:
         """The results of a batch, or one unreadable item; None at the end.
@@ -177,6 +197,8 @@ class _Stages:
         return self.next_results()
 
     def close(self) -> None:
+        if not self.is_here:  # its locks may be held by threads that are not here
+            return
         self.closed.set()
         self._wake_waiter()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -270,6 +292,9 @@ class _Stages:
 
 
 _running: weakref.WeakSet[_Stages] = weakref.WeakSet()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_running.clear)
 
 
 @atexit.register

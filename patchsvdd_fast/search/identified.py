@@ -177,6 +177,7 @@ class IdentifiedBank:
         if "own_ids" not in state:
             raise ValueError("these tensors are no bank with ids: own_ids is missing")
         rows = {name: values for name, values in state.items() if name != "own_ids"}
+        rows = store.with_file_of(state, rows)
         return cls(NormalBank.from_state_dict(rows, keep_codes), state["own_ids"])
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files.store import MappedFile
 from ..ops.checks import (
     NO_GROUPS,
     Groups,
@@ -68,6 +69,8 @@ class Index(NamedTuple):
     """The covering radius, see `NormalBank.covering_radius`."""
     metric: str
     """Of its distances; rows are normalised for "cosine"."""
+    file: MappedFile | None = None
+    """The file whose memory a part of this lies in; None: none."""
 
     @classmethod
     def build(
@@ -142,8 +145,14 @@ class Index(NamedTuple):
         """I * J of the grid."""
         return self.grid[0] * self.grid[1]
 
+    def check_file(self) -> None:
+        """Raise OSError if the file that it lies in was changed since it was opened."""
+        if self.file is not None:
+            self.file.check()
+
     def in_order(self) -> Tensor:
         """All rows [M, D] in the order of their numbers; `data` itself where that is all."""
+        self.check_file()
         rows = self.data
         if self.clusters is not None:
             rows = torch.empty_like(self.data)
@@ -152,6 +161,7 @@ class Index(NamedTuple):
 
     def at(self, numbers: Tensor) -> Tensor:
         """The rows [..., D] with these numbers [...] int64."""
+        self.check_file()
         first = len(self.data)  # number of the first row that was appended
         places = numbers.clamp(max=first - 1)
         if self.clusters is not None:
@@ -186,6 +196,7 @@ class Index(NamedTuple):
 
         exclude_same_group: [...], or the first axes of it, or None. Raises ValueError, TypeError.
         """
+        self.check_file()
         dim = self.data.shape[1]
         given = as_vectors("queries", queries)
         if given.ndim < 1 or given.shape[-1] != dim:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..files.store import file_of
 from ..ops.checks import check_finite_rows
 from ..ops.cpu_bank import ClusterArrays, link_clusters
 from .index import Index
@@ -19,6 +20,7 @@ _DERIVED = ("centroid_tiles", "gaps")  # fields of ClusterArrays that are not sa
 def state_of(index: Index) -> dict[str, Tensor]:
     """The tensors of an index on the CPU that has no appended rows."""
     assert index.appended is None
+    index.check_file()
     wanted = -1 if index.wanted_clusters is None else index.wanted_clusters
     state = {
         "groups": index.groups,
@@ -85,6 +87,7 @@ def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
             keeps_codes=keeps_codes,
             radius=radius,
             metric=_metric(state),
+            file=file_of(state),
         ).coded()
     except KeyError as error:
         raise ValueError(f"these tensors are not a bank: {error} is missing") from error

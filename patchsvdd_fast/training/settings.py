@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -28,6 +29,8 @@ CROPS_PER_IMAGE = 100
 
 _FAITHFUL_ONLY = ("svdd_weight", "train_last_layer", "redraw_clipped")
 _LENGTHS = ("epochs", "steps", "minutes")
+_COUNTS = ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience")
+_NUMBERS = (*_COUNTS, "minutes", "learning_rate", "svdd_weight", "warmup_steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ class TrainingSettings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        _check_numbers(self)
         if self.epochs is None and self.steps is None and self.minutes is None:
             raise ValueError("one of epochs, steps and minutes must say how long to train")
-        for name in ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -126,6 +130,12 @@ class TrainingSettings:
         if self.schedule == "cosine" and total is not None:
             rate *= 0.5 * (1 + math.cos(math.pi * (step - 1) / total))
         return rate
+
+
+def _check_numbers(settings: TrainingSettings) -> None:
+    for name in _NUMBERS:
+        if not isinstance(getattr(settings, name), numbers.Real | None):
+            raise TypeError(f"{name} must be a number, got {getattr(settings, name)!r}")
 
 
 def illumination_of(mode: str) -> str:

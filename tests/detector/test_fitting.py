@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from torch import nn
 
 from backbones import Plain, SeesAll
@@ -238,11 +239,37 @@ def test_an_encoder_of_ones_own(images, tmp_path):
             ValueError,
             "projection none",
         ),
+        ({"levels": [64, 32]}, TypeError, r"a level must be .* a pair \(size, stride\), got 64"),
+        ({"image_size": "256"}, TypeError, "image_size must be pixels, .* got '256'"),
+        ({"image_size": (1, 2, 3)}, TypeError, r"image_size must be .* got \(1, 2, 3\)"),
+        ({"contamination": "few"}, TypeError, "contamination must be a number, got 'few'"),
+        ({"coreset": "few"}, TypeError, "coreset must be a number, got 'few'"),
+        ({"steps": "few"}, TypeError, "steps must be a number, got 'few'"),
     ],
 )
 def test_bad_parameters_are_named(arguments, error, message, images):
     with pytest.raises(error, match=message):
-        PatchSVDD(image_size=96, **arguments).fit(images)
+        PatchSVDD(**{"image_size": 96, **arguments}).fit(images)
+
+
+def test_a_search_over_parameters(images, tmp_path):
+    """Grids have NumPy's numbers and pairs for levels; what is scored is to be named."""
+    spoiled = images.copy()
+    spoiled[:, 40:60, 40:60] = (255, 0, 0)
+    both, labels = np.concatenate([images, spoiled]), np.repeat([1, -1], len(images))
+    grid = {"image_size": np.array([96]), "levels": [[(16, 8)]], "seed": np.arange(1)}
+    detector = PatchSVDD(encoder=Plain(), combination="K16")
+    train = [(np.arange(3), np.arange(3, len(both)))]
+    search = GridSearchCV(detector, grid, cv=train, scoring="roc_auc", error_score="raise")
+    assert search.fit(both, labels).best_score_ == 1
+    search.best_estimator_.save(tmp_path / "model")
+    assert PatchSVDD.load(tmp_path / "model", encoder=Plain()).levels_ == (PatchLevel(16, 8),)
+    message = r"`score` gives maps .* not one number: give GridSearchCV .* a scoring, such as "
+    for y in (None, labels):
+        with pytest.raises(TypeError, match=message):
+            cross_val_score(search.best_estimator_, both, y, cv=train)
+    result = search.best_estimator_.score(both[:2])
+    assert repr(result) == "ScoreResult(2 images, 96x96 pixels, K16, K16)"
 
 
 class Breaks(Plain):

@@ -1,6 +1,8 @@
 """Model files: damaged, forged, half written, opened twice. As a script, it opens mutated files."""
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from conftest import script_environment, texture
 from forging import HEADER, HUGE, packed
 from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.search.identified import IdentifiedBank
 from processes import run_script, status
 
 MODEL, CHECKPOINT, IMAGES = "model.safetensors", "model.checkpoint", "images.npy"
@@ -281,6 +284,63 @@ def test_two_processes_score_with_one_file(folder, model):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
     printed = [process.communicate()[0].decode().strip() for process in both]
     assert printed == [digest(answers(model, folder))] * 2
+
+
+def test_a_file_written_into_while_it_is_open_is_noticed(folder, tmp_path):
+    *training, new = np.load(folder / IMAGES)
+    path = tmp_path / MODEL
+    path.write_bytes((folder / MODEL).read_bytes())
+    detector = PatchSVDD.load(path, "cpu")
+    detector.save(path)  # in its own place, as another file
+    before = detector.score([new]).image_scores
+    detector = PatchSVDD.load(path, "cpu")
+    taken_out = copy.deepcopy(detector)
+    stream = detector.score_stream(itertools.repeat(new))
+    result = next(stream)
+    other = PatchSVDD(image_size=96).fit(training[:3], encoder=detector.encoder_)
+    other.save(tmp_path / "other")
+    with path.open("r+b") as file:  # as `cp` does, but for cutting it short first
+        file.write((tmp_path / "other").read_bytes())
+    for ask in (
+        lambda: detector.score([new]),
+        lambda: detector.predict([new]),
+        lambda: detector.threshold_,
+        lambda: detector.explain(result),
+        lambda: detector.save(tmp_path / "again"),
+        lambda: detector.add([new]),
+        lambda: next(iter(detector.banks_.values())).nearest(torch.zeros(1, 64)),
+        lambda: list(itertools.islice(stream, 99)),
+    ):
+        with pytest.raises(OSError, match="was changed in place while it was open"):
+            ask()
+    assert torch.equal(taken_out.score([new]).image_scores, before)
+    with pytest.raises(ValueError, match="damaged"):  # for the old file was longer
+        PatchSVDD.load(path, "cpu")
+    path.write_bytes((tmp_path / "other").read_bytes())
+    assert torch.equal(
+        PatchSVDD.load(path, "cpu").score([new]).image_scores, other.score([new]).image_scores
+    )
+
+
+@pytest.mark.parametrize("kind", [NormalBank, IdentifiedBank])
+def test_a_bank_written_into_while_it_is_open_is_noticed(tmp_path, kind):
+    path, rows = tmp_path / "bank", torch.rand(50, 4)
+    bank = (
+        NormalBank(rows)
+        if kind is NormalBank
+        else IdentifiedBank(NormalBank(rows), torch.arange(50))
+    )
+    bank.save(path)
+    bank = kind.open(path)
+    assert bank.nearest(rows[:1])[1] == 0
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    for ask in (
+        lambda: bank.nearest(rows),
+        lambda: bank.within(rows, 1),
+        bank.state_dict,
+    ):
+        with pytest.raises(OSError, match="was changed in place while it was open"):
+            ask()
 
 
 def digest(tensors):

@@ -1,6 +1,7 @@
 """The format of model files: what is refused, and what a killed or failed save leaves."""
 
 import ast
+import copy
 import json
 import os
 import struct
@@ -41,6 +42,33 @@ def test_every_change_shows_in_a_checksum(tmp_path, changed, complaint):
     safetensors.torch.save_file(kept, path, metadata=metadata)
     with pytest.raises(ValueError, match=f"model is damaged: the checksum of {complaint}"):
         store.load(path)
+
+
+def test_changes_in_place_are_noticed(tmp_path):
+    path, other = tmp_path / "model", tmp_path / "other"
+    for made in (path, other):
+        store.save(made, "bank", TENSORS, {"parameters": {}})
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    file = store.file_of(store.below(store.load(path)[0], "a"))
+    file.check()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns))  # read, not written
+    file.check()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"model was changed in place .* open it again, and re"):
+            file.check()
+    file = store.file_of(store.load(path)[0])
+    with path.open("ab") as longer:
+        longer.write(b" ")
+    with pytest.raises(OSError, match="changed in place"):
+        file.check()
+    assert copy.deepcopy(file) is None
+    file = store.file_of(store.load(other)[0])
+    store.save(other, "bank", {"a": TENSORS["a"]}, {"parameters": {}})
+    file.check()  # another file now: the one that is mapped is as it was
+    other.unlink()
+    file.check()
+    assert store.file_of(TENSORS) is None
 
 
 HEADER_OF_ONE = {"kind": "detector", "schema_version": store.SCHEMA_VERSION, "parameters": {}}

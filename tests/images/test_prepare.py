@@ -220,7 +220,7 @@ def test_images_that_cannot_be_prepared_are_named(tmp_path):
         (np.zeros((0, 80, 3), np.uint8), ValueError, "image 3 has 80x0 pixels"),
         (np.zeros((80, 80, 2), np.uint8), ValueError, r"image 3 must have shape .*\[80, 80, 2\]"),
         (np.zeros(80, np.uint8), ValueError, r"image 3 must have shape .*\[80\]"),
-        (np.zeros((80, 80, 3)), TypeError, "image 3 must be .* got float64 array"),
+        (np.zeros((80, 80, 3), int), TypeError, "image 3 must be .* got int64 array"),
         (None, TypeError, "image 3 must be .* got NoneType"),
         (b"image.png", TypeError, "image 3 must be .* got bytes"),
         ("nul\0.png", ValueError, "cannot read image nul"),
@@ -261,10 +261,6 @@ def test_bad_sets_are_named(tmp_path):
         load_images([COLOUR, COLOUR[:30, :40]], (256, 256), 64)
     with pytest.raises(ValueError, match=r"image 0 has 70x80 pixels, image 1 has 66x80"):
         load_images([COLOUR, COLOUR[:, :66]], None, 64)
-    with pytest.raises(TypeError, match="float64 array"):
-        load_images([COLOUR / 255], None, 1)
-    with pytest.raises(TypeError, match="uint8, got float32"):
-        load_images(torch.rand(1, 3, 80, 80), None, 1)
 
 
 def test_anything_that_is_a_path_is_read(tmp_path):

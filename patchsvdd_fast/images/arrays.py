@@ -1,0 +1,117 @@
+"""Images as other libraries give them, arrays and tensors, as uint8 arrays with channels last.
+
+Samples are uint8, uint16 (scaled to 8 bits as those of files are), or floats in 0 to 1, as
+torchvision gives them. Floats in another range are not guessed at: errors name the conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+Samples = npt.NDArray[np.uint8]
+
+_CHANNELS = (1, 3, 4)  # gray, RGB, and RGB with alpha, which is dropped
+_COLOURS = (3, 4)
+
+
+def is_array(item: Any) -> bool:
+    """Whether this is a tensor, a NumPy array, or an array of a library that gives NumPy's."""
+    return not isinstance(item, Image.Image) and (
+        isinstance(item, Tensor | np.ndarray) or hasattr(item, "__array__")
+    )
+
+
+def image_of_array(item: Any, name: str) -> Samples:
+    """An image as uint8 [H, W], [H, W, 3] or [H, W, 4], from an array or a tensor.
+
+    item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4. Raises
+    ValueError for another shape or other values, TypeError for another dtype, naming the image.
+    """
+    is_tensor = isinstance(item, Tensor)
+    array = _numpy(item)
+    channels_at = 0 if is_tensor else -1
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[channels_at] not in _CHANNELS):
+        wanted = "[H, W] or [3, H, W]" if is_tensor else "[H, W] or [H, W, 3]"
+        raise ValueError(
+            f"{name} must have shape {wanted}, got {list(array.shape)}"
+            f"{_likely_axes(array, is_tensor)}"
+        )
+    if is_tensor and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    return _as_8_bits(array[..., 0] if array.shape[2:] == (1,) else array, name)
+
+
+def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
+    """The images of a batch, each for `image_of_array`.
+
+    batch: an array [N, H, W, C] or [N, H, W], or a tensor [N, C, H, W]; or one colour image alone,
+    an array [H, W, 3] or a tensor [3, H, W]. An array of three axes is one image if its last has 3
+    or 4 values: no image is so narrow. Raises ValueError for another shape.
+    """
+    shape = list(batch.shape)
+    if isinstance(batch, Tensor):
+        if len(shape) == 3 and shape[0] in _CHANNELS:
+            return [batch]
+        if len(shape) != 4 or shape[1] not in _CHANNELS:
+            likely = _likely_axes(batch, True)
+            raise ValueError(f"images must have shape [N, 3, H, W], got {shape}{likely}")
+    elif len(shape) == 2 or (len(shape) == 3 and shape[2] in _COLOURS):
+        return [batch]
+    elif len(shape) not in (3, 4):
+        raise ValueError(f"images must have shape [N, H, W, 3] or [N, H, W], got {shape}")
+    return batch.detach().cpu() if isinstance(batch, Tensor) else _numpy(batch)
+
+
+def _numpy(item: Any) -> npt.NDArray[Any]:
+    if isinstance(item, Tensor):
+        values = item.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    array = np.asarray(item)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _likely_axes(array: Any, is_tensor: bool) -> str:
+    """What the caller has likely mixed up, as the end of a message; "" if nothing is likely."""
+    first, last = array.shape[-3:-2], array.shape[-1:]
+    if is_tensor and last and last[0] in _COLOURS and array.ndim in (3, 4):
+        axes = "2, 0, 1" if array.ndim == 3 else "0, 3, 1, 2"
+        return f": its channels seem to be last, tensors have them first; permute({axes})"
+    if not is_tensor and first and first[0] in _CHANNELS and array.ndim == 3:
+        return (
+            ": its channels seem to be first, arrays have them last; transpose(1, 2, 0), or give a "
+            "torch tensor"
+        )
+    return ""
+
+
+def _as_8_bits(array: npt.NDArray[Any], name: str) -> Samples:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(
+            f"{name} must be uint8, uint16, or floats in 0 to 1, got {array.dtype} array: "
+            "convert it, with .astype(numpy.uint8) if its values are 0 to 255"
+        )
+    if array.size == 0:
+        return array.astype(np.uint8)
+    low, high = float(array.min()), float(array.max())
+    if low >= 0 and high <= 1:  # false for NaN
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    if low < 0:
+        remedy = "undo its normalisation, image * std + mean"
+    elif high <= 255:
+        remedy = "divide it by 255, or convert it with .astype(numpy.uint8)"
+    else:
+        remedy = "divide it by its largest possible value"
+    raise ValueError(f"{name} must be floats in 0 to 1, got {low:.4g} to {high:.4g}: {remedy}")

@@ -1,0 +1,102 @@
+"""Images as arrays and tensors of every kind, and errors that name what was mixed up."""
+
+import numpy as np
+import pytest
+import torch
+
+from patchsvdd_fast.images.prepare import load_image_set, load_images, prepare_image
+
+COLOUR = np.random.default_rng(0).integers(256, size=(80, 70, 3), dtype=np.uint8)
+PIXELS = torch.from_numpy(COLOUR).permute(2, 0, 1)
+OTHER_GRAY = np.arange(80 * 70, dtype=np.uint16).reshape(80, 70)
+
+
+class OfAnotherLibrary:
+    """An array that NumPy can read, and that is neither NumPy's nor a sequence."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint16, np.uint8])
+def test_samples_of_every_kind_are_the_same_image(dtype):
+    factor = {np.uint16: 257, np.uint8: 1}.get(dtype)
+    array = (COLOUR / 255).astype(dtype) if factor is None else COLOUR.astype(dtype) * dtype(factor)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for one in (array, tensor, OfAnotherLibrary(array), array.astype(array.dtype.newbyteorder())):
+        assert torch.equal(prepare_image(one, "", None, 1).pixels, PIXELS)
+        for source in ([one], one):  # a colour image alone is no batch
+            assert torch.equal(load_images(source, None, 64), PIXELS[None])
+    for batch in (array[None].repeat(2, 0), tensor[None].expand(2, -1, -1, -1)):
+        assert torch.equal(load_images(batch, None, 64), PIXELS.expand(2, -1, -1, -1))
+
+
+def test_tensors_of_every_kind():
+    expected = load_images([COLOUR[..., 0]], None, 1)
+    gray = PIXELS[:1]
+    for source in (gray, gray[None], [gray], [gray[0]], COLOUR[..., 0], COLOUR[None, ..., :1]):
+        assert torch.equal(load_images(source, None, 64), expected)
+    with_alpha = torch.cat([PIXELS, gray])
+    assert torch.equal(load_images(with_alpha, None, 64), PIXELS[None])
+    learned = torch.nn.Parameter(PIXELS / 255)
+    assert torch.equal(load_images([learned], None, 64), PIXELS[None])
+    half = (PIXELS.bool() * 1.0).bfloat16()
+    assert torch.equal(load_images([half], None, 64), PIXELS[None].bool() * 255)
+    assert load_image_set([PIXELS, COLOUR], None, 64).names == ("image 0", "image 1")
+
+
+def test_opencvs_channels_are_turned_around():
+    assert torch.equal(load_images(COLOUR[:, :, ::-1][:, :, ::-1], None, 64), PIXELS[None])
+    assert torch.equal(load_images([COLOUR[:, :, ::-1]], None, 64), PIXELS.flip(0)[None])
+
+
+def test_16_bits_are_scaled_as_in_files(tmp_path):
+    from PIL import Image
+
+    deep = OTHER_GRAY * np.uint16(11)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert torch.equal(load_images([deep], None, 64), load_images(tmp_path, None, 64))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "message"),
+    [
+        (COLOUR * 1.0, ValueError, r"image 0 .* floats in 0 to 1, got 0 to 255: divide it by 255"),
+        (COLOUR * 9.0, ValueError, r"image 0 .* got 0 to 2295: divide it by its largest possible"),
+        (COLOUR / 99 - 1, ValueError, r"got -1 to 1\.576: undo its normalisation, image \* std"),
+        (COLOUR / np.float32(np.nan), ValueError, "image 0 holds NaN or infinity"),
+        (COLOUR.astype(int), TypeError, r"image 0 .* got int64 array: convert it, with \.astype"),
+        (COLOUR > 9, TypeError, "image 0 must be uint8, uint16, or floats in 0 to 1, got bool"),
+        (PIXELS.numpy(), ValueError, r"\[3, 80, 70\]: its channels seem to be first.*\(1, 2, 0\)"),
+        (torch.from_numpy(COLOUR), ValueError, r"\[80, 70, 3\]: its channels seem to be last"),
+        (
+            COLOUR[..., :2],
+            ValueError,
+            r"must have shape \[H, W\] or \[H, W, 3\], got \[80, 70, 2\]$",
+        ),
+        (COLOUR[None], ValueError, r"must have shape .* got \[1, 80, 70, 3\]$"),
+    ],
+)
+def test_errors_name_what_was_mixed_up(image, kind, message):
+    with pytest.raises(kind, match=message):
+        load_images([image], None, 64)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (PIXELS.numpy()[None], r"image 0 .* \[3, 80, 70\]: its channels seem to be first"),
+        (torch.from_numpy(COLOUR)[None], r"got \[1, 80, 70, 3\]: .* last.*permute\(0, 3, 1, 2\)"),
+        (torch.from_numpy(COLOUR), r"got \[80, 70, 3\]: .* last.*permute\(2, 0, 1\)"),
+        (torch.zeros(80, 70), r"must have shape \[N, 3, H, W\], got \[80, 70\]$"),
+        (COLOUR[None, None], r"\[N, H, W, 3\] or \[N, H, W\], got \[1, 1, 80, 70, 3\]"),
+        (COLOUR[0, 0], r"\[N, H, W, 3\] or \[N, H, W\], got \[3\]"),
+        (COLOUR[:0, None], "no images given"),
+    ],
+)
+def test_errors_of_batches_name_what_was_mixed_up(batch, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(batch, None, 64)
