@@ -61,6 +61,8 @@ def evaluate(
     """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category."""
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
+    if model is not None and (bit_depth is not None or value_range is not None):
+        raise typer.BadParameter("--bit-depth, --value-range: a model has its own from training")
     if json_path is not None:
         require_writable(json_path, "--json")
     with loading():

@@ -232,6 +232,7 @@ def load_image_set(
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[Exception] = []
+    tell = progress or (lambda _: None)
     batch: Tensor | None = None
     for index, item in enumerate(source):
         try:
@@ -240,6 +241,7 @@ def load_image_set(
             if len(source) == 1:
                 raise
             unreadable.append(error)
+            tell((index + 1) / len(source))
             continue
         if batch is None:
             batch = torch.empty(len(source), *image.pixels.shape, dtype=torch.uint8)
@@ -252,8 +254,7 @@ def load_image_set(
         batch[len(names)] = image.pixels
         names.append(image.name if folder is None else item.relative_to(folder).as_posix())
         sizes.append(image.original_size)
-        if progress is not None:
-            progress((index + 1) / len(source))
+        tell((index + 1) / len(source))
     report_unreadable(unreadable, len(source), skip_unreadable)
     assert batch is not None
     return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)

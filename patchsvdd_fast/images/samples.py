@@ -95,16 +95,20 @@ class DeepSamples(NamedTuple):
 def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
     """The samples of an image as its file has them; None if they are of 8 bits or less.
 
-    image: as opened, not decoded yet. path: of its file, if there is one; without it the 8 bits
-    that Pillow gives are taken of 16-bit colour.
+    image: as opened, not decoded yet. path: of its file, if there is one; without it, and of gray
+    with alpha or CMYK, the high 8 bits that Pillow gives are taken of 16, with a warning.
 
     Raises ValueError for integers that do not fit into 16 bits, and as Pillow does.
     """
     if image.mode == "F":
         return DeepSamples(np.asarray(image), None)
     if not image.mode.startswith("I"):
+        if path is not None and (largest := _largest_of_pixmap(image)) is not None:
+            told = None if largest == 65535 else _bits(largest)
+            return DeepSamples(_pixmap(image, path), told)
         low = None if path is None else _low_bytes(image, path)
         if low is None:
+            _warn_of_lost_bits(image, path)
             return None
         values = 256 * np.asarray(image)[..., :3].astype(np.int32) + low[..., :3]
     else:
@@ -262,6 +266,40 @@ def _scaled_from(image: Image.Image) -> int | None:
             if isinstance(tile[3], tuple) and isinstance(tile[3][-1], int) and tile[3][-1] < 65535:
                 return int(tile[3][-1])
     return None
+
+
+def _largest_of_pixmap(image: Image.Image) -> int | None:
+    """The largest value that a binary PPM file tells, if its samples have 16 bits."""
+    tiles: Any = getattr(image, "tile", ())
+    if image.format != "PPM" or image.mode != "RGB" or [tile[0] for tile in tiles] != ["ppm"]:
+        return None
+    largest = int(tiles[0][3][1])
+    return largest if largest > 255 else None
+
+
+def _pixmap(image: Image.Image, path: str) -> npt.NDArray[np.int32]:
+    """The samples of such a file, [H, W, 3]; Pillow scales them to 8 bits."""
+    tile: Any = getattr(image, "tile")[0]  # noqa: B009 (of an ImageFile)
+    count = 3 * image.width * image.height
+    with open(path, "rb") as file:  # noqa: PTH123 (a path may be of any kind)
+        file.seek(tile[2])
+        content = file.read(2 * count)
+    if len(content) < 2 * count:
+        raise ValueError("the file is truncated")
+    samples = np.frombuffer(content, ">u2").astype(np.int32)
+    return samples.reshape(image.height, image.width, 3)
+
+
+def _warn_of_lost_bits(image: Image.Image, path: str | None) -> None:
+    for tile in getattr(image, "tile", ()):
+        raw = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
+        if isinstance(raw, str) and ";16" in raw:
+            what = "a PIL image" if path is None else path
+            warnings.warn(
+                f"{what} has 16-bit samples ({raw}), of which only the high 8 bits are read",
+                stacklevel=3,
+            )
+            return
 
 
 def _low_bytes(image: Image.Image, path: str) -> npt.NDArray[np.uint8] | None:

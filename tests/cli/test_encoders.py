@@ -154,6 +154,9 @@ def test_deep_files_and_files_that_cannot_be_read(here, category_folder, tmp_pat
         assert (result["num_good"], result["num_anomalous"]) == (3, 3)
         assert result["percent"]["K24"]["detection"] == 100
 
+    done = here(*evaluation, "--model", model, "--bit-depth", "12")
+    assert done.returncode == 2
+    assert "a model has its own" in done.stderr
     done = here("train", category_folder, "-o", model, *LITE, "--bit-depth", "17")
     assert "bit_depth must be 8 to 16" in one_line_error(done)
 

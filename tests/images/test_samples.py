@@ -41,8 +41,8 @@ def chunk(kind, content):
 
 def png_of(samples, *chunks):
     """A PNG file of 16-bit gray or colour, which Pillow does not write."""
-    kinds = {2: 0, 3: 2, 4: 6}
-    kind = kinds[2 if samples.ndim == 2 else samples.shape[2]]
+    kinds = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
+    kind = kinds[1 if samples.ndim == 2 else samples.shape[2]]
     head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, kind, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -118,6 +118,31 @@ def test_16_bit_colour_keeps_its_low_bytes(tmp_path, order):
         samples, pixels = loaded(tmp_path / name)
         assert samples.bit_depth == 12, name
         assert np.array_equal(pixels[0], eight_bits(deep, 12)), name
+
+
+@pytest.mark.parametrize(("largest", "depth"), [(65535, 12), (4095, 12), (16383, 14)])
+def test_portable_pixmaps_of_16_bits(tmp_path, largest, depth):
+    deep, path = colour(ramp(12)), tmp_path / "deep.ppm"
+    content = b"P6\n50 40\n%d\n" % largest + deep.astype(">u2").tobytes()
+    path.write_bytes(content)
+    samples, pixels = loaded(path)
+    assert samples.bit_depth == depth
+    assert np.array_equal(pixels[0], eight_bits(deep, depth))
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"deep\.ppm: the file is truncated"):
+        loaded(path)
+
+
+def test_lost_bits_are_warned_of(tmp_path):
+    """Gray with alpha, and an opened image, of which Pillow gives the high bytes alone."""
+    path = tmp_path / "deep.png"
+    gray = np.dstack([ramp(16), ramp(16)])
+    path.write_bytes(png_of(gray))
+    with pytest.warns(UserWarning, match=r"deep\.png has 16-bit samples .* only the high 8 bits"):
+        assert np.array_equal(np.asarray(read_image(path))[..., 0], ramp(16) >> 8)
+    path.write_bytes(png_of(colour(ramp(16))))
+    with pytest.warns(UserWarning, match="a PIL image has 16-bit samples"):
+        prepare_image(Image.open(path), "x", None, 1)
 
 
 def test_compressed_16_bit_colour(tmp_path):
