@@ -27,7 +27,11 @@ _DEEPEST = DEPTHS[-1]
 _LEAST_OF_UNIT = 0.25  # the highest sample from which on 0 to 1 is taken for the range
 _ROOM = 0.25  # by this share of the range it is widened at both ends, for new images
 _TIFF_BITS, _TIFF_LARGEST = 258, 281  # tags: BitsPerSample, MaxSampleValue
+_TIFF_PLANAR = 284  # tag: PlanarConfiguration
 _PNG_HEAD = 8  # bytes before the first chunk
+_JPEG_2000_START = b"\xff\x4f\xff\x51"  # of its codestream, followed by sizes,
+_JPEG_2000_SIZES = 38  # bytes of them up to the first channel's bits,
+_JPEG_2000_HEAD = 1 << 16  # and all that within these first bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
     image: as opened, not decoded yet. path: of its file, if there is one; without it, and of gray
     with alpha or CMYK, the high 8 bits that Pillow gives are taken of 16, with a warning.
 
-    Raises ValueError for integers that do not fit into 16 bits, and as Pillow does.
+    Raises ValueError for integers that do not fit into 16 bits, for 16-bit colour of which Pillow
+    gives wrong values (TIFF in planes, JPEG 2000), and as Pillow does.
     """
     if image.mode == "F":
         return DeepSamples(np.asarray(image), None)
@@ -108,6 +113,7 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
             return DeepSamples(_pixmap(image, path), told)
         low = None if path is None else _low_bytes(image, path)
         if low is None:
+            _refuse_misread(image, path)
             _warn_of_lost_bits(image, path)
             return None
         values = 256 * np.asarray(image)[..., :3].astype(np.int32) + low[..., :3]
@@ -288,6 +294,22 @@ def _pixmap(image: Image.Image, path: str) -> npt.NDArray[np.int32]:
         raise ValueError("the file is truncated")
     samples = np.frombuffer(content, ">u2").astype(np.int32)
     return samples.reshape(image.height, image.width, 3)
+
+
+def _refuse_misread(image: Image.Image, path: str | None) -> None:
+    """Raise ValueError for colour of more than 8 bits that Pillow does not read rightly."""
+    tags, bits = getattr(image, "tag_v2", None), 8
+    if tags is not None and tags.get(_TIFF_PLANAR) == 2:
+        bits = max(_numbers(tags.get(_TIFF_BITS)), default=8)
+    elif image.format == "JPEG2000" and path is not None:
+        with open(path, "rb") as file:  # noqa: PTH123 (a path may be of any kind)
+            head = file.read(_JPEG_2000_HEAD)
+        sizes = head.partition(_JPEG_2000_START)[2]
+        bits = (sizes[_JPEG_2000_SIZES] & 127) + 1 if len(sizes) > _JPEG_2000_SIZES else 8
+    if bits > 8:
+        raise ValueError(
+            f"colour of {bits} bits in separate planes or in JPEG 2000 is not supported"
+        )
 
 
 def _warn_of_lost_bits(image: Image.Image, path: str | None) -> None:

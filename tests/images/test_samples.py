@@ -145,6 +145,23 @@ def test_lost_bits_are_warned_of(tmp_path):
         prepare_image(Image.open(path), "x", None, 1)
 
 
+def test_colour_that_pillow_misreads_is_refused(tmp_path):
+    planes, jpeg = tmp_path / "planes.tif", tmp_path / "deep.jp2"
+    content = tiff_of(colour(ramp(12)))
+    contiguous = struct.pack("<HHIHH", 278, 4, 1, 40, 0)  # RowsPerStrip gives its place
+    assert contiguous in content
+    planes.write_bytes(content.replace(contiguous, struct.pack("<HHIHH", 284, 3, 1, 2, 0)))
+    Image.fromarray(colour(eight_bits(ramp(8), 8))).save(jpeg)
+    read_image(jpeg)
+    content = jpeg.read_bytes()
+    place = content.index(b"\xff\x4f\xff\x51") + 42  # the first channel's bits, less 1
+    assert content[place] == 7
+    jpeg.write_bytes(content[:place] + b"\x0b" + content[place + 1 :])
+    for path, bits in ((planes, 16), (jpeg, 12)):
+        with pytest.raises(ValueError, match=f"{path.name}: colour of {bits} bits in separate"):
+            read_image(path)
+
+
 def test_compressed_16_bit_colour(tmp_path):
     """libtiff hands out bytes in the machine's order."""
     deep = colour(ramp(12))
