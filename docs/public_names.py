@@ -129,6 +129,7 @@ INTERNAL = {
     "images.samples.deep_samples": "a part of read_image",
     "images.samples.samples_from_header": "a part of PatchSVDD.load",
     "images.samples.to_8_bits": "a part of read_image",
+    "images.samples.warn_of_lost_bits": "a part of read_image",
     "ops.pair_protocol.Draw": "the arguments of crop_pairs, together",
     "score.image_result.image_results": "a part of PatchSVDD.score_stream",
     "score.maps.check_combination": "what checks `combination`",

@@ -17,7 +17,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..files.folders import SUFFIXES, training_paths
-from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, deep_samples, survey, to_8_bits
+from .samples import (
+    AS_STORED,
+    UNKNOWN,
+    DeepSamples,
+    Samples,
+    deep_samples,
+    survey,
+    to_8_bits,
+    warn_of_lost_bits,
+)
 
 MASK_THRESHOLD = 128
 """Pixels of a mask above this are anomalous."""
@@ -67,6 +76,8 @@ def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Im
         _check_pixels(image)
         _warn_of_pages(image, name)
         deep = deep_samples(image, name)
+        if deep is None:
+            warn_of_lost_bits(image, name)
         image.load()
         if deep is None:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -324,6 +335,8 @@ def _reason(error: Exception) -> str:
 
 def _to_rgb(image: Image.Image, samples: Samples, name: str) -> Image.Image:
     deep = deep_samples(image, None)
-    if deep is not None:
+    if deep is None:
+        warn_of_lost_bits(image, name)
+    else:
         image = Image.fromarray(to_8_bits(deep, samples, name))
     return image.convert("RGB")

@@ -100,7 +100,7 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
     """The samples of an image as its file has them; None if they are of 8 bits or less.
 
     image: as opened, not decoded yet. path: of its file, if there is one; without it, and of gray
-    with alpha or CMYK, the high 8 bits that Pillow gives are taken of 16, with a warning.
+    with alpha or CMYK, the high 8 bits that Pillow gives are taken of 16, see `warn_of_lost_bits`.
 
     Raises ValueError for integers that do not fit into 16 bits, for 16-bit colour of which Pillow
     gives wrong values (TIFF in planes, JPEG 2000), and as Pillow does.
@@ -114,7 +114,6 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
         low = None if path is None else _low_bytes(image, path)
         if low is None:
             _refuse_misread(image, path)
-            _warn_of_lost_bits(image, path)
             return None
         values = 256 * np.asarray(image)[..., :3].astype(np.int32) + low[..., :3]
     else:
@@ -312,13 +311,13 @@ def _refuse_misread(image: Image.Image, path: str | None) -> None:
         )
 
 
-def _warn_of_lost_bits(image: Image.Image, path: str | None) -> None:
+def warn_of_lost_bits(image: Image.Image, name: str) -> None:
+    """Warn of an opened image that has 16 bits, though `deep_samples` gives none."""
     for tile in getattr(image, "tile", ()):
         raw = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
         if isinstance(raw, str) and ";16" in raw:
-            what = "a PIL image" if path is None else path
             warnings.warn(
-                f"{what} has 16-bit samples ({raw}), of which only the high 8 bits are read",
+                f"{name} has 16-bit samples ({raw}), of which only the high 8 bits are read",
                 stacklevel=3,
             )
             return
