@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    BitDepthOption,
     DeviceOption,
     ResizeOption,
+    SkipOption,
+    ValueRangeOption,
     encoder_parameters,
     loading,
     parse_resize,
@@ -43,6 +46,9 @@ def evaluate(
     ] = "faithful",
     seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
     resize: ResizeOption = "256",
+    bit_depth: BitDepthOption = None,
+    value_range: ValueRangeOption = None,
+    skip_unreadable: SkipOption = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the results as JSON to this file.")
     ] = None,
@@ -55,6 +61,8 @@ def evaluate(
     """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category."""
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
+    if model is not None and (bit_depth is not None or value_range is not None):
+        raise typer.BadParameter("--bit-depth, --value-range: a model has its own from training")
     if json_path is not None:
         require_writable(json_path, "--json")
     with loading():
@@ -71,26 +79,34 @@ def evaluate(
                 detector = PatchSVDD.load(_file_for(model, category), device=device)
             else:
                 detector = PatchSVDD(
-                    image_size=parse_resize(resize), mode=mode, seed=seed, device=device
+                    image_size=parse_resize(resize),
+                    bit_depth=bit_depth,
+                    value_range=value_range,
+                    mode=mode,
+                    seed=seed,
+                    device=device,
                 )
                 if untrained:
                     detector.set_params(encoder=detector.untrained_encoder())
                 else:
                     detector.set_params(**_encoder_for(str(encoder), category))
-                detector.fit(category.root)
+                detector.fit(category.root, skip_unreadable=skip_unreadable)
             if report is None:
-                results.append(evaluate_category(detector, category))
+                evaluated = evaluate_category(detector, category, skip_unreadable=skip_unreadable)
+                results.append(evaluated)
             else:
                 # Its own name, not that of what it links to: two may link to the same.
                 folder = report / category.root.name if len(categories) > 1 else report
-                results.append(_evaluate_with_report(detector, category, folder))
+                results.append(_evaluate_with_report(detector, category, folder, skip_unreadable))
     console.print(results_table(results))
     if json_path is not None:
         write_json(results, json_path, version=__version__)
         console.print(f"wrote {json_path}", soft_wrap=True)
 
 
-def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path) -> CategoryResult:
+def _evaluate_with_report(
+    detector: PatchSVDD, category: Category, folder: Path, skip_unreadable: bool
+) -> CategoryResult:
     from ..detector.evaluation import evaluate_category, mask_of
     from ..report.entries import open_report, report_entry
 
@@ -103,7 +119,7 @@ def _evaluate_with_report(detector: PatchSVDD, category: Category, folder: Path)
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        evaluated = evaluate_category(detector, category, add)
+        evaluated = evaluate_category(detector, category, add, skip_unreadable)
         page.close(evaluated.percent)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated

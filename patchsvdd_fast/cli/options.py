@@ -73,6 +73,27 @@ ReweightOption = Annotated[
         "among this many, 2 to 32, such as 9. For pretrained encoders."
     ),
 ]
+BitDepthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of a sample in 16-bit files, 8 to 16, such as 12. Default: found from the "
+        "training images.",
+    ),
+]
+ValueRangeOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Floating-point samples that become black and white. Default: found from the "
+        "training images.",
+    ),
+]
+SkipOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Go on without files that cannot be read, after listing them."
+    ),
+]
 RateOption = Annotated[
     float | None,
     typer.Option(

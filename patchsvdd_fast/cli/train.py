@@ -13,6 +13,7 @@ import typer
 from ..training.interrupts import Terminated
 from .options import (
     TERMINATED,
+    BitDepthOption,
     CombinationOption,
     CoresetOption,
     DeviceOption,
@@ -21,6 +22,8 @@ from .options import (
     ProjectionOption,
     ResizeOption,
     ReweightOption,
+    SkipOption,
+    ValueRangeOption,
     encoder_parameters,
     loading,
     parse_resize,
@@ -135,6 +138,9 @@ def train(
         ),
     ] = None,
     resize: ResizeOption = "256",
+    bit_depth: BitDepthOption = None,
+    value_range: ValueRangeOption = None,
+    skip_unreadable: SkipOption = False,
     combination: CombinationOption = "mult",
     contamination: Annotated[
         float, typer.Option(help="Share of good images that may be called anomalous.")
@@ -218,6 +224,8 @@ def train(
             embedding_dim=dim,
             coreset=coreset,
             reweight=reweight,
+            bit_depth=bit_depth,
+            value_range=value_range,
             image_size=parse_resize(resize),
             combination=combination,
             contamination=contamination,
@@ -247,7 +255,7 @@ def train(
         if not workers.is_first:
             console.quiet = True
             warnings.simplefilter("ignore")  # the first one says the same
-        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers)
+        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable)
         try:
             failed = train_all(sets, make_detector, keeping)
         except Terminated:

@@ -38,7 +38,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Checkpoints and logs of a training, and the processes that do it."""
+    """Checkpoints and logs of a training, the processes that do it, and whether it is strict."""
 
     checkpoint_minutes: float = 5.0
     resume: bool = False
@@ -46,6 +46,8 @@ class Keeping:
     """A .jsonl or .csv file; for several training sets, NAME.jsonl beside each model."""
     tensorboard: Path | None = None
     workers: Workers = field(default_factory=Workers)
+    skip_unreadable: bool = False
+    """Go on without images that cannot be read."""
 
 
 def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
@@ -103,7 +105,11 @@ def train_all(
             continue
         if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
             try:
-                results.append(evaluate_category(detector, Category(one.data)))
+                results.append(
+                    evaluate_category(
+                        detector, Category(one.data), skip_unreadable=keeping.skip_unreadable
+                    )
+                )
             except ValueError as error:  # such as no anomalous image
                 console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
     if results:
@@ -137,6 +143,7 @@ def _train_one(
                 checkpoint=one.checkpoint,
                 checkpoint_minutes=keeping.checkpoint_minutes,
                 resume=keeping.resume,
+                skip_unreadable=keeping.skip_unreadable,
             )
         if not keeping.workers.is_first:
             return
@@ -179,6 +186,8 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
         f"wrote {output}: {made}, banks of {banks} patches, {seconds:.0f} s",
         soft_wrap=True,
     )
+    if detector.samples_.in_words():
+        console.print(f"{detector.samples_.in_words()} (--bit-depth, --value-range)")
     if record.collapsed and record.best_step is not None:
         console.print(f"training ended at step {record.steps:,}: all embeddings had become alike")
     if record.best_step is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files.folders import Category, LabelledImage
 from ..files.whole import written_whole
-from ..images.prepare import read_mask
+from ..images.prepare import UnreadableError, read_mask, report_unreadable
 from ..score import metrics
 from ..score.image_result import ImageResult
 from ..score.maps import combinations_of, combine, scores_of
@@ -42,30 +42,41 @@ def evaluate_category(
     detector: PatchSVDD,
     category: Category,
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
+    skip_unreadable: bool = False,
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
     on_result: called with each test image and its result, as soon as it is scored.
+    skip_unreadable: leave out test images that cannot be read, with a warning that lists them.
 
-    Raises ValueError unless there are both good and anomalous test images, and if their maps differ
-    in size.
+    Raises ValueError unless there are both good and anomalous test images, if their maps differ in
+    size, and at the end for all test images that cannot be read.
     """
     tests = category.test_images()
-    labels = np.array([image.is_anomalous for image in tests])
-    if labels.all() or not labels.any():
-        raise ValueError(
-            f"{category.root / 'test'} needs good and anomalous images, got only one kind"
-        )
+    _labels(category, tests)
+    unreadable: dict[Path, Exception] = {}
+
+    def note(path: Path, error: Exception) -> None:
+        if not isinstance(error, OSError | UnreadableError):
+            raise error
+        unreadable[path] = error
+
+    readable: list[LabelledImage] = []
     parts: dict[str, list[Tensor]] = {}
     weights: list[Tensor] = []  # of re-weighted scores
-    with detector.score_stream(image.path for image in tests) as stream:
-        for image, result in zip(tests, stream, strict=True):
+    with detector.score_stream((image.path for image in tests), on_error=note) as stream:
+        left = iter(tests)
+        for result in stream:
+            image = next(one for one in left if one.path not in unreadable)
+            readable.append(image)
             for name, level_map in result.scores.level_maps.items():
                 parts.setdefault(name, []).append(level_map)
             if result.scores.weights is not None:
                 weights.append(result.scores.weights)
             if on_result is not None:
                 on_result(image, result)
+    report_unreadable(list(unreadable.values()), len(tests), skip_unreadable)
+    tests, labels = readable, _labels(category, readable)
     shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
     if len(shapes) > 1:
         sizes = ", ".join(f"{width}x{height}" for height, width in sorted(shapes))
@@ -86,6 +97,16 @@ def evaluate_category(
             "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
         }
     return CategoryResult(category.name, int((~labels).sum()), int(labels.sum()), percent)
+
+
+def _labels(category: Category, tests: Sequence[LabelledImage]) -> npt.NDArray[np.bool_]:
+    """Which test images are anomalous [N]. Raises ValueError unless there are both kinds."""
+    labels = np.array([image.is_anomalous for image in tests])
+    if labels.all() or not labels.any():
+        raise ValueError(
+            f"{category.root / 'test'} needs good and anomalous images, got only one kind"
+        )
+    return labels
 
 
 def read_masks(

@@ -23,6 +23,7 @@ from ..images.light import (
     mean_of_size,
 )
 from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
+from ..images.samples import Samples
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
@@ -31,7 +32,7 @@ from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import local_device
 from . import normality, parameters
 from .forecast import CALIBRATING, ENCODING, FILLING, READING, OnProgress, Progress
-from .model_file import Model
+from .model_file import Model, differences
 from .normality import Normality
 from .parameters import Parameters
 from .scoring import encode
@@ -54,6 +55,7 @@ def fit_model(
     keeping: Keeping,
     on_step: Callable[[TrainingStep], None] | None,
     on_progress: OnProgress,
+    skip_unreadable: bool = False,
 ) -> Model | None:
     """Train an encoder on good images, or take one, fill the banks, and calibrate.
 
@@ -61,6 +63,7 @@ def fit_model(
     encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
         trained.
     on_step: called after training steps.
+    skip_unreadable: leave out files that cannot be read, with a warning.
 
     Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
     """
@@ -71,7 +74,7 @@ def fit_model(
     if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
-    loaded = load(source, given, progress)
+    loaded = load(source, given, progress, skip_unreadable=skip_unreadable)
     light = mean_colour(loaded.pixels)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
@@ -114,13 +117,14 @@ def fit_model(
         calibration=calibration,
         gallery=normal.gallery,
         record=record,
+        samples=loaded.samples,
     )
 
 
 def refit_model(before: Model, source: Any) -> Model:
     """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
     given = before.parameters
-    images = load(source, given)
+    images = load(source, given, samples=before.samples)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
     normal, calibration = filled(given, before.encoder, mean, before.light, images)
     if given["mean"] == "pixel":
@@ -129,10 +133,45 @@ def refit_model(before: Model, source: Any) -> Model:
     return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
 
 
-def load(source: Any, given: Parameters, progress: Progress | None = None) -> ImageSet:
-    """Load and resize images as resolved parameters say."""
-    size, smallest = parse_size(given["image_size"]), parameters.largest_patch(given["levels"])
-    return load_image_set(source, size, smallest, (progress or Progress()).phase(READING))
+def load(
+    source: Any,
+    given: Parameters,
+    progress: Progress | None = None,
+    samples: Samples | None = None,
+    skip_unreadable: bool = False,
+) -> ImageSet:
+    """Load and resize images as resolved parameters say; samples: None: found from these images."""
+    return load_image_set(
+        source,
+        parse_size(given["image_size"]),
+        parameters.largest_patch(given["levels"]),
+        (progress or Progress()).phase(READING),
+        samples,
+        parameters.samples_of(given),
+        skip_unreadable,
+    )
+
+
+def load_to_add(source: Any, model: Model) -> ImageSet:
+    """Load images to add to a model. Raises ValueError if they are of another size than its own."""
+    images = load(source, model.parameters, samples=model.samples)
+    (height, width), found = model.mean.shape[1:], images.pixels.shape
+    if found[2:] != (height, width):
+        raise ValueError(
+            f"images to add must have {width}x{height} pixels as those in the banks, "
+            f"got {found[3]}x{found[2]}"
+        )
+    return images
+
+
+def require_alike(one: Model, other: Model) -> None:
+    """Raise ValueError unless two models embed a patch alike, so that they can be merged."""
+    differing = differences(one, other)
+    if differing:
+        raise ValueError(
+            "detectors can be merged only if they embed alike, but these differ in "
+            f"{', '.join(differing)}; refit (patchsvdd update --replace) makes one that can be"
+        )
 
 
 def filled(

@@ -28,6 +28,7 @@ from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
 from ..images.light import MEANS
 from ..images.prepare import parse_size
+from ..images.samples import AS_STORED, Samples, samples_from_header
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
 from ..training.checkpoints import encoder_tensors
@@ -64,6 +65,8 @@ class Model:
     """The training images' names, figures and pictures; None if not known, as in files of schema 2
     and 3."""
     record: TrainingRecord
+    samples: Samples = AS_STORED
+    """How samples of more than 8 bits are read."""
     file: MappedFile | None = None
     """The file whose memory a part of this lies in; None: none."""
 
@@ -85,6 +88,8 @@ def differences(one: Model, other: Model) -> list[str]:
             or not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours)
         ):
             differing.append("encoder")
+    if one.samples.effective() != other.samples.effective():
+        differing.append("bit_depth or value_range")
     if mine["encoding_precision"] != theirs["encoding_precision"]:
         differing.append("encoding_precision")
     if not torch.equal(one.mean, other.mean):
@@ -108,6 +113,7 @@ def save_model(model: Model, path: str | Path) -> None:
     if model.gallery is not None:
         tensors |= {f"training.{k}": v for k, v in model.gallery.tensors().items()}
     header = to_header(model.parameters) | {"record": asdict(model.record)}
+    header["samples"] = asdict(model.samples)
     if model.parameters["encoder"] != PATCH_SVDD:
         header["encoder"] = model.encoder.settings()
     store.save(path, "detector", tensors, header)
@@ -188,8 +194,10 @@ def _model_of(
     if gallery is not None and len(gallery.names) != count:
         raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")
     record = record_of(header["record"])
+    samples = samples_from_header(header)
     return Model(
-        *(parameters, encoder, mean, light, banks, calibration, gallery, record), file_of(tensors)
+        *(parameters, encoder, mean, light, banks, calibration, gallery, record, samples),
+        file_of(tensors),
     )
 
 
@@ -354,6 +362,9 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
     }
     if parameters["reweight"] is not None:
         facts["re-weighted"] = f"image scores, by {parameters['reweight']} neighbours"
+    samples = samples_from_header(header).in_words()
+    if samples and "samples" in header:
+        facts["samples"] = samples
     if parameters["encoding_precision"] != "float32":
         facts["encoder"] += f", computing in {parameters['encoding_precision']}"
     if parameters.get("encoder", PATCH_SVDD) != PATCH_SVDD:

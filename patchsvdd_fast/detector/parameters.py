@@ -21,6 +21,7 @@ from ..encoders.precision import PRECISIONS
 from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import parse_size
+from ..images.samples import Samples
 from ..score.maps import check_combination
 from ..score.reweighting import check_reweight
 from ..training import settings
@@ -136,6 +137,7 @@ def check_parameters(parameters: Parameters) -> None:
     if coreset is not None and not 0 < coreset <= 1:
         raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
     check_reweight(parameters["reweight"], levels)
+    samples_of(parameters)
     if not 0 <= parameters["contamination"] < 1:
         raise ValueError(f"contamination must be in [0, 1), got {parameters['contamination']}")
     size, largest = parse_size(parameters["image_size"]), largest_patch(levels)
@@ -151,6 +153,11 @@ def settings_of(parameters: Parameters) -> TrainingSettings:
     names = set(TrainingSettings.__dataclass_fields__) & set(parameters)
     given = {name: parameters[name] for name in names}
     return training_settings(surface=parameters["surface"], **given)
+
+
+def samples_of(parameters: Parameters) -> Samples:
+    """What is given of how samples of more than 8 bits are read. Raises ValueError."""
+    return Samples(parameters["bit_depth"], parameters["value_range"])
 
 
 def illumination_of(parameters: Parameters) -> str:
@@ -193,11 +200,13 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, as `to_header` put them there."""
-    # Older files have no precision for encoding, no coresets and no re-weighting.
+    # Older files have no precision for encoding, coresets, re-weighting, depth and range.
     parameters: dict[str, Any] = {
         "encoding_precision": "float32",
         "coreset": None,
         "reweight": None,
+        "bit_depth": None,
+        "value_range": None,
         **header["parameters"],
     }
     parameters["levels"] = tuple(
@@ -205,4 +214,6 @@ def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     )
     if isinstance(parameters.get("image_size"), list):
         parameters["image_size"] = tuple(parameters["image_size"])
+    if isinstance(parameters["value_range"], list):
+        parameters["value_range"] = tuple(parameters["value_range"])
     return parameters

@@ -24,10 +24,9 @@ from ..score.maps import ScoreResult
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..training.record import TrainingStep
-from . import normality, parameters, scoring
-from .fitting import Keeping, calibrated, fit_model, load, refit_model
+from . import fitting, normality, parameters, scoring
 from .forecast import OnProgress
-from .model_file import Model, differences, load_model, save_model
+from .model_file import Model, load_model, save_model
 from .normality import Normality
 from .thresholds import ThresholdsMixin
 
@@ -76,6 +75,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         reweight: multiply image scores as PatchCore does, by how alone the nearest normal patch is
             among this many, 2 to 32, see `score.reweighting`; None: do not. For a single level, as
             pretrained encoders have.
+        bit_depth: of samples in 16-bit files, 8 to 16; None: found from the training images, see
+            `images.samples.survey`.
+        value_range: (lowest, highest) of floating-point samples, made 0 and 255; None: found.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -85,7 +87,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
-    and pictures; None from a file of schema 2 or 3), `record_` (what training reported).
+    and pictures; None from a file of schema 2 or 3), `record_` (what training reported),
+    `samples_` (the depth and range in use).
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         embedding_dim: int | None = None,
         coreset: float | None = None,
         reweight: int | None = None,
+        bit_depth: int | None = None,
+        value_range: tuple[float, float] | None = None,
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
@@ -147,6 +152,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.embedding_dim = embedding_dim
         self.coreset = coreset
         self.reweight = reweight
+        self.bit_depth = bit_depth
+        self.value_range = value_range
         self.keep_images = keep_images
         self.device = device
         self.seed = seed
@@ -164,6 +171,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         checkpoint: str | Path | None = None,
         checkpoint_minutes: float = 5.0,
         resume: bool = False,
+        skip_unreadable: bool = False,
     ) -> PatchSVDD:
         """Train an encoder on good images, or take one, and fill the banks with their embeddings.
 
@@ -174,17 +182,19 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
             when training ends, also by Ctrl-C, SIGTERM or an error.
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
             on a CPU to the bit.
+        skip_unreadable: leave out files that cannot be read, with a warning that lists them.
 
         Under torchrun each process trains its share of every batch, and the first fills the banks.
 
-        Raises ValueError for unusable images or parameters, and for a checkpoint of another run;
-        FloatingPointError if the loss does not stay finite. Warns (CollapseWarning) if all
-        embeddings are (nearly) the same.
+        Raises ValueError for unusable images or parameters, listing all files that cannot be read,
+        and for a checkpoint of another run; FloatingPointError if the loss does not stay finite.
+        Warns (CollapseWarning) if all embeddings are (nearly) the same.
         """
         ready = parameters.ready_encoder(self.get_params(), encoder)
         given = parameters.resolved(self.get_params(), ready)
-        keeping = Keeping(checkpoint, checkpoint_minutes, resume)
-        model = fit_model(given, X, ready, keeping, on_step, on_progress)
+        keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
+        run = on_step, on_progress, skip_unreadable
+        model = fitting.fit_model(given, X, ready, keeping, *run)
         if model is not None:  # else the first process has it
             self._use(model)
         return self
@@ -195,7 +205,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
         """Load and resize images as this detector does; their light is matched by `encode`."""
-        return load(X, self.parameters_)
+        return fitting.load(X, self.parameters_, samples=getattr(self, "samples_", None))
 
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
         """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
@@ -223,7 +233,9 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def _take_over(self, normal: Normality) -> None:
         """Calibrate these banks and score against them from now on; a failure changes nothing."""
-        calibration = calibrated(self.parameters_, self.encoder_, normal, self.image_shape())
+        calibration = fitting.calibrated(
+            self.parameters_, self.encoder_, normal, self.image_shape()
+        )
         self.__dict__.update(
             banks_=dict(normal.banks), gallery_=normal.gallery, calibration_=calibration
         )
@@ -236,13 +248,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
         Raises ValueError for unusable images; the detector then stays as it was.
         """
-        normal, images = self._normality(), self.load_images(X)
-        height, width = self.image_shape()
-        if images.pixels.shape[2:] != (height, width):
-            raise ValueError(
-                f"images to add must have {width}x{height} pixels as those in the banks, "
-                f"got {images.pixels.shape[3]}x{images.pixels.shape[2]}"
-            )
+        normal, images = self._normality(), fitting.load_to_add(X, self._model())
         encoded = self.encode(images.pixels, images.names)
         self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
         return self
@@ -262,12 +268,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
         makes such detectors. Raises ValueError if they differ.
         """
-        differing = differences(self._model(), other._model())
-        if differing:
-            raise ValueError(
-                "detectors can be merged only if they embed alike, but these differ in "
-                f"{', '.join(differing)}; refit (patchsvdd update --replace) makes one that can be"
-            )
+        fitting.require_alike(self._model(), other._model())
         self._take_over(normality.merged(self._normality(), other._normality()))
         return self
 
@@ -278,7 +279,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         `fit`: to leave some of those out, use `remove`. Raises ValueError for unusable images, and
         for those of another size unless mean="channel".
         """
-        model = refit_model(self._model(), X)
+        model = fitting.refit_model(self._model(), X)
         twin = type(self)(**self.get_params())
         twin._use(model)
         return twin

@@ -83,7 +83,7 @@ def score_stream(
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
 
     def read(item: Any, number: int) -> PreparedImage:
-        image = prepare_image(item, name_of(item, number), size, smallest)
+        image = prepare_image(item, name_of(item, number), size, smallest, model.samples)
         # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
         return image

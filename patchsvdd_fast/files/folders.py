@@ -7,8 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Of the files that count as images, in any case."""
+SUFFIXES = {
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".webp": "WebP",
+    ".gif": "GIF",
+    ".avif": "AVIF",
+    **dict.fromkeys((".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"), "JPEG 2000"),
+    **dict.fromkeys((".pgm", ".ppm", ".pbm", ".pnm", ".pfm"), "PNM"),
+}
+"""Of the files that count as images, in any case, each with the name of its format."""
 
 
 @dataclass(frozen=True)

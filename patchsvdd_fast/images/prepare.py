@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from ..files.folders import training_paths
+from ..files.folders import SUFFIXES, training_paths
 from .arrays import image_of_array, images_of_batch, is_array
+from .samples import (
+    AS_STORED,
+    UNKNOWN,
+    DeepSamples,
+    Samples,
+    deep_samples,
+    survey,
+    to_8_bits,
+    warn_of_lost_bits,
+)
 
 MASK_THRESHOLD = 128
 """Pixels of a mask above this are anomalous."""
@@ -47,28 +59,86 @@ def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+class UnreadableError(ValueError):
+    """A file or PIL image cannot be read; the message names it."""
+
+
+_CODECS = {"WebP": "webp", "AVIF": "avif", "JPEG 2000": "jpg_2000"}  # that Pillow may lack
+_ORIENTATION = 0x0112  # of EXIF
+
+
+def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
 
-    Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, 16-bit
-    samples are scaled to 8 bits, and the camera's rotation (EXIF) is applied. Raises ValueError
-    naming the file if it is no image, is damaged, has samples of another kind, or more pixels than
-    Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may decompress to
-    gigabytes.
+    Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, samples
+    of more than 8 bits are scaled as `samples` says, and the camera's rotation (EXIF) is applied.
+    Of several pages or frames the first is read, with a warning. Raises ValueError naming the file
+    if it is no image, is damaged, of a format that this Pillow was built without, has samples that
+    do not suit `samples`, or more pixels than Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None:
+    any number): a small file may decompress to gigabytes.
     """
     name = os.fspath(path)
+    with _naming(name), Image.open(name) as image:
+        _check_pixels(image)
+        _warn_of_pages(image, name)
+        deep = deep_samples(image, name)
+        if deep is None:
+            warn_of_lost_bits(image, name)
+        image.load()
+        if deep is None:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        eight = Image.fromarray(to_8_bits(deep, samples, name))
+        eight.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+        return ImageOps.exif_transpose(eight).convert("RGB")
+
+
+def read_deep_samples(item: Any) -> DeepSamples | None:
+    """The samples of a file or PIL image; None if they are of 8 bits, or it cannot be read."""
     try:
-        with Image.open(name) as image:
-            _check_pixels(image)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that can be read") from error
+        if isinstance(item, Image.Image):
+            return deep_samples(item, None)
+        if isinstance(item, str | os.PathLike):
+            with Image.open(os.fspath(item)) as image:
+                _check_pixels(image)
+                return deep_samples(image, os.fspath(item))
+    except Exception:  # decoders raise many kinds; whoever reads it next says which
+        return None
+    return None
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Within the context errors of reading an image become ValueErrors that name it."""
+    try:
+        yield
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+        lacking = SUFFIXES.get(PurePath(name).suffix.lower(), "")
+        if lacking in _CODECS and not _has_codec(_CODECS[lacking]):
+            raise UnreadableError(
+                f"cannot read image {name}: the Pillow here was built without {lacking}"
+            ) from error
+        if isinstance(error, UnidentifiedImageError):
+            raise UnreadableError(f"{name} is not an image that can be read") from error
+        raise UnreadableError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+def _has_codec(name: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an older Pillow warns that it does not know the name
+        return bool(features.check(name))
+
+
+def _warn_of_pages(image: Image.Image, name: str) -> None:
+    if not getattr(image, "is_animated", False) or image.format == "MPO":
+        return  # the further images of a photograph (MPO) are previews and the like
+    try:
+        pages = int(getattr(image, "n_frames", 1))
+    except Exception:  # pages that are damaged are not read anyway
+        image.seek(0)
+        return
+    warnings.warn(f"{name} has {pages:,} pages or frames; the first is read", stacklevel=3)
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
@@ -101,18 +171,23 @@ class ImageSet:
     """uint8 [N, 3, H, W]."""
     original_sizes: tuple[tuple[int, int], ...]
     """(height, width) of each before resizing."""
+    samples: Samples = UNKNOWN
+    """How samples of more than 8 bits were read."""
 
 
-def prepare_image(item: Any, name: str, size: ImageSize, smallest: int) -> PreparedImage:
+def prepare_image(
+    item: Any, name: str, size: ImageSize, smallest: int, samples: Samples = AS_STORED
+) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
+
 
     item: colours are RGB; of OpenCV's BGR, give ``frame[:, :, ::-1]``. Arrays are uint8, uint16
         (scaled to 8 bits as those of files are) or floats in 0 to 1; other floats are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
-    smallest: least pixels on a side, before resizing. Raises ValueError, TypeError or OSError
-    naming the image.
+    smallest: least pixels on a side, before resizing. samples: how files' and PIL images' samples
+    of more than 8 bits are read. Raises ValueError, TypeError or OSError naming the image.
     """
-    image = _as_image(item, name)
+    image = _as_image(item, name, samples)
     original = image.height, image.width
     if min(original) < smallest:
         raise ValueError(
@@ -140,6 +215,9 @@ def load_image_set(
     size: ImageSize,
     smallest: int,
     progress: Callable[[float], None] | None = None,
+    samples: Samples | None = None,
+    given: Samples = UNKNOWN,
+    skip_unreadable: bool = False,
 ) -> ImageSet:
     """Load images of one size.
 
@@ -149,9 +227,12 @@ def load_image_set(
     images in a folder are relative to it.
     size, smallest, dtypes of arrays: as for `prepare_image`.
     progress: called after each image with the share that is read, 0 to 1.
+    samples: how samples of more than 8 bits are read; None: as `given`, and what that leaves open
+        is found from these images.
+    skip_unreadable: leave out files that cannot be read, with a warning that lists them.
 
-    Raises as `prepare_image`, and ValueError if there are no images or their sizes differ and
-    `size` is None.
+    Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
+    None, and for files that cannot be read, all in one.
     """
     folder: Path | None = None
     if isinstance(source, str | os.PathLike):
@@ -167,12 +248,22 @@ def load_image_set(
         )
     if len(source) == 0:
         raise ValueError("no images given")
-    names, sizes = [], []
+    if samples is None:
+        samples = survey(map(read_deep_samples, source), given)
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    unreadable: list[Exception] = []
+    tell = progress or (lambda _: None)
     batch: Tensor | None = None
     for index, item in enumerate(source):
-        image = prepare_image(item, name_of(item, index), size, smallest)
-        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
-        sizes.append(image.original_size)
+        try:
+            image = prepare_image(item, name_of(item, index), size, smallest, samples)
+        except (OSError, UnreadableError) as error:
+            if len(source) == 1:
+                raise
+            unreadable.append(error)
+            tell((index + 1) / len(source))
+            continue
         if batch is None:
             batch = torch.empty(len(source), *image.pixels.shape, dtype=torch.uint8)
         if image.pixels.shape != batch.shape[1:]:
@@ -181,23 +272,45 @@ def load_image_set(
                 f"images must all have one size unless they are resized: {names[0]} has "
                 f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
             )
-        batch[index] = image.pixels
-        if progress is not None:
-            progress((index + 1) / len(source))
+        batch[len(names)] = image.pixels
+        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
+        sizes.append(image.original_size)
+        tell((index + 1) / len(source))
+    report_unreadable(unreadable, len(source), skip_unreadable)
     assert batch is not None
-    return ImageSet(tuple(names), batch, tuple(sizes))
+    return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)
 
 
-def _as_image(item: Any, name: str) -> Image.Image:
+def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
+    """Say which of some images could not be read, all at once: by a warning if they are skipped.
+
+    found: why, each naming its file. Raises ValueError unless `skip`, and if none is left.
+    """
+    if not found:
+        return
+    listed = "; ".join(str(error) for error in found)
+    if len(found) == of:
+        raise ValueError(f"none of the {of:,} images can be read: {listed}")
+    if not skip:
+        raise ValueError(
+            f"{len(found):,} of {of:,} images cannot be read (to train or evaluate without them: "
+            f"--skip-unreadable, skip_unreadable): {listed}"
+        )
+    warnings.warn(
+        f"left out {len(found):,} of {of:,} images, which cannot be read: {listed}", stacklevel=3
+    )
+
+
+def _as_image(item: Any, name: str, samples: Samples) -> Image.Image:
     if isinstance(item, str | os.PathLike):
-        return read_image(item)
+        return read_image(item, samples)
     if isinstance(item, Image.Image):
         try:
-            return _to_rgb(item)
+            return _to_rgb(item, samples, name)
         except Exception as error:  # Pillow decodes an opened file only now
-            raise ValueError(f"cannot read {name}: {_reason(error)}") from error
+            raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return _to_rgb(Image.fromarray(image_of_array(item, name)))
+        return Image.fromarray(image_of_array(item, name)).convert("RGB")
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )
@@ -220,12 +333,10 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ValueError("32-bit integer samples are not supported, only 8 and 16 bits")
-        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point samples are not supported, only 8 and 16 bits")
+def _to_rgb(image: Image.Image, samples: Samples, name: str) -> Image.Image:
+    deep = deep_samples(image, None)
+    if deep is None:
+        warn_of_lost_bits(image, name)
+    else:
+        image = Image.fromarray(to_8_bits(deep, samples, name))
     return image.convert("RGB")

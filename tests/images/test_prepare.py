@@ -8,11 +8,12 @@ from pathlib import PurePath
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import AvifImagePlugin, Image, WebPImagePlugin, features
 
-from patchsvdd_fast.files.folders import find_images
+from patchsvdd_fast.files.folders import SUFFIXES, find_images
 from patchsvdd_fast.files.sources import Source
 from patchsvdd_fast.images.prepare import (
+    UnreadableError,
     load_image_set,
     load_images,
     name_of,
@@ -29,6 +30,84 @@ def test_lossless_formats(tmp_path, suffix):
     Image.fromarray(COLOUR).save(tmp_path / f"image{suffix}")
     (path,) = find_images(tmp_path)
     assert np.array_equal(np.asarray(read_image(path)), COLOUR)
+
+
+def save_as(path, image=COLOUR, **options):
+    """Write an image file in the format of its suffix, in those that Pillow does not know, too."""
+    kinds = {"JPEG 2000": "JPEG2000", "PNM": "PPM"}
+    kind = kinds.get(SUFFIXES[path.suffix], SUFFIXES[path.suffix].upper())
+    Image.fromarray(image).save(path, format=kind, **options)
+
+
+# Of a gray image: the lossy formats keep it nearly as it is.
+@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".pfm", ".pbm"}))
+def test_every_format_that_is_listed_is_read(tmp_path, suffix):
+    smooth = np.linspace(0, 255, 80 * 70).astype(np.uint8).reshape(80, 70)
+    save_as(tmp_path / f"image{suffix}", smooth)
+    (path,) = find_images(tmp_path)
+    pixels = np.asarray(read_image(path)).astype(int)
+    assert pixels.shape == (80, 70, 3)
+    assert np.abs(pixels - smooth[..., None]).max() < 16
+
+
+def test_portable_bitmaps_and_float_maps(tmp_path):
+    bits = RAMP > 100
+    Image.fromarray(bits).save(tmp_path / "image.pbm")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "image.pbm"))[..., 0], 255 * bits)
+    Image.fromarray((RAMP / 255).astype(np.float32)).save(tmp_path / "image.pfm", format="PPM")
+    images = load_image_set(tmp_path / "image.pfm", None, 1)
+    assert images.samples.value_range == (0, 1)
+    assert np.array_equal(images.pixels[0, 0].numpy(), RAMP)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif", ".webp", ".apng", ".avif"])
+def test_of_several_pages_the_first_is_read_with_a_warning(tmp_path, suffix):
+    others = [Image.fromarray(255 - COLOUR), Image.fromarray(COLOUR // 2)]
+    lossless = {"lossless": True} if suffix == ".webp" else {}
+    path = tmp_path / f"pages{suffix}"
+    save_as(path, save_all=True, append_images=others, **lossless)
+    with pytest.warns(UserWarning, match=rf"pages\{suffix} has 3 pages or frames; the first is"):
+        pixels = np.asarray(read_image(path)).astype(int)
+    assert np.abs(pixels - COLOUR).mean() < (1 if suffix in (".tif", ".webp", ".apng") else 30)
+    save_as(path, **lossless)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(path)
+
+
+def test_damage_beyond_the_first_page_does_not_matter(tmp_path):
+    path = tmp_path / "pages.tif"
+    save_as(path)
+    first = path.stat().st_size
+    save_as(path, save_all=True, append_images=[Image.fromarray(255 - COLOUR)])
+    whole = path.read_bytes()
+    for length in (len(whole) - 3000, first + 60, first + 4):
+        path.write_bytes(whole[:length])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert np.array_equal(np.asarray(read_image(path)), COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".webp", "WebP"), (".avif", "AVIF"), (".jp2", "JPEG 2000")]
+)
+@pytest.mark.filterwarnings("ignore:image file could not be identified")
+def test_formats_that_pillow_lacks_are_named(tmp_path, monkeypatch, suffix, kind):
+    """As in a Pillow that was built without them."""
+    path = tmp_path / f"image{suffix}"
+    save_as(path)
+    monkeypatch.setattr(WebPImagePlugin, "SUPPORTED", False)
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    monkeypatch.delattr(Image.core, "jpeg2k_decoder")
+    monkeypatch.setattr(features, "check", lambda name: name not in ("webp", "avif", "jpg_2000"))
+    with pytest.raises(
+        UnreadableError, match=rf"image\{suffix}: the Pillow here .* without {kind}"
+    ):
+        read_image(path)
+    monkeypatch.undo()
+    path.write_text("no image")
+    with pytest.raises(UnreadableError, match="is not an image that can be read"):
+        read_image(path)
 
 
 def test_jpeg(tmp_path):
@@ -73,12 +152,6 @@ def test_16_bit_gray_is_scaled(tmp_path, suffix):
     Image.fromarray(samples).save(tmp_path / f"deep{suffix}")
     pixels = np.asarray(read_image(tmp_path / f"deep{suffix}"))
     assert np.array_equal(pixels[..., 0], RAMP)
-
-
-def test_float_samples_are_refused(tmp_path):
-    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"float\.tif.*8 and 16 bits"):
-        read_image(tmp_path / "float.tif")
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -261,6 +334,39 @@ def test_bad_sets_are_named(tmp_path):
         load_images([COLOUR, COLOUR[:30, :40]], (256, 256), 64)
     with pytest.raises(ValueError, match=r"image 0 has 70x80 pixels, image 1 has 66x80"):
         load_images([COLOUR, COLOUR[:, :66]], None, 64)
+
+
+def unreadable_files(folder):
+    """Two images, and between them three files that are none."""
+    for number in (0, 4):
+        Image.fromarray(COLOUR).save(folder / f"{number}.png")
+    (folder / "1.png").write_text("hello")
+    (folder / "2.webp").write_bytes(b"")
+    (folder / "3.tif").symlink_to(folder / "missing.tif")
+
+
+def test_all_files_that_cannot_be_read_are_listed_at_once(tmp_path):
+    unreadable_files(tmp_path)
+    listed = r"3 of 5 images cannot be read .*--skip-unreadable.*1\.png is not.*2\.webp.*3\.tif"
+    with pytest.raises(ValueError, match=listed):
+        load_image_set(tmp_path, None, 1)
+    with pytest.raises(ValueError, match=r"none of the 2 images can be read: .*1\.png.*2\.webp"):
+        load_image_set([tmp_path / "1.png", tmp_path / "2.webp"], None, 1, skip_unreadable=True)
+    with pytest.raises(UnreadableError, match=r"1\.png is not an image that can be read$"):
+        load_image_set(tmp_path / "1.png", None, 1)
+
+
+def test_files_that_cannot_be_read_are_left_out(tmp_path):
+    unreadable_files(tmp_path)
+    listed = r"left out 3 of 5 images, which cannot be read: .*1\.png.*2\.webp.*3\.tif"
+    with pytest.warns(UserWarning, match=listed):
+        images = load_image_set(tmp_path, None, 1, skip_unreadable=True)
+    assert images.names == ("0.png", "4.png")
+    assert images.original_sizes == ((80, 70), (80, 70))
+    assert torch.equal(images.pixels, load_images([COLOUR, COLOUR], None, 1))
+    small = [tmp_path / "0.png", COLOUR[:30, :40]]  # what can be read is not left out
+    with pytest.raises(ValueError, match="image 1 has 40x30 pixels, less than one patch"):
+        load_image_set(small, (96, 96), 64, skip_unreadable=True)
 
 
 def test_anything_that_is_a_path_is_read(tmp_path):

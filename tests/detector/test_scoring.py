@@ -1,0 +1,193 @@
+"""Detectors of files with more than 8 bits, and of folders with files that cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backbones import Plain
+from conftest import texture
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.detector.evaluation import evaluate_category
+from patchsvdd_fast.detector.model_file import describe
+from patchsvdd_fast.files import store
+from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.images.samples import AS_STORED, UNKNOWN, Samples
+
+COUNT = 6
+
+
+def gray(number):
+    """A texture in 0 .. 1: training images, then two new ones, the last with a defect."""
+    image = texture(np.random.default_rng(number), 96)[..., 0] / 255
+    if number == COUNT + 1:
+        image[30:50, 40:60] = 0.9
+    return image
+
+
+def write(folder, suffix, convert):
+    """The images as files; returns the folder of training images, and the new files."""
+    (folder / "good").mkdir(parents=True)
+    for number in range(COUNT):
+        Image.fromarray(convert(gray(number))).save(folder / f"good/{number}{suffix}")
+    new = [folder / f"new{number}{suffix}" for number in (COUNT, COUNT + 1)]
+    for number, path in enumerate(new, start=COUNT):
+        Image.fromarray(convert(gray(number))).save(path)
+    return folder / "good", new
+
+
+def eight_bits(image):
+    return (255 * image).round().astype(np.uint8)
+
+
+def bits(depth, of=1.0):
+    """To samples of so many bits, whose 8 bits are exactly those of `eight_bits`."""
+    full = 2**depth - 1
+    return lambda image: (eight_bits(of * image) * (full / 255)).round().astype(np.uint16)
+
+
+def detector(**options):
+    return PatchSVDD(encoder=Plain(), image_size=96, device="cpu", **options)
+
+
+def scores(fitted, new):
+    return fitted.score([str(path) for path in new]).anomaly_map
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """Scores of the same images in files of 8 bits."""
+    good, new = write(tmp_path / "8", ".png", eight_bits)
+    return scores(detector().fit(good), new)
+
+
+@pytest.mark.parametrize(("depth", "suffix"), [(10, ".tif"), (12, ".png"), (14, ".tif")])
+def test_deep_files_score_as_files_of_8_bits(tmp_path, expected, depth, suffix):
+    assert expected.max() > 0.01
+    good, new = write(tmp_path / "deep", suffix, bits(depth))
+    fitted = detector().fit(good)
+    assert fitted.samples_ == Samples(bit_depth=depth)
+    assert fitted.bit_depth is None
+    assert torch.equal(scores(fitted, new), expected)
+    with fitted.score_stream(new) as stream:
+        assert torch.equal(torch.stack([one.anomaly_map for one in stream]), expected)
+
+
+def test_a_depth_is_kept_in_the_file_and_applied_to_dark_images(tmp_path, expected):
+    good, new = write(tmp_path / "deep", ".tif", bits(12))
+    path = tmp_path / "model.safetensors"
+    detector().fit(good).save(path)
+    again = PatchSVDD.load(path, device="cpu", encoder=Plain())
+    assert torch.equal(scores(again, new), expected)
+    assert describe(path)["samples"] == "16-bit files hold 12 bits"
+    _, dark = write(tmp_path / "dark", ".tif", bits(12, of=0.05))
+    _, dark_8 = write(tmp_path / "dark8", ".png", lambda image: eight_bits(0.05 * image))
+    assert torch.equal(again.load_images(dark).pixels, again.load_images(dark_8).pixels)
+    again.add(dark[:1]).remove([COUNT])
+    assert torch.equal(scores(again, new), expected)
+    assert torch.equal(scores(again.refit(good), new), expected)
+
+
+def test_an_image_of_more_bits_is_an_error_and_the_others_are_scored(tmp_path):
+    good, new = write(tmp_path / "deep", ".tif", bits(10))
+    fitted = detector().fit(good)
+    Image.fromarray(bits(12)(gray(0))).save(new[0])
+    failed = []
+    with fitted.score_stream(new, on_error=lambda *failure: failed.append(failure)) as stream:
+        assert [result.source for result in stream] == new[1:]
+    ((path, error),) = failed
+    assert path == new[0]
+    assert "more than the 10 bits of the training images allow" in str(error)
+
+
+def test_a_depth_that_is_given_is_used(tmp_path, expected):
+    """Of images that are too dark to show it."""
+    good, new = write(tmp_path / "deep", ".tif", bits(12, of=0.2))
+    _, new_8 = write(tmp_path / "8 dark", ".png", lambda image: eight_bits(0.2 * image))
+    fitted = detector(bit_depth=12).fit(good)
+    assert fitted.samples_.bit_depth == 12
+    assert torch.equal(fitted.load_images(new).pixels, fitted.load_images(new_8).pixels)
+    assert detector().fit(good).samples_.bit_depth == 10
+
+
+@pytest.mark.parametrize("scale", [1, 4000])
+def test_floating_point_files(tmp_path, expected, scale):
+    def values(image):
+        return (scale * (eight_bits(image) / 255)).astype(np.float32)
+
+    good, new = write(tmp_path / "float", ".tif", values)
+    given = {"value_range": (0, scale)} if scale > 1 else {}
+    fitted = detector(**given).fit(good)
+    assert fitted.samples_ == Samples(value_range=(0, scale))
+    path = tmp_path / "model.safetensors"
+    fitted.save(path)
+    again = PatchSVDD.load(path, device="cpu", encoder=Plain())
+    for one in (fitted, again):
+        assert torch.equal(scores(one, new), expected)
+    assert describe(path)["samples"] == f"floating-point samples from 0 to {scale}"
+
+
+def test_older_models_take_16_bits(tmp_path):
+    good, new = write(tmp_path / "16", ".tif", bits(12))
+    path = tmp_path / "model.safetensors"
+    fitted = detector(bit_depth=16).fit(good)
+    fitted.save(path)
+    tensors, header = store.load(path)
+    del header["samples"], header["parameters"]["bit_depth"], header["parameters"]["value_range"]
+    store.save(path, "detector", {name: tensor.clone() for name, tensor in tensors.items()}, header)
+    older = PatchSVDD.load(path, device="cpu", encoder=Plain())
+    assert older.samples_ == AS_STORED
+    assert torch.equal(scores(older, new), scores(fitted, new))
+    assert "samples" not in describe(path)
+
+
+def test_detectors_of_other_depths_are_not_merged(tmp_path):
+    deep, _ = write(tmp_path / "12", ".tif", bits(12))
+    plain, _ = write(tmp_path / "8", ".png", eight_bits)
+    one, other = detector().fit(deep), detector().fit(plain)
+    assert other.samples_ == UNKNOWN
+    with pytest.raises(ValueError, match="differ in bit_depth or value_range"):
+        one.merge(other)
+
+
+def test_bad_parameters_are_refused(tmp_path):
+    good, _ = write(tmp_path / "8", ".png", eight_bits)
+    with pytest.raises(ValueError, match="bit_depth must be 8 to 16, or None, got 24"):
+        detector(bit_depth=24).fit(good)
+    with pytest.raises(ValueError, match=r"value_range must be .* got \(1, 0\)"):
+        detector(value_range=(1, 0)).fit(good)
+
+
+def test_training_images_that_cannot_be_read(tmp_path, expected):
+    good, new = write(tmp_path / "some", ".png", eight_bits)
+    (good / "a.png").write_text("hello")
+    (good / "b.png").write_bytes((good / "0.png").read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"2 of 8 images cannot be read .*a\.png.*b\.png"):
+        detector().fit(good)
+    with pytest.warns(UserWarning, match=r"left out 2 of 8 images, .*a\.png.*b\.png"):
+        fitted = detector().fit(good, skip_unreadable=True)
+    assert fitted.num_images == COUNT
+    assert torch.equal(scores(fitted, new), expected)
+
+
+def test_test_images_that_cannot_be_read(category_folder):
+    category = Category(category_folder)
+    fitted = detector().fit(category_folder)
+    whole = evaluate_category(fitted, category)
+    seen = []
+    for name in ("good/a.png", "spot/0a.png", "spot/z.png"):
+        (category_folder / "test" / name).write_text("hello")
+    listed = r"3 of 9 images cannot be read .*good/a\.png.*spot/0a\.png.*spot/z\.png"
+    with pytest.raises(ValueError, match=listed):
+        evaluate_category(fitted, category)
+    with pytest.warns(UserWarning, match="left out 3 of 9 images"):
+        result = evaluate_category(fitted, category, lambda *one: seen.append(one), True)
+    assert result == whole
+    assert all(image.path == one.source for image, one in seen)
+    for number in range(3):
+        (category_folder / f"test/spot/{number}.png").write_text("hello")
+    with (
+        pytest.warns(UserWarning, match="left out 6 of 9 images"),
+        pytest.raises(ValueError, match="needs good and anomalous images"),
+    ):
+        evaluate_category(fitted, category, skip_unreadable=True)
