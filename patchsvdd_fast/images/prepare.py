@@ -14,10 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..files.folders import training_paths
-
-MASK_THRESHOLD = 128
-"""Pixels of a mask above this are anomalous."""
+from ..files.categories import training_paths
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -63,12 +60,6 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
         raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
-
-
-def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask as a boolean array of (height, width); pixels above 128 are anomalous."""
-    gray = read_image(path).convert("L").resize((size[1], size[0]))
-    return np.asarray(gray) > MASK_THRESHOLD
 
 
 @dataclass(frozen=True)
