@@ -107,8 +107,8 @@ def masks_or_reason(
     anomalous = [image for image in tests if image.is_anomalous]
     without = [image for image in anomalous if not image.masks]
     if without:
-        few = f"{len(without):,} of {len(anomalous):,} anomalous images have no mask"
-        return None, f"{few}, such as {without[0].path}"
+        few = f"{len(without):,} of {len(anomalous):,}, such as {without[0].path}"
+        return None, f"anomalous images without a mask: {few}"
     try:
         masks = [mask_of(image, size) for image in tests]
     except (ValueError, OSError) as error:
@@ -122,8 +122,8 @@ def masks_or_reason(
     if empty:
         at = f"at {size[1]}x{size[0]} pixels"
         warnings.warn(
-            f"{len(empty):,} masks of anomalous images mark nothing {at}: "
-            f"{', '.join(map(str, empty[:3]))}{', ...' if len(empty) > 3 else ''}",
+            f"masks of anomalous images that mark nothing {at}: {len(empty):,} "
+            f"({', '.join(map(str, empty[:3]))}{', ...' if len(empty) > 3 else ''})",
             stacklevel=3,
         )
     if len(empty) == len(anomalous):

@@ -158,8 +158,8 @@ def training_paths(folder: Path) -> list[Path]:
     beside = masks_beside(paths)
     if beside:
         warnings.warn(
-            f"not trained on, as they are masks of the images beside them by their names: "
-            f"{len(beside):,} files in {folder}, such as {next(iter(beside)).name}",
+            "not trained on, as they are named as masks of the images beside them: "
+            f"{len(beside):,} in {folder}, such as {next(iter(beside)).name}",
             stacklevel=2,
         )
     return [path for path in paths if path not in beside]

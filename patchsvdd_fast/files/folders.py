@@ -22,7 +22,7 @@ class Skipped:
         self._first: dict[str, str] = {}
 
     def __call__(self, path: Path, reason: str) -> None:
-        """Count one. reason: in words that follow a number."""
+        """Count one. reason: in words, for all that are skipped for it."""
         self._found[reason] += 1
         self._first.setdefault(reason, path.name)
 
@@ -30,7 +30,7 @@ class Skipped:
         """A line with numbers, reasons and a name for each; empty if nothing was skipped."""
         if not self._found:
             return ""
-        parts = [f"{n:,} {why} ({self._first[why]})" for why, n in sorted(self._found.items())]
+        parts = [f"{why}: {n:,} ({self._first[why]})" for why, n in sorted(self._found.items())]
         return f"skipped in {folder}: {', '.join(parts)}"
 
     def warn(self, folder: Path) -> None:

@@ -99,7 +99,7 @@ def labelled(
     loose = [name for name in paths if normal_name and len(name.parts) == 1]
     if loose:
         unlabelled = _names([paths.pop(name) for name in loose])
-        remarks.append(f"{unlabelled} images lie in no folder of {anomalous.name}: without a label")
+        remarks.append(f"images in no folder of {anomalous.name}, so without a label: {unlabelled}")
     if not paths and not images:
         raise ValueError(f"{anomalous} holds no images ({', '.join(SUFFIXES)})")
     found: dict[PurePath, Path] = {}
@@ -114,22 +114,23 @@ def labelled(
         matched[image] = (*matched.get(image, ()), mask)
     for name, path in paths.items():
         defect = name.parts[0] if len(name.parts) > 1 else anomalous.name
-        defect = defect if defect != GOOD else "anomalous"
+        defect = "anomalous" if defect in ("", GOOD) else defect
         images.append(LabelledImage(path, defect, matched.get(path, ())))
     if unmatched:
-        remarks.append(f"{_names(unmatched)} of {len(found):,} masks match no test image")
+        remarks.append(f"masks that match no test image: {_names(unmatched, len(found))}")
     without = [image.path for image in images if image.is_anomalous and not image.masks]
     if without and len(without) < len(paths):
-        remarks.append(f"{_names(without)} of {len(paths):,} anomalous images have no mask")
+        remarks.append(f"anomalous images without a mask: {_names(without, len(paths))}")
     if line := skipped.in_words(anomalous):
         remarks.append(line)
     return LabelledSet(sorted(images, key=lambda image: image.path), remarks)
 
 
-def _names(paths: list[Path]) -> str:
-    """How many there are, and which: the first three."""
+def _names(paths: list[Path], of: int | None = None) -> str:
+    """How many there are, of how many, and which: the first three."""
     first = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:3])
-    return f"{len(paths):,} ({first}{', ...' if len(paths) > 3 else ''})"
+    among = "" if of is None else f" of {of:,}"
+    return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
 
 
 def _without_masks(paths: list[Path]) -> list[Path]:
@@ -215,6 +216,7 @@ def _is_visa(root: Path) -> bool:
 
 
 def _visa_rows(root: Path, split: str) -> list[dict[str, str]]:
+    root = _named(root)
     path = root.parent / _VISA_SPLIT
     if not path.is_file():
         raise ValueError(f"{path} is missing: it says which images of VisA to train and test on")
@@ -233,9 +235,14 @@ def _visa_rows(root: Path, split: str) -> list[dict[str, str]]:
 
 def _visa_path(root: Path, name: str) -> Path:
     inside = PurePath(name)
-    if inside.is_absolute() or ".." in inside.parts or inside.parts[:1] != (root.name,):
-        raise ValueError(f"{root.parent / _VISA_SPLIT} names {name}, outside of {root}")
-    return root.parent / inside
+    if inside.is_absolute() or ".." in inside.parts or inside.parts[:1] != (_named(root).name,):
+        raise ValueError(f"{_VISA_SPLIT} names {name}, which is not in {root}")
+    return root.joinpath(*inside.parts[1:])
+
+
+def _named(root: Path) -> Path:
+    """The folder by its own name, where it is "." or ".."."""
+    return root.resolve() if root.name in ("", "..") else root
 
 
 def _visa_train(root: Path) -> list[Path]:
@@ -292,7 +299,7 @@ def _judged_by_masks(folders: list[Path]) -> LabelledSet:
                 without.append(path)
             else:
                 images.append(LabelledImage(path, GOOD if is_good else "defect", (masks[path],)))
-    line = f"{_names(without)} images have no mask that tells whether they are good: left out"
+    line = f"images left out, as no mask tells whether they are good: {_names(without)}"
     return LabelledSet(images, [line] if without else [])
 
 

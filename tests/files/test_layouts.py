@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
 def test_masks_beside_images_are_not_trained_on(images, tmp_path):
     for name in ("0.png", "1.png", "1_GT.png", "2.png", "2_mask.bmp", "3_label.png"):
         write(tmp_path / name, images["good"][0])
-    with pytest.warns(UserWarning, match=r"not trained on.*2 files .* such as 1_GT\.png"):
+    with pytest.warns(UserWarning, match=r"not trained on.*: 2 in .* such as 1_GT\.png"):
         found = training_paths(tmp_path)
     assert [path.name for path in found] == ["0.png", "1.png", "2.png", "3_label.png"]
 
@@ -254,12 +255,12 @@ def test_what_is_skipped_is_said(images, tmp_path):
         (tmp_path / part / "linked").symlink_to(tmp_path / "test/good")
         (tmp_path / part / "a.webp").touch()
         (tmp_path / part / "b.webp").touch()
-    said = r"2 files \.webp, which are not read \(.\.webp\), 1 links to folders.*\(linked\)"
+    said = r"files \.webp, which are not read: 2 \(.\.webp\), links to folders.*: 1 \(linked\)"
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (remark,) = Category(tmp_path).test_set().remarks
-    assert "2 files .webp" in remark
-    assert "1 links to folders" in remark
+    assert "files .webp, which are not read: 2" in remark
+    assert "links to folders, which are not followed: 1" in remark
 
 
 def test_masks_and_images_without_each_other_are_named(images, tmp_path):
@@ -270,11 +271,19 @@ def test_masks_and_images_without_each_other_are_named(images, tmp_path):
     tests = Category(tmp_path).test_set()
     assert len(tests.images) == 6
     assert tests.remarks == [
-        "1 (test/loose.png) images lie in no folder of test: without a label",
-        "1 (spot/9.png) of 4 masks match no test image",
-        "1 (spot/002.png) of 3 anomalous images have no mask",
+        "images in no folder of test, so without a label: 1 (test/loose.png)",
+        "masks that match no test image: 1 of 4 (spot/9.png)",
+        "anomalous images without a mask: 1 of 3 (spot/002.png)",
     ]
-    assert "1 of 3 anomalous images have no mask" in masks_or_reason(tests.images, SIZE)[1]
+    assert "anomalous images without a mask: 1 of 3" in masks_or_reason(tests.images, SIZE)[1]
+
+
+def test_visa_from_within(images, expected, tmp_path, monkeypatch):
+    visa(tmp_path / "noise", images)
+    monkeypatch.chdir(tmp_path / "noise")
+    (category,) = find_categories(Path())
+    assert marked(category) == expected
+    assert len(training_paths(Path())) == 3
 
 
 def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
@@ -283,7 +292,7 @@ def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
     text = table.read_text()
     for bad, message in (
         (text.replace("label", "kind"), "must have the columns object,split,label,image,mask, got"),
-        (text.replace("noise/Data", "../Data"), "outside of"),
+        (text.replace("noise/Data", "../Data"), "which is not in"),
         (text.replace("noise,", "other,"), "no images of noise"),
     ):
         table.write_text(bad)
@@ -300,7 +309,7 @@ def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
     (tmp_path / "test/20001_GT.png").write_text("no image")
     tests = Category(tmp_path).test_set()
     assert len(tests.images) == 4
-    assert tests.remarks[0].startswith("2 (test/20000.png, test/20001.png) images have no mask")
+    assert tests.remarks[0].endswith("are good: 2 (test/20000.png, test/20001.png)")
 
 
 @pytest.mark.parametrize("masks", ["folder", "beside"])
