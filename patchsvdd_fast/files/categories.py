@@ -172,7 +172,9 @@ def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     """
     begin = f"{category.name}: layout {category.layout.name}"
     if tests is None:
-        return f"{begin}, {len(category.train_paths()):,} images to train on"
+        aside = len(category.validation_paths())
+        rest = f", {aside:,} of validation kept aside" if aside else ""
+        return f"{begin}, {len(category.train_paths()):,} images to train on{rest}"
     bad = [image for image in tests.images if image.is_anomalous]
     masked = sum(bool(image.masks) for image in bad)
     return (

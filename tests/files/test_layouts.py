@@ -189,7 +189,8 @@ def test_the_same_images_in_every_layout(name, lay_out, images, expected, tmp_pa
     assert contents(category.validation_paths()) == (
         of_arrays(images["validation"]) if has_validation else []
     )
-    assert in_words(category) == f"noise: layout {name}, 3 images to train on"
+    aside = ", 3 of validation kept aside" if has_validation else ""
+    assert in_words(category) == f"noise: layout {name}, 3 images to train on{aside}"
     assert in_words(category, category.test_set()).endswith(
         "3 good and 3 anomalous images, 3 of them with masks"
     )
