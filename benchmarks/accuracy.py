@@ -38,7 +38,7 @@ from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.detector.evaluation import read_masks
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.encoders.levels import PatchLevel
-from patchsvdd_fast.files.folders import Category, find_categories
+from patchsvdd_fast.files.categories import Category, find_categories
 from patchsvdd_fast.files.whole import written_whole
 from patchsvdd_fast.images.light import match_illumination, mean_colour, mean_image
 from patchsvdd_fast.images.prepare import load_images

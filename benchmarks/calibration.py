@@ -49,7 +49,8 @@ from torch import Tensor
 from common import commit
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD, nearest, score_map
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
-from patchsvdd_fast.files.folders import Category, find_categories, find_images
+from patchsvdd_fast.files.categories import Category, find_categories
+from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.files.whole import written_whole
 from patchsvdd_fast.images.light import MEANS, match_illumination, mean_colour, mean_image
 from patchsvdd_fast.images.prepare import load_images

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel
 from patchsvdd_fast.detector.model_file import load_encoder
-from patchsvdd_fast.files.folders import Category, find_images
+from patchsvdd_fast.files.categories import Category
+from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.images.light import mean_image
 from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import write_sample_category

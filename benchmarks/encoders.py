@@ -33,7 +33,7 @@ import torch
 from common import commit
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.files.folders import Category, find_categories
+from patchsvdd_fast.files.categories import Category, find_categories
 from patchsvdd_fast.files.whole import written_whole
 from patchsvdd_fast.ops.backends import describe
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common import Contender, Search, Workload, commit, faiss_flat, measure
 from patchsvdd_fast import NormalBank, PatchSVDD
-from patchsvdd_fast.files.folders import find_categories
+from patchsvdd_fast.files.categories import find_categories
 from patchsvdd_fast.images.sample_cloth import write_sample_category
 from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.search.centroids import default_clusters

@@ -45,7 +45,8 @@ from common import Figure, Prepare, Search, commit
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.encoders.patch_svdd import SMALL_PATCH
-from patchsvdd_fast.files.folders import Category, find_images
+from patchsvdd_fast.files.categories import Category
+from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.images.prepare import read_image
 from patchsvdd_fast.images.sample_cloth import write_sample_category
 from patchsvdd_fast.ops.backends import describe

@@ -15,7 +15,8 @@ from .terminal import console, fit_with_progress, results_table
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
-    from ..files.folders import Category, LabelledImage
+    from ..files.categories import Category
+    from ..files.layouts import LabelledImage
     from ..score.image_result import ImageResult
 
 STEPS = 60

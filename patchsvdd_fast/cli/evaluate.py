@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,17 +19,25 @@ from .options import (
     parse_resize,
     require_writable,
 )
-from .terminal import console, results_table
+from .terminal import console, print_error, results_table
 
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
-    from ..files.folders import Category, LabelledImage
+    from ..files.categories import Category
+    from ..files.layouts import LabelledImage, LabelledSet
     from ..score.image_result import ImageResult
 
 
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="A category in MVTec layout, or a folder of them.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A category in a layout that is known (patchsvdd info --layouts), or a folder of "
+            "them.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model file, or a folder of them, <category>.safetensors.")
     ] = None,
@@ -56,56 +65,132 @@ def evaluate(
         Path | None,
         typer.Option(help="Write an HTML report to this folder; of several categories, one each."),
     ] = None,
+    normal: Annotated[
+        Path | None, typer.Option(help="Instead of DATA: folder of good test images.")
+    ] = None,
+    anomalous: Annotated[
+        Path | None,
+        typer.Option(help="With --normal: folder of anomalous ones, or of a folder for each kind."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="With --anomalous: folder of masks, named as the images."),
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="With --normal: folder of good images to fill banks with."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category."""
+    """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category.
+
+    If one of several categories fails, the others are evaluated, and the exit status is 1.
+    """
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
     if model is not None and (bit_depth is not None or value_range is not None):
         raise typer.BadParameter("--bit-depth, --value-range: a model has its own from training")
+    own = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
+    _check_folders(data, own, needs_train=model is None)
     if json_path is not None:
         require_writable(json_path, "--json")
     with loading():
         from .. import __version__
-        from ..detector.evaluation import evaluate_category, write_json
+        from ..detector.evaluation import write_json
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.folders import find_categories
+        from ..files.categories import find_categories
 
-    categories = find_categories(data)
+    categories = [_own(own)] if data is None else find_categories(data)
+
+    def detector_for(category: Category) -> PatchSVDD:
+        if model is not None:
+            return PatchSVDD.load(_file_for(model, category), device=device)
+        detector = PatchSVDD(
+            image_size=parse_resize(resize),
+            bit_depth=bit_depth,
+            value_range=value_range,
+            mode=mode,
+            seed=seed,
+            device=device,
+        )
+        if untrained:
+            detector.set_params(encoder=detector.untrained_encoder())
+        else:
+            detector.set_params(**_encoder_for(str(encoder), category))
+        images = category.root if train is None else category.train_paths()
+        return detector.fit(images, skip_unreadable=skip_unreadable)
+
     results = []
+    failed: dict[str, str] = {}
     for category in categories:
         with console.status(f"evaluating {category.name}"):
-            if model is not None:
-                detector = PatchSVDD.load(_file_for(model, category), device=device)
-            else:
-                detector = PatchSVDD(
-                    image_size=parse_resize(resize),
-                    bit_depth=bit_depth,
-                    value_range=value_range,
-                    mode=mode,
-                    seed=seed,
-                    device=device,
-                )
-                if untrained:
-                    detector.set_params(encoder=detector.untrained_encoder())
-                else:
-                    detector.set_params(**_encoder_for(str(encoder), category))
-                detector.fit(category.root, skip_unreadable=skip_unreadable)
-            if report is None:
-                evaluated = evaluate_category(detector, category, skip_unreadable=skip_unreadable)
-                results.append(evaluated)
-            else:
+            try:
                 # Its own name, not that of what it links to: two may link to the same.
-                folder = report / category.root.name if len(categories) > 1 else report
-                results.append(_evaluate_with_report(detector, category, folder, skip_unreadable))
-    console.print(results_table(results))
+                folder = report / category.root.name if report and len(categories) > 1 else report
+                results.append(
+                    _evaluate(detector_for(category), category, folder, skip_unreadable)
+                )
+            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+                if len(categories) == 1:
+                    raise
+                print_error(f"{category.name}: {error}")
+                failed[category.name] = str(error)
+    _show(results)
     if json_path is not None:
-        write_json(results, json_path, version=__version__)
+        write_json(results, json_path, version=__version__, failed=failed)
         console.print(f"wrote {json_path}", soft_wrap=True)
+    if failed:
+        print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
+        raise typer.Exit(1)
+
+
+def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:
+    """Raise typer.BadParameter unless there is DATA alone, or the folders of one's own."""
+    if data is not None:
+        if any(own.values()):
+            raise typer.BadParameter(
+                "give either DATA or --normal and --anomalous (with --masks and --train), not both"
+            )
+    elif own["normal"] is None or own["anomalous"] is None:
+        raise typer.BadParameter("give DATA, or both --normal and --anomalous")
+    elif needs_train and own["train"] is None:
+        raise typer.BadParameter("--encoder and --untrained need --train, a folder of good images")
+
+
+def _own(folders: dict[str, Path | None]) -> Category:
+    from ..files.categories import own_category
+
+    normal, anomalous = folders["normal"], folders["anomalous"]
+    assert normal is not None and anomalous is not None
+    return own_category(normal, anomalous, folders["masks"], folders["train"])
+
+
+def _show(results: Sequence[CategoryResult]) -> None:
+    if results:
+        console.print(results_table(results))
+    for result in results:
+        if result.no_segmentation is not None:
+            line = f"{result.category}: no segmentation: {result.no_segmentation}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _evaluate(
+    detector: PatchSVDD, category: Category, folder: Path | None, skip_unreadable: bool
+) -> CategoryResult:
+    from ..detector.evaluation import evaluate_category
+    from ..files.categories import in_words
+
+    tests = category.test_set()
+    console.print(in_words(category, tests), soft_wrap=True, markup=False, highlight=False)
+    if folder is None:
+        return evaluate_category(
+            detector, category, test_set=tests, skip_unreadable=skip_unreadable
+        )
+    return _evaluate_with_report(detector, category, folder, tests, skip_unreadable)
 
 
 def _evaluate_with_report(
-    detector: PatchSVDD, category: Category, folder: Path, skip_unreadable: bool
+    detector: PatchSVDD, category: Category, folder: Path, tests: LabelledSet, skip_unreadable: bool
 ) -> CategoryResult:
     from ..detector.evaluation import evaluate_category, mask_of
     from ..report.entries import open_report, report_entry
@@ -115,11 +200,14 @@ def _evaluate_with_report(
 
         def add(image: LabelledImage, result: ImageResult) -> None:
             height, width = result.anomaly_map.shape
-            mask = mask_of(image, (height, width))
+            try:
+                mask = mask_of(image, (height, width))
+            except (ValueError, OSError):  # said at the end, with the category's figures
+                mask = None
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        evaluated = evaluate_category(detector, category, add, skip_unreadable)
+        evaluated = evaluate_category(detector, category, add, tests, skip_unreadable)
         page.close(evaluated.percent)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated

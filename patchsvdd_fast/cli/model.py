@@ -35,8 +35,16 @@ def info(
     model: Annotated[
         Path | None, typer.Argument(help="A model file or training checkpoint to describe.")
     ] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Show which folders of data sets are understood.")
+    ] = False,
 ) -> None:
     """Show versions, backends, instruction sets and GPUs; or what a model file holds."""
+    if layouts:
+        if model is not None:
+            raise typer.BadParameter("give either a model file or --layouts")
+        _print_layouts()
+        return
     with loading():
         from ..ops.backends import describe
 
@@ -47,6 +55,16 @@ def info(
     for name, value in (describe() if model is None else describe_model(model)).items():
         table.add_row(f"[bold]{name}[/]", Text(value))
     console.print(table)
+
+
+def _print_layouts() -> None:
+    from ..files.layouts import LAYOUTS
+
+    for layout in LAYOUTS:
+        _print(layout.name)
+        for part, where in layout.parts.items():
+            if where:
+                _print(f"  {part:<10}  {where}")
 
 
 def update(
@@ -102,7 +120,7 @@ def update(
 
 
 def _all_images(given: list[Path]) -> list[Path]:
-    from ..files.folders import training_paths
+    from ..files.categories import training_paths
 
     return [
         image for path in given for image in (training_paths(path) if path.is_dir() else [path])

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 def train(
     data: Annotated[
         Path,
-        typer.Argument(help="Folder of good images, an MVTec category, or a folder of categories."),
+        typer.Argument(
+            help="Folder of good images, a category (patchsvdd info --layouts), or a folder of "
+            "categories."
+        ),
     ],
     output: Annotated[
         Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from ..detector.evaluation import CategoryResult, evaluate_category
 from ..detector.patch_svdd import PatchSVDD
 from ..encoders.pretrained import PATCH_SVDD
-from ..files.folders import Category, is_category
+from ..files.categories import Category, find_categories, in_words, is_category
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -60,7 +61,8 @@ def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
     """
     categories: list[Path] = []
     if data.is_dir() and not is_category(data):
-        categories = [path for path in sorted(data.iterdir()) if is_category(path)]
+        with contextlib.suppress(ValueError):  # none: a folder of good images
+            categories = [category.root for category in find_categories(data)]
     if not categories:
         output = output or Path("model.safetensors")
         require_writable(output)
@@ -103,14 +105,14 @@ def train_all(
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             failed += 1
             continue
-        if len(sets) > 1 and keeping.workers.is_first and (one.data / "test").is_dir():
+        if len(sets) > 1 and keeping.workers.is_first:
             try:
                 results.append(
                     evaluate_category(
                         detector, Category(one.data), skip_unreadable=keeping.skip_unreadable
                     )
                 )
-            except ValueError as error:  # such as no anomalous image
+            except (ValueError, OSError) as error:  # such as no anomalous image
                 console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
     if results:
         console.print(results_table(results))
@@ -124,6 +126,8 @@ def _train_one(
     several: bool,
 ) -> None:
     started = time.perf_counter()
+    if is_category(one.data):
+        console.print(in_words(Category(one.data)), soft_wrap=True, markup=False, highlight=False)
     is_trained = detector.encoder == PATCH_SVDD
     leftover = keeping.workers.is_first and one.checkpoint.exists()
     if leftover and not keeping.resume and is_trained:

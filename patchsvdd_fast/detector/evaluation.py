@@ -1,8 +1,9 @@
-"""Evaluate a detector on the labelled test images of a category in MVTec layout."""
+"""Evaluate a detector on the labelled test images of a category."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..files.folders import Category, LabelledImage
+from ..files.categories import Category
+from ..files.layouts import LabelledImage, LabelledSet
+from ..files.masks import read_mask
 from ..files.whole import written_whole
-from ..images.prepare import UnreadableError, read_mask, report_unreadable
+from ..images.prepare import UnreadableError, report_unreadable
 from ..score import metrics
 from ..score.image_result import ImageResult
 from ..score.maps import combinations_of, combine, scores_of
@@ -35,24 +38,33 @@ class CategoryResult:
     percent: dict[str, dict[str, float | None]]
     """By combination of the levels' maps ("K64", "K32", "sum", "mult"), then by key of `METRICS`:
     detection AUROC, segmentation AUROC, and AUPRO up to a false-positive rate of 0.3. In percent;
-    the last two are None if an anomalous image has no mask."""
+    the last two are None if masks are missing or unusable."""
+    no_segmentation: str | None = None
+    """Why the last two are None; None if they are not."""
 
 
 def evaluate_category(
     detector: PatchSVDD,
     category: Category,
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
+    test_set: LabelledSet | None = None,
     skip_unreadable: bool = False,
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
     on_result: called with each test image and its result, as soon as it is scored.
+    test_set: what `category.test_set()` gave; None: it is called.
     skip_unreadable: leave out test images that cannot be read, with a warning that lists them.
 
-    Raises ValueError unless there are both good and anomalous test images, if their maps differ in
-    size, and at the end for all test images that cannot be read.
+    Masks that cannot be used end nothing: segmentation is left out, with the reason. Warns of masks
+    that match no image, and of masks that mark nothing. Raises ValueError unless there are both
+    good and anomalous test images, if their maps differ in size, and at the end for all test images
+    that cannot be read.
     """
-    tests = category.test_images()
+    test_set = category.test_set() if test_set is None else test_set
+    for remark in test_set.remarks:
+        warnings.warn(f"{category.name}: {remark}", stacklevel=2)
+    tests = test_set.images
     _labels(category, tests)
     unreadable: dict[Path, Exception] = {}
 
@@ -83,7 +95,7 @@ def evaluate_category(
         raise ValueError(f"test images must have one size to be evaluated, got {sizes}")
     ((height, width),) = shapes
     level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
-    masks = read_masks(tests, (height, width))
+    masks, missing = masks_or_reason(tests, (height, width))
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels_):
         combined = combine(level_maps, combination)
@@ -96,33 +108,72 @@ def evaluate_category(
             else 100 * metrics.segmentation_auroc(maps, masks),
             "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
         }
-    return CategoryResult(category.name, int((~labels).sum()), int(labels.sum()), percent)
+    good, anomalous = int((~labels).sum()), int(labels.sum())
+    return CategoryResult(category.name, good, anomalous, percent, missing)
+
+
+def masks_or_reason(
+    tests: Sequence[LabelledImage], size: tuple[int, int]
+) -> tuple[npt.NDArray[np.bool_] | None, str | None]:
+    """The masks of all test images, bool [N, height, width]; or None, and why in words.
+
+    Warns of masks that mark nothing.
+    """
+    anomalous = [image for image in tests if image.is_anomalous]
+    without = [image for image in anomalous if not image.masks]
+    if without:
+        few = f"{len(without):,} of {len(anomalous):,}, such as {without[0].path}"
+        return None, f"anomalous images without a mask: {few}"
+    try:
+        masks = [mask_of(image, size) for image in tests]
+    except (ValueError, OSError) as error:
+        return None, str(error)
+    known = [mask for mask in masks if mask is not None]
+    empty = [
+        image.masks[0]
+        for image, mask in zip(tests, known, strict=True)
+        if image.is_anomalous and not mask.any()
+    ]
+    if empty:
+        at = f"at {size[1]}x{size[0]} pixels"
+        warnings.warn(
+            f"masks of anomalous images that mark nothing {at}: {len(empty):,} "
+            f"({', '.join(map(str, empty[:3]))}{', ...' if len(empty) > 3 else ''})",
+            stacklevel=3,
+        )
+    if len(empty) == len(anomalous):
+        return None, f"no mask marks anything {at}" if empty else "no image is anomalous"
+    if all(mask.all() for mask in known):
+        return None, "the masks mark every pixel"
+    return np.stack(known), None
 
 
 def _labels(category: Category, tests: Sequence[LabelledImage]) -> npt.NDArray[np.bool_]:
     """Which test images are anomalous [N]. Raises ValueError unless there are both kinds."""
     labels = np.array([image.is_anomalous for image in tests])
     if labels.all() or not labels.any():
-        raise ValueError(
-            f"{category.root / 'test'} needs good and anomalous images, got only one kind"
-        )
+        raise ValueError(f"{category.root} needs good and anomalous test images, got only one kind")
     return labels
 
 
 def read_masks(
     tests: Sequence[LabelledImage], size: tuple[int, int]
 ) -> npt.NDArray[np.bool_] | None:
-    """The masks of all test images, bool [N, height, width]; None if an anomalous one has none."""
-    masks = [mask_of(image, size) for image in tests]
-    known = [mask for mask in masks if mask is not None]
-    return np.stack(known) if len(known) == len(masks) else None
+    """The masks of all test images, bool [N, height, width]; None if they cannot be used."""
+    return masks_or_reason(tests, size)[0]
 
 
 def mask_of(image: LabelledImage, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """The mask of a test image, bool [height, width]; None if it is anomalous and has none."""
+    """The mask of a test image, bool [height, width]; None if it is anomalous and has none.
+
+    Several masks are joined. Raises ValueError or OSError for one that cannot be read.
+    """
     if not image.is_anomalous:
         return np.zeros(size, dtype=bool)
-    return None if image.mask is None else read_mask(image.mask, size)
+    if not image.masks:
+        return None
+    joined: npt.NDArray[np.bool_] = np.any([read_mask(path, size) for path in image.masks], axis=0)
+    return joined
 
 
 def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
@@ -130,6 +181,7 @@ def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
 
     A metric is None if any category lacks it.
     """
+    lacking = [result.category for result in results if result.no_segmentation]
     percent: dict[str, dict[str, float | None]] = {}
     for combination in results[0].percent:
         percent[combination] = {}
@@ -144,6 +196,7 @@ def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
         sum(result.num_good for result in results),
         sum(result.num_anomalous for result in results),
         percent,
+        f"not known of {', '.join(lacking)}" if lacking else None,
     )
 
 

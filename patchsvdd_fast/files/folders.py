@@ -1,10 +1,11 @@
-"""Finding images: below a folder, and in data sets in MVTec layout."""
+"""Finding images below a folder, and saying what there is passed over."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
 SUFFIXES = {
@@ -20,110 +21,87 @@ SUFFIXES = {
 }
 """Of the files that count as images, in any case, each with the name of its format."""
 
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """A test image of a `Category`."""
-
-    path: Path
-    """Of its file."""
-    defect: str
-    """Kind of defect, the name of its folder below test; "good" for a normal image."""
-    mask: Path | None
-    """Image whose pixels above 128 are anomalous; None if there is none."""
-
-    @property
-    def is_anomalous(self) -> bool:
-        """Whether the image lies in any folder but "good"."""
-        return self.defect != "good"
+_LEFT_BY_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")  # beside names that begin with a dot
 
 
-@dataclass(frozen=True)
-class Category:
-    """A data set in MVTec layout: train/good, test/good, test/<defect>, ground_truth/<defect>."""
+class Skipped:
+    """What was passed over among images, and why; what systems leave behind is not counted."""
 
-    root: Path
-    """The folder that has all of them."""
+    def __init__(self) -> None:
+        self._found: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
 
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.root.resolve().name
+    def __call__(self, path: Path, reason: str) -> None:
+        """Count one. reason: in words, for all that are skipped for it."""
+        self._found[reason] += 1
+        self._first.setdefault(reason, path.name)
 
-    def train_paths(self) -> list[Path]:
-        """Good training images. Raises ValueError if there are none."""
-        return find_images(self.root / "train" / "good")
+    def in_words(self, folder: Path) -> str:
+        """A line with numbers, reasons and a name for each; empty if nothing was skipped."""
+        if not self._found:
+            return ""
+        parts = [f"{why}: {n:,} ({self._first[why]})" for why, n in sorted(self._found.items())]
+        return f"skipped in {folder}: {', '.join(parts)}"
 
-    def test_images(self) -> list[LabelledImage]:
-        """Test images in the order of their paths. Raises ValueError if there are none."""
-        paths = find_images(self.root / "test")
-        return [
-            LabelledImage(path, path.relative_to(self.root / "test").parts[0], self._mask(path))
-            for path in paths
-        ]
-
-    def _mask(self, path: Path) -> Path | None:
-        inside = path.relative_to(self.root / "test").with_suffix("")
-        for ending in ("_mask.png", ".png", "_mask.bmp", ".bmp", "_mask.tif", ".tif"):
-            mask = self.root / "ground_truth" / f"{inside}{ending}"
-            if mask.is_file():
-                return mask
-        return None
-
-
-def is_category(folder: Path) -> bool:
-    """Whether the folder has MVTec's train/good."""
-    return (folder / "train" / "good").is_dir()
-
-
-def find_categories(folder: Path) -> list[Category]:
-    """The folder itself if it is a category, else the categories directly inside it."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    candidates = [folder] if is_category(folder) else sorted(folder.iterdir())
-    categories = [Category(path) for path in candidates if is_category(path)]
-    if not categories:
-        raise ValueError(f"{folder} holds no category in MVTec layout (train/good inside)")
-    return categories
+    def warn(self, folder: Path) -> None:
+        """Warn of what was skipped, if anything was."""
+        if self._found:
+            warnings.warn(self.in_words(folder), stacklevel=3)
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All images below a folder, in the order of their paths.
+    """All images below a folder, in the order of their paths. Warns of what is skipped.
 
     Raises ValueError if the folder is missing or holds no image.
     """
-    paths = list(walk_images(folder))
+    skipped = Skipped()
+    paths = list(walk_images(folder, skipped))
+    skipped.warn(folder)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return paths
 
 
-def walk_images(folder: Path) -> Iterator[Path]:
+def walk_images(
+    folder: Path, on_skipped: Callable[[Path, str], None] | None = None
+) -> Iterator[Path]:
     """The images below a folder in the order of their paths, one folder in memory at a time.
 
-    Links to folders are not followed. A folder that may not be opened, or a link that leads
-    nowhere, is yielded as if it were an image, so that reading it reports the error. Raises
-    ValueError if `folder` is not a folder.
+    Links to folders are not followed, and names that begin with a dot, Thumbs.db and __MACOSX are
+    passed over. A folder that may not be opened, or a link that leads nowhere, is yielded as if it
+    were an image, so that reading it reports the error. Raises ValueError if `folder` is not a
+    folder.
+
+    on_skipped: called with links to folders and files of other kinds, and why they are skipped.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    yield from _walk(folder)
+    yield from _walk(folder, on_skipped or (lambda path, reason: None))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def is_hidden(name: str) -> bool:
+    """Whether it is a name that no user gave an image: .ipynb_checkpoints, ._001.png, __MACOSX."""
+    return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
+
+
+def _walk(folder: Path, on_skipped: Callable[[Path, str], None]) -> Iterator[Path]:
+    found = []
     try:
         with os.scandir(folder) as entries:
-            found = sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False))
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False) or _is_image(entry)
-            )
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder or _is_image(entry):
+                    found.append((entry.name, is_folder))
+                else:
+                    on_skipped(folder / entry.name, _why(entry))
     except OSError:
         yield folder
         return
-    for name, is_folder in found:
+    for name, is_folder in sorted(found):
         if is_folder:
-            yield from _walk(folder / name)
+            yield from _walk(folder / name, on_skipped)
         else:
             yield folder / name
 
@@ -137,6 +115,11 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def training_paths(folder: Path) -> list[Path]:
-    """The good images of a category, or all images below any other folder."""
-    return Category(folder).train_paths() if is_category(folder) else find_images(folder)
+def _why(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "links to folders, which are not followed"
+    except OSError:  # a link to itself
+        pass
+    suffix = PurePath(entry.name).suffix.lower()
+    return f"files {suffix or 'without a suffix'}, which are not read"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO, TextIO
 
-from .folders import SUFFIXES, walk_images
+from .folders import SUFFIXES, Skipped, walk_images
 
 _GLOB_SIGNS = frozenset("*?[")
 _LONGEST_LINE = 1 << 16  # bytes in a line of a list
@@ -35,7 +35,8 @@ def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
     given: the arguments, in order; "-" stands for the paths in `listed`.
     listed: one path per line; may be endless, such as standard input.
 
-    A missing file is yielded too, and fails when it is read. When an argument's turn comes, raises
+    A missing file is yielded too, and fails when it is read. Warns of what is skipped in a folder,
+    such as files of other kinds. When an argument's turn comes, raises
     ValueError for a folder or a glob without images, and for a list that is not one of paths.
     """
     alone = len(given) == 1
@@ -49,7 +50,7 @@ def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
                 argument,
                 (
                     Source(image, image.relative_to(path) if alone else image)
-                    for image in walk_images(path)
+                    for image in _walked(path)
                 ),
             )
         elif _GLOB_SIGNS & set(argument) and not os.path.exists(argument):  # noqa: PTH110
@@ -100,6 +101,12 @@ def _files(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
         except OSError:  # deleted meanwhile
             continue
         yield path, (status.st_size, status.st_mtime_ns)
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    skipped = Skipped()
+    yield from walk_images(folder, skipped)
+    skipped.warn(folder)
 
 
 def _some(argument: str, sources: Iterable[Source]) -> Iterator[Source]:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from ..files.folders import SUFFIXES, training_paths
+from ..files.categories import training_paths
+from ..files.folders import SUFFIXES
 from .arrays import image_of_array, images_of_batch, is_array
 from .samples import (
     AS_STORED,
@@ -29,9 +30,6 @@ from .samples import (
     to_8_bits,
     warn_of_lost_bits,
 )
-
-MASK_THRESHOLD = 128
-"""Pixels of a mask above this are anomalous."""
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -139,12 +137,6 @@ def _warn_of_pages(image: Image.Image, name: str) -> None:
         image.seek(0)
         return
     warnings.warn(f"{name} has {pages:,} pages or frames; the first is read", stacklevel=3)
-
-
-def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask as a boolean array of (height, width); pixels above 128 are anomalous."""
-    gray = read_image(path).convert("L").resize((size[1], size[0]))
-    return np.asarray(gray) > MASK_THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..files.folders import Category
+from ..files.categories import Category
 from .drawn_defects import Array, Mask, blend, blob, cut, smooth_noise
 
 SIDE = 256

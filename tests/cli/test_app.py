@@ -19,7 +19,7 @@ from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.cli import training_sets as commands
 from patchsvdd_fast.cli.training_sets import TrainingSet, training_sets
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.categories import Category
 from processes import COMMAND, one_line_error
 
 FAST = [

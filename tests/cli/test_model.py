@@ -18,7 +18,7 @@ from patchsvdd_fast.detector import fitting
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.detector.model_file import preparation_of
 from patchsvdd_fast.files import store
-from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.images import sample_cloth
 from patchsvdd_fast.score import metrics
 

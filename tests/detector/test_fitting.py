@@ -19,7 +19,7 @@ from patchsvdd_fast.detector.onnx import export_detector
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.encoders.patch_encoder import PatchEncoder
 from patchsvdd_fast.files import store
-from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.score import metrics
 from patchsvdd_fast.score.calibration import calibrate
 

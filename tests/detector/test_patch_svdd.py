@@ -17,7 +17,7 @@ from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.detector.parameters import illumination_of
 from patchsvdd_fast.files import store
-from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import woven_cloth
 from patchsvdd_fast.ops.backends import resolve_device

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchsvdd_fast.files.folders import Category, find_categories, find_images, training_paths
-from patchsvdd_fast.images.prepare import (
-    read_mask,
-)
+from patchsvdd_fast.files.categories import Category, find_categories, training_paths
+from patchsvdd_fast.files.folders import find_images
+from patchsvdd_fast.files.masks import read_mask
 
 RAMP = np.linspace(0, 255, 80 * 70).astype(np.uint8).reshape(80, 70)
 
@@ -29,10 +28,10 @@ def test_category_layout(category_folder):
     category = Category(category_folder)
     assert [path.name for path in category.train_paths()] == ["0.png", "1.png", "2.png", "3.png"]
     tests = category.test_images()
-    assert [(t.defect, t.is_anomalous, t.mask is not None) for t in tests] == (
+    assert [(t.defect, t.is_anomalous, bool(t.masks)) for t in tests] == (
         [("good", False, False)] * 3 + [("spot", True, True)] * 3
     )
-    mask = read_mask(tests[-1].mask, (48, 48))
+    mask = read_mask(tests[-1].masks[0], (48, 48))
     assert mask.sum() == 15 * 15
     assert training_paths(category_folder) == category.train_paths()
     assert [c.name for c in find_categories(category_folder.parent)] == ["stripes"]

@@ -18,7 +18,7 @@ from conftest import script_environment, texture
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
-from patchsvdd_fast.files.folders import Category
+from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.score.encoding import encode_images, use_encoding_limit
 
 LEVELS = {

@@ -1,0 +1,183 @@
+"""Categories: data sets with good images to train on and labelled ones to test with."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from .folders import find_images, is_hidden, walk_images
+from .layouts import (
+    LAYOUTS,
+    MVTEC_AD,
+    LabelledImage,
+    LabelledSet,
+    Layout,
+    labelled,
+    matching_layouts,
+)
+from .masks import masks_beside
+
+_OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")  # folders, any case
+
+
+@dataclass(frozen=True)
+class Category:
+    """A folder in one of the layouts that data sets have (`layouts.LAYOUTS`)."""
+
+    root: Path
+    """The folder that has all images."""
+    given: Layout | None = None
+    """Its layout, if that is not to be told from the folder."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.resolve().name
+
+    @property
+    def layout(self) -> Layout:
+        """Its layout; MVTec AD's if nothing tells it. Raises ValueError if it may be two."""
+        if self.given is not None:
+            return self.given
+        found = matching_layouts(self.root)
+        if len(found) > 1:
+            names = " and ".join(layout.name for layout in found)
+            raise ValueError(f"{self.root} may be {names}: remove the folders of one of them")
+        return found[0] if found else MVTEC_AD
+
+    def train_paths(self) -> list[Path]:
+        """Good training images. Raises ValueError if there are none."""
+        return self.layout.train(self.root)
+
+    def validation_paths(self) -> list[Path]:
+        """Good images that are neither trained on nor tested with; mostly there are none."""
+        return self.layout.validation(self.root)
+
+    def test_images(self) -> list[LabelledImage]:
+        """Test images in the order of their paths. Raises ValueError if there are none."""
+        return self.test_set().images
+
+    def test_set(self) -> LabelledSet:
+        """The test images, and what is odd about their files. Raises as `test_images`."""
+        return self.layout.test(self.root)
+
+
+def own_category(
+    normal: Path, anomalous: Path, masks: Path | None = None, train: Path | None = None
+) -> Category:
+    """A category of folders of one's own.
+
+    normal: folder of good test images.
+    anomalous: folder of anomalous ones; its sub-folders, if any, are kinds of defect.
+    masks: folder of masks by the images' paths within `anomalous`. None: beside the images, as
+        x_mask.png, x_GT.png or x_label.png, or none at all.
+    train: folder of good images to train on; None if a trained model is to be evaluated.
+
+    Raises ValueError if one of them is no folder, or if `train` holds test images.
+    """
+    folders = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    for name, folder in given.items():
+        if not folder.is_dir():
+            raise ValueError(f"the folder of {name} images is not there: {folder}")
+    for name in ("normal", "anomalous"):
+        inner, outer = given[name].resolve(), given.get("train", Path("/none")).resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise ValueError(f"{given[name]} is tested with, but trained on too: {train}")
+    if normal.resolve() == anomalous.resolve():
+        raise ValueError(f"normal and anomalous images must lie in two folders, got {normal} twice")
+
+    def train_images(_: Path) -> list[Path]:
+        if train is None:
+            raise ValueError("no folder to train on was given: --train names one")
+        return training_paths(train)
+
+    layout = Layout(
+        "folders of one's own",
+        {name: str(folder) for name, folder in given.items()},
+        lambda _: False,
+        train_images,
+        lambda _: [],
+        lambda _: labelled(normal, anomalous, () if masks is None else (masks,), normal_name=""),
+    )
+    return Category(anomalous, layout)
+
+
+def is_category(folder: Path) -> bool:
+    """Whether the folder has one of the layouts, or may have two."""
+    return bool(matching_layouts(folder))
+
+
+def find_categories(folder: Path) -> list[Category]:
+    """The folder itself if it is a category, else the categories directly inside it.
+
+    Raises ValueError if there are none. Warns of folders beside categories that are none, but have
+    folders such as train.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if is_category(folder):
+        return [Category(folder)]
+    inside = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    categories = [Category(path) for path in inside if is_category(path)]
+    if not categories:
+        names = ", ".join(layout.name for layout in LAYOUTS)
+        raise ValueError(
+            f"{folder} holds no category in a layout that is known ({names}; "
+            "patchsvdd info --layouts)"
+        )
+    others = [path.name for path in inside if path.is_dir() and not is_category(path)]
+    unknown = [name for name in others if any((folder / name / x).is_dir() for x in _OF_DATA_SETS)]
+    if unknown:
+        warnings.warn(
+            f"left out, as they are in no layout that is known: {', '.join(unknown)}", stacklevel=2
+        )
+    return categories
+
+
+def training_paths(folder: Path) -> list[Path]:
+    """The good images of a category, or all images below any other folder.
+
+    Masks beside images (x_GT, x_mask or x_label, and an x) are not taken; a warning says so, and
+    names what else was skipped. Raises ValueError if there are no images, and for a folder with
+    train, test or ground_truth inside that is in no known layout: it holds defects, too.
+    """
+    if is_category(folder):
+        return Category(folder).train_paths()
+    if folder.is_dir():
+        for path in walk_images(folder):
+            parts = path.relative_to(folder).parts[:-1]
+            if telling := [part for part in parts if part.lower() in _OF_DATA_SETS]:
+                raise ValueError(
+                    f"{folder} holds a folder {telling[0]} ({path.relative_to(folder)}), but is in "
+                    "no layout that is known (patchsvdd info --layouts): name its folder of good "
+                    "images, or a single category"
+                )
+    paths = find_images(folder)
+    beside = masks_beside(paths)
+    if beside:
+        warnings.warn(
+            "not trained on, as they are named as masks of the images beside them: "
+            f"{len(beside):,} in {folder}, such as {next(iter(beside)).name}",
+            stacklevel=2,
+        )
+    return [path for path in paths if path not in beside]
+
+
+def in_words(category: Category, tests: LabelledSet | None = None) -> str:
+    """A line that says what was recognised.
+
+    tests: what `Category.test_set` gave; None: it says what there is to train on.
+    """
+    begin = f"{category.name}: layout {category.layout.name}"
+    if tests is None:
+        aside = len(category.validation_paths())
+        rest = f", {aside:,} of validation kept aside" if aside else ""
+        return f"{begin}, {len(category.train_paths()):,} images to train on{rest}"
+    bad = [image for image in tests.images if image.is_anomalous]
+    masked = sum(bool(image.masks) for image in bad)
+    return (
+        f"{begin}, tested with {len(tests.images) - len(bad):,} good and {len(bad):,} anomalous "
+        f"images, {masked:,} of them with masks"
+    )

@@ -1,0 +1,343 @@
+"""The layouts of data sets: the same images are told apart in each, with the same masks."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchsvdd_fast.detector.evaluation import masks_or_reason
+from patchsvdd_fast.files.categories import (
+    Category,
+    find_categories,
+    in_words,
+    is_category,
+    own_category,
+    training_paths,
+)
+from patchsvdd_fast.files.layouts import LAYOUTS, matching_layouts
+
+SIDE = 128
+SIZE = (96, 96)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Noise: "train", "validation", "good" and "bad" images, and the "masks" of the bad ones."""
+    rng = np.random.default_rng(0)
+
+    def noise():
+        return rng.integers(60, 120, (SIDE, SIDE, 3)).astype(np.uint8)
+
+    made = {name: [noise() for _ in range(3)] for name in ("train", "validation", "good", "bad")}
+    made["masks"] = []
+    for number, image in enumerate(made["bad"]):
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[20 + 10 * number :][:30, 40:80] = 255
+        image[mask > 0] += 25
+        made["masks"].append(mask)
+    return made
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def mvtec_ad(root, images):
+    for i, pixels in enumerate(images["train"]):
+        write(root / f"train/good/{i:03}.png", pixels)
+    for i, pixels in enumerate(images["good"]):
+        write(root / f"test/good/{i:03}.png", pixels)
+    for i, (pixels, mask) in enumerate(zip(images["bad"], images["masks"], strict=True)):
+        write(root / f"test/spot/{i:03}.png", pixels)
+        write(root / f"ground_truth/spot/{i:03}_mask.png", mask)
+
+
+def mvtec_loco_ad(root, images):
+    mvtec_ad(root, images)
+    shutil.rmtree(root / "ground_truth")
+    for i, pixels in enumerate(images["validation"]):
+        write(root / f"validation/good/{i:03}.png", pixels)
+    for i, mask in enumerate(images["masks"]):  # in two parts
+        upper, lower = (mask > 0).astype(np.uint8) * 236, (mask > 0).astype(np.uint8) * 250
+        upper[:, 60:], lower[:, :60] = 0, 0
+        write(root / f"ground_truth/spot/{i:03}/000.png", upper)
+        write(root / f"ground_truth/spot/{i:03}/001.png", lower)
+
+
+def mvtec_ad_2(root, images, test="test_public"):
+    for part, kind in (("train/good", "train"), ("validation/good", "validation")):
+        for i, pixels in enumerate(images[kind]):
+            write(root / f"{part}/{i:03}_regular.png", pixels)
+    for i in range(3):
+        write(root / f"{test}/good/{i:03}_regular.png", images["good"][i])
+        write(root / f"{test}/bad/{i:03}_regular.png", images["bad"][i])
+        write(root / f"{test}/ground_truth/bad/{i:03}_regular_mask.png", images["masks"][i])
+
+
+def mvtec_ad_2_renamed(root, images):
+    mvtec_ad_2(root, images, "test")
+
+
+def btad(root, images):
+    for i in range(3):
+        write(root / f"train/ok/{i:04}.bmp", images["train"][i])
+        write(root / f"test/ok/{i:04}.bmp", images["good"][i])
+        write(root / f"test/ko/{i:04}.bmp", images["bad"][i])
+        write(root / f"ground_truth/ko/{i:04}.png", images["masks"][i])
+
+
+def visa(root, images):
+    rows = []
+    for split, kind in (("train", "train"), ("test", "good"), ("test", "bad")):
+        for i, pixels in enumerate(images[kind]):
+            label, folder = ("normal", "Normal") if kind != "bad" else ("anomaly", "Anomaly")
+            name = f"{root.name}/Data/Images/{folder}/{kind}{i:03}.png"  # theirs are JPG
+            mask = f"{root.name}/Data/Masks/Anomaly/{i:03}.png" if kind == "bad" else ""
+            write(root.parent / name, pixels)
+            if mask:
+                write(root.parent / mask, (images["masks"][i] > 0).astype(np.uint8))
+            rows.append((root.name, split, label, name, mask))
+    rows.append(("another", "test", "anomaly", "another/x.JPG", "another/x.png"))
+    path = root.parent / "split_csv/1cls.csv"
+    path.parent.mkdir()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
+
+
+def kolektor_sdd2(root, images):
+    black = np.zeros((SIDE, SIDE), np.uint8)
+    parts = {"train": [*images["train"], images["bad"][0]], "test": images["good"] + images["bad"]}
+    masks = {"train": [black] * 3 + images["masks"][:1], "test": [black] * 3 + images["masks"]}
+    for part, of_part in parts.items():
+        for i, (pixels, mask) in enumerate(zip(of_part, masks[part], strict=True)):
+            write(root / f"{part}/{i + 20000}.png", pixels)
+            write(root / f"{part}/{i + 20000}_GT.png", mask)
+
+
+def kolektor_sdd(root, images):
+    black = np.zeros((SIDE, SIDE), np.uint8)
+    folders = {
+        "kos01": zip(images["train"], [black] * 3, strict=True),
+        "kos02": zip(images["good"], [black] * 3, strict=True),
+        "kos03": zip(images["bad"], images["masks"], strict=True),
+    }
+    folders["kos01b"] = [(images["bad"][0], images["masks"][0])]
+    for name, pairs in folders.items():
+        for i, (pixels, mask) in enumerate(pairs):
+            write(root / f"{name}/Part{i}.png", pixels)  # theirs are JPG
+            write(root / f"{name}/Part{i}_label.bmp", mask)
+
+
+WRITERS = {
+    "MVTec AD": mvtec_ad,
+    "MVTec LOCO AD": mvtec_loco_ad,
+    "MVTec AD 2": mvtec_ad_2,
+    "BTAD": btad,
+    "VisA": visa,
+    "KolektorSDD2": kolektor_sdd2,
+    "KolektorSDD": kolektor_sdd,
+}
+CASES = [*WRITERS.items(), ("MVTec AD 2", mvtec_ad_2_renamed)]
+
+
+def contents(paths):
+    return sorted(np.asarray(Image.open(path)).tobytes() for path in paths)
+
+
+def of_arrays(arrays):
+    return sorted(array.tobytes() for array in arrays)
+
+
+def marked(category):
+    """The test images' pixels, each with its label and mask."""
+    tests = category.test_images()
+    masks, reason = masks_or_reason(tests, SIZE)
+    assert reason is None
+    return sorted(
+        (np.asarray(Image.open(image.path)).tobytes(), image.is_anomalous, mask.tobytes())
+        for image, mask in zip(tests, masks, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(images, tmp_path_factory):
+    root = tmp_path_factory.mktemp("expected") / "noise"
+    mvtec_ad(root, images)
+    return marked(Category(root))
+
+
+def test_every_layout_is_tried():
+    assert [layout.name for layout in LAYOUTS] == list(WRITERS)
+
+
+@pytest.mark.parametrize(("name", "lay_out"), CASES)
+def test_the_same_images_in_every_layout(name, lay_out, images, expected, tmp_path):
+    root = tmp_path / "noise"
+    lay_out(root, images)
+    for where in (root, root.parent):
+        (category,) = find_categories(where)
+        assert (category.root, category.layout.name) == (root, name)
+    assert marked(category) == expected
+    assert category.test_set().remarks == []
+    assert contents(category.train_paths()) == of_arrays(images["train"])
+    assert training_paths(root) == category.train_paths()
+    has_validation = category.layout.parts["validation"] != ""
+    assert contents(category.validation_paths()) == (
+        of_arrays(images["validation"]) if has_validation else []
+    )
+    aside = ", 3 of validation kept aside" if has_validation else ""
+    assert in_words(category) == f"noise: layout {name}, 3 images to train on{aside}"
+    assert in_words(category, category.test_set()).endswith(
+        "3 good and 3 anomalous images, 3 of them with masks"
+    )
+
+
+def test_two_layouts_are_an_error_that_names_both(images, tmp_path):
+    mvtec_ad(tmp_path, images)
+    btad(tmp_path, images)
+    assert len(matching_layouts(tmp_path)) == 2
+    (category,) = find_categories(tmp_path)
+    with pytest.raises(ValueError, match="MVTec AD and BTAD"):
+        category.test_images()
+    with pytest.raises(ValueError, match="MVTec AD and BTAD"):
+        training_paths(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["train", "test", "ground_truth", "part/Train/ok", "masks"])
+def test_folders_of_an_unknown_layout_are_not_trained_on(folder, images, tmp_path):
+    write(tmp_path / "line" / folder / "0.png", images["good"][0])
+    write(tmp_path / "line/1.png", images["good"][1])
+    assert not is_category(tmp_path / "line")
+    with pytest.raises(ValueError, match="no layout that is known"):
+        training_paths(tmp_path / "line")
+    assert len(training_paths(tmp_path / "line" / folder)) == 1
+
+
+def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
+    mvtec_ad(tmp_path / "a", images)
+    with pytest.raises(ValueError, match="a single category"):
+        training_paths(tmp_path)
+    write(tmp_path / "b/train/0.png", images["good"][0])
+    with pytest.warns(UserWarning, match="in no layout that is known: b"):
+        assert [category.name for category in find_categories(tmp_path)] == ["a"]
+
+
+def test_masks_beside_images_are_not_trained_on(images, tmp_path):
+    for name in ("0.png", "1.png", "1_GT.png", "2.png", "2_mask.bmp", "3_label.png"):
+        write(tmp_path / name, images["good"][0])
+    with pytest.warns(UserWarning, match=r"not trained on.*: 2 in .* such as 1_GT\.png"):
+        found = training_paths(tmp_path)
+    assert [path.name for path in found] == ["0.png", "1.png", "2.png", "3_label.png"]
+
+
+def test_what_systems_leave_behind_is_passed_over(images, expected, recwarn, tmp_path):
+    root = tmp_path / "noise"
+    mvtec_ad(root, images)
+    for part in ("train/good", "test", "test/good", "test/spot", "ground_truth/spot"):
+        for name in (".ipynb_checkpoints/000.png", "._001.png", "__MACOSX/x.png", ".hidden/y.png"):
+            write(root / part / name, images["good"][0])
+        (root / part / "Thumbs.db").touch()
+        (root / part / ".DS_Store").touch()
+    (category,) = find_categories(tmp_path)
+    assert len(category.train_paths()) == 3
+    assert marked(category) == expected
+    assert category.test_set().remarks == []
+    assert {image.defect for image in category.test_images()} == {"good", "spot"}
+    assert len(recwarn) == 0
+
+
+def test_what_is_skipped_is_said(images, tmp_path):
+    mvtec_ad(tmp_path, images)
+    for part in ("train/good", "test/spot"):
+        (tmp_path / part / "linked").symlink_to(tmp_path / "test/good")
+        (tmp_path / part / "a.webp").touch()
+        (tmp_path / part / "b.webp").touch()
+    said = r"files \.webp, which are not read: 2 \(.\.webp\), links to folders.*: 1 \(linked\)"
+    with pytest.warns(UserWarning, match=said):
+        assert len(training_paths(tmp_path)) == 3
+    (remark,) = Category(tmp_path).test_set().remarks
+    assert "files .webp, which are not read: 2" in remark
+    assert "links to folders, which are not followed: 1" in remark
+
+
+def test_masks_and_images_without_each_other_are_named(images, tmp_path):
+    mvtec_ad(tmp_path, images)
+    (tmp_path / "ground_truth/spot/002_mask.png").rename(tmp_path / "ground_truth/spot/9.png")
+    write(tmp_path / "ground_truth/good/000_mask.png", images["masks"][0])
+    write(tmp_path / "test/loose.png", images["good"][0])
+    tests = Category(tmp_path).test_set()
+    assert len(tests.images) == 6
+    assert tests.remarks == [
+        "images in no folder of test, so without a label: 1 (test/loose.png)",
+        "masks that match no test image: 1 of 4 (spot/9.png)",
+        "anomalous images without a mask: 1 of 3 (spot/002.png)",
+    ]
+    assert "anomalous images without a mask: 1 of 3" in masks_or_reason(tests.images, SIZE)[1]
+
+
+def test_visa_from_within(images, expected, tmp_path, monkeypatch):
+    visa(tmp_path / "noise", images)
+    monkeypatch.chdir(tmp_path / "noise")
+    (category,) = find_categories(Path())
+    assert marked(category) == expected
+    assert len(training_paths(Path())) == 3
+
+
+def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
+    visa(tmp_path / "noise", images)
+    table = tmp_path / "split_csv/1cls.csv"
+    text = table.read_text()
+    for bad, message in (
+        (text.replace("label", "kind"), "must have the columns object,split,label,image,mask, got"),
+        (text.replace("noise/Data", "../Data"), "which is not in"),
+        (text.replace("noise,", "other,"), "no images of noise"),
+    ):
+        table.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            Category(tmp_path / "noise").test_images()
+    table.unlink()
+    with pytest.raises(ValueError, match=r"1cls\.csv is missing"):
+        training_paths(tmp_path / "noise")
+
+
+def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
+    kolektor_sdd2(tmp_path, images)
+    (tmp_path / "test/20000_GT.png").unlink()
+    (tmp_path / "test/20001_GT.png").write_text("no image")
+    tests = Category(tmp_path).test_set()
+    assert len(tests.images) == 4
+    assert tests.remarks[0].endswith("are good: 2 (test/20000.png, test/20001.png)")
+
+
+@pytest.mark.parametrize("masks", ["folder", "beside"])
+def test_folders_of_ones_own(masks, images, expected, tmp_path):
+    for i in range(3):
+        write(tmp_path / f"fine/{i}.png", images["train"][i])
+        write(tmp_path / f"ok/{i}.png", images["good"][i])
+        write(tmp_path / f"good/{i}.png", images["bad"][i])  # an odd name
+        beside = tmp_path / f"good/{i}_mask.png"
+        write(beside if masks == "beside" else tmp_path / f"m/{i}.PNG", images["masks"][i])
+    category = own_category(
+        tmp_path / "ok",
+        tmp_path / "good",
+        tmp_path / "m" if masks == "folder" else None,
+        tmp_path / "fine",
+    )
+    assert marked(category) == expected
+    assert contents(category.train_paths()) == of_arrays(images["train"])
+    assert category.validation_paths() == []
+    without = own_category(tmp_path / "ok", tmp_path / "good")
+    with pytest.raises(ValueError, match="--train names one"):
+        without.train_paths()
+    for folders, message in (
+        ({"masks": tmp_path / "none"}, "folder of masks images is not there"),
+        ({"train": tmp_path / "ok"}, "trained on too"),
+        ({"train": tmp_path}, "trained on too"),
+        ({"normal": tmp_path / "good"}, "two folders"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_category(**{"normal": tmp_path / "ok", "anomalous": tmp_path / "good"} | folders)
