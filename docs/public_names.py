@@ -94,6 +94,7 @@ INTERNAL = {
     "report.text": "a part of the page that ReportWriter writes",
     "score.border": "how maps are corrected near the border, a part of MapRule",
     "search.centroids": "how a NormalBank is clustered",
+    "search.cpu_choice": "how a NormalBank on a CPU is laid out",
     "search.cpu_clusters": "how a NormalBank is clustered on a CPU",
     "search.gpu_clusters": "how a NormalBank is clustered on a GPU",
     "search.index": "the rows of a NormalBank and how they are searched",
@@ -145,6 +146,7 @@ INTERNAL = {
     "score.reweighting.check_reweight": "what checks `reweight`",
     "score.stream.Encoded": "a type of arguments",
     "score.stream.Result": "a type of results",
+    "search.coreset.as_count": "what the size of a coreset means",
     "training.record.record_of": "what reads a TrainingRecord from a file",
     "training.record.warn_of_collapse": "what warns with a CollapseWarning",
 }
