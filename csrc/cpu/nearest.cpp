@@ -28,6 +28,10 @@ namespace {
 constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kMostBatchSteps = 12;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
+constexpr int64_t kImagesAtOnce = int64_t{1} << 13;  // less, as nobody is told while they are made
+// A batch of queries of which more than this share of the blocks pass by their leading codes is
+// compared by whole codes from then on.
+constexpr double kMostPassed = 0.3;
 constexpr int kPlainQueries = 32;                // that share what is made of a tile of rows
 constexpr double kStretch = 1 + kLeadingExcess;  // how much farther apart images may be
 constexpr int64_t kSeedBlocks = 64;     // of rows, in which a search looks for its first bounds
@@ -182,13 +186,16 @@ class Search {
     std::vector<int8_t> codes;
     std::vector<int32_t> bias;
     QueryCodes whole, leading;
+    std::vector<bool>
+        passes_often;  // the batch that begins with a query, if leading codes do not pay
   };
 
   // A batch of queries that is being screened, for `passed`.
   struct Screening {
     const Search* search;
     Scratch* scratch;
-    bool leads;  // by leading codes first
+    bool leads;      // by leading codes first
+    int64_t passed;  // blocks of 16 rows, over all queries, that passed by them
     int64_t first_query, first_row;
     const Best* best;
 
@@ -277,7 +284,9 @@ class Search {
     const int64_t count = last - first, rows = round_up(end - begin, kTileRows);
     BlockCodes leading{};
     if (leads_) leading = block_of(kept_->leading, kept_->leading_axes.projection.axes, block);
-    Screening screening = {this, scratch, leading.scale > 0, first, begin, &best};
+    scratch->passes_often.resize(params_.queries);
+    const bool leads = leading.scale > 0 && !scratch->passes_often[first];
+    Screening screening = {this, scratch, leads, 0, first, begin, &best};
     scratch->whole.encode(kernels_, codes, query(first), nullptr, params_.dim, count);
     if (screening.leads) {
       const int64_t axes = kept_->leading_axes.projection.axes;
@@ -295,6 +304,10 @@ class Search {
     kernels_.screen_batch(screening.leads
                               ? scratch->leading.batch(count, rows, screen_passed, &screening)
                               : scratch->whole.batch(count, rows, rescore_passed, &screening));
+    const double compared = static_cast<double>(count) * static_cast<double>(rows / kLanes);
+    if (static_cast<double>(screening.passed) > kMostPassed * compared) {
+      scratch->passes_often[first] = true;
+    }
   }
 
   // Rescores sixteen rows that look closest by their codes among the first of a block [begin, end),
@@ -316,7 +329,10 @@ class Search {
 
   // Compares the whole codes of the rows that passed by their leading ones, for one query.
   static void screen_passed(void* context, int64_t i, int64_t row, uint64_t mask) {
-    const auto& screening = *static_cast<Screening*>(context);
+    auto& screening = *static_cast<Screening*>(context);
+    for (int b = 0; b < kTileBlocks; ++b) {
+      screening.passed += (mask >> (b * kLanes) & 0xffff) != 0;
+    }
     const QueryCodes& whole = screening.scratch->whole;
     const int64_t packs = screening.search->packs_;
     mask = screening.search->kernels_.screen_masked(whole.code(i), whole.thresholds[i],
@@ -364,14 +380,16 @@ bool search_all(const NearestParams& params, const CodedRows* kept, int num_thre
   std::vector<float> images, errors;
   // A part of the queries at a time, so that a thread's last block does not take long after the
   // others have finished.
-  for (int64_t first = 0; first < params.queries; first += kQueriesAtOnce) {
+  const bool leads = kept != nullptr && kept->leading_axes.projection.axes > 0;
+  const int64_t at_once = leads ? kImagesAtOnce : kQueriesAtOnce;
+  for (int64_t first = 0; first < params.queries; first += at_once) {
     NearestParams part = params;
-    part.queries = std::min(kQueriesAtOnce, params.queries - first);
+    part.queries = std::min(at_once, params.queries - first);
     part.query_data += first * params.dim;
     part.squared += first * params.k;
     if (part.indices != nullptr) part.indices += first * params.k;
     if (part.groups.query_groups != nullptr) part.groups.query_groups += first;
-    if (kept != nullptr && kept->leading_axes.projection.axes > 0) {
+    if (leads) {
       images.resize(part.queries * kept->leading_axes.projection.axes);
       errors.resize(part.queries);
       leading_images(

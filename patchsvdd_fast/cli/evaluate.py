@@ -127,9 +127,7 @@ def evaluate(
             try:
                 # Its own name, not that of what it links to: two may link to the same.
                 folder = report / category.root.name if report and len(categories) > 1 else report
-                results.append(
-                    _evaluate(detector_for(category), category, folder, skip_unreadable)
-                )
+                results.append(_evaluate(detector_for(category), category, folder, skip_unreadable))
             except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
                 if len(categories) == 1:
                     raise

@@ -92,9 +92,18 @@ def as_vectors(name: str, value: Any, *, halves: bool = False) -> Tensor:
 def as_numbers(name: str, value: Any) -> Tensor:
     """Integers, such as groups and row numbers, as an int64 tensor; arguments as `as_vectors`.
 
-    Raises TypeError for what is no integer (bool is none).
+    An empty list is no integers. Raises TypeError for what is no integer (bool is none), and
+    ValueError for one that int64 does not hold.
     """
-    given = as_tensor(name, np.asarray(value) if isinstance(value, list | tuple) else value)
+    if isinstance(value, list | tuple):
+        value = np.asarray(value) if len(value) else np.empty(0, np.int64)
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+        raise TypeError(f"{name} must be int64 or other integers, got {value.dtype}")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint64 and value.size:
+        largest = int(value.max())
+        if largest > np.iinfo(np.int64).max:
+            raise ValueError(f"{name} must be at most 2^63 - 1, got {largest}")
+    given = as_tensor(name, value)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"{name} must be int64 or other integers, got {_short(given.dtype)}")
     return given.long()
@@ -271,6 +280,11 @@ def given_groups(exclude_same_group: Any) -> Groups:
     """From the groups of the queries [Q] and of the bank's rows [M], a pair; or None."""
     if exclude_same_group is None:
         return NO_GROUPS
+    if not isinstance(exclude_same_group, tuple | list):
+        raise TypeError(
+            "exclude_same_group must be a pair, the groups of the queries and of the bank, "
+            f"got {type(exclude_same_group).__name__}"
+        )
     if len(exclude_same_group) != 2:
         raise ValueError(
             "exclude_same_group must hold the groups of the queries and of the bank, "

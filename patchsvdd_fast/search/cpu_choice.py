@@ -23,13 +23,13 @@ from ..ops.cpu_codes import (
     encode_rows,
 )
 from ..ops.search_kernels import Found, search_clusters, search_codes, search_rows
-from .centroids import clusters_wanted
+from .centroids import can_be_clustered, clusters_wanted
 from .cpu_clusters import build_clusters, spectrum
 
 _LEAST_CODED = 1024  # rows; of fewer, codes are made as fast as they are searched
 _TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
 _MOST_ABOUT = 4096  # rows that are left out about a query whose image is not known
-_REPEATS = 2  # of what is timed, in turn; the faster counts
+_REPEATS = 3  # of what is timed; the fastest counts
 # New images' patches lie farther from the bank than its own rows do: queries of a trial are rows
 # moved away from their nearest by this share of the distance.
 _MOVED_AWAY = 0.5
@@ -60,13 +60,15 @@ def lay_out(
     if wanted == 0:
         return codes
     trial = _Trial(embeddings, groups, generator)
+    if codes is None:
+        without, leading, has_codes = trial.seconds(trial.rows), None, False
+    else:
+        without, leading, has_codes = trial.seconds_of_codes(codes), codes.leading, True
+    del codes  # made again, which is fast, rather than kept in memory while clusters are built
     arrays, stretch = build_clusters(embeddings, wanted, seed)
-    if trial.is_faster(
-        lambda: trial.clusters(arrays, stretch),
-        lambda: trial.rows() if codes is None else trial.codes(codes),
-    ):
+    if trial.seconds(lambda: trial.clusters(arrays, stretch)) * _WORTHWHILE < without:
         return arrays, stretch
-    return codes
+    return encode_rows(embeddings, leading) if has_codes else None
 
 
 def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | None:
@@ -79,14 +81,13 @@ def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | N
         return None
     plain = encode_rows(embeddings)
     generator = torch.Generator("cpu").manual_seed(seed)
-    leading = leading_axes(embeddings, generator)
+    leading = leading_axes(embeddings, generator) if can_be_clustered(embeddings) else None
     if leading is None:
         return plain
     coded = encode_rows(embeddings, leading)
     trial = _Trial(embeddings, groups, generator)
-    return (
-        coded if trial.is_faster(lambda: trial.codes(coded), lambda: trial.codes(plain)) else plain
-    )
+    pays = trial.seconds_of_codes(coded) * _WORTHWHILE < trial.seconds_of_codes(plain)
+    return coded if pays else plain
 
 
 def leading_axes(embeddings: Tensor, generator: torch.Generator) -> LeadingAxes | None:
@@ -106,6 +107,12 @@ def leading_axes(embeddings: Tensor, generator: torch.Generator) -> LeadingAxes 
     turned = torch.randn(axes - 1, axes - 1, generator=generator, dtype=torch.float64, device="cpu")
     basis, _ = torch.linalg.qr(vectors[:, : axes - 1] @ torch.linalg.qr(turned)[0])
     return LeadingAxes.along(mean, basis)
+
+
+def suit_axes(embeddings: Tensor, leading: LeadingAxes) -> bool:
+    """Whether leading axes leave out about as little of other embeddings [M, D] as of their own."""
+    squared = leading.images(embeddings)[0].double().square().sum(dim=0)
+    return float(squared[-1]) <= 2 * _VARIANCE_LEFT_OUT * float(squared.sum())
 
 
 class _Trial:
@@ -135,16 +142,18 @@ class _Trial:
     def rows(self) -> None:
         search_rows(self._nothing(), self.queries, self.embeddings, self.excluded)
 
-    def is_faster(self, search: Callable[[], None], other: Callable[[], None]) -> bool:
-        """Whether the first search is faster than the other, by what makes it worthwhile."""
-        times: dict[Callable[[], None], float] = {}
+    def seconds(self, search: Callable[[], None]) -> float:
+        """What a search takes, at best."""
+        taken = []
         for _ in range(_REPEATS):
-            for way in (search, other):
-                began = time.perf_counter()
-                way()
-                taken = time.perf_counter() - began
-                times[way] = min(taken, times.get(way, taken))
-        return times[search] * _WORTHWHILE < times[other]
+            began = time.perf_counter()
+            search()
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    def seconds_of_codes(self, codes: CodedRows) -> float:
+        """What a search by codes takes, at best."""
+        return self.seconds(lambda: self.codes(codes))
 
     def _nothing(self) -> Found:
         return Found.nothing(self.queries, None)

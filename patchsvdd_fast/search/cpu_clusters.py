@@ -132,13 +132,17 @@ def _all_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def _first_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """As `_all_axes`, but the first `_MOST_AXES` of them, nearly: by a randomised range finder."""
-    values = sample.float()
+    largest = float(sample.abs().max())
+    values = (sample / largest if largest > 0 else sample).float()  # whose squares fit float32
     count = min(_MOST_AXES + _OVERSAMPLING, len(sample))
-    directions = torch.randn(values.shape[1], count, generator=generator, device="cpu")
+    directions = torch.randn(
+        values.shape[1], count, generator=generator, dtype=torch.float32, device="cpu"
+    )
     for _ in range(1 + _POWER_ITERATIONS):
         directions, _ = torch.linalg.qr(values.T @ (values @ directions))
     orthonormal, _ = torch.linalg.qr(directions.double())
     variances, vectors = _all_axes((values @ orthonormal.float()).double(), generator)
+    variances *= largest**2
     return variances[:_MOST_AXES], (orthonormal @ vectors)[:, :_MOST_AXES]
 
 

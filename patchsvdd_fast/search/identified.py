@@ -52,7 +52,7 @@ class IdentifiedBank:
     @property
     def ids(self) -> Tensor:
         """[M] int64: the id of each row, in the order in which they were added."""
-        return self._held[1]
+        return self._held[1].clone()
 
     def nearest(
         self,
@@ -161,6 +161,8 @@ class IdentifiedBank:
         tensors, header = store.load(path)
         if header["kind"] != "bank":
             raise ValueError(f"{path} holds a {header['kind']}, not a bank alone")
+        if "own_ids" not in tensors:
+            raise ValueError(f"{path} holds a bank without ids: use NormalBank.open")
         with store.naming(path):
             return cls.from_state_dict(tensors, keep_codes)
 

@@ -23,7 +23,7 @@ from ..ops.gpu_bank import SegmentArrays
 from ..ops.radius import Within, within_in_bank
 from ..ops.search import nearest_in_bank, normalised
 from .centroids import can_be_clustered
-from .cpu_choice import choose_codes, lay_out
+from .cpu_choice import choose_codes, lay_out, suit_axes
 from .cpu_clusters import extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
 
@@ -286,9 +286,11 @@ class Index(NamedTuple):
             return self
         clusters = self.clusters
         grown = self.rows > _GROWTH * self.tried_rows
-        suits = not isinstance(clusters, ClusterArrays) or suit_clusters(
-            self.appended, clusters, self.stretch
-        )
+        suits = True
+        if isinstance(clusters, ClusterArrays):
+            suits = suit_clusters(self.appended, clusters, self.stretch)
+        elif self.codes is not None and self.codes.leading is not None:
+            suits = suit_axes(self.appended, self.codes.leading)
         return self._with_rows(self.in_order(), anew=grown or not suits)
 
     def without(self, gone: Tensor) -> Index:

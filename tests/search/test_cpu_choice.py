@@ -29,23 +29,31 @@ def test_leading_axes_are_few_and_hold_most_of_the_variance():
     assert axes_of(torch.zeros(3000, 200)) in (None, 64)  # nothing to lead
 
 
+def prefer_leading_axes(monkeypatch):
+    """Trials find them faster."""
+
+    def seconds(trial, codes):
+        return 1.0 if codes.leading is None else 0.5
+
+    monkeypatch.setattr(cpu_choice._Trial, "seconds_of_codes", seconds)
+
+
 @pytest.mark.parametrize(("slower", "leads"), [("leading", False), ("others", True)])
 def test_leading_axes_are_kept_where_a_trial_is_faster(monkeypatch, slower, leads):
     rows = decaying(2000, 176)
 
-    def is_faster(trial, search, other):
-        search()
-        other()
-        return slower == "others"
+    def seconds(trial, codes):
+        trial.codes(codes)
+        return 1.0 if (codes.leading is not None) == (slower == "leading") else 0.5
 
-    monkeypatch.setattr(cpu_choice._Trial, "is_faster", is_faster)
+    monkeypatch.setattr(cpu_choice._Trial, "seconds_of_codes", seconds)
     codes = cpu_choice.choose_codes(rows, 0, NO_GROUPS)
     assert (codes.leading is not None) == leads
 
 
 @pytest.mark.parametrize("dim", [176, 700])
 def test_a_bank_with_leading_axes_finds_the_canonical_answer(monkeypatch, dim):
-    monkeypatch.setattr(cpu_choice._Trial, "is_faster", lambda *_: True)
+    prefer_leading_axes(monkeypatch)
     rows, queries = decaying(3000, dim), decaying(400, dim, seed=1)
     queries[3] = 1e17  # beyond what codes are made for
     bank = NormalBank(rows[:2000], clusters=0)
@@ -101,3 +109,41 @@ def test_queries_far_from_a_clustered_bank_are_left_to_brute_force(count, k):
         assert torch.equal(ours.flatten(), theirs.flatten())
     assert shares == sorted(shares)
     assert all(0 <= share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_values_of_any_size_make_a_bank(scale, dtype):
+    rows = scale * decaying(1500, 600)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        bank = NormalBank(rows)
+        opened = NormalBank.from_state_dict(bank.state_dict())
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(
+        opened.nearest(rows[:9] * 0.9), nearest(rows[:9] * 0.9, rows), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("turned", "kept"), [(False, True), (True, False)])
+def test_leading_axes_that_do_not_suit_what_is_added_are_chosen_anew(monkeypatch, turned, kept):
+    prefer_leading_axes(monkeypatch)
+    bank = NormalBank(decaying(2000, 176), clusters=0)
+    before = bank._index.codes.leading
+    added = decaying(1500, 176, seed=1)
+    bank.add(added.flip(1) if turned else added)
+    assert bank._index.appended is None
+    assert (bank._index.codes.leading is before) == kept
+
+
+def test_queries_that_leading_axes_rule_nothing_out_for_find_the_canonical_answer(monkeypatch):
+    """Those that lie off the axes are compared by whole codes from the second block on."""
+    prefer_leading_axes(monkeypatch)
+    rows = decaying(9000, 176)
+    bank = NormalBank(rows, clusters=0)
+    queries = torch.cat([decaying(500, 176, seed=1).flip(1), decaying(300, 176, seed=2)])
+    for ours, theirs in zip(bank.nearest(queries), nearest(queries, rows), strict=True):
+        assert torch.equal(ours, theirs)
