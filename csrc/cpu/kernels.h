@@ -40,6 +40,7 @@ void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads,
 // the limits [Q] on squared distances, k is 1, indices are null. Returns what `nearest` says in
 // seems_finite.
 bool within(const NearestParams& params, Matches* matches, int num_threads);
+bool within(const NearestParams& params, Matches* matches, int num_threads, Watch* watch);
 
 // The largest squared distance that is within each radius [count], of none that is negative or NaN.
 void squared_limits(int64_t count, const float* radii, bool is_cosine, float* limits);

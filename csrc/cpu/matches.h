@@ -34,6 +34,7 @@ class Matches {
     explicit List(Matches* all) : all_(all) {}
 
     void add(int64_t query, int64_t id, float squared) {
+      if (all_->numbers_ != nullptr) query = all_->numbers_[query];
       found_.push_back({id, static_cast<uint32_t>(query), squared});
       if (found_.size() % kCountedAtOnce == 0) all_->check(all_->counted_ += kCountedAtOnce);
     }
@@ -45,6 +46,10 @@ class Matches {
     Matches* all_;
     std::deque<Match> found_;
   };
+
+  // What the queries of the searches to come are numbered by, until this is called again; null: as
+  // they are.
+  void number_by(const int64_t* numbers) { numbers_ = numbers; }
 
   // An empty list, for one thread; valid as long as this object. May be called on any thread.
   List* new_list() {
@@ -72,6 +77,7 @@ class Matches {
   }
 
   const int64_t most_;
+  const int64_t* numbers_ = nullptr;
   std::atomic<int64_t> counted_{0};  // in whole steps of a list
   std::mutex lock_;
   std::deque<List> lists_;

@@ -415,9 +415,13 @@ void nearest(const NearestParams& params, int num_threads) {
   nearest(params, num_threads, &watch);
 }
 
+bool within(const NearestParams& params, Matches* matches, int num_threads, Watch* watch) {
+  return search_all(params, nullptr, num_threads, watch, matches);
+}
+
 bool within(const NearestParams& params, Matches* matches, int num_threads) {
   Watch watch(static_cast<double>(params.queries) * static_cast<double>(params.bank_rows));
-  return search_all(params, nullptr, num_threads, &watch, matches);
+  return within(params, matches, num_threads, &watch);
 }
 
 void nearest_in_codes(const CodedNearestParams& params, int num_threads, Matches* matches) {

@@ -31,6 +31,7 @@ constexpr double kLargest = 1e15;  // squares of larger coordinates might overfl
 // A query that would rescore more than this share of the bank is faster by brute force.
 // More is taken for hopeless at once, when only the query's own cluster has been searched.
 constexpr double kMostRescored = 1.0 / 16, kMostAtFirst = 1.0 / 4;
+constexpr double kMostKept = 0.5;  // the same of a radius, of the rows in clusters that are left
 
 // A query of the batch, and what is known of its answer.
 struct Query {
@@ -111,6 +112,10 @@ class Searcher {
     const int64_t own = kernels_.tile_distances(projected, bank_.centroid_tiles, axes_,
                                                 padded_clusters_ / kLanes, squared_.data());
     take_limit(query);
+    if (matches_ != nullptr && reaches_most(query, own)) {
+      left_.push_back(query.number);
+      return;
+    }
     if (hints != nullptr) rescore_hints(query, hints);
     search_cluster(query, own, squared_[own], true);
     const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
@@ -149,10 +154,21 @@ class Searcher {
 
   int64_t size_of(int64_t c) const { return bank_.starts[c + 1] - bank_.starts[c]; }
 
+  // Whether the bounds keep most of the bank for a query whose limit is fixed.
+  bool reaches_most(const Query& query, int64_t own) {
+    const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
+                                  squared_[own], query.limit, static_cast<float>(rounding_)};
+    const int64_t kept =
+        kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
+    int64_t rows = 0;
+    for (int64_t i = 0; i < kept; ++i) rows += size_of(kept_[i]);
+    return static_cast<double>(rows) > kMostKept * static_cast<double>(bank_.rows);
+  }
+
   // Whether more than a share of the bank would be rescored if `rows` more pass as those so far
   // did.
   bool passes_often(const Query& query, int64_t rows, double share) const {
-    if (matches_ != nullptr) return false;  // some of the rows have been taken
+    if (matches_ != nullptr) return false;  // some rows have been taken; see reaches_most
     const double to_rescore = static_cast<double>(rows) * static_cast<double>(query.passed);
     return to_rescore >
            share * static_cast<double>(bank_.rows) * static_cast<double>(query.scanned);
@@ -305,7 +321,8 @@ class Searcher {
 
 // Searches the whole bank for some of the queries, from what was found for them so far.
 void search_by_brute_force(const ClusteredNearestParams& params,
-                           const std::vector<int64_t>& numbers, int num_threads, Watch* watch) {
+                           const std::vector<int64_t>& numbers, int num_threads, Watch* watch,
+                           Matches* matches) {
   const auto count = static_cast<int64_t>(numbers.size());
   const int64_t dim = params.bank.projection.dim, k = params.k;
   std::vector<float> vectors(count * dim), squared(count * k);
@@ -314,7 +331,7 @@ void search_by_brute_force(const ClusteredNearestParams& params,
     const int64_t q = numbers[i];
     std::copy_n(params.query_data + q * dim, dim, vectors.data() + i * dim);
     std::copy_n(params.squared + q * k, k, squared.data() + i * k);
-    std::copy_n(params.indices + q * k, k, indices.data() + i * k);
+    if (matches == nullptr) std::copy_n(params.indices + q * k, k, indices.data() + i * k);
     if (params.groups.query_groups != nullptr) groups[i] = params.groups.query_groups[q];
   }
   NearestParams rest{};
@@ -329,6 +346,12 @@ void search_by_brute_force(const ClusteredNearestParams& params,
   if (params.groups.query_groups != nullptr) rest.groups.query_groups = groups.data();
   rest.k = params.k;
   rest.squared = squared.data();
+  if (matches != nullptr) {
+    matches->number_by(numbers.data());
+    within(rest, matches, num_threads, watch);
+    matches->number_by(nullptr);
+    return;
+  }
   rest.indices = indices.data();
   nearest(rest, num_threads, watch);
   for (int64_t i = 0; i < count; ++i) {
@@ -366,7 +389,7 @@ void nearest_in_clusters(const ClusteredNearestParams& params, int num_threads, 
   *params.scanned += scanned;
   if (left.empty()) return;
   std::sort(left.begin(), left.end());
-  search_by_brute_force(params, left, num_threads, &watch);
+  search_by_brute_force(params, left, num_threads, &watch, matches);
   *params.scanned += static_cast<int64_t>(left.size()) * params.bank.rows;
 }
 

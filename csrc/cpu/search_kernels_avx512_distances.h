@@ -160,7 +160,7 @@ inline void distances_to_run(const Rows& bank, const float* query, int64_t first
     for (int i = 0; i < kLanes; ++i) rows[i] = first + std::min(r + i, count - 1);
     if (is_fresh) {
       (bank.half ? distances_in_order<true> : distances_in_order<false>)(bank, query, rows,
-                                                                        squared + r);
+                                                                         squared + r);
       continue;
     }
     (bank.half ? distances_to<kLanes, true> : distances_to<kLanes, false>)(bank, query, rows,

@@ -88,7 +88,7 @@ def test_ids_are_saved_and_opened(tmp_path, metric):
     assert len(opened) == len(bank) - 1
     assert len(NormalBank.open(path)) == 1503
     NormalBank(rows).save(path)
-    with pytest.raises(ValueError, match="own_ids is missing"):
+    with pytest.raises(ValueError, match="holds a bank without ids"):
         IdentifiedBank.open(path)
 
 
