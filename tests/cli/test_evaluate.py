@@ -130,12 +130,12 @@ def test_training_takes_no_defects(here, tmp_path):
     output = ("-o", tmp_path / "model.safetensors", "--resize", "96", "--steps", "1")
     refused = here("train", root, *output)
     assert "no layout that is known" in one_line_error(refused)
-    for name in ("0_GT.png", "1.webp", ".hidden.png"):
+    for name in ("0_GT.png", "1.heic", ".hidden.png"):
         (root / "train/fine" / name).write_text("never read")
     done = here("train", root / "train/fine", *output, "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     assert "masks of the images beside them: 1 in " in done.stderr
-    assert "files .webp, which are not read: 1 (1.webp)" in done.stderr
+    assert "files .heic, which are not read: 1 (1.heic)" in done.stderr
 
 
 def test_layouts_are_listed(here):

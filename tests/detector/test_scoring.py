@@ -181,7 +181,9 @@ def test_test_images_that_cannot_be_read(category_folder):
     with pytest.raises(ValueError, match=listed):
         evaluate_category(fitted, category)
     with pytest.warns(UserWarning, match="left out 3 of 9 images"):
-        result = evaluate_category(fitted, category, lambda *one: seen.append(one), True)
+        result = evaluate_category(
+            fitted, category, lambda *one: seen.append(one), skip_unreadable=True
+        )
     assert result == whole
     assert all(image.path == one.source for image, one in seen)
     for number in range(3):

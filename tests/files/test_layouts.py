@@ -254,13 +254,13 @@ def test_what_is_skipped_is_said(images, tmp_path):
     mvtec_ad(tmp_path, images)
     for part in ("train/good", "test/spot"):
         (tmp_path / part / "linked").symlink_to(tmp_path / "test/good")
-        (tmp_path / part / "a.webp").touch()
-        (tmp_path / part / "b.webp").touch()
-    said = r"files \.webp, which are not read: 2 \(.\.webp\), links to folders.*: 1 \(linked\)"
+        (tmp_path / part / "a.heic").touch()
+        (tmp_path / part / "b.heic").touch()
+    said = r"files \.heic, which are not read: 2 \(.\.heic\), links to folders.*: 1 \(linked\)"
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (remark,) = Category(tmp_path).test_set().remarks
-    assert "files .webp, which are not read: 2" in remark
+    assert "files .heic, which are not read: 2" in remark
     assert "links to folders, which are not followed: 1" in remark
 
 
