@@ -190,6 +190,6 @@ def test_test_images_that_cannot_be_read(category_folder):
         (category_folder / f"test/spot/{number}.png").write_text("hello")
     with (
         pytest.warns(UserWarning, match="left out 6 of 9 images"),
-        pytest.raises(ValueError, match="needs good and anomalous images"),
+        pytest.raises(ValueError, match="needs good and anomalous test images"),
     ):
         evaluate_category(fitted, category, skip_unreadable=True)
