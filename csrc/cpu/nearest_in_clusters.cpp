@@ -112,25 +112,24 @@ class Searcher {
     const int64_t own = kernels_.tile_distances(projected, bank_.centroid_tiles, axes_,
                                                 padded_clusters_ / kLanes, squared_.data());
     take_limit(query);
-    if (matches_ != nullptr && reaches_most(query, own)) {
-      left_.push_back(query.number);
-      return;
+    if (matches_ != nullptr) {  // the limit is fixed: whether it is hopeless shows at once
+      const int64_t kept_rows = rows_in(keep_clusters(bounds_of(query, own)));
+      if (static_cast<double>(kept_rows) > kMostKept * static_cast<double>(bank_.rows)) {
+        left_.push_back(query.number);
+        return;
+      }
     }
     if (hints != nullptr) rescore_hints(query, hints);
     search_cluster(query, own, squared_[own], true);
-    const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
-                                  squared_[own], query.limit, static_cast<float>(rounding_)};
-    const int64_t kept =
-        kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
+    const ClusterBounds bounds = bounds_of(query, own);
+    const int64_t kept = keep_clusters(bounds);
     const int64_t near = std::min(kNearFirst, kept);
     const size_t visits = visits_.size();
-    int64_t rows = 0;  // of clusters that may hold the answer and have not been searched
-    for (int64_t i = 0; i < kept; ++i) rows += size_of(kept_[i]);
-    if (passes_often(query, rows, kMostAtFirst)) {
+    if (passes_often(query, rows_in(kept), kMostAtFirst)) {
       left_.push_back(query.number);
       return;
     }
-    rows = 0;
+    int64_t rows = 0;  // of clusters that may hold the answer and have not been searched
     std::partial_sort(kept_.begin(), kept_.begin() + near, kept_.begin() + kept,
                       [this](int32_t a, int32_t b) { return squared_[a] < squared_[b]; });
     for (int64_t i = 0; i < kept; ++i) {
@@ -154,21 +153,27 @@ class Searcher {
 
   int64_t size_of(int64_t c) const { return bank_.starts[c + 1] - bank_.starts[c]; }
 
-  // Whether the bounds keep most of the bank for a query whose limit is fixed.
-  bool reaches_most(const Query& query, int64_t own) {
-    const ClusterBounds bounds = {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
-                                  squared_[own], query.limit, static_cast<float>(rounding_)};
-    const int64_t kept =
-        kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
+  // How many rows the first `kept` clusters in kept_ have.
+  int64_t rows_in(int64_t kept) const {
     int64_t rows = 0;
     for (int64_t i = 0; i < kept; ++i) rows += size_of(kept_[i]);
-    return static_cast<double>(rows) > kMostKept * static_cast<double>(bank_.rows);
+    return rows;
+  }
+
+  ClusterBounds bounds_of(const Query& query, int64_t own) const {
+    return {bank_.reach,   bank_.slack, bank_.gaps + own * padded_clusters_,
+            squared_[own], query.limit, static_cast<float>(rounding_)};
+  }
+
+  // Puts the clusters that may hold an answer into kept_; returns how many.
+  int64_t keep_clusters(const ClusterBounds& bounds) {
+    return kernels_.keep_clusters(bounds, squared_.data(), bank_.clusters, kept_.data());
   }
 
   // Whether more than a share of the bank would be rescored if `rows` more pass as those so far
   // did.
   bool passes_often(const Query& query, int64_t rows, double share) const {
-    if (matches_ != nullptr) return false;  // some rows have been taken; see reaches_most
+    if (matches_ != nullptr) return false;  // some rows have been taken; see kMostKept
     const double to_rescore = static_cast<double>(rows) * static_cast<double>(query.passed);
     return to_rescore >
            share * static_cast<double>(bank_.rows) * static_cast<double>(query.scanned);
