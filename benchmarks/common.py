@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blas
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.images.light import mean_image
 from patchsvdd_fast.images.prepare import load_images
 from patchsvdd_fast.images.sample_cloth import write_sample_category
+from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.score.encoding import encode_images
 
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -66,6 +69,22 @@ def faiss_search(index: Any) -> Search:
         return torch.from_numpy(squared[:, 0]).clamp(min=0).sqrt(), torch.from_numpy(rows[:, 0])
 
     return search
+
+
+def faiss_lists(bank: Tensor, most_per_centroid: int | None = None) -> Search:
+    """FAISS's inverted file of 4,096 lists, 8 of which are searched; approximate.
+
+    most_per_centroid: rows to train on, for each list; None: as FAISS does.
+    """
+    import faiss
+
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4096)
+    if most_per_centroid is not None:
+        index.cp.max_points_per_centroid = most_per_centroid
+    index.train(bank.numpy())
+    index.add(bank.numpy())
+    index.nprobe = 8
+    return faiss_search(index)
 
 
 # --- workloads ------------------------------------------------------------------------------------
@@ -271,6 +290,20 @@ def commit() -> str:
 
 
 # --- showing --------------------------------------------------------------------------------------
+
+
+def origin() -> dict[str, Any]:
+    """Where figures come from: commit, machine and BLAS. Raises RuntimeError as `blas` does."""
+    loaded = blas.libraries()
+    blas.require_best_kernels(loaded)
+    return {"commit": commit(), "machine": describe(), "blas": loaded}
+
+
+def write_results(folder: Path, name: str, result: dict[str, Any], table: str) -> None:
+    """Write NAME.json and the table NAME.md, made from it, to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(table)
 
 
 def plot(panels: Iterable[tuple[str, dict[str, float]]], unit: str, path: Path) -> None:

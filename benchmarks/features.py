@@ -12,7 +12,6 @@ features.json and features.md.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,10 @@ import blas
 import torch
 from torch import Tensor
 
-from common import Contender, Search, Workload, commit, faiss_flat, measure
+from common import Contender, Search, Workload, faiss_flat, measure, origin, write_results
 from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.files.categories import find_categories
 from patchsvdd_fast.images.sample_cloth import write_sample_category
-from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.search.centroids import default_clusters
 
 IMAGES = 8  # test images whose patches are searched
@@ -146,20 +144,10 @@ def main() -> None:
         records += measured
         summaries.append(summary(measured, *workload.bank.shape, patches))
         print(table(summaries[-1:]).splitlines()[-1], flush=True)
-    loaded = blas.libraries()
-    blas.require_best_kernels(loaded)
-    result = {
-        "commit": commit(),
-        "machine": describe(),
-        "blas": loaded,
-        "summaries": summaries,
-        "records": records,
-    }
+    result = {**origin(), "summaries": summaries, "records": records}
     print(table(summaries))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "features.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "features.md").write_text(table(summaries))
+        write_results(options.output, "features", result, table(summaries))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Rows lie along at most 24 axes, with noise. Writes few_queries.json and few_quer
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +21,9 @@ import blas
 import torch
 from torch import Tensor
 
-from common import commit, faiss_flat
+from common import faiss_flat, origin, write_results
 from patchsvdd_fast import nearest
 from patchsvdd_fast.ops import use_method
-from patchsvdd_fast.ops.backends import describe
 from patchsvdd_fast.ops.cpu_codes import encode_rows
 from patchsvdd_fast.ops.search import nearest_in_bank
 
@@ -124,14 +122,10 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for rows, dim in [(1000, 3), (1000, 64)] if options.quick else SIZES:
         records += measure(rows, dim, QUERIES, options.repeats)
-    loaded = blas.libraries()
-    blas.require_best_kernels(loaded)
-    result = {"commit": commit(), "machine": describe(), "blas": loaded, "records": records}
+    result = {**origin(), "records": records}
     print(table(records))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "few_queries.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "few_queries.md").write_text(table(records))
+        write_results(options.output, "few_queries", result, table(records))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ inverted file is approximate: 4,096 lists, 8 of which are searched. Writes growt
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,20 @@ import blas
 import torch
 from torch import Tensor
 
-from common import Contender, Search, Workload, commit, faiss_flat, faiss_search, measure
+from common import (
+    Contender,
+    Workload,
+    faiss_flat,
+    faiss_lists,
+    measure,
+    origin,
+    write_results,
+)
 from patchsvdd_fast import NormalBank
-from patchsvdd_fast.ops.backends import describe
 
 SIZES = {64: (10_000, 100_000, 1_000_000, 10_000_000), 176: (10_000, 100_000, 1_000_000)}
 QUERIES = 3_000  # few would not bring FAISS to its best
+LIST_SAMPLES = 64  # rows for each list to train on
 FEWEST_FOR_LISTS = 100_000  # rows; of fewer, 4,096 lists would be nearly empty
 
 
@@ -42,18 +49,6 @@ def embeddings(rows: int, dim: int, seed: int) -> Tensor:
     return found.add_(torch.randn(rows, dim, generator=generator), alpha=0.02)
 
 
-def faiss_lists(bank: Tensor) -> Search:
-    """FAISS's inverted file, trained on a sample as large as 4,096 lists need."""
-    import faiss
-
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4096)
-    index.cp.max_points_per_centroid = 64
-    index.train(bank.numpy())
-    index.add(bank.numpy())
-    index.nprobe = 8
-    return faiss_search(index)
-
-
 def workload(rows: int, dim: int) -> Workload:
     """Queries and a bank of so many rows, and the searches."""
     searches = [
@@ -61,7 +56,9 @@ def workload(rows: int, dim: int) -> Workload:
         Contender("FAISS IndexFlatL2", faiss_flat, most_queries=QUERIES),
     ]
     if rows >= FEWEST_FOR_LISTS:
-        searches.append(Contender("FAISS IVF4096, nprobe 8", faiss_lists))
+        searches.append(
+            Contender("FAISS IVF4096, nprobe 8", lambda bank: faiss_lists(bank, LIST_SAMPLES))
+        )
     queries = embeddings(QUERIES, dim, 1)
     return Workload(f"{rows:,} x {dim}", queries, embeddings(rows, dim, 2), searches)
 
@@ -126,14 +123,10 @@ def main() -> None:
                 if "reason" not in record
             ]
             print(table(records).splitlines()[-1], flush=True)
-    loaded = blas.libraries()
-    blas.require_best_kernels(loaded)
-    result = {"commit": commit(), "machine": describe(), "blas": loaded, "records": records}
+    result = {**origin(), "records": records}
     print(table(records))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "growth.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "growth.md").write_text(table(records))
+        write_results(options.output, "growth", result, table(records))
         plot(records, options.output / "growth.png")
 
 

@@ -41,7 +41,7 @@ from search import ngt_graph, sklearn_kd_tree
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import Figure, Prepare, Search, commit
+from common import Figure, Prepare, Search, commit, write_results
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.encoders.patch_svdd import SMALL_PATCH
@@ -486,9 +486,7 @@ def main() -> None:
     result["figures"] = [asdict(one) | {"reached": one.reached} for one in figures(measured)]
     print(table(result))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "pipeline.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "pipeline.md").write_text(table(result))
+        write_results(options.output, "pipeline", result, table(result))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ encoder are used.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -34,15 +33,15 @@ from common import (
     Search,
     Workload,
     cdist_min,
-    commit,
     faiss_flat,
-    faiss_search,
+    faiss_lists,
     measure,
+    origin,
     plot,
     real_embeddings,
+    write_results,
 )
 from patchsvdd_fast import NormalBank, nearest, ops
-from patchsvdd_fast.ops.backends import describe
 
 SLOW_QUERIES = 3_249  # queries given to peers that would take minutes
 
@@ -94,17 +93,6 @@ def sklearn_kd_tree(bank: Tensor) -> Search:
     return search
 
 
-def faiss_ivf(bank: Tensor) -> Search:
-    """FAISS's inverted file of 4,096 lists, 8 of which are searched; approximate."""
-    import faiss
-
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(bank.shape[1]), bank.shape[1], 4096)
-    index.train(bank.numpy())
-    index.add(bank.numpy())
-    index.nprobe = 8
-    return faiss_search(index)
-
-
 def ngt_graph(bank: Tensor) -> Search:
     """NGT's graph index, default settings; approximate."""
     import ngtpy
@@ -141,7 +129,7 @@ FLAT = Contender("FAISS IndexFlatL2", faiss_flat, most_queries=SLOW_QUERIES)
 CDIST = Contender("torch.cdist + min", cdist_min, most_queries=SLOW_QUERIES)
 ARGMIN = Contender("scikit-learn argmin", sklearn_argmin, most_queries=SLOW_QUERIES)
 KD_TREE = Contender("scikit-learn KDTree", sklearn_kd_tree, most_queries=SLOW_QUERIES)
-IVF = Contender("FAISS IVF4096, nprobe 8", faiss_ivf)
+IVF = Contender("FAISS IVF4096, nprobe 8", faiss_lists)
 NGT = Contender("NGT", ngt_graph, most_queries=SLOW_QUERIES)
 
 
@@ -324,20 +312,10 @@ def main() -> None:
         measured = measure(workload, options.repeats)
         records += [record for record in measured if "reason" not in record]
     memory = memory_of_a_bank(100_000 if options.quick else 1_000_000, 64)
-    loaded = blas.libraries()
-    blas.require_best_kernels(loaded)
-    result = {
-        "commit": commit(),
-        "machine": describe(),
-        "blas": loaded,
-        "records": records,
-        "memory": memory,
-    }
+    result = {**origin(), "records": records, "memory": memory}
     print(table(result))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "search.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "search.md").write_text(table(result))
+        write_results(options.output, "search", result, table(result))
         plot(
             panels(result),
             "billion pairs of query and bank row per second",

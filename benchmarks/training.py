@@ -18,7 +18,6 @@ Images are the built-in sample. Writes training.json and training.md.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -33,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import commit
+from common import commit, write_results
 from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.images.light import mean_image
 from patchsvdd_fast.images.prepare import load_images
@@ -273,9 +272,7 @@ def main() -> None:
     }
     print(table(result))
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "training.md").write_text(table(result))
+        write_results(options.output, "training", result, table(result))
 
 
 if __name__ == "__main__":
