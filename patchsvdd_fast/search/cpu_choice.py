@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,15 +61,14 @@ def lay_out(
     if wanted == 0:
         return codes
     trial = _Trial(embeddings, groups, generator)
-    if codes is None:
-        without, leading, has_codes = trial.seconds(trial.rows), None, False
-    else:
-        without, leading, has_codes = trial.seconds_of_codes(codes), codes.leading, True
-    del codes  # made again, which is fast, rather than kept in memory while clusters are built
+    without = trial.seconds(trial.rows) if codes is None else trial.seconds_of_codes(codes)
+    # Codes are made again, which is fast, rather than kept in memory while clusters are built.
+    codes_again = None if codes is None else partial(encode_rows, embeddings, codes.leading)
+    del codes
     arrays, stretch = build_clusters(embeddings, wanted, seed)
     if trial.seconds(lambda: trial.clusters(arrays, stretch)) * _WORTHWHILE < without:
         return arrays, stretch
-    return encode_rows(embeddings, leading) if has_codes else None
+    return None if codes_again is None else codes_again()
 
 
 def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | None:
