@@ -109,6 +109,17 @@ class LeadingAxes(NamedTuple):
         return images, errors
 
 
+class LeadingCodes(NamedTuple):
+    """What a search compares before the codes of the embeddings: codes of shorter images."""
+
+    map: LeadingAxes
+    """Of the embeddings to their images."""
+    codes: RowCodes
+    """Codes of the images [M, A], in blocks of as many rows as those of the embeddings."""
+    error: Tensor
+    """[] float32: a bound on the error of any of these images."""
+
+
 class CodedRows(NamedTuple):
     """The embeddings of a bank of M rows, and 8-bit codes that a search looks at first.
 
@@ -121,17 +132,18 @@ class CodedRows(NamedTuple):
     """[M, D] float32 or float16: the embeddings, contiguous, on the CPU."""
     codes: RowCodes
     """Codes of the embeddings."""
-    leading: LeadingAxes | None = None
-    """A map to images that are compared before the embeddings' codes."""
-    leading_codes: RowCodes | None = None
-    """Codes of the images [M, A] of the embeddings, in blocks of as many rows."""
-    leading_error: Tensor | None = None
-    """[] float32: a bound on the error of any of these images."""
+    leading: LeadingCodes | None = None
+    """Codes of the embeddings' images, which are compared first; None: there are none."""
+
+    @property
+    def leading_axes(self) -> LeadingAxes | None:
+        """The map to the images that are compared first."""
+        return None if self.leading is None else self.leading.map
 
     @property
     def block_rows(self) -> int:
         """How many rows a block has, but for the last."""
-        dim = self.data.shape[1] if self.leading is None else self.leading.axes
+        dim = self.data.shape[1] if self.leading is None else self.leading.map.axes
         return _native.cpu.code_block_rows(dim)
 
     @property
@@ -143,8 +155,7 @@ class CodedRows(NamedTuple):
         """All arrays, one after the other, for an op; `of_tensors` is the inverse."""
         tensors = [self.data, *self.codes]
         if self.leading is not None:
-            assert self.leading_codes is not None and self.leading_error is not None
-            tensors += [*self.leading, *self.leading_codes, self.leading_error]
+            tensors += [*self.leading.map, *self.leading.codes, self.leading.error]
         return tensors
 
     @classmethod
@@ -153,25 +164,19 @@ class CodedRows(NamedTuple):
         data, codes, leading = tensors[0], RowCodes(*tensors[1:6]), tensors[6:]
         if not leading:
             return cls(data, codes)
-        return cls(
-            data,
-            codes,
-            LeadingAxes(*leading[:2]),
-            RowCodes(*leading[2:7]),
-            leading_error=leading[7],
-        )
+        images = LeadingCodes(LeadingAxes(*leading[:2]), RowCodes(*leading[2:7]), leading[7])
+        return cls(data, codes, images)
 
     def native(self) -> _native.cpu.CodedRows:
         """The struct of pointers for the kernels; valid as long as this object lives."""
         codes = self.codes.native(self.block_rows)
         if self.leading is None:
             return _native_rows(self.data, codes, _NO_AXES, codes)
-        assert self.leading_codes is not None and self.leading_error is not None
         return _native_rows(
             self.data,
             codes,
-            self.leading.native(float(self.leading_error)),
-            self.leading_codes.native(self.block_rows),
+            self.leading.map.native(float(self.leading.error)),
+            self.leading.codes.native(self.block_rows),
         )
 
 
@@ -199,7 +204,9 @@ def encode_rows(embeddings: Tensor, leading: LeadingAxes | None = None) -> Coded
     block_rows = _native.cpu.code_block_rows(leading.axes)
     images, errors = leading.images(data)
     return CodedRows(
-        data, _encode(data, block_rows), leading, _encode(images, block_rows), errors.max()
+        data,
+        _encode(data, block_rows),
+        LeadingCodes(leading, _encode(images, block_rows), errors.max()),
     )
 
 

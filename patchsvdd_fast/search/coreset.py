@@ -19,7 +19,7 @@ from ..ops.checks import (
 from ..ops.cpu_bank import project
 from ..ops.search_kernels import MOST_ROWS, Screen, coreset_on_cpu, coreset_on_gpu
 from .centroids import can_be_clustered
-from .cpu_clusters import principal_axes
+from .cpu_clusters import principal_axes, spectrum
 
 _LARGEST_INT = 2**63 - 1
 # Coordinates of all pairs of a row and a choice: with fewer, a screen takes longer than it saves.
@@ -102,7 +102,7 @@ def _screen(embeddings: Tensor, count: int, generator: torch.Generator) -> Scree
     few = embeddings.numel() * count < _SMALLEST and method != "screened"
     if method == "plain" or few or not can_be_clustered(embeddings):
         return None
-    mean, basis, stretch = principal_axes(embeddings, generator, _LEFT_OUT)
+    mean, basis, stretch = principal_axes(spectrum(embeddings, generator), _LEFT_OUT)
     projected, errors = project(embeddings, mean, basis, stretch)
     sizes = projected.abs().amax(dim=1)
     common = sizes.kthvalue(len(sizes) - min(_CLIPPED, len(sizes) // 100)).values

@@ -6,9 +6,10 @@ timed. Whatever is chosen, the answers are the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,12 +26,18 @@ from ..ops.cpu_codes import (
 )
 from ..ops.search_kernels import Found, search_clusters, search_codes, search_rows
 from .centroids import can_be_clustered, clusters_wanted
-from .cpu_clusters import build_clusters, spectrum
+from .cpu_clusters import Spectrum, build_clusters, cost_in_clusters, spectrum
 
 _LEAST_CODED = 1024  # rows; of fewer, codes are made as fast as they are searched
 _TRIAL_RUNS, _TRIAL_RUN = 4, 128  # of rows that follow each other, as an image's patches do
 _MOST_ABOUT = 4096  # rows that are left out about a query whose image is not known
 _REPEATS = 3  # of what is timed; the fastest counts
+_LONG_ENOUGH = 0.1  # seconds; what took so long in all is not timed again
+_HOPELESS = 2  # times what another search takes
+_FORESEEN_OF_RUN = 16  # queries of each run by which the cost of clusters is foreseen
+# Clusters that would cost more, as a share of brute force, are not made: where nothing could be
+# skipped they took more than twice the time of codes, which see all rows once for all queries.
+_TOO_COSTLY = 0.6
 # New images' patches lie farther from the bank than its own rows do: queries of a trial are rows
 # moved away from their nearest by this share of the distance.
 _MOVED_AWAY = 0.5
@@ -56,17 +63,18 @@ def lay_out(
     wanted = clusters_wanted(embeddings, num_clusters)
     if num_clusters is not None and wanted > 0:
         return build_clusters(embeddings, wanted, seed)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    codes = choose_codes(embeddings, seed, groups) if keeps_codes else None
-    if wanted == 0:
+    survey = _Survey(embeddings, seed, groups)
+    codes = survey.codes() if keeps_codes else None
+    if wanted == 0 or survey.cost_in_clusters(wanted) > _TOO_COSTLY:
         return codes
-    trial = _Trial(embeddings, groups, generator)
+    trial = survey.trial
     without = trial.seconds(trial.rows) if codes is None else trial.seconds_of_codes(codes)
     # Codes are made again, which is fast, rather than kept in memory while clusters are built.
-    codes_again = None if codes is None else partial(encode_rows, embeddings, codes.leading)
+    codes_again = None if codes is None else partial(encode_rows, embeddings, codes.leading_axes)
     del codes
-    arrays, stretch = build_clusters(embeddings, wanted, seed)
-    if trial.seconds(lambda: trial.clusters(arrays, stretch)) * _WORTHWHILE < without:
+    arrays, stretch = build_clusters(embeddings, wanted, seed, survey.spectrum)
+    clustered = trial.seconds(lambda: trial.clusters(arrays, stretch), rival=without)
+    if clustered * _WORTHWHILE < without:
         return arrays, stretch
     return None if codes_again is None else codes_again()
 
@@ -76,33 +84,66 @@ def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | N
 
     Arguments as for `lay_out`.
     """
+    return _Survey(embeddings, seed, groups).codes()
+
+
+def can_be_coded(embeddings: Tensor) -> bool:
+    """Whether codes of embeddings [M, D] are of use."""
     rows, dim = embeddings.shape
-    if rows < _LEAST_CODED or not LEAST_DIMS <= dim <= MOST_DIMS:
-        return None
-    plain = encode_rows(embeddings)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    leading = leading_axes(embeddings, generator) if can_be_clustered(embeddings) else None
-    if leading is None:
-        return plain
-    coded = encode_rows(embeddings, leading)
-    trial = _Trial(embeddings, groups, generator)
-    pays = trial.seconds_of_codes(coded) * _WORTHWHILE < trial.seconds_of_codes(plain)
-    return coded if pays else plain
+    return rows >= _LEAST_CODED and LEAST_DIMS <= dim <= MOST_DIMS
 
 
-def leading_axes(embeddings: Tensor, generator: torch.Generator) -> LeadingAxes | None:
+class _Survey:
+    """What is found out about embeddings [M, D] to choose how they are laid out, each once."""
+
+    def __init__(self, embeddings: Tensor, seed: int, groups: Groups) -> None:
+        self.embeddings, self.groups = embeddings, groups
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Their spectrum."""
+        return spectrum(self.embeddings, self.generator)
+
+    @cached_property
+    def trial(self) -> _Trial:
+        """Queries to try searches with."""
+        return _Trial(self.embeddings, self.groups, self.generator)
+
+    def codes(self) -> CodedRows | None:
+        """What `choose_codes` returns."""
+        if not can_be_coded(self.embeddings):
+            return None
+        leading = None
+        if self.embeddings.shape[1] >= _LEAST_LEADING and can_be_clustered(self.embeddings):
+            leading = leading_axes(self.spectrum, self.generator)
+        plain = encode_rows(self.embeddings)
+        if leading is None:
+            return plain
+        coded = encode_rows(self.embeddings, leading)
+        without = self.trial.seconds_of_codes(plain)
+        pays = self.trial.seconds_of_codes(coded, rival=without) * _WORTHWHILE < without
+        return coded if pays else plain
+
+    def cost_in_clusters(self, num_clusters: int) -> float:
+        """About what a search in so many clusters costs, as a share of brute force."""
+        some = slice(None, None, _TRIAL_RUN // _FORESEEN_OF_RUN)
+        queries, distances = self.trial.queries[some], self.trial.distances[some]
+        return cost_in_clusters(
+            self.embeddings, num_clusters, self.spectrum, queries, distances, self.generator
+        )
+
+
+def leading_axes(known: Spectrum, generator: torch.Generator) -> LeadingAxes | None:
     """Axes that hold most of the variance of embeddings [M, D], half of D at most; None: too many.
 
     They are principal axes turned at random within the space they span, so that no coordinate is
     much larger than others, for which codes would be coarse.
     """
-    dim = embeddings.shape[1]
-    if dim < _LEAST_LEADING:
-        return None
-    mean, left_out, vectors = spectrum(embeddings, generator)
+    mean, left_out, vectors = known
     enough = int((left_out > _VARIANCE_LEFT_OUT).sum()) + 1
     axes = -(-(enough + 1) // LEADING_STEP) * LEADING_STEP
-    if axes > dim // 2 or axes > len(left_out):
+    if axes > len(mean) // 2 or axes > len(left_out):
         return None
     turned = torch.randn(axes - 1, axes - 1, generator=generator, dtype=torch.float64, device="cpu")
     basis, _ = torch.linalg.qr(vectors[:, : axes - 1] @ torch.linalg.qr(turned)[0])
@@ -129,9 +170,11 @@ class _Trial:
         self.queries = embeddings[picked].float()
         found = Found.nothing(self.queries, None)
         search_rows(found, self.queries, embeddings, self.excluded)
-        known = found.squared[:, 0].isfinite()
+        squared = found.squared[:, 0]
+        known = squared.isfinite()
         nearest = embeddings[found.rows[known, 0]].float()
         self.queries[known] += _MOVED_AWAY * (self.queries[known] - nearest)
+        self.distances = (1 + _MOVED_AWAY) * squared.sqrt()  # to the nearest rows, or a little more
 
     def clusters(self, arrays: ClusterArrays, stretch: float) -> None:
         search_clusters(self._nothing(), self.queries, arrays, stretch, self.excluded)
@@ -142,18 +185,23 @@ class _Trial:
     def rows(self) -> None:
         search_rows(self._nothing(), self.queries, self.embeddings, self.excluded)
 
-    def seconds(self, search: Callable[[], None]) -> float:
-        """What a search takes, at best."""
-        taken = []
-        for _ in range(_REPEATS):
+    def seconds(self, search: Callable[[], None], rival: float = math.inf) -> float:
+        """What a search takes, at best.
+
+        rival: what another search takes; one that is much slower is not timed again.
+        """
+        taken: list[float] = []
+        while len(taken) < _REPEATS and sum(taken) < _LONG_ENOUGH:
             began = time.perf_counter()
             search()
             taken.append(time.perf_counter() - began)
+            if taken[0] > _HOPELESS * rival:
+                break
         return min(taken)
 
-    def seconds_of_codes(self, codes: CodedRows) -> float:
+    def seconds_of_codes(self, codes: CodedRows, rival: float = math.inf) -> float:
         """What a search by codes takes, at best."""
-        return self.seconds(lambda: self.codes(codes))
+        return self.seconds(lambda: self.codes(codes), rival)
 
     def _nothing(self) -> Found:
         return Found.nothing(self.queries, None)

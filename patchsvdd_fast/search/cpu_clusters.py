@@ -9,10 +9,12 @@ for rounding (docs/design/cpu-search.md).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops.cpu_bank import (
     LANES,
     ClusterArrays,
@@ -25,7 +27,7 @@ from ..ops.cpu_bank import (
 from ..ops.search_kernels import Found, search_rows
 from .centroids import find_centroids, sort_into_clusters
 
-_COVARIANCE_SAMPLES = 32_768
+_COVARIANCE_SAMPLES = 8192
 # Of wider embeddings only so many axes are looked for, in a sample of so many rows: all axes of
 # 4,096 dimensions take half a minute, and more axes than these would save little.
 _WIDE, _MOST_AXES, _WIDE_SAMPLES = 512, 384, 4096
@@ -35,24 +37,70 @@ _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 # than their own rows, before it needs others.
 _MOST_OFF_AXES, _MOST_SPREAD = 0.1, 4.0
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
+_ROWS_PER_CLUSTER = 16  # of the sample by which the cost of a search is foreseen
+
+
+class Spectrum(NamedTuple):
+    """How the variance of embeddings [M, D] falls along their principal axes, by a sample."""
+
+    mean: Tensor
+    """[D] float32."""
+    left_out: Tensor
+    """[N] float64: the share of the variance that is left out by the axes up to each."""
+    vectors: Tensor
+    """[D, N] float64: the first N principal axes, in columns."""
 
 
 def build_clusters(
-    embeddings: Tensor, num_clusters: int, seed: int = 0
+    embeddings: Tensor, num_clusters: int, seed: int = 0, known: Spectrum | None = None
 ) -> tuple[ClusterArrays, float]:
     """Cluster a bank; returns its arrays and the stretch of its projection.
 
     embeddings: [M, D] float32 or float16, finite, contiguous, on the CPU, fit for clusters
-        (`can_be_clustered`). num_clusters: at least 1, see `clusters_wanted`.
+        (`can_be_clustered`). num_clusters: at least 1, see `clusters_wanted`. known: their
+        spectrum; None computes it.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    mean, basis, stretch = principal_axes(embeddings, generator)
+    mean, basis, stretch = principal_axes(known or spectrum(embeddings, generator))
     projected, errors = project(embeddings, mean, basis, stretch)
     centroids = find_centroids(projected, num_clusters, generator)
     arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
     release_memory()
     return arrays, stretch
+
+
+def cost_in_clusters(
+    embeddings: Tensor,
+    num_clusters: int,
+    known: Spectrum,
+    queries: Tensor,
+    distances: Tensor,
+    generator: torch.Generator,
+) -> float:
+    """About what a search in clusters would compute, as a share of brute force, by a sample.
+
+    It is the share of the bank that no bound rules out, times that of the axes that are compared.
+
+    embeddings: [M, D], num_clusters: as for `build_clusters`. queries: [Q, D] float32, and
+    distances: [Q] float32, to their nearest rows. generator: of the sample.
+    """
+    mean, basis, stretch = principal_axes(known)
+    count = _ROWS_PER_CLUSTER * num_clusters
+    picked = torch.randint(len(embeddings), (count,), generator=generator, device="cpu")
+    rows, _ = project(embeddings[picked], mean, basis, stretch)
+    centroids = find_centroids(rows, num_clusters, generator)
+    radii, own = ops.nearest(rows, centroids)
+    asked, _ = project(queries, mean, basis, stretch)
+    to_centroids = torch.cdist(asked, centroids)
+    closest, at = to_centroids.min(dim=1)
+    gaps = torch.cdist(centroids, centroids)[at][:, own]
+    to_own = to_centroids[:, own]  # [Q, rows of the sample]
+    annulus = (to_own - radii).abs()
+    half_plane = (to_own.square() - closest[:, None].square()) / (2 * gaps)  # 0 / 0: not ruled out
+    ruled_out = (annulus > distances[:, None]) | (half_plane > distances[:, None])
+    compared = basis.shape[1] / embeddings.shape[1] if len(basis) else 1.0
+    return float((~ruled_out).double().mean()) * compared
 
 
 def extend_clusters(
@@ -86,14 +134,14 @@ def suit_clusters(embeddings: Tensor, arrays: ClusterArrays, stretch: float) -> 
 
 
 def principal_axes(
-    embeddings: Tensor, generator: torch.Generator, left_out_share: float = _VARIANCE_LEFT_OUT
+    known: Spectrum, left_out_share: float = _VARIANCE_LEFT_OUT
 ) -> tuple[Tensor, Tensor, float]:
     """Mean [D], principal axes [D, A] ([0, A] where projecting does not pay), and their stretch.
 
-    embeddings: [M, D] on the CPU. left_out_share: of the variance, what the axes may leave out.
+    left_out_share: of the variance, what the axes may leave out.
     """
-    dim = embeddings.shape[1]
-    mean, left_out, vectors = spectrum(embeddings, generator)
+    mean, left_out, vectors = known
+    dim = len(mean)
     enough = int((left_out > left_out_share).sum()) + 1
     axes = _padded(enough)
     if axes > min(3 * dim // 4, len(left_out)):
@@ -105,12 +153,8 @@ def principal_axes(
     return mean, basis, math.sqrt(1 + excess) * (1 + 1e-9)
 
 
-def spectrum(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [D] float32, and principal axes of embeddings [M, D], by a sample of them.
-
-    Returns with the mean, for the first N axes, the share of the variance that is left out by axes
-    up to each of them [N], and these axes in columns [D, N], both float64.
-    """
+def spectrum(embeddings: Tensor, generator: torch.Generator) -> Spectrum:
+    """The spectrum of embeddings [M, D] on the CPU."""
     rows, dim = embeddings.shape
     samples = _WIDE_SAMPLES if dim > _WIDE else _COVARIANCE_SAMPLES
     picked = torch.randint(rows, (min(rows, samples),), generator=generator, device="cpu")
@@ -120,7 +164,7 @@ def spectrum(embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     variances, vectors = (_first_axes if dim > _WIDE else _all_axes)(sample, generator)
     total = float(sample.square().sum()) / len(sample)
     left_out = total - variances.clamp(min=0).cumsum(0)
-    return mean, left_out / total if total > 0 else left_out, vectors
+    return Spectrum(mean, left_out / total if total > 0 else left_out, vectors)
 
 
 def _all_axes(sample: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -289,8 +289,8 @@ class Index(NamedTuple):
         suits = True
         if isinstance(clusters, ClusterArrays):
             suits = suit_clusters(self.appended, clusters, self.stretch)
-        elif self.codes is not None and self.codes.leading is not None:
-            suits = suit_axes(self.appended, self.codes.leading)
+        elif self.codes is not None and self.codes.leading_axes is not None:
+            suits = suit_axes(self.appended, self.codes.leading_axes)
         return self._with_rows(self.in_order(), anew=grown or not suits)
 
     def without(self, gone: Tensor) -> Index:
@@ -310,7 +310,7 @@ class Index(NamedTuple):
             return self.laid_out(rows)
         changed = self._replace(data=rows, appended=None, codes=None)
         if self.codes is not None:
-            return changed._replace(codes=encode_rows(rows, self.codes.leading))
+            return changed._replace(codes=encode_rows(rows, self.codes.leading_axes))
         if self.clusters is None:
             return changed.coded()
         if isinstance(self.clusters, SegmentArrays):

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..files.store import file_of
 from ..ops.checks import check_finite_rows
 from ..ops.cpu_bank import ClusterArrays, link_clusters
+from ..ops.cpu_codes import CodedRows, LeadingAxes, encode_rows
+from .centroids import can_be_clustered
+from .cpu_choice import can_be_coded
 from .index import Index
 
 STORAGES = (torch.float32, torch.float16)
@@ -33,6 +36,8 @@ def state_of(index: Index) -> dict[str, Tensor]:
     if index.patches is not None:
         radius = torch.tensor([index.radius], dtype=torch.float64, device="cpu")
         state |= {"patches": index.patches, "radius": radius}
+    if index.codes is not None:
+        state |= _leading_state(index.codes)
     if index.clusters is None:
         return state | {"data": index.data}
     assert isinstance(index.clusters, ClusterArrays)
@@ -44,7 +49,7 @@ def state_of(index: Index) -> dict[str, Tensor]:
 
 
 def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
-    """The index over the memory of these tensors; codes are made anew.
+    """The index over the memory of these tensors; codes are made anew, along axes that were saved.
 
     Raises ValueError if tensors are missing, do not fit together, or hold NaN or infinity.
     """
@@ -72,7 +77,7 @@ def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
         # Files of earlier versions do not say when clusters were tried without success.
         tried = _integers(state, "clustered_rows", 1)[0] if "clustered_rows" in state else len(data)
         clusters, stretch = _clusters(state)
-        return Index(
+        index = Index(
             data=data,
             appended=None,
             groups=groups,
@@ -88,7 +93,10 @@ def index_of(state: Mapping[str, Tensor], keeps_codes: bool = True) -> Index:
             radius=radius,
             metric=_metric(state),
             file=file_of(state),
-        ).coded()
+        )
+        if keeps_codes and "leading_axes" in state:
+            return index._replace(codes=encode_rows(data, _leading_axes(state)))
+        return index.coded()
     except KeyError as error:
         raise ValueError(f"these tensors are not a bank: {error} is missing") from error
 
@@ -105,6 +113,36 @@ def _clusters(state: Mapping[str, Tensor]) -> tuple[ClusterArrays | None, float]
     if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:
         raise ValueError(f"a bank's stretch must be about 1, got {state['stretch']}")
     return link_clusters(arrays), float(state["stretch"])
+
+
+def _leading_state(codes: CodedRows) -> dict[str, Tensor]:
+    """Which axes lead, for codes to be made again without a trial; none where none do."""
+    if codes.leading_axes is None:
+        none = codes.codes.centres.new_empty(codes.data.shape[1], 0)
+        return {"leading_axes": none, "leading_mean": none.new_empty(0)}
+    mean, basis = codes.leading_axes
+    return {"leading_axes": basis[:, :-1].contiguous(), "leading_mean": mean}
+
+
+def _leading_axes(state: Mapping[str, Tensor]) -> LeadingAxes | None:
+    """The inverse of `_leading_state`."""
+    axes, mean, data = state["leading_axes"], state["leading_mean"], state["data"]
+    if not can_be_coded(data) or "ids" in state:
+        raise ValueError("a bank that has leading_axes must be one that has codes")
+    if axes.shape == (data.shape[1], 0):
+        return None
+    if axes.dtype != torch.float32 or mean.dtype != torch.float32:
+        raise ValueError(
+            f"a bank's leading_axes must be float32, got {axes.dtype}, its mean {mean.dtype}"
+        )
+    if axes.ndim != 2 or len(axes) != data.shape[1] or mean.shape != data.shape[1:]:
+        raise ValueError(
+            f"a bank's leading_axes must have shape [{data.shape[1]}, A], got {list(axes.shape)}, "
+            f"their mean {list(mean.shape)}"
+        )
+    if not (can_be_clustered(data) and can_be_clustered(mean[None])):  # false for NaN, too
+        raise ValueError("a bank's leading_mean, and data that has such, must be moderate values")
+    return LeadingAxes.along(mean, axes)
 
 
 def _metric(state: Mapping[str, Tensor]) -> str:

@@ -104,7 +104,7 @@ def test_leading_codes_rule_rows_out():
     coded = encode_rows(bank, some_axes(bank))
     queries = bank[:40] + 0.001
     assert torch.equal(nearest_in_bank(queries, coded)[1], torch.arange(40))
-    other = encode_rows(queries[:1].expand(2000, 130).contiguous(), coded.leading)
+    other = encode_rows(queries[:1].expand(2000, 130).contiguous(), coded.leading_axes)
     coded.data[1100:] = queries[0]
     coded.codes.codes[1100 // 16 :] = other.codes.codes[1100 // 16 :]
     coded.codes.bias[1100:] = other.codes.bias[1100:]
@@ -144,7 +144,7 @@ def test_leading_axes_change_no_bit(dim, rows, count, scale, offset, half, metho
     for name in ops.instruction_sets():
         with ops.use_instruction_set(name), ops.use_method(method):
             coded = encode_rows(bank, some_axes(bank, seed=seed))
-            assert coded.tensors()[-1] is coded.leading_error
+            assert coded.tensors()[-1] is coded.leading.error
             for own in (Groups(), groups):
                 found = nearest_in_bank(queries, coded, groups=own, k=k)
                 with ops.use_method("plain"):

@@ -17,7 +17,8 @@ def decaying(rows, dim, seed=0):
 
 
 def axes_of(embeddings):
-    leading = cpu_choice.leading_axes(embeddings, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    leading = cpu_choice.leading_axes(cpu_choice.spectrum(embeddings, generator), generator)
     return None if leading is None else leading.axes
 
 
@@ -25,14 +26,13 @@ def test_leading_axes_are_few_and_hold_most_of_the_variance():
     assert axes_of(decaying(3000, 176)) == 64
     assert axes_of(decaying(3000, 600)) == 64
     assert axes_of(torch.randn(3000, 176)) is None  # no axis leads
-    assert axes_of(decaying(3000, 100)) is None  # too short to be worth it
     assert axes_of(torch.zeros(3000, 200)) in (None, 64)  # nothing to lead
 
 
 def prefer_leading_axes(monkeypatch):
     """Trials find them faster."""
 
-    def seconds(trial, codes):
+    def seconds(trial, codes, rival=None):
         return 1.0 if codes.leading is None else 0.5
 
     monkeypatch.setattr(cpu_choice._Trial, "seconds_of_codes", seconds)
@@ -42,7 +42,7 @@ def prefer_leading_axes(monkeypatch):
 def test_leading_axes_are_kept_where_a_trial_is_faster(monkeypatch, slower, leads):
     rows = decaying(2000, 176)
 
-    def seconds(trial, codes):
+    def seconds(trial, codes, rival=None):
         trial.codes(codes)
         return 1.0 if (codes.leading is not None) == (slower == "leading") else 0.5
 
@@ -57,17 +57,93 @@ def test_a_bank_with_leading_axes_finds_the_canonical_answer(monkeypatch, dim):
     rows, queries = decaying(3000, dim), decaying(400, dim, seed=1)
     queries[3] = 1e17  # beyond what codes are made for
     bank = NormalBank(rows[:2000], clusters=0)
-    before = bank._index.codes.leading
+    before = bank._index.codes.leading_axes
     assert before.axes == 64
     bank.add(rows[2000:])
-    assert bank._index.codes.leading is before  # merged, along the same axes
+    assert bank._index.codes.leading_axes is before  # merged, along the same axes
     for k in (None, 7):
         for ours, theirs in zip(
             bank.nearest(queries, k=k), nearest(queries, rows, k=k), strict=True
         ):
             assert torch.equal(ours, theirs)
-    opened = NormalBank.from_state_dict(bank.state_dict())
-    assert opened._index.codes.leading.axes == 64
+    assert NormalBank.from_state_dict(bank.state_dict())._index.codes.leading_axes.axes == 64
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_leading_axes_are_not_chosen_again_on_opening(monkeypatch, tmp_path, leads):
+    rows, queries = decaying(3000, 176), decaying(300, 176, seed=1)
+    if leads:
+        prefer_leading_axes(monkeypatch)
+    else:
+        monkeypatch.setattr(cpu_choice, "leading_axes", lambda *_: None)
+    bank = NormalBank(rows, clusters=0)
+    bank.save(tmp_path / "bank.safetensors")
+    monkeypatch.setattr(cpu_choice, "_Survey", None)  # any choice would fail
+    opened = NormalBank.open(tmp_path / "bank.safetensors")
+    assert (opened._index.codes.leading_axes is not None) == leads
+    for ours, before in zip(
+        opened._index.codes.tensors(), bank._index.codes.tensors(), strict=True
+    ):
+        assert torch.equal(ours, before)
+    for ours, theirs in zip(opened.nearest(queries), nearest(queries, rows), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_states_with_axes_that_do_not_fit_are_refused(monkeypatch):
+    prefer_leading_axes(monkeypatch)
+    state = NormalBank(decaying(3000, 176), clusters=0).state_dict()
+    axes, mean = state["leading_axes"], state["leading_mean"]
+    assert axes.shape == (176, 63)
+    for changed, message in [
+        ({"leading_axes": axes * 1.1}, "orthonormal"),
+        ({"leading_axes": axes * torch.nan}, "orthonormal"),
+        ({"leading_axes": axes[:, :-1]}, "64 n - 1 axes"),
+        ({"leading_axes": axes[:-1]}, r"shape \[176, A\]"),
+        ({"leading_axes": axes[0]}, r"shape \[176, A\]"),
+        ({"leading_axes": axes.double()}, "float32"),
+        ({"leading_mean": mean[1:]}, r"shape \[176, A\]"),
+        ({"leading_mean": mean * torch.nan}, "moderate"),
+        ({"leading_mean": mean + 1e30}, "moderate"),
+        ({"data": state["data"][:100], "groups": state["groups"][:100]}, "one that has codes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NormalBank.from_state_dict(state | changed)
+    del state["leading_mean"]
+    with pytest.raises(ValueError, match="'leading_mean' is missing"):
+        NormalBank.from_state_dict(state)
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(0.02, True), (1.0, False)])
+def test_clusters_are_made_only_where_they_may_pay(monkeypatch, spread, kept):
+    """What they would cost is foreseen by a sample; a trial is for what is not clear."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(100, 32, generator=generator)
+    rows = centres.repeat(200, 1) + spread * torch.randn(20000, 32, generator=generator)
+    made = []
+    build = cpu_choice.build_clusters
+
+    def counting(*arguments):
+        made.append(arguments)
+        return build(*arguments)
+
+    monkeypatch.setattr(cpu_choice, "build_clusters", counting)
+    bank = NormalBank(rows)
+    assert (len(made) == 1) == kept
+    if not kept:
+        assert bank.num_clusters == 0
+
+
+def test_a_search_is_timed_as_often_as_it_helps(monkeypatch):
+    trial = cpu_choice._Trial(torch.randn(600, 8), NO_GROUPS, torch.Generator().manual_seed(0))
+    clock = iter([0.0, 5e-3, 1.0, 1.001, 2.0, 2.002, 3.0, 3.004, 4.0, 4.2, 5.0, 5.005])
+    monkeypatch.setattr(cpu_choice.time, "perf_counter", lambda: next(clock))
+    runs = []
+    assert trial.seconds(lambda: runs.append(0)) == pytest.approx(1e-3)
+    assert len(runs) == 3
+    trial.seconds(lambda: runs.append(0), rival=3e-3)  # 4 ms are not hopeless, but then 200
+    assert len(runs) == 5
+    assert trial.seconds(lambda: runs.append(0), rival=1e-3) == pytest.approx(5e-3)
+    assert len(runs) == 6
 
 
 def test_queries_of_a_trial_lie_farther_from_the_bank_than_its_own_rows():
@@ -132,11 +208,11 @@ def test_wide_values_of_any_size_make_a_bank(scale, dtype):
 def test_leading_axes_that_do_not_suit_what_is_added_are_chosen_anew(monkeypatch, turned, kept):
     prefer_leading_axes(monkeypatch)
     bank = NormalBank(decaying(2000, 176), clusters=0)
-    before = bank._index.codes.leading
+    before = bank._index.codes.leading_axes
     added = decaying(1500, 176, seed=1)
     bank.add(added.flip(1) if turned else added)
     assert bank._index.appended is None
-    assert (bank._index.codes.leading is before) == kept
+    assert (bank._index.codes.leading_axes is before) == kept
 
 
 def test_queries_that_leading_axes_rule_nothing_out_for_find_the_canonical_answer(monkeypatch):
