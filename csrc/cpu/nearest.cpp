@@ -29,13 +29,15 @@ constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kMostBatchSteps = 12;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
 constexpr int64_t kImagesAtOnce = int64_t{1} << 13;  // less, as nobody is told while they are made
-// A batch of queries of which more than this share of the blocks pass by their leading codes is
-// compared by whole codes from then on.
+// A batch of queries of which more than this share of the blocks pass by their leading codes, when
+// the bounds have become tight, is compared by whole codes from then on.
 constexpr double kMostPassed = 0.3;
 constexpr int kPlainQueries = 32;                // that share what is made of a tile of rows
 constexpr double kStretch = 1 + kLeadingExcess;  // how much farther apart images may be
-constexpr int64_t kSeedBlocks = 64;     // of rows, in which a search looks for its first bounds
+constexpr int64_t kSeedBlocks = 128;     // of rows, in which a search looks for its first bounds
 constexpr int64_t kItemsPerWorker = 4;  // so that no thread waits long for the last
+// So many queries of one worker repay that it reads all of the bank's codes.
+constexpr int64_t kQueriesOfRange = 128;
 
 // Whether to look at codes first, by the times of AVX2 on 20,000 and 200,000 rows. Up to 16
 // dimensions the plain search keeps all lanes busy, and encoding pays later.
@@ -82,18 +84,26 @@ class Search {
       block_rows_ = std::min(block_rows_, fair);
     }
     blocks_ = (params.bank_rows + block_rows_ - 1) / block_rows_;
+    const int64_t steps = (params.queries + kBatchStep - 1) / kBatchStep;
     ranges_ = 1;
-    if (screened_ && kept_ != nullptr && threads > 1 && blocks_ < wanted) {
-      const int64_t steps = (params.queries + kBatchStep - 1) / kBatchStep;
-      ranges_ = std::min((wanted + blocks_ - 1) / blocks_, steps);
+    apart_ = false;
+    if (screened_ && kept_ != nullptr && threads > 1) {
+      apart_ = params.queries >= kQueriesOfRange * threads;
+      if (apart_) {
+        ranges_ = std::min(wanted, params.queries / kQueriesOfRange);
+      } else if (blocks_ < wanted) {
+        ranges_ = std::min((wanted + blocks_ - 1) / blocks_, steps);
+      }
     }
     range_queries_ = round_up((params.queries + ranges_ - 1) / ranges_, kBatchStep);
-    workers_ = std::min<int64_t>(blocks_ * ranges_, threads);
+    workers_ = std::min<int64_t>(apart_ ? ranges_ : blocks_ * ranges_, threads);
   }
 
-  // Each worker takes blocks, or parts of the queries for a block, and keeps its own best rows,
-  // which start from those given; the least over the workers are the answer. The first worker's lie
-  // where the answer is to be. Whether the bank is certainly finite, as far as was seen.
+  // Each worker takes parts of the queries and compares them with all blocks. Or, where the queries
+  // are few or codes of a block are made on the way, it takes blocks, or parts of the queries for a
+  // block, and keeps its own best rows, which start from those given; the least over the workers
+  // are the answer. The first worker's lie where the answer is to be. Whether the bank is certainly
+  // finite, as far as was seen.
   bool run() {
     if (matches_ != nullptr) {
       std::vector<Best> lists;
@@ -101,6 +111,11 @@ class Search {
         lists.push_back({params_.squared, nullptr, nullptr, 1, matches_->new_list(), first_query_});
       }
       search_blocks(lists);
+      return finite_;
+    }
+    if (apart_) {
+      search_blocks(
+          std::vector<Best>(workers_, Best{params_.squared, params_.indices, nullptr, params_.k}));
       return finite_;
     }
     const int64_t entries = params_.queries * params_.k;
@@ -195,6 +210,7 @@ class Search {
     const Search* search;
     Scratch* scratch;
     bool leads;      // by leading codes first
+    int64_t half;    // of the rows, after which is counted
     int64_t passed;  // blocks of 16 rows, over all queries, that passed by them
     int64_t first_query, first_row;
     const Best* best;
@@ -212,10 +228,13 @@ class Search {
   void search_blocks(const std::vector<Best>& best) {
     parallel_for(workers_, static_cast<int>(workers_), [&](int64_t worker) {
       Scratch scratch;
-      for (int64_t item = next_item_++; item < blocks_ * ranges_; item = next_item_++) {
+      const int64_t at_once = apart_ ? blocks_ : 1;  // blocks that a worker takes
+      for (int64_t item = next_item_++; item < blocks_ / at_once * ranges_; item = next_item_++) {
         const int64_t first = item % ranges_ * range_queries_;
-        search_block(item / ranges_, first, std::min(params_.queries, first + range_queries_),
-                     &scratch, best[worker]);
+        const int64_t end = std::min(params_.queries, first + range_queries_);
+        for (int64_t block = 0; block < at_once; ++block) {
+          search_block(item / ranges_ + block, first, end, &scratch, best[worker]);
+        }
       }
     });
   }
@@ -286,7 +305,7 @@ class Search {
     if (leads_) leading = block_of(kept_->leading, kept_->leading_axes.projection.axes, block);
     scratch->passes_often.resize(params_.queries);
     const bool leads = leading.scale > 0 && !scratch->passes_often[first];
-    Screening screening = {this, scratch, leads, 0, first, begin, &best};
+    Screening screening = {this, scratch, leads, rows / 2, 0, first, begin, &best};
     scratch->whole.encode(kernels_, codes, query(first), nullptr, params_.dim, count);
     if (screening.leads) {
       const int64_t axes = kept_->leading_axes.projection.axes;
@@ -304,7 +323,7 @@ class Search {
     kernels_.screen_batch(screening.leads
                               ? scratch->leading.batch(count, rows, screen_passed, &screening)
                               : scratch->whole.batch(count, rows, rescore_passed, &screening));
-    const double compared = static_cast<double>(count) * static_cast<double>(rows / kLanes);
+    const double compared = static_cast<double>(count) * static_cast<double>(rows / 2 / kLanes);
     if (static_cast<double>(screening.passed) > kMostPassed * compared) {
       scratch->passes_often[first] = true;
     }
@@ -330,7 +349,7 @@ class Search {
   // Compares the whole codes of the rows that passed by their leading ones, for one query.
   static void screen_passed(void* context, int64_t i, int64_t row, uint64_t mask) {
     auto& screening = *static_cast<Screening*>(context);
-    for (int b = 0; b < kTileBlocks; ++b) {
+    for (int b = 0; b < kTileBlocks && row >= screening.half; ++b) {
       screening.passed += (mask >> (b * kLanes) & 0xffff) != 0;
     }
     const QueryCodes& whole = screening.scratch->whole;
@@ -367,6 +386,7 @@ class Search {
   int64_t block_rows_;
   int64_t blocks_;
   int64_t ranges_;  // parts of the queries that are searched apart
+  bool apart_;      // each by one worker
   int64_t range_queries_;
   int64_t workers_;
   std::atomic<int64_t> next_item_{0};

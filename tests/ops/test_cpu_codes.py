@@ -87,27 +87,27 @@ def test_several_neighbours_and_rows_behind_the_coded_ones():
 
 def test_codes_rule_rows_out():
     """Rows whose codes put them far away are not looked at."""
-    bank = torch.randn(2000, 32)
+    bank = torch.randn(4000, 32)
     coded = encode_rows(bank)
     queries = bank[:40] + 0.01
     found = nearest_in_bank(queries, coded)[1]
     assert torch.equal(found, torch.arange(40))
     # Nearer, but the codes are those of other rows; behind those that a search starts from.
-    coded.data[1100:] = queries[0]
+    coded.data[2100:] = queries[0]
     with ops.use_method("screened"):
         assert torch.equal(nearest_in_bank(queries, coded)[1], found)
 
 
 def test_leading_codes_rule_rows_out():
     """Rows whose leading codes put them far away are not looked at, not even their other codes."""
-    bank = torch.randn(2000, 4) @ torch.randn(4, 130)
+    bank = torch.randn(4000, 4) @ torch.randn(4, 130)
     coded = encode_rows(bank, some_axes(bank))
     queries = bank[:40] + 0.001
     assert torch.equal(nearest_in_bank(queries, coded)[1], torch.arange(40))
-    other = encode_rows(queries[:1].expand(2000, 130).contiguous(), coded.leading_axes)
-    coded.data[1100:] = queries[0]
-    coded.codes.codes[1100 // 16 :] = other.codes.codes[1100 // 16 :]
-    coded.codes.bias[1100:] = other.codes.bias[1100:]
+    other = encode_rows(queries[:1].expand(4000, 130).contiguous(), coded.leading_axes)
+    coded.data[2100:] = queries[0]
+    coded.codes.codes[2100 // 16 :] = other.codes.codes[2100 // 16 :]
+    coded.codes.bias[2100:] = other.codes.bias[2100:]
     with ops.use_method("screened"):
         assert torch.equal(nearest_in_bank(queries, coded)[1], torch.arange(40))
 
