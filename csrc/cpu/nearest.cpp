@@ -29,12 +29,13 @@ constexpr int64_t kBatchBytes = 64 * 1024;  // of the queries' codes
 constexpr int64_t kMostBatchSteps = 12;
 constexpr int64_t kQueriesAtOnce = int64_t{1} << 17;
 constexpr int64_t kImagesAtOnce = int64_t{1} << 13;  // less, as nobody is told while they are made
-// A batch of queries of which more than this share of the blocks pass by their leading codes, when
-// the bounds have become tight, is compared by whole codes from then on.
-constexpr double kMostPassed = 0.3;
+// A batch of queries of which more than this share of the blocks pass by their leading codes, in
+// the second half of a block of rows, is compared by whole codes in the next one; if that happens
+// again, in the next two, four and so on.
+constexpr double kMostPassed = 0.15;
 constexpr int kPlainQueries = 32;                // that share what is made of a tile of rows
 constexpr double kStretch = 1 + kLeadingExcess;  // how much farther apart images may be
-constexpr int64_t kSeedBlocks = 128;     // of rows, in which a search looks for its first bounds
+constexpr int64_t kSeedBlocks = 128;    // of rows, in which a search looks for its first bounds
 constexpr int64_t kItemsPerWorker = 4;  // so that no thread waits long for the last
 // So many queries of one worker repay that it reads all of the bank's codes.
 constexpr int64_t kQueriesOfRange = 128;
@@ -195,14 +196,28 @@ class Search {
     }
   };
 
+  // For how many blocks of rows a batch of queries is not compared by leading codes.
+  struct Pause {
+    int left = 0, last = 0;
+
+    bool over() {
+      if (left == 0) return true;
+      --left;
+      return false;
+    }
+    void judge(bool passed_often) {
+      last = passed_often ? std::max(1, 2 * last) : 0;
+      left = last;
+    }
+  };
+
   // What a worker needs to encode a block and a batch of queries.
   struct Scratch {
     std::vector<float> centre;
     std::vector<int8_t> codes;
     std::vector<int32_t> bias;
     QueryCodes whole, leading;
-    std::vector<bool>
-        passes_often;  // the batch that begins with a query, if leading codes do not pay
+    std::vector<Pause> pauses;  // [Q], of the batch that begins with a query
   };
 
   // A batch of queries that is being screened, for `passed`.
@@ -303,8 +318,8 @@ class Search {
     const int64_t count = last - first, rows = round_up(end - begin, kTileRows);
     BlockCodes leading{};
     if (leads_) leading = block_of(kept_->leading, kept_->leading_axes.projection.axes, block);
-    scratch->passes_often.resize(params_.queries);
-    const bool leads = leading.scale > 0 && !scratch->passes_often[first];
+    scratch->pauses.resize(params_.queries);
+    const bool leads = leading.scale > 0 && scratch->pauses[first].over();
     Screening screening = {this, scratch, leads, rows / 2, 0, first, begin, &best};
     scratch->whole.encode(kernels_, codes, query(first), nullptr, params_.dim, count);
     if (screening.leads) {
@@ -323,9 +338,9 @@ class Search {
     kernels_.screen_batch(screening.leads
                               ? scratch->leading.batch(count, rows, screen_passed, &screening)
                               : scratch->whole.batch(count, rows, rescore_passed, &screening));
-    const double compared = static_cast<double>(count) * static_cast<double>(rows / 2 / kLanes);
-    if (static_cast<double>(screening.passed) > kMostPassed * compared) {
-      scratch->passes_often[first] = true;
+    if (screening.leads) {
+      const double compared = static_cast<double>(count) * static_cast<double>(rows / 2 / kLanes);
+      scratch->pauses[first].judge(static_cast<double>(screening.passed) > kMostPassed * compared);
     }
   }
 
