@@ -92,11 +92,13 @@ def as_vectors(name: str, value: Any, *, halves: bool = False) -> Tensor:
 def as_numbers(name: str, value: Any) -> Tensor:
     """Integers, such as groups and row numbers, as an int64 tensor; arguments as `as_vectors`.
 
-    An empty list is no integers. Raises TypeError for what is no integer (bool is none), and
-    ValueError for one that int64 does not hold.
+    An empty list is no integers; one number is an array without axes. Raises TypeError for what is
+    no integer (bool is none), and ValueError for one that int64 does not hold.
     """
     if isinstance(value, list | tuple):
         value = np.asarray(value) if len(value) else np.empty(0, np.int64)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        value = np.array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
         raise TypeError(f"{name} must be int64 or other integers, got {value.dtype}")
     if isinstance(value, np.ndarray) and value.dtype == np.uint64 and value.size:
