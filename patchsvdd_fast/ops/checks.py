@@ -43,7 +43,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must have no masked values: fill them, or leave their rows out")
     if isinstance(value, np.ndarray):
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(np.ascontiguousarray(native))
+        # Of no axes, ascontiguousarray makes one.
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(native.shape))
     if hasattr(value, "__dlpack__"):
         return from_dlpack(value)
     raise TypeError(

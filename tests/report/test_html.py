@@ -455,7 +455,7 @@ def test_cards_tell_verdict_label_and_notes(opened, tmp_path):
     first = page.locator(".card").first
     first.locator("img").first.wait_for()
     text = first.inner_text()
-    for expected in ("spot/10.png", "score 9", "p 0.01", "anomalous", "darker than"):
+    for expected in ("spot/10.png", "1.8 × threshold", "p-value 0.01", "anomalous", "darker than"):
         assert expected in text
     assert "false alarm" in page.locator(".card").nth(2).inner_text()
     assert "missed" in page.locator(".card").nth(3).inner_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from patchsvdd_fast.score.metrics import aupro, detection_auroc, segmentation_auroc
+from patchsvdd_fast.score.metrics import aupro, best_f1, detection_auroc, segmentation_auroc
 
 
 def _aupro_by_thresholds(maps, masks, limit):
@@ -87,8 +87,8 @@ def test_best_f1_is_that_of_the_best_of_all_thresholds():
         for threshold in np.unique(scores):
             called = scores >= threshold
             found[threshold] = 2 * (called & labels).sum() / (called.sum() + labels.sum())
-        f1, threshold = metrics.best_f1(scores, labels)
+        f1, threshold = best_f1(scores, labels)
         assert f1 == pytest.approx(max(found.values()))
         assert found[threshold] == pytest.approx(f1)
     with pytest.raises(ValueError, match="both normal and anomalous"):
-        metrics.best_f1(scores, np.ones(22, bool))
+        best_f1(scores, np.ones(22, bool))
