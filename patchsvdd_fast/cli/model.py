@@ -216,7 +216,8 @@ def export(
         from ..detector.onnx import export_detector
         from ..detector.patch_svdd import PatchSVDD
 
-    difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
+    with claimed_file(output, overwrite):
+        difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
     checked = "not checked: onnxruntime is not installed"
     if difference is not None:
         checked = f"its embeddings differ from PyTorch's by {difference:.1e} at the most"

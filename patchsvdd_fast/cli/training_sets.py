@@ -14,7 +14,7 @@ from ..detector.evaluation import CategoryResult, evaluate_category
 from ..detector.patch_svdd import PatchSVDD
 from ..encoders.pretrained import PATCH_SVDD
 from ..files.categories import Category, find_categories, in_words, is_category
-from ..files.claims import claimed_file
+from ..files.claims import claimed_file, require_new
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -196,7 +196,10 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
     if not keeping.workers.is_first:
         return logs
     if keeping.log is not None:
-        logs.append(FileLog(one.output.with_suffix(keeping.log.suffix) if several else keeping.log))
+        path = one.output.with_suffix(keeping.log.suffix) if several else keeping.log
+        if not (keeping.resume or keeping.overwrite):
+            require_new(path)
+        logs.append(FileLog(path))
     if keeping.tensorboard is not None:
         folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard
         logs.append(TensorBoardLog(folder))

@@ -304,3 +304,29 @@ def test_a_folder_that_is_not_there_is_told_before_anything_else(here, tmp_path)
     done = here("train", tmp_path / "nowhere")
     assert one_line_error(done).endswith("nowhere does not exist")
     assert done.stdout == ""
+
+
+def test_outputs_of_one_file_are_replaced_only_when_asked(
+    here, ready_model, category_folder, tmp_path
+):
+    log, model = tmp_path / "log.jsonl", tmp_path / "model.safetensors"
+    log.write_text('{"step": 1}\n')
+    done = here("train", category_folder, "-o", model, *FAST, "--log", log)
+    assert "log.jsonl exists already" in one_line_error(done)
+    assert log.read_text() == '{"step": 1}\n'
+    onnx = tmp_path / "encoder.onnx"
+    onnx.write_text("mine")
+    refused = here("export", ready_model, "-o", onnx)
+    assert "encoder.onnx exists already" in one_line_error(refused)
+    assert onnx.read_text() == "mine"
+
+
+def test_a_demo_takes_the_place_of_nothing_of_the_users(here, tmp_path):
+    output = tmp_path / "demo"
+    output.mkdir()
+    (output / "model.safetensors").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        done = here("demo", "-o", output, "--steps", "1", *options)
+        assert "model.safetensors" in one_line_error(done)
+    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert (output / "model.safetensors").read_text() == "mine"
