@@ -40,6 +40,10 @@ def options_table(command):
             default = "on" if parameter.default else "off"
         text = parameter.help.replace("<", "&lt;").replace("|", r"\|")
         shown = " ".join(f"`{name}`" for name in names)
+        metavar = parameter.metavar or ""
+        if metavar.startswith("["):  # what it may be
+            choices = metavar.strip("[]").split("|")
+            shown += f" {', '.join(f'`{choice}`' for choice in choices)}"
         rows.append(f"| {shown} | {default} | {text} |")
     return "\n".join(rows)
 

@@ -16,15 +16,15 @@ from PIL import Image
 
 from . import demo, evaluate, model, score, train
 from .options import INTERRUPTED, TERMINATED
-from .terminal import errors, print_error, print_warning
+from .terminal import console, errors, print_error, print_warning
 
 _USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
+    rich_markup_mode=None,  # its tables break the names of options; without, help is faster, too
     pretty_exceptions_enable=False,
-    help="Patch SVDD anomaly detection with exact nearest-neighbour search.",
 )
 for command in (
     train.train,
@@ -40,8 +40,17 @@ for command in (
     app.command()(command)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        console.print(f"patchsvdd_fast {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def limits(
+    context: typer.Context,
     max_pixels: Annotated[
         int | None,
         typer.Option(
@@ -51,8 +60,15 @@ def limits(
             show_default=_USUAL_LIMIT,
         ),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
-    """Options of all commands."""
+    """Patch SVDD anomaly detection with exact nearest-neighbour search."""
+    if context.invoked_subcommand is None:
+        console.print(context.get_help(), markup=False, highlight=False)
+        return
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # they are refused
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels or None

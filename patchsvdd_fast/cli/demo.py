@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DeviceOption, loading
+from ..files.claims import RunFolder
+from .options import DeviceOption, OverwriteOption, loading
 from .terminal import console, fit_with_progress, results_table
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..score.image_result import ImageResult
 
 STEPS = 60
+MODEL, HEAT_MAPS = "model.safetensors", "heat-maps"
 
 
 def demo(
@@ -30,6 +32,7 @@ def demo(
     seed: Annotated[
         int, typer.Option(help="Seed of images, initial weights and training pairs.")
     ] = 0,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
@@ -37,30 +40,34 @@ def demo(
         from ..detector.patch_svdd import PatchSVDD
         from ..images import sample_cloth
         from ..report.heat_maps import write_heat_map
+        from ..report.summary import counted
 
-    console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
-    category = sample_cloth.write_sample_category(output / "sample", seed=seed)
-    detector = _detector(steps, seed, device)
-    untrained = PatchSVDD(**detector.get_params())
-    untrained.fit(category.root, encoder=untrained.untrained_encoder())
-    fit_with_progress(detector, category.root)
-    detector.save(output / "model.safetensors")
-    heat_maps = output / "heat-maps"
-    heat_maps.mkdir(parents=True, exist_ok=True)
+    with RunFolder(output, ("sample", MODEL, HEAT_MAPS), overwrite=overwrite) as run:
+        console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
+        try:
+            category = sample_cloth.write_sample_category(output / "sample", seed=seed)
+        finally:
+            for path in sorted((output / "sample").rglob("*.png")):
+                run.note(path.relative_to(output))
+        detector = _detector(steps, seed, device)
+        untrained = PatchSVDD(**detector.get_params())
+        untrained.fit(category.root, encoder=untrained.untrained_encoder())
+        fit_with_progress(detector, category.root)
+        model = run.note(Path(MODEL))
+        detector.save(model)
 
-    def write(image: LabelledImage, result: ImageResult) -> None:
-        path = heat_maps / f"{image.defect}_{image.path.stem}.png"
-        write_heat_map(path, result.picture, result.anomaly_map.numpy(), detector.calibration_)
+        def write(image: LabelledImage, result: ImageResult) -> None:
+            path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
+            threshold = result.map_threshold
+            write_heat_map(path, result.picture, result.anomaly_map.numpy(), threshold)
 
-    results = [
-        _result(untrained, category, "untrained"),
-        _result(detector, category, f"trained, {steps} steps", write),
-    ]
+        results = [
+            _result(untrained, category, "untrained"),
+            _result(detector, category, f"trained, {steps} steps", write),
+        ]
     console.print(results_table(results, with_mean=False))
-    console.print(
-        f"wrote {output / 'model.safetensors'} and {len(category.test_images())} heat maps",
-        soft_wrap=True,
-    )
+    heat_maps = counted(len(category.test_images()), "heat map")
+    console.print(f"wrote {model} and {heat_maps}", soft_wrap=True)
 
 
 def _result(

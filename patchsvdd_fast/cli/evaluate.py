@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..files.claims import claimed_file
+from ..report.text import shown
 from .options import (
     BitDepthOption,
     DeviceOption,
-    ResizeOption,
+    OptionalResizeOption,
+    OverwriteOption,
     SkipOption,
     ValueRangeOption,
     encoder_parameters,
     loading,
+    one_of,
     parse_resize,
     require_writable,
 )
@@ -50,11 +54,17 @@ def evaluate(
     ] = None,
     untrained: Annotated[bool, typer.Option(help="Use an untrained encoder: a baseline.")] = False,
     mode: Annotated[
-        str,
-        typer.Option(help='With --untrained: whose weights and light, "faithful" or "dense".'),
-    ] = "faithful",
-    seed: Annotated[int, typer.Option(help="Seed of the untrained encoder.")] = 0,
-    resize: ResizeOption = "256",
+        str | None,
+        typer.Option(
+            help="With --untrained: whose weights and light.",
+            show_default="faithful",
+            **one_of("faithful", "dense"),
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="With --untrained: its seed.", show_default="0")
+    ] = None,
+    resize: OptionalResizeOption = None,
     bit_depth: BitDepthOption = None,
     value_range: ValueRangeOption = None,
     skip_unreadable: SkipOption = False,
@@ -80,37 +90,66 @@ def evaluate(
         Path | None,
         typer.Option(help="With --normal: folder of good images to fill banks with."),
     ] = None,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Measure detection AUROC, segmentation AUROC and AUPRO; prints a row for each category.
+
+    Below it stands what the threshold reaches: how many anomalous images are missed, and how many
+    good ones raise a false alarm.
 
     If one of several categories fails, the others are evaluated, and the exit status is 1.
     """
     if sum((model is not None, encoder is not None, untrained)) != 1:
         raise typer.BadParameter("give exactly one of --model, --encoder and --untrained")
-    if model is not None and (bit_depth is not None or value_range is not None):
-        raise typer.BadParameter("--bit-depth, --value-range: a model has its own from training")
+    _require_heard(
+        {
+            "--resize": resize,
+            "--mode": mode,
+            "--seed": seed,
+            "--bit-depth": bit_depth,
+            "--value-range": value_range,
+            "--train": train,
+        },
+        model is not None,
+        untrained,
+    )
     own = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
     _check_folders(data, own, needs_train=model is None)
     if json_path is not None:
-        require_writable(json_path, "--json")
+        require_writable(json_path, "--json", overwrite)
     with loading():
         from .. import __version__
         from ..detector.evaluation import write_json
         from ..detector.patch_svdd import PatchSVDD
         from ..files.categories import find_categories
+        from .outputs import require_report
 
     categories = [_own(own)] if data is None else find_categories(data)
+    if model is not None and not model.is_dir() and len(categories) > 1:
+        raise ValueError(
+            f"{model} is one model, but {data} holds {len(categories)} categories: give one of "
+            "them, or a folder of models, <category>.safetensors"
+        )
+
+    def folder_of(category: Category) -> Path | None:
+        # Its own name, not that of what it links to: two may link to the same.
+        return report / category.root.name if report and len(categories) > 1 else report
+
+    for category in categories:
+        folder = folder_of(category)
+        if folder is not None:
+            require_report(folder, overwrite)
 
     def detector_for(category: Category) -> PatchSVDD:
         if model is not None:
             return PatchSVDD.load(_file_for(model, category), device=device)
         detector = PatchSVDD(
-            image_size=parse_resize(resize),
+            image_size=parse_resize(resize or "256"),
             bit_depth=bit_depth,
             value_range=value_range,
-            mode=mode,
-            seed=seed,
+            mode=mode or "faithful",
+            seed=seed or 0,
             device=device,
         )
         if untrained:
@@ -125,9 +164,8 @@ def evaluate(
     for category in categories:
         with console.status(f"evaluating {category.name}"):
             try:
-                # Its own name, not that of what it links to: two may link to the same.
-                folder = report / category.root.name if report and len(categories) > 1 else report
-                results.append(_evaluate(detector_for(category), category, folder, skip_unreadable))
+                pages = Pages(folder_of(category), overwrite)
+                results.append(_evaluate(detector_for(category), category, pages, skip_unreadable))
             except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
                 if len(categories) == 1:
                     raise
@@ -135,11 +173,28 @@ def evaluate(
                 failed[category.name] = str(error)
     _show(results)
     if json_path is not None:
-        write_json(results, json_path, version=__version__, failed=failed)
+        with claimed_file(json_path, overwrite):
+            write_json(results, json_path, version=__version__, failed=failed)
         console.print(f"wrote {json_path}", soft_wrap=True)
     if failed:
         print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
         raise typer.Exit(1)
+
+
+class Pages(NamedTuple):
+    """Where a report is to be written: its folder, or None; and whether it may hold one."""
+
+    folder: Path | None
+    overwrite: bool
+
+
+def _require_heard(options: dict[str, object], has_model: bool, untrained: bool) -> None:
+    """Raise typer.BadParameter for options that would have no effect. options: None: not given."""
+    given = [name for name, value in options.items() if value is not None]
+    if has_model and given:
+        raise typer.BadParameter(f"{', '.join(given)}: a model has its own from training")
+    if not untrained and "--seed" in given:
+        raise typer.BadParameter("--seed is for --untrained")
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:
@@ -167,28 +222,54 @@ def _show(results: Sequence[CategoryResult]) -> None:
     if results:
         console.print(results_table(results))
     for result in results:
+        lines = [] if result.at_threshold is None else result.at_threshold.in_words()
         if result.no_segmentation is not None:
-            line = f"{result.category}: no segmentation: {result.no_segmentation}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
+            lines.append(f"no segmentation: {result.no_segmentation}")
+        for line in lines:
+            text = shown(f"{result.category}: {line}")
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _evaluate(
-    detector: PatchSVDD, category: Category, folder: Path | None, skip_unreadable: bool
+    detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool
 ) -> CategoryResult:
     from ..detector.evaluation import evaluate_category
     from ..files.categories import in_words
+    from ..report.summary import Alarms, broken_promise
+    from .outputs import claimed_report
 
     tests = category.test_set()
     console.print(in_words(category, tests), soft_wrap=True, markup=False, highlight=False)
-    if folder is None:
-        return evaluate_category(
-            detector, category, test_set=tests, skip_unreadable=skip_unreadable
-        )
-    return _evaluate_with_report(detector, category, folder, tests, skip_unreadable)
+    alarms = Alarms()
+
+    def count(image: LabelledImage, result: ImageResult) -> None:
+        alarms.add(result.anomalous, result.unusual)
+
+    if pages.folder is None:
+        evaluated = evaluate_category(detector, category, count, tests, skip_unreadable)
+    else:
+        with claimed_report(pages.folder, pages.overwrite):
+            evaluated = _evaluate_with_report(
+                detector, category, pages.folder, tests, skip_unreadable, count
+            )
+    reached = evaluated.at_threshold
+    lines = [alarms.in_words()]
+    if reached is not None:
+        rate = reached.false_alarm_rate
+        lines.append(broken_promise(reached.false_alarms, reached.num_good, rate))
+    for line in filter(None, lines):
+        text = shown(f"{category.name}: {line}")
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    return evaluated
 
 
 def _evaluate_with_report(
-    detector: PatchSVDD, category: Category, folder: Path, tests: LabelledSet, skip_unreadable: bool
+    detector: PatchSVDD,
+    category: Category,
+    folder: Path,
+    tests: LabelledSet,
+    skip_unreadable: bool,
+    on_result: Callable[[LabelledImage, ImageResult], None],
 ) -> CategoryResult:
     from ..detector.evaluation import evaluate_category, mask_of
     from ..report.entries import open_report, report_entry
@@ -197,6 +278,7 @@ def _evaluate_with_report(
     with open_report(folder, detector, threshold, title=category.name) as page:
 
         def add(image: LabelledImage, result: ImageResult) -> None:
+            on_result(image, result)
             height, width = result.anomaly_map.shape
             try:
                 mask = mask_of(image, (height, width))

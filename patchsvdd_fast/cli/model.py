@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +11,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..files.claims import RunFolder, claimed_file
 from ..report.text import shown
 from .options import (
     SOME_FAILED,
     DeviceOption,
     ImagesArgument,
     ModelArgument,
+    OverwriteOption,
     RateOption,
     loading,
     require_writable,
@@ -25,7 +28,6 @@ from .terminal import console, print_error
 
 if TYPE_CHECKING:
     from ..files.sources import Source
-    from ..score.image_result import ImageResult
     from ..score.regions import Region
 
 _MOST_PICTURES = 20  # of an image: where all of it is anomalous, regions may be hundreds
@@ -89,31 +91,37 @@ def update(
         Path | None,
         typer.Option(help="Folder of other good images, to use instead of all that the model has."),
     ] = None,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Change which images a model takes as normal, without training; calibrates anew.
 
     Changes are made in this order: --replace, --remove, --add, --merge. `patchsvdd info MODEL` says
-    how many images there are.
+    how many images there are. Without --output MODEL itself is changed.
     """
     if not (remove or add or merge or replace):
         raise typer.BadParameter("give at least one of --replace, --remove, --add and --merge")
     output = output or model
-    require_writable(output)
+    overwrite = overwrite or (output.exists() and output.samefile(model))
+    require_writable(output, overwrite=overwrite)
+    for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
 
-    detector = PatchSVDD.load(model, device=device)
-    before = detector.num_images
-    if replace is not None:
-        detector = detector.refit(replace)
-    if remove:
-        detector.remove([int(name) if name.isdecimal() else name for name in remove])
-    if add:
-        detector.add(add[0] if len(add) == 1 else _all_images(add))
-    for other in merge or []:
-        detector.merge(PatchSVDD.load(other, device=device))
-    detector.save(output)
+    with claimed_file(output, overwrite):
+        detector = PatchSVDD.load(model, device=device)
+        before = detector.num_images
+        if replace is not None:
+            detector = detector.refit(replace)
+        if remove:
+            detector.remove([int(name) if name.isdecimal() else name for name in remove])
+        if add:
+            detector.add(add[0] if len(add) == 1 else _all_images(add))
+        for other in merge or []:
+            detector.merge(PatchSVDD.load(other, device=device))
+        detector.save(output)
     _print(f"wrote {output}: {before:,} training images before, {detector.num_images:,} now")
     if detector.calibration_ is not None:
         _print(threshold_in_words(detector))
@@ -134,6 +142,7 @@ def explain(
         "explanations"
     ),
     false_alarm_rate: RateOption = None,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Show each anomalous region side by side with the normal patch most like it.
@@ -142,11 +151,15 @@ def explain(
     """
     with loading():
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import image_sources
+        from ..files.sources import image_sources, require_given
         from ..files.whole import written_whole
         from ..report.map_files import inner_path
         from ..report.side_by_side import side_by_side
+        from ..report.summary import verdict_in_words
 
+    require_given(images)
+    run = RunFolder(output, overwrite=overwrite)
+    run.check()
     detector = PatchSVDD.load(model, device=device)
     failed = 0
 
@@ -156,39 +169,35 @@ def explain(
         print_error(str(error))
 
     sources = image_sources(images, sys.stdin)
-    with detector.score_stream(
+    stream = detector.score_stream(
         sources, false_alarm_rate=false_alarm_rate, on_error=note_failure
-    ) as stream:
+    )
+    with run, stream:
         for result in stream:
             regions = detector.explain(result)
-            _print(f"{result.name}: {_verdict(result)}")
+            lower = "" if result.anomalous or result.anomalous is None else "; its highest place is"
+            _print(f"{result.name}: {verdict_in_words(result)}{lower}")
+            image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
             shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
             for number, region in enumerate(shown_regions, start=1):
-                path = output / inner_path(result.source.inner, f"-{number}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path = run.place(inner_path(result.source.inner, f"-{number}.png"), image)
                 picture = side_by_side(result.picture, region, detector.match_picture(region))
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
-                _print(f"  {_in_words(region)}; {path}")
+                _print(f"  {_in_words(region, result.map_threshold)}; {path}")
             if len(regions) > _MOST_PICTURES:
                 _print(f"  and {len(regions) - _MOST_PICTURES:,} less anomalous regions")
     if failed:
         raise typer.Exit(SOME_FAILED)
 
 
-def _verdict(result: ImageResult) -> str:
-    score = f"score {result.score:.4g}"
-    if result.anomalous is None:
-        return score
-    if not result.anomalous:
-        return f"normal, {score}; its highest place is"
-    return f"anomalous, {score}"
-
-
-def _in_words(region: Region) -> str:
+def _in_words(region: Region, threshold: float | None) -> str:
     left, top, size = region.match
+    peak = f"{region.peak:.4g}"
+    if threshold is not None:
+        peak = f"{region.peak / threshold:.3g} x the threshold"
     return (
-        f"{region.width}x{region.height} at {region.left},{region.top}: {region.peak:.4g}, "
+        f"{region.width}x{region.height} at {region.left},{region.top}: {peak}, "
         f"by {region.level}; nearest at distance {region.distance:.4g} is "
         f"{region.match_name} {size}x{size} at {left},{top}"
     )
@@ -199,14 +208,16 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
         "encoder.onnx"
     ),
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write the encoder as an ONNX model, checked with onnxruntime where that is installed."""
-    require_writable(output)
+    require_writable(output, overwrite=overwrite)
     with loading():
         from ..detector.onnx import export_detector
         from ..detector.patch_svdd import PatchSVDD
 
-    difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
+    with claimed_file(output, overwrite):
+        difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
     checked = "not checked: onnxruntime is not installed"
     if difference is not None:
         checked = f"its embeddings differ from PyTorch's by {difference:.1e} at the most"

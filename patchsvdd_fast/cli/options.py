@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..files.claims import require_new
 
 if TYPE_CHECKING:
     from ..detector.patch_svdd import PatchSVDD
@@ -24,17 +27,61 @@ SOME_FAILED = 3
 """Exit status if some images could not be read; all others were scored."""
 
 
+def one_of(*choices: str, also: tuple[str, str] | None = None) -> dict[str, Any]:
+    """Arguments of `typer.Option` for an option that takes only these values.
+
+    also: how values of one more kind look, such as "cuda:N", and the regular expression they match.
+    Other values are wrong usage, which is told before anything is read or loaded.
+    """
+
+    def check(value: str | None) -> str | None:
+        if value is None or value in choices or (also and re.fullmatch(also[1], value)):
+            return value
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(shown)}")
+
+    shown = choices if also is None else (*choices, also[0])
+    return {"metavar": f"[{'|'.join(shown)}]", "callback": check}
+
+
+def _checked_resize(text: str | None) -> str | None:
+    if text is not None:
+        parse_resize(text)
+    return text
+
+
+def _checked_rate(rate: float | None) -> float | None:
+    if rate is not None and not 0 < rate < 1:
+        raise typer.BadParameter(f"a share lies between 0 and 1, got {rate:g}")
+    return rate
+
+
 DeviceOption = Annotated[
-    str, typer.Option(help='"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".')
-]
-ResizeOption = Annotated[
     str,
     typer.Option(
-        help='Resize images to a square of this side, or "HEIGHTxWIDTH" pixels; or "none".'
+        help="Where to compute; auto: on a GPU if there is one.",
+        **one_of("auto", "cpu", "cuda", also=("cuda:N", r"cuda:\d+")),
     ),
 ]
+_RESIZE = {
+    "metavar": "[SIDE|HEIGHTxWIDTH|none]",
+    "callback": _checked_resize,
+    "help": "Resize images to a square of so many pixels, or to height and width.",
+}
+ResizeOption = Annotated[str, typer.Option(**_RESIZE)]
+OptionalResizeOption = Annotated[str | None, typer.Option(**_RESIZE, show_default="256")]
 CombinationOption = Annotated[
-    str, typer.Option(help='How levels become one map: "mult" (product), "sum", "K64" or "K32".')
+    str,
+    typer.Option(
+        help="How levels become one map: their product, their sum, or one of them alone, such as "
+        "K32.",
+        **one_of("mult", "sum", also=("KSIZE", r"K\d+")),
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace what an earlier run has written; without it that is refused."
+    ),
 ]
 EncoderOption = Annotated[
     str | None,
@@ -48,8 +95,9 @@ EncoderOption = Annotated[
 ProjectionOption = Annotated[
     str | None,
     typer.Option(
-        help='What is made of a pretrained encoder\'s maps: "none", "axes" (principal axes) or '
-        '"whiten".'
+        help="What is made of a pretrained encoder's maps: nothing, their principal axes, or these "
+        "whitened.",
+        **one_of("none", "axes", "whiten"),
     ),
 ]
 DimOption = Annotated[
@@ -70,7 +118,9 @@ ReweightOption = Annotated[
     int | None,
     typer.Option(
         help="Multiply image scores as PatchCore does, by how alone the nearest normal patch is "
-        "among this many, 2 to 32, such as 9. For pretrained encoders."
+        "among this many, 2 to 32, such as 9. For pretrained encoders.",
+        min=2,
+        max=32,
     ),
 ]
 BitDepthOption = Annotated[
@@ -78,6 +128,8 @@ BitDepthOption = Annotated[
     typer.Option(
         help="Bits of a sample in 16-bit files, 8 to 16, such as 12. Default: found from the "
         "training images.",
+        min=8,
+        max=16,
     ),
 ]
 ValueRangeOption = Annotated[
@@ -98,7 +150,8 @@ RateOption = Annotated[
     float | None,
     typer.Option(
         help="Share of good images that may be called anomalous; default: as in training "
-        "(--contamination), or the least that the number of training images can promise."
+        "(--contamination), or the least that the number of training images can promise.",
+        callback=_checked_rate,
     ),
 ]
 ImagesArgument = Annotated[
@@ -175,9 +228,14 @@ def threshold_in_words(detector: PatchSVDD) -> str:
     )
 
 
-def require_writable(output: Path, option: str = "--output") -> None:
-    """Raise ValueError for a file that cannot be written: now, not after hours of training."""
+def require_writable(output: Path, option: str = "--output", overwrite: bool = True) -> None:
+    """Raise ValueError for a file that cannot be written: now, not after hours of training.
+
+    overwrite: whether it may exist already.
+    """
     if output.is_dir():
         raise ValueError(f"{output} is a folder; {option} names a file")
     if not output.parent.is_dir():
         raise ValueError(f"the folder of {option} does not exist: {output.parent}")
+    if not overwrite:
+        require_new(output)

@@ -5,27 +5,33 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..detector.patch_svdd import PatchSVDD
+from ..files.claims import RunFolder, claimed_file, require_new
 from ..files.sources import Source
 from ..images.drift import StreamDrift
 from ..report.entries import open_report, report_entry
 from ..report.heat_maps import write_heat_map
-from ..report.map_files import MAP_FORMATS, inner_path, write_map
-from ..report.table import TABLE_FORMATS, Table, require_parquet, write_parquet
+from ..report.html import is_report
+from ..report.map_files import inner_path, write_map
+from ..report.summary import Alarms, counted, verdict_in_words
+from ..report.table import Table, require_parquet, write_parquet
 from ..report.text import shown
-from ..score.image_result import ImageResult
+from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
 from .terminal import console, print_error, print_warning
+
+_TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
+_HEAT_MAPS, _MAPS = "heat-maps", "maps"
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What to write for each image. Raises ValueError for an unknown format or a file as folder."""
+    """What to write for each image, and where. Raises ImportError without what Parquet needs."""
 
     folder: Path
     table_format: str
@@ -33,57 +39,88 @@ class Outputs:
     maps: str | None
 
     def __post_init__(self) -> None:
-        if self.table_format not in TABLE_FORMATS:
-            raise ValueError(f"--format must be one of {TABLE_FORMATS}, got {self.table_format!r}")
-        if self.maps not in (None, *MAP_FORMATS):
-            raise ValueError(f"--maps must be one of {MAP_FORMATS}, got {self.maps!r}")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file; --output names a folder")
         if self.table_format == "parquet":
             require_parquet()
 
     @property
-    def table(self) -> Path:
+    def table(self) -> str:
         """The table that grows row by row; for Parquet the JSON lines that it is made from."""
-        return self.folder / ("scores.csv" if self.table_format == "csv" else "scores.jsonl")
+        return "scores.csv" if self.table_format == "csv" else "scores.jsonl"
 
-    @property
-    def pictures(self) -> tuple[Path, Path]:
-        """Folders of the heat maps and of the anomaly maps."""
-        return self.folder / "heat-maps", self.folder / "maps"
+    def claim(self, resume: bool, overwrite: bool) -> RunFolder:
+        """The folder to write to. Raises ValueError for outputs that may not be replaced."""
+        remedy = "--resume goes on with them, --overwrite replaces them"
+        own = (*_TABLES, _HEAT_MAPS, _MAPS)
+        run = RunFolder(self.folder, own, resume=resume, overwrite=overwrite, remedy=remedy)
+        run.check()
+        other = next((name for name in _TABLES[:2] if (self.folder / name).exists()), self.table)
+        if resume and other != self.table and not (self.folder / self.table).exists():
+            raise ValueError(f"{self.folder / other} is there: go on with its --format")
+        return run
+
+
+@contextmanager
+def claimed_report(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Within the context this process alone writes the report in a folder, which is made.
+
+    Raises ValueError if there is one that may not be replaced, or a page of somebody else's.
+    """
+    require_report(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed_file(folder / "index.html", overwrite):
+        yield
+
+
+def require_report(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a report may be written to this folder."""
+    page = folder / "index.html"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a report needs a folder")
+    if not overwrite:
+        require_new(page)
+    elif page.exists() and not is_report(page):
+        raise ValueError(f"{page} is no report of this program: use another folder")
 
 
 def score_all(
     detector: PatchSVDD,
     sources: Callable[[set[str]], Iterator[Source]],
     outputs: Outputs,
+    run: RunFolder,
     *,
     false_alarm_rate: float | None,
     resume: bool,
     report: Path | None,
+    overwrite: bool = False,
     line_each: str = "",
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
 
     sources: called with the paths that have a row already; returns the images to score. Heat maps
         and maps of an earlier run are left out.
+    run: what `outputs.claim` gave, not entered yet.
     false_alarm_rate: share of good images that may be called anomalous; None: as in training.
     resume: keep the rows that an earlier run wrote into the table.
-    report: folder for an HTML report.
+    report: folder for an HTML report; overwrite: whether it may hold one.
     line_each: a line to print at the start, if there is to be a line per image.
     """
     threshold = detector.threshold_or_none(false_alarm_rate)
-    outputs.folder.mkdir(parents=True, exist_ok=True)
     started, counts = time.perf_counter(), _Counts()
     drift = None if detector.gallery_ is None else StreamDrift(detector.gallery_.statistics)
     with ExitStack() as stack:
-        table = stack.enter_context(Table(outputs.table, threshold, resume))
+        stack.enter_context(run)
+        began_in = run.made_from(outputs.table) or str(Path.cwd())
+        path = run.note(Path(outputs.table), began_in)
+        table = stack.enter_context(Table(path, threshold, resume))
+        _require_same_place(table, began_in)
         page = None
         if report is not None:
-            page = stack.enter_context(open_report(report, detector, threshold))
+            stack.enter_context(claimed_report(report, overwrite))
+            opened = open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
+            page = stack.enter_context(opened)
 
         def to_score() -> Iterator[Source]:
-            written = [os.path.realpath(folder) for folder in outputs.pictures]
+            written = [os.path.realpath(run.folder / name) for name in (_HEAT_MAPS, _MAPS)]
             for source in sources(table.done):
                 place = Path(os.path.realpath(source.path))
                 if not any(place.is_relative_to(folder) for folder in written):
@@ -108,60 +145,79 @@ def score_all(
             console.print(shown(line_each), soft_wrap=True, markup=False)
         for result in stream:
             regions = detector.explain(result)
-            _write_pictures(outputs, result, detector)
+            _write_pictures(outputs, run, result, detector)
             if page is not None:
                 page.add(report_entry(detector, result, regions))
             table.add(_row(detector, result, regions))
-            counts.scored += 1
-            counts.anomalous += bool(result.anomalous)
+            counts.add(result)
             if line_each:
-                console.print(_line(result), soft_wrap=True, markup=False, highlight=False)
+                console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
             for change in () if drift is None else drift.update(result.statistics):
                 print_warning(change)
             rate = counts.scored / (time.perf_counter() - started)
             status.update(f"scored {counts.scored:,}, {rate:.1f} a second")
-    if outputs.table_format == "parquet":
-        write_parquet(outputs.table, outputs.table.with_suffix(".parquet"))
-    lines = [counts.summary(time.perf_counter() - started, threshold, outputs.folder)]
+        if outputs.table_format == "parquet":
+            write_parquet(path, run.note(Path("scores.parquet"), began_in))
+    counts.tell(time.perf_counter() - started, threshold, outputs.folder, with_one=not line_each)
     if page is not None:
-        lines.append(f"report: {page.path}")
-    for line in lines:
-        console.print(shown(line), soft_wrap=True, markup=False)
+        console.print(shown(f"report: {page.path}"), soft_wrap=True, markup=False)
     return counts.failed
+
+
+def _require_same_place(table: Table, began_in: str) -> None:
+    """Raise ValueError if rows name images by paths that mean others in this working folder."""
+    relative = next((name for name in table.done if not Path(name).is_absolute()), None)
+    if relative is not None and began_in != str(Path.cwd()):
+        raise ValueError(
+            f"{table.path} names images by paths such as {relative}, seen from {began_in}: go on "
+            "there, or use another --output"
+        )
 
 
 @dataclass
 class _Counts:
     scored: int = 0
-    anomalous: int = 0
     failed: int = 0
+    alarms: Alarms = field(default_factory=Alarms)
+    only: ImageResult | None = None
+    """The result, while there is only one."""
 
-    def summary(self, seconds: float, threshold: float | None, folder: Path) -> str:
-        parts = [f"scored {self.scored:,} images in {seconds:.2f} s"]
+    def add(self, result: ImageResult) -> None:
+        self.only = result if self.scored == 0 else None
+        self.scored += 1
+        self.alarms.add(result.anomalous, result.unusual)
+
+    def tell(self, seconds: float, threshold: float | None, folder: Path, with_one: bool) -> None:
+        """Print what was done; with_one: also the result, if there is only one."""
+        lines = [] if self.only is None or not with_one else [_line(self.only)]
+        parts = [f"scored {counted(self.scored, 'image')} in {seconds:.2f} s"]
         if threshold is not None:
-            parts.append(f"{self.anomalous:,} anomalous")
+            parts.append(f"{self.alarms.number:,} anomalous")
         if self.failed:
             parts.append(f"{self.failed:,} could not be read")
-        return ", ".join(parts) + f"; see {folder}"
+        lines += [", ".join(parts) + f"; see {folder}", *filter(None, [self.alarms.in_words()])]
+        for line in lines:
+            console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
 
 
-def _write_pictures(outputs: Outputs, result: ImageResult, detector: PatchSVDD) -> None:
+def _write_pictures(
+    outputs: Outputs, run: RunFolder, result: ImageResult, detector: PatchSVDD
+) -> None:
     anomaly_map, name = result.anomaly_map.numpy(), result.source.inner
-    heat_maps, maps = outputs.pictures
+    image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
     if outputs.heat_maps:
-        path = heat_maps / inner_path(name, ".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_heat_map(path, result.picture, anomaly_map, detector.calibration_)
+        path = run.place(_HEAT_MAPS / inner_path(name, ".png"), image)
+        write_heat_map(path, result.picture, anomaly_map, result.map_threshold)
     if outputs.maps is not None:
-        path = maps / inner_path(name, f".{outputs.maps}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_map(path, anomaly_map, detector.calibration_)
+        path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
+        write_map(path, anomaly_map, detector.calibration_, result.map_threshold)
 
 
 def _row(detector: PatchSVDD, result: ImageResult, regions: list[Region]) -> dict[str, Any]:
     row: dict[str, Any] = {"image": result.name, "score": result.score}
     if result.anomalous is not None:
         row |= {
+            "relative_score": result.relative_score,
             "p_value": result.p_value,
             "threshold": result.threshold,
             "verdict": "anomalous" if result.anomalous else "normal",
@@ -170,11 +226,15 @@ def _row(detector: PatchSVDD, result: ImageResult, regions: list[Region]) -> dic
     return row | {
         "level": most.level,
         "unusual": list(result.unusual),
-        "regions": [asdict(region) for region in regions],
+        "regions": [_region(region, result) for region in regions],
     }
 
 
+def _region(region: Region, result: ImageResult) -> dict[str, Any]:
+    """A region for JSON, its peak also as a multiple of the threshold."""
+    return asdict(region) | {"relative_peak": relative(region.peak, result.map_threshold)}
+
+
 def _line(result: ImageResult) -> str:
-    verdict = {True: "anomalous", False: "normal", None: ""}[result.anomalous]
     notes = "".join(f"; {note}" for note in result.unusual)
-    return shown(f"{result.name}  {result.score:.4g}  {verdict}{notes}")
+    return f"{result.name}  {verdict_in_words(result)}{notes}"

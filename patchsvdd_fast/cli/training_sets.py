@@ -14,6 +14,7 @@ from ..detector.evaluation import CategoryResult, evaluate_category
 from ..detector.patch_svdd import PatchSVDD
 from ..encoders.pretrained import PATCH_SVDD
 from ..files.categories import Category, find_categories, in_words, is_category
+from ..files.claims import claimed_file, require_new
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -49,13 +50,19 @@ class Keeping:
     workers: Workers = field(default_factory=Workers)
     skip_unreadable: bool = False
     """Go on without images that cannot be read."""
+    overwrite: bool = False
+    """Replace models that are there."""
 
 
-def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
+def training_sets(
+    data: Path, output: Path | None, resume: bool = False, overwrite: bool = False
+) -> list[TrainingSet]:
     """The training sets in a folder: each category that lies in it, else the folder itself.
 
     output: the model file, or for several categories the folder of the models. None:
         "model.safetensors" or "models" in the working directory.
+
+    resume: whether models that are there are gone on with, or done; overwrite: replaced.
 
     Raises ValueError if a model could not be written there.
     """
@@ -65,13 +72,20 @@ def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
             categories = [category.root for category in find_categories(data)]
     if not categories:
         output = output or Path("model.safetensors")
-        require_writable(output)
+        require_writable(output, overwrite=resume or overwrite)
         return [TrainingSet(data, output)]
     output = output or Path("models")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{data} holds several categories; --output must name a folder for models")
+    sets = [TrainingSet(path, output / f"{path.name}.safetensors") for path in categories]
+    there = [str(one.output) for one in sets if one.output.exists()]
+    if there and not (resume or overwrite):
+        raise ValueError(
+            f"models exist already: {', '.join(there)}: --overwrite replaces them, --resume makes "
+            "those that are missing"
+        )
     output.mkdir(parents=True, exist_ok=True)
-    return [TrainingSet(path, output / f"{path.name}.safetensors") for path in categories]
+    return sets
 
 
 def train_all(
@@ -93,9 +107,10 @@ def train_all(
             console.print(f"[bold]{one.data.name}[/]")
         try:
             detector = make_detector()
-            if len(sets) > 1 and keeping.resume and one.is_done():
+            if keeping.resume and not keeping.overwrite and one.is_done():
                 console.print(f"{one.output} is done already", soft_wrap=True)
-                detector = PatchSVDD.load(one.output, device=detector.device)
+                if len(sets) > 1:
+                    detector = PatchSVDD.load(one.output, device=detector.device)
             else:
                 _train_one(one, detector, keeping, several=len(sets) > 1)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
@@ -138,6 +153,18 @@ def _train_one(
     if keeping.resume and is_trained:
         found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
         console.print(f"{found} {one.checkpoint}", soft_wrap=True)
+    with ExitStack() as claims:
+        if keeping.workers.is_first:
+            # A model beside a checkpoint is the one that was to be replaced when training began.
+            replaces = keeping.overwrite or (keeping.resume and one.checkpoint.exists())
+            claims.enter_context(claimed_file(one.output, replaces))
+        _fit_and_save(one, detector, keeping, several)
+    if keeping.workers.is_first:
+        _say_what_was_made(detector, one.output, time.perf_counter() - started)
+
+
+def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, several: bool) -> None:
+    is_trained = detector.encoder == PATCH_SVDD
     try:
         with ExitStack() as stack:
             fit_with_progress(
@@ -162,7 +189,6 @@ def _train_one(
         raise
     if is_trained:
         one.checkpoint.unlink(missing_ok=True)
-    _say_what_was_made(detector, one.output, time.perf_counter() - started)
 
 
 def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitStack) -> list[Log]:
@@ -170,7 +196,10 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
     if not keeping.workers.is_first:
         return logs
     if keeping.log is not None:
-        logs.append(FileLog(one.output.with_suffix(keeping.log.suffix) if several else keeping.log))
+        path = one.output.with_suffix(keeping.log.suffix) if several else keeping.log
+        if not (keeping.resume or keeping.overwrite):
+            require_new(path)
+        logs.append(FileLog(path))
     if keeping.tensorboard is not None:
         folder = keeping.tensorboard / one.data.name if several else keeping.tensorboard
         logs.append(TensorBoardLog(folder))

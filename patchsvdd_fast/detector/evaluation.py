@@ -26,6 +26,41 @@ from .patch_svdd import PatchSVDD
 
 
 @dataclass(frozen=True)
+class AtThreshold:
+    """What a detector's verdicts reach on labelled test images."""
+
+    false_alarm_rate: float
+    """Share of good images that may be called anomalous, as the threshold promises."""
+    threshold: float
+    """Image score above which an image is called anomalous."""
+    missed: int
+    """Anomalous images called normal."""
+    num_anomalous: int
+    """Anomalous images."""
+    false_alarms: int
+    """Good images called anomalous."""
+    num_good: int
+    """Good images."""
+    best_f1: float
+    """The highest F1 of any threshold, picked with these labels: what would be possible."""
+    best_f1_threshold: float
+    """Lowest score that counts as anomalous there."""
+
+    def in_words(self) -> list[str]:
+        """Two lines: what the threshold reaches, and what one picked with labels would."""
+        return [
+            f"at the threshold, which promises at most {self.false_alarm_rate:.2%} false alarms on "
+            f"good images like the training images: {self.missed:,} of {self.num_anomalous:,} "
+            f"anomalous images missed, {self.false_alarms:,} of {self.num_good:,} good ones called "
+            "anomalous",
+            f"best F1 {self.best_f1:.3f}, at {self.best_f1_threshold / self.threshold:.3g} x the "
+            "threshold, picked with these labels (needs labels, promises nothing)"
+            if self.threshold > 0
+            else f"best F1 {self.best_f1:.3f}, picked with these labels (needs labels)",
+        ]
+
+
+@dataclass(frozen=True)
 class CategoryResult:
     """The metrics of a detector on one category's test images."""
 
@@ -41,6 +76,8 @@ class CategoryResult:
     the last two are None if masks are missing or unusable."""
     no_segmentation: str | None = None
     """Why the last two are None; None if they are not."""
+    at_threshold: AtThreshold | None = None
+    """Of the detector's verdicts; None without a threshold, and for a mean."""
 
 
 def evaluate_category(
@@ -76,11 +113,13 @@ def evaluate_category(
     readable: list[LabelledImage] = []
     parts: dict[str, list[Tensor]] = {}
     weights: list[Tensor] = []  # of re-weighted scores
+    verdicts: list[tuple[float, bool | None]] = []
     with detector.score_stream((image.path for image in tests), on_error=note) as stream:
         left = iter(tests)
         for result in stream:
             image = next(one for one in left if one.path not in unreadable)
             readable.append(image)
+            verdicts.append((result.score, result.anomalous))
             for name, level_map in result.scores.level_maps.items():
                 parts.setdefault(name, []).append(level_map)
             if result.scores.weights is not None:
@@ -109,7 +148,31 @@ def evaluate_category(
             "aupro": None if masks is None else 100 * metrics.aupro(maps, masks),
         }
     good, anomalous = int((~labels).sum()), int(labels.sum())
-    return CategoryResult(category.name, good, anomalous, percent, missing)
+    reached = _at_threshold(detector, verdicts, labels)
+    return CategoryResult(category.name, good, anomalous, percent, missing, reached)
+
+
+def _at_threshold(
+    detector: PatchSVDD,
+    verdicts: Sequence[tuple[float, bool | None]],
+    labels: npt.NDArray[np.bool_],
+) -> AtThreshold | None:
+    """verdicts: of each image its score, and whether it was called anomalous. labels: [N]."""
+    threshold = detector.threshold_or_none()
+    if threshold is None:
+        return None
+    called = np.array([bool(anomalous) for _, anomalous in verdicts])
+    best, at = metrics.best_f1(np.array([score for score, _ in verdicts]), labels)
+    return AtThreshold(
+        false_alarm_rate=detector.false_alarm_rate_,
+        threshold=threshold,
+        missed=int((~called & labels).sum()),
+        num_anomalous=int(labels.sum()),
+        false_alarms=int((called & ~labels).sum()),
+        num_good=int((~labels).sum()),
+        best_f1=best,
+        best_f1_threshold=at,
+    )
 
 
 def masks_or_reason(

@@ -100,7 +100,7 @@ def export_onnx(
     is not installed; OSError if the file cannot be written.
     """
     if find_spec("onnx") is None:
-        raise ValueError("onnx is not installed: pip install patchsvdd-fast[onnx]")
+        raise ValueError("onnx is not installed: pip install onnx onnxruntime")
     _check_arguments(levels, mean, light)
     if isinstance(encoder, HierarchicalEncoder) and (mean == mean[:, :1, :1]).all():
         mean = mean[:, :1, :1]
@@ -171,7 +171,7 @@ def _run(model: bytes, batches: Sequence[Tensor]) -> list[Tensor] | None:
     except ImportError:
         warnings.warn(
             "the ONNX model is not checked against PyTorch, since onnxruntime is not installed: "
-            "pip install patchsvdd-fast[onnx]",
+            "pip install onnxruntime",
             RuntimeWarning,
             stacklevel=3,
         )

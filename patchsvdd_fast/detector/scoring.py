@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..encoders.patch_encoder import PatchEncoder
+from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
 from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
 from ..score.calibration import Calibration
@@ -77,8 +80,14 @@ def score_stream(
 ) -> Stream[ImageResult]:
     """Score images in their order; sources, on_error: see `PatchSVDD.score_stream`.
 
+    An array or tensor of sources is a batch of images, or one image, as `PatchSVDD.score` takes it.
+
     threshold: image score above which an image is called anomalous; None: no verdicts.
     """
+    if is_array(sources):
+        sources = images_of_batch(sources)
+    elif isinstance(sources, str | os.PathLike | Image.Image):
+        raise TypeError(f"sources must be several images, such as a list, got {sources!r} alone")
     parameters = model.parameters
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
 

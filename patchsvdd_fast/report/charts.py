@@ -30,13 +30,17 @@ def charts(
 
     scores: image scores, [N].
     kinds: [N], whether each image is anomalous by its label; None without a label.
-    threshold: image score to mark in both charts; None marks nothing.
+    threshold: image score to mark in both charts, above 0 also the unit of the axis; None: neither.
     good_scores: image scores of the calibration, drawn as one more histogram.
 
     Returns HTML with inline SVG, or "" if there are no images.
     """
     if not len(scores):
         return ""
+    unit = "image score"
+    if threshold is not None and threshold > 0:  # numbers that mean something, and stay the same
+        scores, good_scores, threshold = scores / threshold, good_scores / threshold, 1.0
+        unit = "image score, in multiples of the threshold"
     known = np.array([kind is not None for kind in kinds])
     defective = np.array([kind is True for kind in kinds])
     groups = {
@@ -45,16 +49,18 @@ def charts(
         ("scored", "without label" if known.any() else "scored images"): scores[~known],
         ("calibration", "calibration, good"): good_scores,
     }
-    drawn = _histogram({key: values for key, values in groups.items() if len(values)}, threshold)
+    drawn = _histogram(
+        {key: values for key, values in groups.items() if len(values)}, threshold, unit
+    )
     if defective.any() and (known & ~defective).any():
         drawn += _roc(scores[known], defective[known], threshold)
     return drawn
 
 
 def _histogram(
-    groups: Mapping[tuple[str, str], npt.NDArray[np.float64]], threshold: float | None
+    groups: Mapping[tuple[str, str], npt.NDArray[np.float64]], threshold: float | None, unit: str
 ) -> str:
-    """groups: the scores to draw, by (CSS class, name in the legend)."""
+    """groups: the scores to draw, by (CSS class, name in the legend). unit: what scores are."""
     values = np.concatenate([*groups.values(), [] if threshold is None else [threshold]])
     low, high = float(values.min()), float(values.max())
     logarithmic = low > 0 and high / low > _LOGARITHMIC_FROM
@@ -83,7 +89,7 @@ def _histogram(
     axes = _axes(
         [(x_of(tick), f"{tick:.4g}") for tick in ticks],
         [(y_of(tick), f"{100 * tick:.3g}") for tick in _ticks(0, float(top))],
-        "image score" + (", logarithmic" if logarithmic else ""),
+        unit + (", logarithmic" if logarithmic else ""),
         "% of each group",
     )
     legend = "".join(

@@ -20,26 +20,33 @@ _MOST_FINDINGS = 20  # of an image: where all of it is anomalous, regions may be
 
 
 def open_report(
-    folder: Path, detector: PatchSVDD, threshold: float | None, title: str = "Anomaly scores"
+    folder: Path,
+    detector: PatchSVDD,
+    threshold: float | None,
+    title: str = "Anomaly scores",
+    false_alarm_rate: float | None = None,
 ) -> ReportWriter:
     """Begin a report of images that this detector scores, `folder`/index.html.
 
     threshold: image score above which an image is called anomalous, shown in the report.
-    title: heading of the page.
+    title: heading of the page. false_alarm_rate: that of the threshold; None: the detector's own.
     """
     banks = ", ".join(f"{level}: {len(bank):,}" for level, bank in detector.banks_.items())
     facts = {"patches in the banks": banks, "maps are joined by": detector.combination}
     if detector.reweight is not None:
         facts["image scores are re-weighted by"] = f"{detector.reweight} neighbours"
     scores: list[float] = []
+    promised = None
     if detector.calibration_ is not None:
         scores = detector.calibration_.image_scores.tolist()
         facts["training images"] = str(detector.calibration_.num_images)
     if threshold is not None:
-        above = float(np.mean(np.array(scores) > threshold))
-        facts["training images above the threshold"] = f"{above:.1%}"
+        promised = false_alarm_rate or detector.false_alarm_rate_
+        facts["promised"] = (
+            f"at most {promised:.2%} false alarms on good images like the training images"
+        )
     facts["patchsvdd_fast"] = __version__
-    return ReportWriter(folder, title, facts, threshold, scores)
+    return ReportWriter(folder, title, facts, threshold, scores, promised=promised)
 
 
 def report_entry(
@@ -58,7 +65,7 @@ def report_entry(
     return ReportEntry(
         name=result.name,
         picture=result.picture,
-        heat=scale_map(result.anomaly_map.numpy(), detector.calibration_),
+        heat=scale_map(result.anomaly_map.numpy(), result.map_threshold),
         score=result.score,
         p_value=result.p_value,
         anomalous=result.anomalous,
@@ -66,6 +73,7 @@ def report_entry(
         mask=mask,
         findings=[_finding(detector, region) for region in regions[:_MOST_FINDINGS]],
         notes=result.unusual,
+        map_threshold=result.map_threshold,
     )
 
 

@@ -30,15 +30,21 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..files.whole import written_whole
+from ..score.image_result import relative
 from ..score.metrics import METRICS
 from ..score.regions import Region
 from .charts import charts
 from .pictures import heat_text, jpeg_text, outline_path, scale_text
-from .text import html_text, shown
+from .summary import Alarms, broken_promise
+from .text import definitions, failures_section, html_text, shown, table
 
 Metrics = Mapping[str, Mapping[str, float | None]]
 """In percent or None, by combination ("K64", "K32", "sum", "mult"), then metric: what
 `detector.evaluation.CategoryResult.percent` is."""
+
+
+GENERATOR = b'<meta name="generator" content="patchsvdd_fast">'
+"""What tells a report from other pages, near its beginning."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,15 @@ class ReportEntry:
     """Its anomalous regions, in the order to show them."""
     notes: Sequence[str] = ()
     """What is unusual about the image, a short sentence each."""
+    map_threshold: float | None = None
+    """Map value from which on a pixel is anomalous, for the peaks of `findings`; None if there is
+    none above 0."""
+
+
+def is_report(page: Path) -> bool:
+    """Whether this HTML file is a report written here. Raises OSError."""
+    with page.open("rb") as file:
+        return GENERATOR in file.read(4096)
 
 
 class ReportWriter:
@@ -87,6 +102,7 @@ class ReportWriter:
     title: heading of the page.
     facts: what the images were scored with, values by name.
     threshold: image score above which an image is called anomalous; None if there is none.
+    promised: share of good images that may exceed it; None if nothing is promised.
     good_scores: image scores of the calibration, [N].
     tables: further tables by caption, each a row of headings and then its rows.
     picture_side: larger pictures are shrunk to this many pixels on the longer side, heat maps to
@@ -105,6 +121,7 @@ class ReportWriter:
         good_scores: Sequence[float] = (),
         tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
         picture_side: int = 320,
+        promised: float | None = None,
     ) -> None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; a report needs a folder")
@@ -118,10 +135,12 @@ class ReportWriter:
         self.path = folder / "index.html"
         self._title = title
         self._facts = facts
-        self._threshold = threshold
+        self._threshold = None if threshold is None else float(threshold)
         self._good_scores = np.asarray(good_scores, dtype=np.float64)
         self._tables = dict(tables or {})
         self._side = picture_side
+        self._promised = promised
+        self._alarms = Alarms()
         self._entries: list[_Entry] = []
         self._failures: list[tuple[str, str]] = []
         self._matches: dict[str, int] = {}
@@ -156,12 +175,14 @@ class ReportWriter:
             "mask": "" if entry.mask is None else outline_path(entry.mask),
             "notes": [shown(note) for note in entry.notes],
             "findings": [
-                _region_json(finding.region) | {"matchPicture": self._match_number(finding)}
+                _region_json(finding.region, entry.map_threshold)
+                | {"matchPicture": self._match_number(finding)}
                 for finding in entry.findings
             ],
         }
         self._write(f"entry-{len(self._entries)}", payload)
-        self._entries.append(_Entry.of(entry))
+        self._entries.append(_Entry.of(entry, self._threshold))
+        self._alarms.add(entry.anomalous, entry.notes)
 
     def add_failure(self, name: str, message: str) -> None:
         """List an image that could not be scored. Raises ValueError after `close`."""
@@ -207,24 +228,36 @@ class ReportWriter:
             tables = {"Metrics, in %": _metric_rows(metrics)} | tables
         entries = self._entries
         index = {
-            "entries": [[e.name, e.score, e.p_value, e.anomalous, e.label] for e in entries],
+            "entries": [
+                [e.name, e.score, e.relative_score, e.p_value, e.anomalous, e.label]
+                for e in entries
+            ],
             "hasNotes": any(entry.has_notes for entry in entries),
         }
         return {
             "title": html_text(self._title),
-            "figures": _definitions(_figures(entries, len(self._failures), self._threshold)),
-            "facts": _definitions(self._facts),
+            "figures": definitions(_figures(entries, len(self._failures), self._threshold)),
+            "facts": definitions(self._facts),
+            "remarks": "".join(f"<p>{html_text(line)}</p>" for line in self._remarks()),
             "charts": charts(
                 np.array([entry.score for entry in entries]),
                 [entry.is_defective for entry in entries],
                 self._threshold,
                 self._good_scores,
             ),
-            "tables": "".join(_table(caption, rows) for caption, rows in tables.items()),
-            "failures": _failures(self._failures),
+            "tables": "".join(table(caption, rows) for caption, rows in tables.items()),
+            "failures": failures_section(self._failures),
             "scale": scale_text(),
             "index": _json(index),
         }
+
+    def _remarks(self) -> list[str]:
+        """What has to be known about the verdicts, a line each."""
+        lines = [self._alarms.in_words()]
+        good = [e.anomalous for e in self._entries if e.is_defective is False]
+        if self._promised is not None and None not in good:
+            lines.append(broken_promise(sum(map(bool, good)), len(good), self._promised))
+        return list(filter(None, lines))
 
 
 @dataclass(frozen=True)
@@ -233,16 +266,18 @@ class _Entry:
 
     name: str
     score: float
+    relative_score: float | None
     p_value: float | None
     anomalous: bool | None
     label: str | None
     has_notes: bool
 
     @classmethod
-    def of(cls, entry: ReportEntry) -> _Entry:
+    def of(cls, entry: ReportEntry, threshold: float | None) -> _Entry:
         return cls(
             shown(entry.name),
             float(entry.score),
+            relative(float(entry.score), threshold),
             None if entry.p_value is None else float(entry.p_value),
             None if entry.anomalous is None else bool(entry.anomalous),
             None if entry.label is None else shown(entry.label),
@@ -289,11 +324,12 @@ def _require_finite(name: str, value: float) -> None:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _region_json(region: Region) -> dict[str, Any]:
+def _region_json(region: Region, threshold: float | None) -> dict[str, Any]:
     box = region.left, region.top, region.width, region.height
     return {
         "box": [int(value) for value in box],
         "peak": float(region.peak),
+        "relativePeak": relative(float(region.peak), threshold),
         "level": shown(region.level),
         "distance": float(region.distance),
         "patch": [int(value) for value in region.patch],
@@ -307,46 +343,12 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _definitions(pairs: Mapping[str, str]) -> str:
-    return "".join(
-        f"<div><dt>{html_text(name)}</dt><dd>{html_text(value)}</dd></div>"
-        for name, value in pairs.items()
-    )
-
-
-def _table(caption: str, rows: Sequence[Sequence[str]]) -> str:
-    """rows: the headings first; each row's first cell is its heading."""
-    head = "".join(f'<th scope="col">{html_text(cell)}</th>' for cell in rows[0])
-    body = "".join(
-        f'<tr><th scope="row">{html_text(row[0])}</th>'
-        + "".join(f"<td>{html_text(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows[1:]
-    )
-    return (
-        f'<div class="table"><table><caption>{html_text(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
 def _metric_rows(metrics: Metrics) -> list[list[str]]:
     rows = [["map", *METRICS.values()]]
     for combination, percent in metrics.items():
         values = [percent.get(metric) for metric in METRICS]
         rows.append([combination, *("-" if v is None else f"{v:.1f}" for v in values)])
     return rows
-
-
-def _failures(failures: Sequence[tuple[str, str]]) -> str:
-    if not failures:
-        return ""
-    items = "".join(
-        f"<li><strong>{html_text(name)}</strong> {html_text(message)}</li>"
-        for name, message in failures
-    )
-    return (
-        f'<section class="failures"><h2>Not scored: {len(failures)}</h2><ul>{items}</ul></section>'
-    )
 
 
 def _figures(entries: Sequence[_Entry], failed: int, threshold: float | None) -> dict[str, str]:

@@ -21,6 +21,10 @@ MAP_FORMATS = ("png", "tiff", "npy")
 MAP_UNIT = "patchsvdd.map_unit"
 """Key of the text in a PNG map that says which map value one step of its 16 bits stands for."""
 
+MAP_THRESHOLD = "patchsvdd.map_threshold"
+"""Key of the text in a heat map or PNG map that says the map value from which on a pixel is
+anomalous."""
+
 _FULL_SCALE = 16  # times the highest good pixel: what 65,535 in a PNG map stands for
 _LONGEST_NAME = 140  # bytes of one part of a path, which leaves room for what is added to it
 _LONGEST_FOLDER = 1_000  # bytes of all folders of a path
@@ -38,12 +42,16 @@ def map_unit(calibration: Calibration | None, anomaly_map: npt.NDArray[np.float3
 
 
 def write_map(
-    path: Path, anomaly_map: npt.NDArray[np.float32], calibration: Calibration | None
+    path: Path,
+    anomaly_map: npt.NDArray[np.float32],
+    calibration: Calibration | None,
+    threshold: float | None = None,
 ) -> None:
     """Write a map [H, W] in the format that the path's suffix names.
 
     .tiff and .npy hold float32 as it is. .png holds 16 bits in steps of `map_unit`, which the file
-    states as text under the key `MAP_UNIT`. Raises OSError.
+    states as text under the key `MAP_UNIT`; the threshold, if given, under `MAP_THRESHOLD`. Raises
+    OSError.
     """
     with written_whole(path) as partial:
         if path.suffix == ".npy":
@@ -56,6 +64,8 @@ def write_map(
             steps = np.clip(np.round(anomaly_map.astype(np.float64) / unit), 0, 65535)
             text = PngInfo()
             text.add_text(MAP_UNIT, repr(unit))
+            if threshold is not None:
+                text.add_text(MAP_THRESHOLD, repr(threshold))
             Image.fromarray(steps.astype(np.uint16)).save(partial, format="PNG", pnginfo=text)
 
 

@@ -17,7 +17,10 @@ from ..files.whole import written_whole
 TABLE_FORMATS = ("csv", "jsonl", "parquet")
 """Of the command line; a `Table` is one of the first two, `write_parquet` makes the third."""
 
-COLUMNS = ("image", "score", "p_value", "threshold", "verdict", "level", "unusual", "error")
+COLUMNS = (
+    *("image", "score", "relative_score", "p_value", "threshold"),
+    *("verdict", "level", "unusual", "error"),
+)
 """Columns of the table; JSON lines also have the anomalous regions."""
 
 
@@ -141,11 +144,11 @@ def _no_formula(text: str) -> str:
 def write_parquet(source: Path, path: Path) -> None:
     """Turn a .jsonl table into a Parquet file, some rows at a time.
 
-    Raises ImportError without pyarrow (`pip install patchsvdd-fast[parquet]`), OSError.
+    Raises ImportError without pyarrow (`pip install pyarrow`), OSError.
     """
     pyarrow, parquet = _pyarrow()
-    numbers = {"score": pyarrow.float64(), "p_value": pyarrow.float64()}
-    numbers["threshold"] = pyarrow.float64()
+    figures = ("score", "relative_score", "p_value", "threshold")
+    numbers = dict.fromkeys(figures, pyarrow.float64())
     schema = pyarrow.schema([(name, numbers.get(name, pyarrow.string())) for name in COLUMNS])
     with (
         written_whole(path) as partial,
@@ -181,7 +184,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install patchsvdd-fast[parquet]") from error
+        raise ImportError("Parquet needs pyarrow: pip install pyarrow") from error
     return pyarrow, parquet
 
 

@@ -17,6 +17,11 @@ from .calibration import Calibration
 from .maps import ScoreResult
 
 
+def relative(value: float, threshold: float | None) -> float | None:
+    """A score or map value as a multiple of the threshold; None without a threshold above 0."""
+    return value / threshold if threshold is not None and threshold > 0 else None
+
+
 @dataclass(frozen=True)
 class ImageResult:
     """Scores of one image, and how it compares with the training images."""
@@ -42,6 +47,21 @@ class ImageResult:
     """Maps, distances and matches, with N = 1."""
     source: Any = field(repr=False)
     """What was given: a path, a PIL image or an array, which lives as long as the result."""
+
+    @property
+    def relative_score(self) -> float | None:
+        """The score as a multiple of the threshold: above 1 is anomalous. Unlike scores, these can
+        be compared between models. None without a threshold, and with one of 0."""
+        return relative(self.score, self.threshold)
+
+    @property
+    def map_threshold(self) -> float | None:
+        """Map value from which on a pixel makes the image anomalous: the threshold, divided by the
+        image's weight where scores are re-weighted. None without a threshold above 0."""
+        if self.threshold is None or self.threshold <= 0:
+            return None
+        weights = self.scores.weights
+        return self.threshold / (1.0 if weights is None else max(float(weights[0]), 1e-30))
 
     @property
     def anomaly_map(self) -> Tensor:

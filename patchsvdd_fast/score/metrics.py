@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import integrate, ndimage
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 FloatArray = npt.NDArray[np.floating[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -79,6 +79,22 @@ def aupro(maps: FloatArray, masks: BoolArray, max_false_positive_rate: float = 0
     x = np.append(x[inside], max_false_positive_rate)
     y = np.append(y[inside], edge)
     return float(integrate.trapezoid(y, x) / max_false_positive_rate)
+
+
+def best_f1(image_scores: FloatArray, is_anomalous: BoolArray) -> tuple[float, float]:
+    """The highest F1 that any threshold reaches, and that threshold: scores [N], labels [N].
+
+    Images with at least this score count as found; of equally good thresholds it is the highest.
+    It is picked with the labels, so it says what is possible, not what a detector will do.
+
+    Raises ValueError unless there are both normal and anomalous images.
+    """
+    _require_both("images", is_anomalous)
+    precision, recall, thresholds = precision_recall_curve(is_anomalous, image_scores)
+    both = precision[:-1] + recall[:-1]
+    f1 = 2 * precision[:-1] * recall[:-1] / np.where(both > 0, both, 1)
+    best = len(f1) - 1 - int(np.argmax(f1[::-1]))
+    return float(f1[best]), float(thresholds[best])
 
 
 def _require_both(what: str, labels: BoolArray) -> None:

@@ -197,7 +197,7 @@ class NormalBank:
     def source(self, rows: Tensor | IntArray) -> Tensor:
         """The patches that bank rows came from.
 
-        rows: [...] int64, from `nearest`.
+        rows: [...] int64, from `nearest`, or one number.
 
         Returns [..., 3] int64: the number of the image (or of the embedding, in a bank made from
         [M, D]), then row and column in its grid of patches. Row -1, no match, gives -1, -1, -1.

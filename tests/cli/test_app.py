@@ -110,7 +110,7 @@ def test_untrained_is_where_the_mode_begins(category_folder, tmp_path):
     faithful = PatchSVDD(image_size=96, device="cpu")
     faithful.fit(category_folder, encoder=faithful.untrained_encoder())
     assert evaluate_category(faithful, Category(category_folder)).percent != expected
-    assert "mode must be" in one_line_error(
+    assert "none of faithful, dense" in one_line_error(
         run("evaluate", category_folder, "--untrained", "--mode", "best")
     )
 
@@ -208,7 +208,8 @@ def test_training_says_what_it_chose_and_how_long_it_takes(category_folder, tmp_
     assert "14 steps, about" in done.stdout
     assert "kept the weights of step" in done.stdout
     assert len(log.read_text().splitlines()) == 15
-    refused = run("train", category_folder, "-o", output, "--log", tmp_path / "log.txt")
+    other = tmp_path / "other.safetensors"
+    refused = run("train", category_folder, "-o", other, "--log", tmp_path / "log.txt")
     assert ".jsonl or .csv" in one_line_error(refused)
 
 
@@ -270,3 +271,62 @@ def test_a_model_that_cannot_be_saved_is_kept_elsewhere(category_folder, tmp_pat
         commands._save_or_rescue(detector, TrainingSet(category_folder, missing))
     kept = Path("".join(capsys.readouterr().err.split()).removeprefix("themodeliskeptin"))
     assert PatchSVDD.load(kept).threshold_ == detector.threshold_
+
+
+def test_a_model_is_replaced_only_when_asked(here, ready_model, category_folder, tmp_path):
+    output = tmp_path / "model.safetensors"
+    shutil.copy(ready_model, output)
+    before = output.read_bytes()
+    train = ("train", category_folder, "-o", output, "--resize", "96", "--encoder", ready_model)
+    assert "exists already: --overwrite" in one_line_error(here(*train))
+    assert f"{output} is done already" in here(*train, "--resume").stdout
+    update = ("update", ready_model, "--add", category_folder / "test/good", "-o", output)
+    assert "exists already" in one_line_error(here(*update))
+    assert "gone does not exist" in one_line_error(
+        here("update", output, "--add", tmp_path / "gone")
+    )
+    assert output.read_bytes() == before
+    for command in (train, update):
+        done = here(*command, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert output.read_bytes() != before
+        before = output.read_bytes()
+    data = tmp_path / "data"
+    shutil.copytree(category_folder, data / "first")
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "first.safetensors").write_text("of another run")
+    refused = one_line_error(here("train", data, "-o", models, "--encoder", ready_model))
+    assert "first.safetensors: --overwrite replaces them, --resume makes" in refused
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_else(here, tmp_path):
+    done = here("train", tmp_path / "nowhere")
+    assert one_line_error(done).endswith("nowhere does not exist")
+    assert done.stdout == ""
+
+
+def test_outputs_of_one_file_are_replaced_only_when_asked(
+    here, ready_model, category_folder, tmp_path
+):
+    log, model = tmp_path / "log.jsonl", tmp_path / "model.safetensors"
+    log.write_text('{"step": 1}\n')
+    done = here("train", category_folder, "-o", model, *FAST, "--log", log)
+    assert "log.jsonl exists already" in one_line_error(done)
+    assert log.read_text() == '{"step": 1}\n'
+    onnx = tmp_path / "encoder.onnx"
+    onnx.write_text("mine")
+    refused = here("export", ready_model, "-o", onnx)
+    assert "encoder.onnx exists already" in one_line_error(refused)
+    assert onnx.read_text() == "mine"
+
+
+def test_a_demo_takes_the_place_of_nothing_of_the_users(here, tmp_path):
+    output = tmp_path / "demo"
+    output.mkdir()
+    (output / "model.safetensors").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        done = here("demo", "-o", output, "--steps", "1", *options)
+        assert "model.safetensors" in one_line_error(done)
+    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert (output / "model.safetensors").read_text() == "mine"

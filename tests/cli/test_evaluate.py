@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.files.categories import Category
 from processes import one_line_error
 
 UNTRAINED = ("--untrained", "--mode", "dense", "--resize", "96")
@@ -143,3 +145,35 @@ def test_layouts_are_listed(here):
     assert (done.returncode, done.stderr) == (0, "")
     assert "VisA\n  train       Data/Images/Normal" in done.stdout
     assert "give either" in one_line_error(here("info", "x", "--layouts"))
+
+
+def test_what_a_model_has_of_its_own_is_no_option(here, ready_model, category_folder):
+    evaluation = ("evaluate", category_folder, "--model", ready_model)
+    for name, value in (("--resize", "64"), ("--mode", "dense"), ("--seed", "1")):
+        done = here(*evaluation, name, value)
+        assert done.returncode == 2
+        assert f"{name}: a model has its own from training" in one_line_error(done)
+    done = here("evaluate", category_folder, "--encoder", "efficientnet_lite0", "--seed", "1")
+    assert "--seed is for --untrained" in one_line_error(done)
+
+
+def test_misses_and_false_alarms_at_the_promised_rate(here, ready_model, category_folder, tmp_path):
+    results = tmp_path / "results.json"
+    done = here("evaluate", category_folder, "--model", ready_model, "--json", results)
+    assert done.returncode == 0, done.stderr
+    detector = PatchSVDD.load(ready_model)
+    tests = Category(category_folder).test_images()
+    called = {True: 0, False: 0}
+    for image, label in zip(tests, detector.predict([i.path for i in tests]), strict=True):
+        called[image.is_anomalous] += int(label == -1)
+    reached = json.loads(results.read_text())["results"][0]["at_threshold"]
+    assert reached["false_alarm_rate"] == detector.false_alarm_rate_ == 0.2
+    assert reached["threshold"] == detector.threshold_
+    assert (reached["missed"], reached["num_anomalous"]) == (3 - called[True], 3)
+    assert (reached["false_alarms"], reached["num_good"]) == (called[False], 3)
+    assert "promises at most 20.00% false alarms" in done.stdout
+    assert f"{3 - called[True]} of 3 anomalous images missed" in done.stdout
+    assert "best F1 1.000" in done.stdout and "needs labels" in done.stdout
+    assert "exists already" in one_line_error(
+        here("evaluate", category_folder, "--model", ready_model, "--json", results)
+    )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from patchsvdd_fast.detector.model_file import preparation_of
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.images import sample_cloth
+from patchsvdd_fast.report.summary import verdict_in_words
 from patchsvdd_fast.score import metrics
 
 FAST = {
@@ -249,15 +251,15 @@ def test_explain_shows_defects_beside_what_is_normal(model, fitted, category_fol
     out = tmp_path / "out"
     output, shown = run("explain", model, spot, damaged, good, "-o", out, expected=3), 0
     for result in fitted.score_stream([spot, good]):
-        verdict = "anomalous" if result.anomalous else "normal"
-        assert f"{result.name}: {verdict}, score {result.score:.4g}" in output
+        assert f"{result.name}: {verdict_in_words(result)}" in output
         regions = fitted.explain(result) or [fitted.highest_place(result)]
         for number, region in enumerate(regions, start=1):
             x, y, size = region.match
             assert (
                 f"  {region.width}x{region.height} at {region.left},{region.top}: "
-                f"{region.peak:.4g}, by {region.level}; nearest at distance "
-                f"{region.distance:.4g} is {region.match_name} {size}x{size} at {x},{y}; "
+                f"{region.peak / result.threshold:.3g} x the threshold, by {region.level}; "
+                f"nearest at distance {region.distance:.4g} is {region.match_name} "
+                f"{size}x{size} at {x},{y}; "
             ) in output
             path = out / "root" / f"{result.name.removesuffix('.png').lstrip('/')}-{number}.png"
             assert f"; {path}\n" in output
@@ -277,7 +279,7 @@ def test_explain_shows_a_part_of_too_many_regions(model, category_folder, tmp_pa
     assert regions[name] > 1
     output = run("explain", model, name, "-o", tmp_path / "out")
     assert f"  and {regions[name] - 1} less anomalous regions" in output
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -303,9 +305,16 @@ def test_evaluate_writes_a_report(model, category_folder, tmp_path):
 def test_reports_of_several_categories_lie_apart(category_folder, tmp_path):
     """Also of links, whose categories have the name of what they link to."""
     (category_folder.parent / "second").symlink_to(category_folder)
-    fit(category_folder).save(tmp_path / "model")
+    models = tmp_path / "models"
+    models.mkdir()
+    fit(category_folder).save(models / "stripes.safetensors")
     report = tmp_path / "report"
-    run("evaluate", category_folder.parent, "--model", tmp_path / "model", "--report", report)
+    given = ("evaluate", category_folder.parent, "--report", report, "--model")
+    with pytest.raises(ValueError, match=r"is one model, but .* holds 2 categories"):
+        raise run(*given, models / "stripes.safetensors", expected=None).exception
+    shutil.copy(models / "stripes.safetensors", models / "second.safetensors")
+    assert not report.exists()
+    run(*given, models)
     pages = sorted(path.relative_to(report).as_posix() for path in report.rglob("*.html"))
     assert pages == ["second/index.html", "stripes/index.html"]
 
@@ -340,7 +349,7 @@ def test_a_single_training_image_is_enough(single, category_folder, more, tmp_pa
     report = tmp_path / "report"
     run("evaluate", category_folder, "--model", single, "--report", report)
     assert (report / "index.html").is_file()
-    run("score", single, images, "-o", tmp_path / "scores", "--report", report)
+    run("score", single, images, "-o", tmp_path / "scores", "--report", report, "--overwrite")
     rows = (tmp_path / "scores/scores.csv").read_text().splitlines()
     assert len(rows) == 7
     with pytest.raises(ValueError, match="at least two training images"):

@@ -95,7 +95,8 @@ def test_bad_images_are_reported_and_skipped(here, ready_model, tmp_path):
     assert pictures_of(output) == ["a.png", "c.png", "f.png", "z.png"]
     page = (report / "index.html").read_text()
     assert all(reason in page for reason in ("b.png is not an image", "--max-pixels"))
-    assert here("score", ready_model, folder / "a.png", "-o", output).returncode == 0
+    other = tmp_path / "other"
+    assert here("score", ready_model, folder / "a.png", "-o", other).returncode == 0
 
 
 def test_scores_are_the_detectors(here, ready_model, tmp_path):
@@ -190,10 +191,10 @@ def test_own_pictures_are_not_scored(here, ready_model, tmp_path, monkeypatch):
     folder = image_folder(tmp_path / "in", ["a.png", "z.png"])
     monkeypatch.chdir(folder)
     for _ in range(2):
-        done = here("score", ready_model, ".", "--maps", "png")
+        done = here("score", ready_model, ".", "--maps", "png", "--overwrite")
         assert done.returncode == 0, done.stderr
         assert names_of(folder / "scores") == ["a.png", "z.png"]
-    assert here("score", ready_model, "**/*.png").returncode == 0
+    assert here("score", ready_model, "**/*.png", "--overwrite").returncode == 0
     assert names_of(folder / "scores") == ["a.png", "z.png"]
 
 
@@ -215,11 +216,11 @@ def test_resume_does_what_is_left(here, ready_model, tmp_path):
     assert (output / "scores.csv").read_bytes() == whole
     assert not (output / "heat-maps" / "0.png").exists()
 
-    assert here(*arguments).returncode == 3
+    assert here(*arguments, "--overwrite").returncode == 3
     assert rows_of(output)[1]["error"] != ""
     broken.write_bytes(content)
     done = here(*arguments, "--resume")  # what failed is tried again
-    assert "scored 1 images" in done.stdout
+    assert "scored 1 image in" in done.stdout
     assert sorted(rows_of(output), key=str) == sorted(rows, key=str)
 
     other = here(*arguments, "--resume", "--false-alarm-rate", "0.5")
@@ -240,7 +241,7 @@ def test_a_full_disk_ends_in_one_line_and_resume_goes_on(here, ready_model, tmp_
     ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
-            done = here(*arguments, *options)
+            done = here(*arguments, *options, "--overwrite")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert done.returncode == 1
@@ -266,7 +267,7 @@ def test_the_limit_of_pixels_can_be_moved(here, ready_model, tmp_path):
     folder = image_folder(tmp_path / "in", ["a.png"])
     arguments = ("score", ready_model, folder, "-o", tmp_path / "out")
     for limit, refused in ((9_215, True), (4_000, True), (9_216, False), (0, False)):
-        done = here("--max-pixels", limit, *arguments)
+        done = here("--max-pixels", limit, *arguments, "--overwrite")
         assert done.returncode == (3 if refused else 0)
         if refused:
             assert f"more than the limit of {limit:,} (--max-pixels" in one_line_error(done)
@@ -292,8 +293,8 @@ def test_wrong_usage_of_score_and_watch(here, ready_model, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
-        (("score", ready_model, folder, "--format", "xml"), 1, "--format must be one of"),
-        (("score", ready_model, folder, "--maps", "bmp"), 1, "--maps must be one of"),
+        (("score", ready_model, folder, "--format", "xml"), 2, "none of csv, jsonl, parquet"),
+        (("score", ready_model, folder, "--maps", "bmp"), 2, "none of npy, tiff, png"),
         (("score", ready_model, folder, "-o", ready_model), 1, "is a file"),
         (("score", ready_model, empty, "-o", tmp_path / "o"), 1, "holds no images"),
         (("score", ready_model, "*.gif", "-o", tmp_path / "o"), 1, "holds no images"),
@@ -406,3 +407,108 @@ def test_watch_scores_what_arrives_until_it_is_ended(here, ready_model, tmp_path
         good = [Path(row["image"]).name for row in rows_of(output) if not row["error"]]
         assert sorted(good) == sorted(["done.png", "there.png", odd.name, "slow.png"])
         assert {Path(row["image"]).name for row in rows_of(output) if row["error"]} >= {"bad.png"}
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_typo_destroys_nothing(here, ready_model, tmp_path):
+    folder = image_folder(tmp_path / "in", ["a.png", "b.png"])
+    output, report = tmp_path / "out", tmp_path / "report"
+    given = ("-o", output, "--report", report)
+    assert here("score", ready_model, folder, *given).returncode == 0
+    before = tree(tmp_path)
+    for image, options, message in (
+        ("newX", ["--overwrite"], "newX does not exist"),
+        ("*.gif", ["--overwrite"], "holds no images"),
+        ("in", [], "outputs of an earlier run (scores.csv): --resume goes on with them"),
+        ("in", ["--resume"], "index.html exists already"),
+        ("in", ["--resume", "--overwrite"], "either --resume or --overwrite"),
+        ("in", ["--overwrite", "--false-alarm-rate", "0.01"], "at the lowest"),
+    ):
+        done = here("score", ready_model, tmp_path / image, *given, *options)
+        assert message in one_line_error(done)
+        assert tree(tmp_path) == before, options
+    one = here("score", ready_model, folder / "a.png", *given, "--overwrite")
+    assert one.returncode == 0, one.stderr
+    assert pictures_of(output) == ["a.png"]
+    assert len(rows_of(output)) == 1
+    (report / "index.html").write_text("<html>a page of mine</html>")
+    done = here("score", ready_model, folder, *given, "--overwrite")
+    assert "is no report of this program" in one_line_error(done)
+    assert len(rows_of(output)) == 1
+
+
+def test_resume_from_another_folder_keeps_heat_maps_of_equal_names(here, ready_model, tmp_path):
+    first = image_folder(tmp_path / "first", ["a.png", "b.png"])
+    second = image_folder(tmp_path / "second", ["x.png", "a.png"])
+    output = tmp_path / "out"
+    assert here("score", ready_model, first, "-o", output).returncode == 0
+    before = tree(output / "heat-maps")
+    for _ in range(2):
+        done = here("score", ready_model, second, "-o", output, "--resume")
+        assert done.returncode == 0, done.stderr
+    assert tree(output / "heat-maps").items() >= before.items()
+    assert len(pictures_of(output)) == len(rows_of(output)) == 4
+    done = here("score", ready_model, first, "-o", output, "--resume", "--format", "jsonl")
+    assert "go on with its --format" in one_line_error(done)
+
+
+def test_resume_where_paths_mean_other_images(here, ready_model, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    for name in ("first", "second"):
+        monkeypatch.chdir(image_folder(tmp_path / name, ["a.png"]))
+        done = here("score", ready_model, "a.png", "-o", output, "--resume")
+    assert f"paths such as a.png, seen from {tmp_path / 'first'}" in one_line_error(done)
+    assert len(rows_of(output)) == 1
+
+
+def test_two_runs_into_one_folder(here, ready_model, tmp_path):
+    folder = image_folder(tmp_path / "in", ["a.png"])
+    output = tmp_path / "out"
+    process = started("watch", ready_model, folder, "-o", output, "--interval", "0.1")
+    wait_until(lambda: len(rows_of(output)) == 1, process)
+    for command in (
+        ("score", ready_model, folder, "-o", output, "--overwrite"),
+        ("score", ready_model, folder, "-o", output, "--resume"),
+        ("watch", ready_model, folder, "-o", output),
+    ):
+        assert f"process ({process.pid}) is writing" in one_line_error(here(*command))
+    process.send_signal(signal.SIGINT)
+    ended(process)
+    assert here("score", ready_model, folder, "-o", output, "--resume").returncode == 0
+    assert len(rows_of(output)) == 1
+
+
+def test_scores_as_multiples_of_the_threshold(here, ready_model, tmp_path):
+    folder = image_folder(tmp_path / "in", ["a.png", "b.png"])
+    output, report = tmp_path / "out", tmp_path / "report"
+    given = ("--format", "jsonl", "--maps", "png", "--report", report)
+    done = here("score", ready_model, folder, "-o", output, *given)
+    assert done.returncode == 0, done.stderr
+    normal, anomalous = rows_of(output)
+    for row in (normal, anomalous):
+        assert row["relative_score"] == row["score"] / row["threshold"]
+        for kind in ("heat-maps", "maps"):
+            with Image.open(output / kind / Path(row["image"]).name) as picture:
+                assert float(picture.text["patchsvdd.map_threshold"]) == row["threshold"]
+    assert normal["relative_score"] <= 1 < anomalous["relative_score"]
+    assert anomalous["regions"][0]["relative_peak"] == anomalous["relative_score"]
+    assert f"{anomalous['relative_score']}" in (report / "index.html").read_text()
+    done = here("score", ready_model, folder / "b.png", "-o", tmp_path / "one")
+    line, summary, *_ = done.stdout.splitlines()
+    times = f"{anomalous['relative_score']:.3g} x the threshold"
+    assert line.startswith(f"{folder / 'b.png'}  anomalous, {times}, p 0.2 (score ")
+    assert summary.startswith("scored 1 image in ")
+
+
+def test_alarms_on_images_in_another_light_are_told(here, ready_model, tmp_path):
+    folder = image_folder(tmp_path / "in", ["a.png", "b.png"])
+    for path in folder.iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) // 4).save(path)
+    given = ("score", ready_model, folder, "-o", tmp_path / "out", "--report", tmp_path / "report")
+    done = here(*given)
+    assert "2 of 2 alarms on images unlike the training images (" in done.stdout
+    assert "darker: 2" in done.stdout
+    assert "2 of 2 alarms on images unlike" in (tmp_path / "report/index.html").read_text()

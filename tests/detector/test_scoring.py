@@ -193,3 +193,29 @@ def test_test_images_that_cannot_be_read(category_folder):
         pytest.raises(ValueError, match="needs good and anomalous test images"),
     ):
         evaluate_category(fitted, category, skip_unreadable=True)
+
+
+def test_a_stream_of_one_array_is_a_batch_or_an_image(tmp_path):
+    images = np.stack([texture(np.random.default_rng(number), 96) for number in range(4)])
+    fitted = detector().fit(images)
+    expected = fitted.score(images).image_scores.tolist()
+    assert [result.score for result in fitted.score_stream(images)] == expected
+    for one in (images[0], torch.from_numpy(images[0]).permute(2, 0, 1)):
+        assert [result.score for result in fitted.score_stream(one)] == expected[:1]
+    for alone in ("a.png", tmp_path / "a.png", Image.fromarray(images[0])):
+        with pytest.raises(TypeError, match="must be several images, such as a list"):
+            fitted.score_stream(alone)
+
+
+def test_a_relative_score_is_a_multiple_of_the_threshold():
+    images = [texture(np.random.default_rng(number), 96) for number in range(6)]
+    fitted = detector().fit(images[:5])
+    (result,) = fitted.score_stream(images[5:])
+    assert result.relative_score == result.score / fitted.threshold_
+    assert result.map_threshold == fitted.threshold_
+    (single,) = detector().fit(images[:1]).score_stream(images[5:])
+    assert single.relative_score is single.map_threshold is None
+    twins = detector().fit([images[0]] * 2)
+    assert twins.threshold_ == 0
+    (result,) = twins.score_stream(images[5:])
+    assert result.anomalous and result.relative_score is None

@@ -18,7 +18,7 @@ from patchsvdd_fast.report import charts
     ],
 )
 def test_histogram_holds_every_score(values, logarithmic):
-    drawing = charts._histogram({("good", "good"): np.array(values)}, None)
+    drawing = charts._histogram({("good", "good"): np.array(values)}, None, "score")
     assert ("logarithmic" in drawing) == logarithmic
     (path,) = re.findall(r'class="good" d="([^"]*)"', drawing)
     tops = [float(y) for y in re.findall(r"V([\d.]+)H", path)]

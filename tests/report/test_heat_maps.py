@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from patchsvdd_fast.report.heat_maps import (
@@ -11,15 +10,8 @@ from patchsvdd_fast.report.heat_maps import (
     scale_map,
     write_heat_map,
 )
-from patchsvdd_fast.score.calibration import Calibration
+from patchsvdd_fast.report.map_files import MAP_THRESHOLD
 from processes import largest_file
-
-
-def calibration(highest):
-    return Calibration(
-        torch.tensor([0.5 * highest, highest], dtype=torch.float64),
-        torch.linspace(0, highest, 302, dtype=torch.float64),
-    )
 
 
 def test_colours_grow_lighter_with_the_value():
@@ -33,15 +25,12 @@ def test_colours_grow_lighter_with_the_value():
 
 
 def test_heat_maps_of_one_detector_are_comparable():
-    good = calibration(2.0)
-    low, high = good.typical, good.highest
-    values = np.float32([[low - 1, low, high, 2 * high - low, 100]])
-    assert scale_map(values, good)[0].tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-6)
+    values = np.float32([[-1, 0, 1e-9, 2e-9, 4e-9, 100]])
+    assert scale_map(values, 2e-9)[0].tolist() == pytest.approx([0, 0, 0.25, 0.5, 1, 1], abs=1e-6)
     assert scale_map(values, None)[0].tolist() == pytest.approx(
         ((values[0] - values.min()) / (values.max() - values.min())).tolist()
     )
-    for flat in (calibration(0.0), None):
-        assert (scale_map(np.full((2, 3), 7, np.float32), flat) == 0).all()
+    assert (scale_map(np.full((2, 3), 7, np.float32), None) == 0).all()
 
 
 def test_a_heat_map_is_the_image_and_beside_it_the_map(tmp_path):
@@ -49,9 +38,10 @@ def test_a_heat_map_is_the_image_and_beside_it_the_map(tmp_path):
     picture = Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8))
     anomaly_map = np.zeros((30, 40), np.float32)
     anomaly_map[10:20, 10:20] = 5
-    write_heat_map(tmp_path / "a.png", picture, anomaly_map, None)
+    write_heat_map(tmp_path / "a.png", picture, anomaly_map, 2.5)
     with Image.open(tmp_path / "a.png") as written:
         pixels = np.asarray(written).astype(int)
+        assert float(written.text[MAP_THRESHOLD]) == 2.5
     assert pixels.shape == (30, 80, 3)
     plain, heat = pixels[:, :40], pixels[:, 40:]
     assert np.array_equal(plain, np.asarray(picture))

@@ -152,8 +152,8 @@ def test_one_file_holds_everything(tmp_path):
         assert expected in text
     assert page.data["index"] == {
         "entries": [
-            ["spot/0.png", 7.5, 0.02, True, "spot"],
-            ["good/0.png", 2.5, 0.6, False, "good"],
+            ["spot/0.png", 7.5, 1.5, 0.02, True, "spot"],
+            ["good/0.png", 2.5, 0.5, 0.6, False, "good"],
         ],
         "hasNotes": True,
     }
@@ -187,7 +187,7 @@ def test_text_of_any_kind_stays_text(text, tmp_path):
         writer.add_failure(text, text)
     page = _Page(writer.path)
     assert page.tags == _Page(usual / "index.html").tags
-    assert page.data["index"]["entries"][0] == [shown(text), 7.5, 0.02, True, shown(text)]
+    assert page.data["index"]["entries"][0] == [shown(text), 7.5, 1.5, 0.02, True, shown(text)]
     entry = page.data["entry-0"]
     assert entry["notes"] == [shown(text)]
     assert entry["findings"][0]["matchName"] == entry["findings"][0]["level"] == shown(text)
@@ -260,7 +260,7 @@ def test_no_entries(tmp_path):
 def test_no_labels_and_no_threshold(tmp_path):
     unlabelled = _entry(label=None, mask=None, anomalous=None, p_value=None, findings=[], notes=[])
     page = _Page(_write(tmp_path, [unlabelled], threshold=None))
-    assert page.data["index"]["entries"] == [["spot/0.png", 7.5, None, None, None]]
+    assert page.data["index"]["entries"] == [["spot/0.png", 7.5, None, None, None, None]]
     for absent in ("AUROC", "missed", "false alarms"):
         assert absent not in page.text
     assert "scored images (1)" in page.text
@@ -313,7 +313,7 @@ def test_numpy_numbers_are_taken(tmp_path):
         score=np.float32(2), p_value=np.float64(0.5), anomalous=np.bool_(True), findings=[finding]
     )
     page = _Page(_write(tmp_path, [entry], threshold=np.float32(1), good_scores=np.ones(3)))
-    assert page.data["index"]["entries"][0][1:4] == [2.0, 0.5, True]
+    assert page.data["index"]["entries"][0][1:5] == [2.0, 2.0, 0.5, True]
     assert page.data["entry-0"]["findings"][0]["box"] == [0, 1, 2, 3]
 
 
@@ -455,7 +455,7 @@ def test_cards_tell_verdict_label_and_notes(opened, tmp_path):
     first = page.locator(".card").first
     first.locator("img").first.wait_for()
     text = first.inner_text()
-    for expected in ("spot/10.png", "score 9", "p 0.01", "anomalous", "darker than"):
+    for expected in ("spot/10.png", "1.8 × threshold", "p-value 0.01", "anomalous", "darker than"):
         assert expected in text
     assert "false alarm" in page.locator(".card").nth(2).inner_text()
     assert "missed" in page.locator(".card").nth(3).inner_text()

@@ -41,7 +41,8 @@ THRESHOLD = 0.1 + 0.2
 
 def row_of(name, number=0, **more):
     score = np.float32(1.1 + number / 7).item()
-    row = {"image": name, "score": score, "p_value": 1 / 3, "threshold": THRESHOLD}
+    row = {"image": name, "score": score, "relative_score": score / THRESHOLD}
+    row |= {"p_value": 1 / 3, "threshold": THRESHOLD}
     row |= {"verdict": "anomalous", "level": "K32", "unusual": ["darker, by far", "x\ny"]}
     return row | {"regions": [{"left": 1, "peak": score}]} | more
 
@@ -76,7 +77,7 @@ def write_table(path, rows, threshold=THRESHOLD, resume=False):
 def test_csv_has_every_value_to_the_last_digit(tmp_path):
     row = row_of("a.png", 3)
     (read,) = read_csv(write_table(tmp_path / "scores.csv", [row]))
-    for column in ("score", "p_value", "threshold"):
+    for column in ("score", "relative_score", "p_value", "threshold"):
         assert float(read[column]) == row[column]
     assert (read["verdict"], read["level"]) == ("anomalous", "K32")
     assert read["unusual"] == "darker, by far; x\ny"
@@ -276,15 +277,14 @@ def test_parquet_reads_back(tmp_path, monkeypatch):
     write_parquet(lines, tmp_path / "scores.parquet")
     table = parquet.read_table(tmp_path / "scores.parquet")
     assert tuple(table.column_names) == COLUMNS
-    assert [str(kind) for kind in table.schema.types] == (
-        ["string", "double", "double", "double", "string", "string", "string", "string"]
-    )
+    kinds = ["string", *4 * ["double"], *4 * ["string"]]
+    assert [str(kind) for kind in table.schema.types] == kinds
     read = table.to_pylist()
     assert len(read) == len(rows)
     for row, written in zip(read, rows, strict=True):
         name = written["image"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         assert row["image"] == name
-        for column in ("score", "p_value", "threshold"):
+        for column in ("score", "relative_score", "p_value", "threshold"):
             assert row[column] == written.get(column)
         for column in ("verdict", "level", "error"):
             assert row[column] == written.get(column)
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_the_old_parquet_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["scores.jsonl", "scores.parquet"]  # noqa: PTH208
 
 
-def test_without_pyarrow_the_error_names_the_extra(monkeypatch):
+def test_without_pyarrow_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install patchsvdd-fast\[parquet\]"):
+    with pytest.raises(ImportError, match="pip install pyarrow"):
         require_parquet()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from patchsvdd_fast.score.metrics import aupro, detection_auroc, segmentation_auroc
+from patchsvdd_fast.score.metrics import aupro, best_f1, detection_auroc, segmentation_auroc
 
 
 def _aupro_by_thresholds(maps, masks, limit):
@@ -76,3 +76,19 @@ def test_one_kind_alone_is_an_error(masks):
             function(maps[:2], masks)
     with pytest.raises(ValueError, match="both normal and anomalous images"):
         detection_auroc(np.zeros(3), np.ones(3, dtype=bool))
+
+
+def test_best_f1_is_that_of_the_best_of_all_thresholds():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels = np.append(rng.random(20) < 0.4, [True, False])
+        scores = rng.integers(0, 9, 22) + 2.0 * labels
+        found = {}
+        for threshold in np.unique(scores):
+            called = scores >= threshold
+            found[threshold] = 2 * (called & labels).sum() / (called.sum() + labels.sum())
+        f1, threshold = best_f1(scores, labels)
+        assert f1 == pytest.approx(max(found.values()))
+        assert found[threshold] == pytest.approx(f1)
+    with pytest.raises(ValueError, match="both normal and anomalous"):
+        best_f1(scores, np.ones(22, bool))

@@ -644,3 +644,12 @@ FULL = 2**63 - 1
 def test_junk_is_refused_in_a_line(patches, call, error, message):
     with pytest.raises(error, match=message):
         call(patches)
+
+
+def test_one_row_number_without_axes_is_taken():
+    bank = NormalBank(np.random.default_rng(0).normal(size=(4, 3, 2, 8)).astype(np.float32))
+    for row in (7, np.int64(7), np.array(7), torch.tensor(7)):
+        assert bank.source(row).tolist() == [1, 0, 1]
+        assert torch.equal(bank.embeddings_of(row), bank.embeddings[7])
+    with pytest.raises(TypeError, match="rows"):
+        bank.source(True)
