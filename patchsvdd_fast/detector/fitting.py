@@ -23,7 +23,7 @@ from ..images.light import (
     mean_of_size,
 )
 from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
-from ..images.samples import Samples
+from ..images.samples import Samples, to_8_bits
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
@@ -82,6 +82,7 @@ def fit_model(
     record = TrainingRecord()
     if encoder is None:
         encoder = parameters.untrained_encoder(given).to(device)
+        images = to_8_bits(images)  # that crops are cut out of; banks keep fractions
         check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
         header = parameters.to_header(given)
         progress.forecast(given, encoder.eval(), mean, light, loaded.pixels)

@@ -83,7 +83,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
     a file, a sequence of files, PIL images, arrays [H, W, 3] or tensors [3, H, W], or a batch of
-    either; uint8, uint16, or floats in 0 to 1.
+    either; uint8, uint16, or floats in 0 to 1. If any has more than 8 bits, none is rounded to 8
+    bits but for training and pictures.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
@@ -208,10 +209,11 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return fitting.load(X, self.parameters_, samples=getattr(self, "samples_", None))
 
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
-        """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
+        """Match the light of images [N, 3, H, W] and embed them: one [N, I, J, D] per level.
 
-        names: of the images, for messages of errors. Raises ValueError for another size than in
-        training, unless the mean is one per channel.
+        pixels: uint8, or float32 in 0 to 255. names: of the images, for messages of errors.
+
+        Raises ValueError for another size than in training, unless the mean is one per channel.
         """
         how = self.encoder_, self.mean_, self.light_, self.parameters_
         return scoring.encode(*how, pixels, names=names)
