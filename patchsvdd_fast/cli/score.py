@@ -18,6 +18,7 @@ from .options import (
     DeviceOption,
     ImagesArgument,
     ModelArgument,
+    PagesOption,
     RateOption,
     loading,
 )
@@ -54,6 +55,7 @@ def score(
         Path | None, typer.Option(help="Write an HTML report of these images to this folder.")
     ] = None,
     false_alarm_rate: RateOption = None,
+    pages: PagesOption = "first",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into OUTPUT ended.")
     ] = False,
@@ -74,7 +76,9 @@ def score(
     with _ended_by_sigterm():
         failed = score_all(
             detector,
-            lambda done: (s for s in image_sources(images, sys.stdin) if str(s.path) not in done),
+            lambda done: (
+                s for s in image_sources(images, sys.stdin, pages) if str(s.path) not in done
+            ),
             outputs,
             false_alarm_rate=false_alarm_rate,
             resume=resume,

@@ -19,6 +19,7 @@ from .options import (
     DeviceOption,
     DimOption,
     EncoderOption,
+    PagesOption,
     ProjectionOption,
     ResizeOption,
     ReweightOption,
@@ -144,6 +145,7 @@ def train(
     bit_depth: BitDepthOption = None,
     value_range: ValueRangeOption = None,
     skip_unreadable: SkipOption = False,
+    pages: PagesOption = "first",
     combination: CombinationOption = "mult",
     contamination: Annotated[
         float, typer.Option(help="Share of good images that may be called anomalous.")
@@ -258,7 +260,9 @@ def train(
         if not workers.is_first:
             console.quiet = True
             warnings.simplefilter("ignore")  # the first one says the same
-        keeping = Keeping(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable)
+        keeping = Keeping(
+            checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable, pages
+        )
         try:
             failed = train_all(sets, make_detector, keeping)
         except Terminated:

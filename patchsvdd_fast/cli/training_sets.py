@@ -49,6 +49,8 @@ class Keeping:
     workers: Workers = field(default_factory=Workers)
     skip_unreadable: bool = False
     """Go on without images that cannot be read."""
+    pages: str = "first"
+    """Of a file with several, as of `PatchSVDD.fit`."""
 
 
 def training_sets(data: Path, output: Path | None) -> list[TrainingSet]:
@@ -148,6 +150,7 @@ def _train_one(
                 checkpoint_minutes=keeping.checkpoint_minutes,
                 resume=keeping.resume,
                 skip_unreadable=keeping.skip_unreadable,
+                pages=keeping.pages,
             )
         if not keeping.workers.is_first:
             return

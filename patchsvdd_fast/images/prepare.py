@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..files.categories import training_paths
 from ..files.folders import SUFFIXES
+from ..files.pages import check_pages, file_and_page, num_pages, with_every_page
 from .arrays import has_fractions, image_of_array, images_of_batch, is_array
 from .deep_files import deep_samples, warn_of_lost_bits
 from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
@@ -62,7 +63,8 @@ def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Im
 
     Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, samples
     of more than 8 bits are scaled as `samples` says and rounded, and the camera's rotation (EXIF)
-    is applied. Of several pages or frames the first is read, with a warning.
+    is applied. Of several pages or frames the first is read, with a warning, unless the path names
+    another: stack.tif#2.
 
     Raises ValueError naming the file if it is no image, is damaged, of a format that this Pillow
     was built without, has samples that do not suit `samples`, or more pixels than Pillow's limit,
@@ -80,10 +82,10 @@ of floating-point samples in 0 to 255."""
 def _read_parts(path: str | os.PathLike[str], samples: Samples) -> _Parts:
     """Read an image file, upright, as `read_image` does; keep fractions if `samples` says so."""
     name = os.fspath(path)
-    with _naming(name), Image.open(name) as image:
-        _check_pixels(image)
-        _warn_of_pages(image, name)
-        deep = deep_samples(image, name)
+    with _naming(name), _opened(name) as (image, file):
+        if file == name and (count := num_pages(image)) > 1:
+            warnings.warn(f"{name} has {count:,} pages or frames; the first is read", stacklevel=3)
+        deep = deep_samples(image, file)
         if deep is None:
             warn_of_lost_bits(image, name)
         image.load()
@@ -114,12 +116,26 @@ def read_deep_samples(item: Any) -> DeepSamples | None:
         if isinstance(item, Image.Image):
             return deep_samples(item, None)
         if isinstance(item, str | os.PathLike):
-            with Image.open(os.fspath(item)) as image:
-                _check_pixels(image)
-                return deep_samples(image, os.fspath(item))
+            with _opened(os.fspath(item)) as (image, file):
+                return deep_samples(image, file)
     except Exception:  # decoders raise many kinds; whoever reads it next says which
         return None
     return None
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[tuple[Image.Image, str]]:
+    """The image at a path, which may name a page, not decoded yet; and its file."""
+    file, page = file_and_page(name)
+    with Image.open(file) as image:
+        _check_pixels(image)
+        if page is not None:
+            try:
+                image.seek(page - 1)
+            except EOFError:
+                raise ValueError(f"it has no page or frame {page}") from None
+            _check_pixels(image)
+        yield image, file
 
 
 @contextlib.contextmanager
@@ -130,7 +146,7 @@ def _naming(name: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        lacking = SUFFIXES.get(PurePath(name).suffix.lower(), "")
+        lacking = SUFFIXES.get(PurePath(file_and_page(name)[0]).suffix.lower(), "")
         if lacking in _CODECS and not _has_codec(_CODECS[lacking]):
             raise UnreadableError(
                 f"cannot read image {name}: the Pillow here was built without {lacking}"
@@ -144,17 +160,6 @@ def _has_codec(name: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an older Pillow warns that it does not know the name
         return bool(features.check(name))
-
-
-def _warn_of_pages(image: Image.Image, name: str) -> None:
-    if not getattr(image, "is_animated", False) or image.format == "MPO":
-        return  # the further images of a photograph (MPO) are previews and the like
-    try:
-        pages = int(getattr(image, "n_frames", 1))
-    except Exception:  # pages that are damaged are not read anyway
-        image.seek(0)
-        return
-    warnings.warn(f"{name} has {pages:,} pages or frames; the first is read", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,7 @@ def load_image_set(
     samples: Samples | None = None,
     given: Samples = UNKNOWN,
     skip_unreadable: bool = False,
+    pages: str = "first",
 ) -> ImageSet:
     """Load images of one size.
 
@@ -247,6 +253,7 @@ def load_image_set(
     samples: how samples of more than 8 bits are read; None: as `given`, and what that leaves open
         is found from these images. Where any has more than 8 bits, all keep their fractions.
     skip_unreadable: leave out files that cannot be read, with a warning that lists them.
+    pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
@@ -265,6 +272,9 @@ def load_image_set(
         )
     if len(source) == 0:
         raise ValueError("no images given")
+    check_pages(pages)
+    if pages == "all" and not is_array(source):
+        source = with_every_page(source)
     if samples is None:
         samples = survey(map(read_deep_samples, source), given)
         if any(is_array(item) and has_fractions(item) for item in source):
@@ -312,7 +322,7 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
         raise ValueError(f"none of the {of:,} images can be read: {listed}")
     if not skip:
         raise ValueError(
-            f"{len(found):,} of {of:,} images cannot be read (to train or evaluate without them: "
+            f"{len(found):,} of {of:,} images cannot be read (to go on without them: "
             f"--skip-unreadable, skip_unreadable): {listed}"
         )
     warnings.warn(
