@@ -80,6 +80,14 @@ def reference_summary(reference_dir):
     return json.loads((reference_dir / "summary.json").read_text())
 
 
+def stack(path, count):
+    """A file of so many different pages."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pages = [Image.fromarray(np.full((40, 50), 60 * number, np.uint8)) for number in range(count)]
+    pages[0].save(path, **({"save_all": True, "append_images": pages[1:]} if count > 1 else {}))
+    return path
+
+
 def texture(rng: np.random.Generator, side: int = 96) -> np.ndarray:
     """A small striped texture [side, side, 3] uint8 with noise."""
     y, x = np.mgrid[:side, :side]

@@ -20,6 +20,7 @@ from .options import (
     ModelArgument,
     OverwriteOption,
     RateOption,
+    SkipOption,
     loading,
     require_writable,
     threshold_in_words,
@@ -92,6 +93,7 @@ def update(
         typer.Option(help="Folder of other good images, to use instead of all that the model has."),
     ] = None,
     overwrite: OverwriteOption = False,
+    skip_unreadable: SkipOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Change which images a model takes as normal, without training; calibrates anew.
@@ -114,11 +116,12 @@ def update(
         detector = PatchSVDD.load(model, device=device)
         before = detector.num_images
         if replace is not None:
-            detector = detector.refit(replace)
+            detector = detector.refit(replace, skip_unreadable=skip_unreadable)
         if remove:
             detector.remove([int(name) if name.isdecimal() else name for name in remove])
         if add:
-            detector.add(add[0] if len(add) == 1 else _all_images(add))
+            images = add[0] if len(add) == 1 else _all_images(add)
+            detector.add(images, skip_unreadable=skip_unreadable)
         for other in merge or []:
             detector.merge(PatchSVDD.load(other, device=device))
         detector.save(output)

@@ -146,6 +146,13 @@ SkipOption = Annotated[
         "--skip-unreadable", help="Go on without files that cannot be read, after listing them."
     ),
 ]
+PagesOption = Annotated[
+    str,
+    typer.Option(
+        help='Of a file with several pages or frames: "first", or "all", each as an image of its '
+        "own, named such as stack.tif#2."
+    ),
+]
 RateOption = Annotated[
     float | None,
     typer.Option(

@@ -19,6 +19,7 @@ from .options import (
     ImagesArgument,
     ModelArgument,
     OverwriteOption,
+    PagesOption,
     RateOption,
     loading,
     one_of,
@@ -58,6 +59,7 @@ def score(
         Path | None, typer.Option(help="Write an HTML report of these images to this folder.")
     ] = None,
     false_alarm_rate: RateOption = None,
+    pages: PagesOption = "first",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into OUTPUT ended.")
     ] = False,
@@ -85,7 +87,9 @@ def score(
     with _ended_by_sigterm():
         failed = score_all(
             detector,
-            lambda done: (s for s in image_sources(images, sys.stdin) if str(s.path) not in done),
+            lambda done: (
+                s for s in image_sources(images, sys.stdin, pages) if str(s.path) not in done
+            ),
             outputs,
             run,
             false_alarm_rate=false_alarm_rate,

@@ -20,6 +20,7 @@ from .options import (
     DimOption,
     EncoderOption,
     OverwriteOption,
+    PagesOption,
     ProjectionOption,
     ResizeOption,
     ReweightOption,
@@ -154,6 +155,7 @@ def train(
     bit_depth: BitDepthOption = None,
     value_range: ValueRangeOption = None,
     skip_unreadable: SkipOption = False,
+    pages: PagesOption = "first",
     combination: CombinationOption = "mult",
     contamination: Annotated[
         float, typer.Option(help="Share of good images that may be called anomalous.")
@@ -276,7 +278,7 @@ def train(
             console.quiet = True
             warnings.simplefilter("ignore")  # the first one says the same
         keeping = Keeping(
-            *(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable),
+            *(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable, pages),
             overwrite=overwrite,
         )
         try:

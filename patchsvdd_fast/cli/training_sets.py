@@ -50,6 +50,8 @@ class Keeping:
     workers: Workers = field(default_factory=Workers)
     skip_unreadable: bool = False
     """Go on without images that cannot be read."""
+    pages: str = "first"
+    """Of a file with several, as of `PatchSVDD.fit`."""
     overwrite: bool = False
     """Replace models that are there."""
 
@@ -175,6 +177,7 @@ def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, sever
                 checkpoint_minutes=keeping.checkpoint_minutes,
                 resume=keeping.resume,
                 skip_unreadable=keeping.skip_unreadable,
+                pages=keeping.pages,
             )
         if not keeping.workers.is_first:
             return

@@ -23,7 +23,7 @@ from ..images.light import (
     mean_of_size,
 )
 from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
-from ..images.samples import Samples
+from ..images.samples import Samples, to_8_bits
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
@@ -56,6 +56,7 @@ def fit_model(
     on_step: Callable[[TrainingStep], None] | None,
     on_progress: OnProgress,
     skip_unreadable: bool = False,
+    pages: str = "first",
 ) -> Model | None:
     """Train an encoder on good images, or take one, fill the banks, and calibrate.
 
@@ -63,7 +64,7 @@ def fit_model(
     encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
         trained.
     on_step: called after training steps.
-    skip_unreadable: leave out files that cannot be read, with a warning.
+    skip_unreadable, pages: as of `load_image_set`.
 
     Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
     """
@@ -74,7 +75,7 @@ def fit_model(
     if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
-    loaded = load(source, given, progress, skip_unreadable=skip_unreadable)
+    loaded = load(source, given, progress, skip_unreadable=skip_unreadable, pages=pages)
     light = mean_colour(loaded.pixels)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
@@ -82,6 +83,7 @@ def fit_model(
     record = TrainingRecord()
     if encoder is None:
         encoder = parameters.untrained_encoder(given).to(device)
+        images = to_8_bits(images)  # that crops are cut out of; banks keep fractions
         check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
         header = parameters.to_header(given)
         progress.forecast(given, encoder.eval(), mean, light, loaded.pixels)
@@ -121,10 +123,10 @@ def fit_model(
     )
 
 
-def refit_model(before: Model, source: Any) -> Model:
+def refit_model(before: Model, source: Any, skip_unreadable: bool = False) -> Model:
     """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
     given = before.parameters
-    images = load(source, given, samples=before.samples)
+    images = load(source, given, samples=before.samples, skip_unreadable=skip_unreadable)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
     normal, calibration = filled(given, before.encoder, mean, before.light, images)
     if given["mean"] == "pixel":
@@ -139,6 +141,7 @@ def load(
     progress: Progress | None = None,
     samples: Samples | None = None,
     skip_unreadable: bool = False,
+    pages: str = "first",
 ) -> ImageSet:
     """Load and resize images as resolved parameters say; samples: None: found from these images."""
     return load_image_set(
@@ -149,12 +152,14 @@ def load(
         samples,
         parameters.samples_of(given),
         skip_unreadable,
+        pages,
     )
 
 
-def load_to_add(source: Any, model: Model) -> ImageSet:
+def load_to_add(source: Any, model: Model, skip_unreadable: bool = False) -> ImageSet:
     """Load images to add to a model. Raises ValueError if they are of another size than its own."""
-    images = load(source, model.parameters, samples=model.samples)
+    given, samples = model.parameters, model.samples
+    images = load(source, given, samples=samples, skip_unreadable=skip_unreadable)
     (height, width), found = model.mean.shape[1:], images.pixels.shape
     if found[2:] != (height, width):
         raise ValueError(

@@ -66,7 +66,7 @@ class Progress:
     ) -> None:
         """Try what follows training on a few images, if anybody listens; arguments as of `encode`.
 
-        images: uint8 [N, 3, H, W], all of them.
+        images: [N, 3, H, W], all of them.
         """
         if self.on_progress is None or len(images) < _LEAST_TRIED:
             return

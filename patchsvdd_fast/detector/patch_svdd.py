@@ -83,7 +83,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
     a file, a sequence of files, PIL images, arrays [H, W, 3] or tensors [3, H, W], or a batch of
-    either; uint8, uint16, or floats in 0 to 1.
+    either; uint8, uint16, or floats in 0 to 1. If any has more than 8 bits, fractions are kept.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
@@ -172,6 +172,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         checkpoint_minutes: float = 5.0,
         resume: bool = False,
         skip_unreadable: bool = False,
+        pages: str = "first",
     ) -> PatchSVDD:
         """Train an encoder on good images, or take one, and fill the banks with their embeddings.
 
@@ -183,6 +184,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
             on a CPU to the bit.
         skip_unreadable: leave out files that cannot be read, with a warning that lists them.
+        pages: of a file with several, "first", or "all": each as an image (stack.tif#2).
 
         Under torchrun each process trains its share of every batch, and the first fills the banks.
 
@@ -193,7 +195,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         ready = parameters.ready_encoder(self.get_params(), encoder)
         given = parameters.resolved(self.get_params(), ready)
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
-        run = on_step, on_progress, skip_unreadable
+        run = on_step, on_progress, skip_unreadable, pages
         model = fitting.fit_model(given, X, ready, keeping, *run)
         if model is not None:  # else the first process has it
             self._use(model)
@@ -208,10 +210,11 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         return fitting.load(X, self.parameters_, samples=getattr(self, "samples_", None))
 
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
-        """Match the light of uint8 images [N, 3, H, W] and embed them: [N, I, J, D] per level.
+        """Match the light of images [N, 3, H, W] and embed them: one [N, I, J, D] per level.
 
-        names: of the images, for messages of errors. Raises ValueError for another size than in
-        training, unless the mean is one per channel.
+        pixels: uint8, or float32 in 0 to 255. names: of the images, for messages of errors.
+
+        Raises ValueError for another size than in training, unless the mean is one per channel.
         """
         how = self.encoder_, self.mean_, self.light_, self.parameters_
         return scoring.encode(*how, pixels, names=names)
@@ -242,13 +245,14 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     # --- changing what is normal ------------------------------------------------------------------
 
-    def add(self, X: Any) -> PatchSVDD:  # noqa: N803
+    def add(self, X: Any, *, skip_unreadable: bool = False) -> PatchSVDD:  # noqa: N803
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
         X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
-        Raises ValueError for unusable images; the detector then stays as it was.
+        skip_unreadable: as of `fit`. Raises ValueError for unusable images; nothing then changes.
         """
-        normal, images = self._normality(), fitting.load_to_add(X, self._model())
+        normal = self._normality()
+        images = fitting.load_to_add(X, self._model(), skip_unreadable)
         encoded = self.encode(images.pixels, images.names)
         self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
         return self
@@ -272,14 +276,14 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self._take_over(normality.merged(self._normality(), other._normality()))
         return self
 
-    def refit(self, X: Any) -> PatchSVDD:  # noqa: N803
+    def refit(self, X: Any, *, skip_unreadable: bool = False) -> PatchSVDD:  # noqa: N803
         """A new detector with this one's encoder, mean and light, whose banks hold other images.
 
         For the same product on another line, say; the two can be merged. X must not hold images of
-        `fit`: to leave some of those out, use `remove`. Raises ValueError for unusable images, and
-        for those of another size unless mean="channel".
+        `fit`: to leave some of those out, use `remove`. skip_unreadable: as of `fit`. Raises
+        ValueError for unusable images, and for those of another size unless mean="channel".
         """
-        model = fitting.refit_model(self._model(), X)
+        model = fitting.refit_model(self._model(), X, skip_unreadable)
         twin = type(self)(**self.get_params())
         twin._use(model)
         return twin

@@ -37,7 +37,7 @@ def encode(
 
     mean: [3, H, W] float32, what is subtracted from images, in pixel values.
     light: [3] float32, the training images' mean colour, in pixel values.
-    pixels: uint8 [N, 3, H, W], in the light they were taken in.
+    pixels: [N, 3, H, W], uint8 or float32 in 0 to 255, in the light they were taken in.
     num_in_mean: N, if these images are the N that the mean was taken from; see `encode_images`.
     progress: called now and then with the share done, 0 to 1.
     names: of the images, for messages of errors.

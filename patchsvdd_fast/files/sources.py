@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO, TextIO
 
 from .folders import SUFFIXES, Skipped, walk_images
+from .pages import check_pages, page_paths
 
 _GLOB_SIGNS = frozenset("*?[")
 _LONGEST_LINE = 1 << 16  # bytes in a line of a list
@@ -21,7 +22,7 @@ class Source(os.PathLike[str]):
     """An image to score; can be passed wherever a path can."""
 
     path: Path
-    """Of its file."""
+    """Of its file, or of one of its pages (stack.tif#2)."""
     inner: PurePath
     """What its outputs are named after: its path within the given folder, or the given path."""
 
@@ -29,16 +30,28 @@ class Source(os.PathLike[str]):
         return str(self.path)
 
 
-def image_sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
+def image_sources(given: Sequence[str], listed: TextIO, pages: str = "first") -> Iterator[Source]:
     """Yield the images that the arguments name: files, folders and globs ("**" is any depth).
 
     given: the arguments, in order; "-" stands for the paths in `listed`.
     listed: one path per line; may be endless, such as standard input.
+    pages: of a file with several, "first", or "all": each as an image named after it, stack.tif#1.
 
     A missing file is yielded too, and fails when it is read; `require_given` finds it before. Warns
     of what is skipped in a folder, such as files of other kinds. When an argument's turn comes,
     raises ValueError for a folder or a glob without images, and for a list that is none of paths.
     """
+    check_pages(pages)
+    for source in _sources(given, listed):
+        paths = page_paths(source.path) if pages == "all" else [source.path]
+        if len(paths) == 1:
+            yield source
+            continue
+        for number, path in enumerate(paths, start=1):
+            yield Source(path, PurePath(f"{source.inner}#{number}"))
+
+
+def _sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
     alone = len(given) == 1
     for argument in given:
         path = Path(argument)

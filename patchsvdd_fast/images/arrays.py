@@ -1,6 +1,6 @@
-"""Images as other libraries give them, arrays and tensors, as uint8 arrays with channels last.
+"""Images as other libraries give them, arrays and tensors, as arrays with channels last.
 
-Samples are uint8, uint16 (scaled to 8 bits as those of files are), or floats in 0 to 1, as
+Samples are uint8, uint16 (scaled to 0 to 255 as those of files are), or floats in 0 to 1, as
 torchvision gives them. Floats in another range are not guessed at: errors name the conversion.
 """
 
@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Samples = npt.NDArray[np.uint8]
+Samples = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 _CHANNELS = (1, 3, 4)  # gray, RGB, and RGB with alpha, which is dropped
 _COLOURS = (3, 4)
+_ROUNDING = float(np.finfo(np.float32).eps)
 
 
 def is_array(item: Any) -> bool:
@@ -29,7 +30,9 @@ def is_array(item: Any) -> bool:
 
 
 def image_of_array(item: Any, name: str) -> Samples:
-    """An image as uint8 [H, W], [H, W, 3] or [H, W, 4], from an array or a tensor.
+    """An image [H, W], [H, W, 3] or [H, W, 4], from an array or a tensor.
+
+    Of uint8 it is uint8; of others float32 in 0 to 255, not rounded.
 
     item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4. Raises
     ValueError for another shape or other values, TypeError for another dtype, naming the image.
@@ -45,7 +48,27 @@ def image_of_array(item: Any, name: str) -> Samples:
         )
     if is_tensor and array.ndim == 3:
         array = array.transpose(1, 2, 0)
-    return _as_8_bits(array[..., 0] if array.shape[2:] == (1,) else array, name)
+    return _scaled(array[..., 0] if array.shape[2:] == (1,) else array, name)
+
+
+def has_fractions(item: Any) -> bool:
+    """Whether an array or tensor for `image_of_array` has more than 8 bits; not if it is unusable.
+
+    Floats such as torchvision makes of 8 bits have not: in 0 to 255 they are whole numbers, but for
+    their dtype's rounding.
+    """
+    try:
+        values = image_of_array(item, "")
+    except (TypeError, ValueError):  # whoever reads it next says why
+        return False
+    if isinstance(item, Tensor):
+        rounding = torch.finfo(item.dtype).eps if item.is_floating_point() else 0.0
+    else:
+        dtype = np.asarray(item).dtype
+        rounding = float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
+    if values.dtype == np.uint8:
+        return False
+    return bool((np.abs(values - np.rint(values)) > 255 * max(rounding, _ROUNDING)).any())
 
 
 def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
@@ -91,11 +114,11 @@ def _likely_axes(array: Any, is_tensor: bool) -> str:
     return ""
 
 
-def _as_8_bits(array: npt.NDArray[Any], name: str) -> Samples:
+def _scaled(array: npt.NDArray[Any], name: str) -> Samples:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return array.astype(np.float32) / np.float32(257)
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(
             f"{name} must be uint8, uint16, or floats in 0 to 1, got {array.dtype} array: "
@@ -105,7 +128,7 @@ def _as_8_bits(array: npt.NDArray[Any], name: str) -> Samples:
         return array.astype(np.uint8)
     low, high = float(array.min()), float(array.max())
     if low >= 0 and high <= 1:  # false for NaN
-        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+        return array.astype(np.float32) * np.float32(255)
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{name} holds NaN or infinity")
     if low < 0:

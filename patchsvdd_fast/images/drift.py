@@ -45,9 +45,10 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def image_statistics(images: Tensor, original_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """The statistics of uint8 images [N, 3, H, W], as [N, 7] float64 in the order of `STATISTICS`.
+    """The statistics of images [N, 3, H, W], as [N, 7] float64 in the order of `STATISTICS`.
 
-    original_sizes: (height, width) of each before resizing, in pixels.
+    images: uint8, or float32 in 0 to 255. original_sizes: (height, width) of each before resizing,
+    in pixels.
 
     Brightness and contrast are the mean and standard deviation of the luma, 0 to 255. Sharpness is
     the mean absolute Laplacian of the luma, in percent of its mean. Red and blue are the channel's

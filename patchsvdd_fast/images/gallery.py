@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .drift import STATISTICS, image_statistics
 from .prepare import ImageSet
+from .samples import to_8_bits
 
 _LONGEST_SIDE = 1024  # of a picture, in pixels
 _QUALITY = 90  # of JPEG
@@ -141,7 +142,7 @@ class Gallery:
 
 
 def _as_jpeg(pixels: Tensor) -> bytes:
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image = Image.fromarray(to_8_bits(pixels).permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=_QUALITY)

@@ -31,7 +31,7 @@ PER_CHANNEL = ("channel", "fixed")
 
 
 def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
-    """The mean of uint8 images [N, C, H, W] as [C, H, W] float32.
+    """The mean of images [N, C, H, W] as [C, H, W] float32; of uint8 ones exactly rounded.
 
     of: the kind of mean, a key of `MEANS` but "fixed", which no images decide; "channel" repeats
     one value over each channel. Raises ValueError for another kind.
@@ -40,7 +40,8 @@ def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
     if of == "channel":
         return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
-    total = torch.zeros(images.shape[1:], dtype=torch.int64)
+    sums = torch.float64 if images.is_floating_point() else torch.int64
+    total = torch.zeros(images.shape[1:], dtype=sums)
     for image in images:
         total += image
     return (total.double() / len(images)).float()
@@ -52,7 +53,7 @@ def constant_mean(values: Sequence[float], height: int, width: int) -> Tensor:
 
 
 def mean_colour(images: Tensor) -> Tensor:
-    """The mean of each channel of uint8 images [N, C, H, W], as [C] float32."""
+    """The mean of each channel of images [N, C, H, W], as [C] float32."""
     return mean_image(images).double().mean(dim=(1, 2)).float()
 
 
@@ -73,11 +74,14 @@ def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:
 
 
 def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
-    """Scale each channel of each uint8 image [N, C, H, W] so that its mean is that of `colour` [C].
+    """Scale each channel of each image [N, C, H, W] so that its mean is that of `colour` [C].
 
     An image taken in brighter light, or in light of another colour, then looks as in the usual
     light, except where pixels are clipped to 0 .. 255. Factors are limited to 1/2 .. 2: larger
-    differences do not come from light. colour: None leaves the images as they are.
+    differences do not come from light.
+
+    images: uint8 ones are rounded to uint8 again, float32 ones are not rounded. colour: None leaves
+    the images as they are.
     """
     if colour is None:
         return images
@@ -87,7 +91,8 @@ def match_illumination(images: Tensor, colour: Tensor | None) -> Tensor:
         for channel, usual, out in zip(image, colour, matched[number], strict=True):
             own = channel.double().mean().clamp(min=1e-6)
             factor = (usual.to(own) / own).clamp(0.5, 2)
-            out.copy_((channel * factor).round_().clamp_(0, 255))
+            values = channel * factor
+            out.copy_((values if images.is_floating_point() else values.round_()).clamp_(0, 255))
     return matched
 
 
@@ -97,9 +102,9 @@ def normalize(
     num_in_mean: int | None = None,
     scale: Sequence[float] = (255.0,),
 ) -> Tensor:
-    """`(pixel - mean) / scale`: uint8 [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
+    """`(pixel - mean) / scale`: [N, C, H, W], float32 [C, H, W] -> float32 [N, C, H, W].
 
-    scale: one number, or one per channel.
+    images: uint8, or float32 in 0 to 255. scale: one number, or one per channel.
     num_in_mean: N, if these images are among the N that the mean was taken from; None for others.
 
     The mean image holds 1/N of each image it was taken from, and nothing of a new one. So with

@@ -7,7 +7,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,17 +19,10 @@ from torch import Tensor
 
 from ..files.categories import training_paths
 from ..files.folders import SUFFIXES
-from .arrays import image_of_array, images_of_batch, is_array
-from .samples import (
-    AS_STORED,
-    UNKNOWN,
-    DeepSamples,
-    Samples,
-    deep_samples,
-    survey,
-    to_8_bits,
-    warn_of_lost_bits,
-)
+from ..files.pages import check_pages, file_and_page, num_pages, with_every_page
+from .arrays import has_fractions, image_of_array, images_of_batch, is_array
+from .deep_files import deep_samples, warn_of_lost_bits
+from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
@@ -69,25 +62,52 @@ def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Im
     """Read an image file as 8-bit RGB, upright.
 
     Gray is repeated over the channels, palettes and CMYK are converted, alpha is dropped, samples
-    of more than 8 bits are scaled as `samples` says, and the camera's rotation (EXIF) is applied.
-    Of several pages or frames the first is read, with a warning. Raises ValueError naming the file
-    if it is no image, is damaged, of a format that this Pillow was built without, has samples that
-    do not suit `samples`, or more pixels than Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` (None:
-    any number): a small file may decompress to gigabytes.
+    of more than 8 bits are scaled as `samples` says and rounded, and the camera's rotation (EXIF)
+    is applied. Of several pages or frames the first is read, with a warning, unless the path names
+    another: stack.tif#2.
+
+    Raises ValueError naming the file if it is no image, is damaged, of a format that this Pillow
+    was built without, has samples that do not suit `samples`, or more pixels than Pillow's limit,
+    `PIL.Image.MAX_IMAGE_PIXELS` (None: any number): a small file may decompress to gigabytes.
     """
+    (image,) = _read_parts(path, replace(samples, fractions=False))
+    return image
+
+
+_Parts = list[Image.Image]
+"""An image while it is prepared: one of 8-bit RGB, or of more bits its one or three channels, each
+of floating-point samples in 0 to 255."""
+
+
+def _read_parts(path: str | os.PathLike[str], samples: Samples) -> _Parts:
+    """Read an image file, upright, as `read_image` does; keep fractions if `samples` says so."""
     name = os.fspath(path)
-    with _naming(name), Image.open(name) as image:
-        _check_pixels(image)
-        _warn_of_pages(image, name)
-        deep = deep_samples(image, name)
+    with _naming(name), _opened(name) as (image, file):
+        if file == name and (count := num_pages(image)) > 1:
+            warnings.warn(f"{name} has {count:,} pages or frames; the first is read", stacklevel=3)
+        deep = deep_samples(image, file)
         if deep is None:
             warn_of_lost_bits(image, name)
         image.load()
         if deep is None:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        eight = Image.fromarray(to_8_bits(deep, samples, name))
-        eight.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-        return ImageOps.exif_transpose(eight).convert("RGB")
+            return [ImageOps.exif_transpose(image).convert("RGB")]
+        parts = _parts_of(scaled(deep, samples, name), samples.fractions)
+        for part in parts:
+            part.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+        return [ImageOps.exif_transpose(part) for part in parts]
+
+
+def _parts_of(values: npt.NDArray[Any], fractions: bool) -> _Parts:
+    """An image [H, W], [H, W, 3] or [H, W, 4] of values 0 to 255, rounded unless `fractions`."""
+    if values.dtype != np.uint8 and not fractions:
+        values = np.rint(values).astype(np.uint8)
+    if values.dtype == np.uint8:
+        return [Image.fromarray(values).convert("RGB")]
+    channels = np.atleast_3d(values)[..., :3].astype(np.float32)
+    return [
+        Image.fromarray(np.ascontiguousarray(channels[..., number]))
+        for number in range(channels.shape[2])
+    ]
 
 
 def read_deep_samples(item: Any) -> DeepSamples | None:
@@ -96,12 +116,26 @@ def read_deep_samples(item: Any) -> DeepSamples | None:
         if isinstance(item, Image.Image):
             return deep_samples(item, None)
         if isinstance(item, str | os.PathLike):
-            with Image.open(os.fspath(item)) as image:
-                _check_pixels(image)
-                return deep_samples(image, os.fspath(item))
+            with _opened(os.fspath(item)) as (image, file):
+                return deep_samples(image, file)
     except Exception:  # decoders raise many kinds; whoever reads it next says which
         return None
     return None
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[tuple[Image.Image, str]]:
+    """The image at a path, which may name a page, not decoded yet; and its file."""
+    file, page = file_and_page(name)
+    with Image.open(file) as image:
+        _check_pixels(image)
+        if page is not None:
+            try:
+                image.seek(page - 1)
+            except EOFError:
+                raise ValueError(f"it has no page or frame {page}") from None
+            _check_pixels(image)
+        yield image, file
 
 
 @contextlib.contextmanager
@@ -112,7 +146,7 @@ def _naming(name: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        lacking = SUFFIXES.get(PurePath(name).suffix.lower(), "")
+        lacking = SUFFIXES.get(PurePath(file_and_page(name)[0]).suffix.lower(), "")
         if lacking in _CODECS and not _has_codec(_CODECS[lacking]):
             raise UnreadableError(
                 f"cannot read image {name}: the Pillow here was built without {lacking}"
@@ -128,17 +162,6 @@ def _has_codec(name: str) -> bool:
         return bool(features.check(name))
 
 
-def _warn_of_pages(image: Image.Image, name: str) -> None:
-    if not getattr(image, "is_animated", False) or image.format == "MPO":
-        return  # the further images of a photograph (MPO) are previews and the like
-    try:
-        pages = int(getattr(image, "n_frames", 1))
-    except Exception:  # pages that are damaged are not read anyway
-        image.seek(0)
-        return
-    warnings.warn(f"{name} has {pages:,} pages or frames; the first is read", stacklevel=3)
-
-
 @dataclass(frozen=True)
 class PreparedImage:
     """An image, read and resized; its light is not matched yet."""
@@ -146,7 +169,7 @@ class PreparedImage:
     name: str
     """Its path as given, or its number from 0: "image 3"."""
     pixels: Tensor
-    """uint8 [3, H, W], resized."""
+    """[3, H, W], resized: uint8, or float32 in 0 to 255 if fractions are kept (`Samples`)."""
     original_size: tuple[int, int]
     """(height, width) before resizing."""
     source: Any = None
@@ -160,7 +183,7 @@ class ImageSet:
     names: tuple[str, ...]
     """Paths relative to the folder, or as given."""
     pixels: Tensor
-    """uint8 [N, 3, H, W]."""
+    """[N, 3, H, W]: uint8, or float32 in 0 to 255 if fractions are kept (`samples`)."""
     original_sizes: tuple[tuple[int, int], ...]
     """(height, width) of each before resizing."""
     samples: Samples = UNKNOWN
@@ -172,23 +195,30 @@ def prepare_image(
 ) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
-
     item: colours are RGB; of OpenCV's BGR, give ``frame[:, :, ::-1]``. Arrays are uint8, uint16
-        (scaled to 8 bits as those of files are) or floats in 0 to 1; other floats are refused.
+        (scaled to 0 to 255 as those of files are) or floats in 0 to 1; other floats are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
-    smallest: least pixels on a side, before resizing. samples: how files' and PIL images' samples
-    of more than 8 bits are read. Raises ValueError, TypeError or OSError naming the image.
+    smallest: least pixels on a side, before resizing.
+    samples: how files' and PIL images' samples of more than 8 bits are read, and whether they and
+        those of arrays are rounded to 8 bits.
+
+    Raises ValueError, TypeError or OSError naming the image.
     """
-    image = _as_image(item, name, samples)
-    original = image.height, image.width
+    parts = _as_parts(item, name, samples)
+    height, width = original = parts[0].height, parts[0].width
     if min(original) < smallest:
         raise ValueError(
-            f"{name} has {image.width}x{image.height} pixels, less than one patch of "
-            f"{smallest}x{smallest}"
+            f"{name} has {width}x{height} pixels, less than one patch of {smallest}x{smallest}"
         )
     if size is not None:
-        image = image.resize((size[1], size[0]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        parts = [part.resize((size[1], size[0])) for part in parts]
+    if parts[0].mode == "RGB":
+        pixels = torch.from_numpy(np.array(parts[0])).permute(2, 0, 1).contiguous()
+        pixels = pixels.float() if samples.fractions else pixels
+    else:
+        # Of floating-point samples, bicubic resizing leaves 0 to 255 at edges.
+        channels = np.stack([np.asarray(part) for part in parts]).clip(0, 255)
+        pixels = torch.from_numpy(channels).expand(3, -1, -1).contiguous()
     return PreparedImage(name, pixels, original, item)
 
 
@@ -198,7 +228,7 @@ def name_of(item: Any, number: int) -> str:
 
 
 def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
-    """The pixels of `load_image_set`, uint8 [N, 3, H, W]."""
+    """The pixels of `load_image_set`, [N, 3, H, W]."""
     return load_image_set(source, size, smallest).pixels
 
 
@@ -210,6 +240,7 @@ def load_image_set(
     samples: Samples | None = None,
     given: Samples = UNKNOWN,
     skip_unreadable: bool = False,
+    pages: str = "first",
 ) -> ImageSet:
     """Load images of one size.
 
@@ -220,8 +251,9 @@ def load_image_set(
     size, smallest, dtypes of arrays: as for `prepare_image`.
     progress: called after each image with the share that is read, 0 to 1.
     samples: how samples of more than 8 bits are read; None: as `given`, and what that leaves open
-        is found from these images.
+        is found from these images. Where any has more than 8 bits, all keep their fractions.
     skip_unreadable: leave out files that cannot be read, with a warning that lists them.
+    pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
@@ -240,8 +272,13 @@ def load_image_set(
         )
     if len(source) == 0:
         raise ValueError("no images given")
+    check_pages(pages)
+    if pages == "all" and not is_array(source):
+        source = with_every_page(source)
     if samples is None:
         samples = survey(map(read_deep_samples, source), given)
+        if any(is_array(item) and has_fractions(item) for item in source):
+            samples = replace(samples, fractions=True)
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[Exception] = []
@@ -257,7 +294,7 @@ def load_image_set(
             tell((index + 1) / len(source))
             continue
         if batch is None:
-            batch = torch.empty(len(source), *image.pixels.shape, dtype=torch.uint8)
+            batch = image.pixels.new_empty(len(source), *image.pixels.shape)
         if image.pixels.shape != batch.shape[1:]:
             height, width = image.pixels.shape[1:]
             raise ValueError(
@@ -285,7 +322,7 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
         raise ValueError(f"none of the {of:,} images can be read: {listed}")
     if not skip:
         raise ValueError(
-            f"{len(found):,} of {of:,} images cannot be read (to train or evaluate without them: "
+            f"{len(found):,} of {of:,} images cannot be read (to go on without them: "
             f"--skip-unreadable, skip_unreadable): {listed}"
         )
     warnings.warn(
@@ -293,16 +330,16 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
     )
 
 
-def _as_image(item: Any, name: str, samples: Samples) -> Image.Image:
+def _as_parts(item: Any, name: str, samples: Samples) -> _Parts:
     if isinstance(item, str | os.PathLike):
-        return read_image(item, samples)
+        return _read_parts(item, samples)
     if isinstance(item, Image.Image):
         try:
-            return _to_rgb(item, samples, name)
+            return _parts_of_opened(item, samples, name)
         except Exception as error:  # Pillow decodes an opened file only now
             raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return Image.fromarray(image_of_array(item, name)).convert("RGB")
+        return _parts_of(image_of_array(item, name), samples.fractions)
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )
@@ -325,10 +362,9 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, samples: Samples, name: str) -> Image.Image:
+def _parts_of_opened(image: Image.Image, samples: Samples, name: str) -> _Parts:
     deep = deep_samples(image, None)
     if deep is None:
         warn_of_lost_bits(image, name)
-    else:
-        image = Image.fromarray(to_8_bits(deep, samples, name))
-    return image.convert("RGB")
+        return [image.convert("RGB")]
+    return _parts_of(scaled(deep, samples, name), samples.fractions)

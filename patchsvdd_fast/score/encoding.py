@@ -68,8 +68,9 @@ def encode_images(
     progress: Callable[[float], None] | None = None,
     precision: str = "float32",
 ) -> list[Tensor]:
-    """Embed every patch of every level: uint8 [N, 3, H, W] -> one [N, I, J, D] per level.
+    """Embed every patch of every level: [N, 3, H, W] -> one [N, I, J, D] per level.
 
+    images: uint8, or float32 in 0 to 255, which may have fractions.
     mean: [3, H, W] float32, subtracted from each image. num_in_mean: N, if these images are among
     the N that the mean was taken from, see `images.light.normalize`. progress: called now and then
     with the share done, 0 to 1. precision: of the encoder's convolutions, see `computing_in`; the
@@ -176,7 +177,7 @@ def _dense(
     levels: Sequence[PatchLevel],
     num_in_mean: int | None,
 ) -> list[Tensor]:
-    """Embeddings of uint8 images [N, 3, H, W], the same bits whatever else is encoded with them.
+    """Embeddings of images [N, 3, H, W], the same bits whatever else is encoded with them.
 
     On a CPU, PyTorch uses another library, which sums in another order, for a layer whose input is
     of a single image and has at most 20,480 values. So a small image is encoded as a batch of two.
@@ -195,9 +196,9 @@ def fill_banks(
     levels: Sequence[PatchLevel],
     seed: int = 0,
 ) -> dict[PatchLevel, NormalBank]:
-    """A bank per level with all patches of uint8 images [N, 3, H, W]; mean: [3, H, W] float32.
+    """A bank per level with all patches of images [N, 3, H, W], as of `encode_images`.
 
-    seed: of the banks' clustering; search results do not depend on it.
+    mean: [3, H, W] float32. seed: of the banks' clustering; search results do not depend on it.
     """
     return banks_of(levels, encode_images(encoder, images, mean, levels), seed)
 
@@ -236,6 +237,6 @@ def score_images(
     mean: Tensor,
     combination: str = "mult",
 ) -> ScoreResult:
-    """Score uint8 images [N, 3, H, W] against a bank per level; results lie on the CPU."""
+    """Score images [N, 3, H, W], as of `encode_images`, against a bank per level, to the CPU."""
     encoded = encode_images(encoder, images, mean, list(banks))
     return search_levels(banks, encoded, (images.shape[2], images.shape[3]), combination)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..images.drift import image_statistics, unusual
 from ..images.gallery import Gallery
 from ..images.prepare import PreparedImage
+from ..images.samples import to_8_bits
 from .calibration import Calibration
 from .maps import ScoreResult
 
@@ -40,7 +41,8 @@ class ImageResult:
     unusual: tuple[str, ...]
     """In words, how its light, contrast, focus, colour or size leave the training images' range."""
     pixels: Tensor = field(repr=False)
-    """uint8 [3, H, W]: the image, resized as for scoring, before its light is matched."""
+    """[3, H, W]: the image, resized as for scoring, before its light is matched; uint8, or float32
+    in 0 to 255 where the detector keeps more than 8 bits."""
     statistics: Tensor = field(repr=False)
     """[7] float64, see `images.drift.STATISTICS`."""
     scores: ScoreResult = field(repr=False)
@@ -70,8 +72,8 @@ class ImageResult:
 
     @property
     def picture(self) -> Image.Image:
-        """The `pixels` as a PIL image."""
-        return Image.fromarray(self.pixels.permute(1, 2, 0).contiguous().numpy())
+        """The `pixels` as a PIL image of 8 bits."""
+        return Image.fromarray(to_8_bits(self.pixels).permute(1, 2, 0).contiguous().numpy())
 
 
 def image_results(

@@ -186,6 +186,28 @@ def test_update_adds_the_good_training_images_of_a_category(model, category_fold
     assert names == [*(f"train/good/{i}.png" for i in range(4)), "test/good/1.png"]
 
 
+def test_update_goes_on_without_what_cannot_be_read(model, more, category_folder):
+    for folder in (more, category_folder / "train/good"):
+        (folder / "text.png").write_text("hello")
+    before = model.read_bytes()
+    for change in ("--add", "--replace"):
+        for images in (more, category_folder):
+            failed = run("update", model, change, images, expected=None)
+            assert failed.exit_code == 1
+            assert "text.png is not an image" in str(failed.exception)
+            assert "--skip-unreadable" in str(failed.exception)
+    assert model.read_bytes() == before
+    with pytest.warns(UserWarning, match=r"left out 1 of .*text\.png is not an image"):
+        run("update", model, "--replace", more, "--skip-unreadable")
+    count = len(list(more.rglob("*.png"))) - 1
+    assert PatchSVDD.load(model, device="cpu").num_images == count
+    with pytest.warns(UserWarning, match=r"left out 2 of .*text\.png.*text\.png is not an image"):
+        output = run(
+            *("update", model, "--skip-unreadable"), *("--add", more, "--add", category_folder)
+        )
+    assert f"{count} training images before, {2 * count + 4} now" in output
+
+
 def test_update_merges_and_replaces(model, fitted, more, category_folder, tmp_path):
     other, both = tmp_path / "other.safetensors", tmp_path / "both.safetensors"
     before = model.read_bytes()

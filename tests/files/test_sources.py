@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
+from conftest import stack
 from patchsvdd_fast.files import sources
 from patchsvdd_fast.files.folders import find_images, walk_images
 from patchsvdd_fast.files.sources import Source, arriving_images, image_sources
@@ -40,6 +41,23 @@ def test_a_folder_alone_is_what_outputs_are_named_within(folder):
     assert [source.path for source in found(folder)] == find_images(folder)
     assert inner(folder) == ["a.png", "b/c.JPG", "b/deep/d.tiff", "b.bmp", "e.jpeg", "z.tif"]
     assert inner(f"{folder}/") == inner(folder)
+
+
+def test_each_page_is_a_source(tmp_path):
+    stack(tmp_path / "a.tif", 2)
+    stack(tmp_path / "b/a.gif", 3)
+    stack(tmp_path / "b.png", 1)
+    (tmp_path / "c.tif").write_text("hello")
+    listed = listing(f"{tmp_path}/a.tif\n{tmp_path}/a.tif#1\n".encode())
+    sources = list(image_sources([str(tmp_path)], listing(b""), "all"))
+    names = ["a.tif#1", "a.tif#2", "b/a.gif#1", "b/a.gif#2", "b/a.gif#3", "b.png", "c.tif"]
+    assert sorted(str(source.inner) for source in sources) == sorted(names)
+    assert all(source.path == tmp_path / source.inner for source in sources)
+    found_in_list = [os.fspath(one) for one in image_sources(["-"], listed, "all")]
+    assert found_in_list == [f"{tmp_path}/a.tif#{n}" for n in (1, 2, 1)]
+    assert inner(tmp_path / "a.tif") == ["a.tif"]
+    with pytest.raises(ValueError, match=r"pages must be one of .*'first', 'all'.* got 'each'"):
+        list(image_sources([str(tmp_path)], listing(b""), "each"))
 
 
 def test_several_arguments_keep_their_paths(folder, monkeypatch):

@@ -45,3 +45,18 @@ def test_matching_knows_its_limits():
     assert (match_illumination(black, colour) == 0).all()
     assert (match_illumination(dark, colour) == 20).all()
     assert (match_illumination(dark + 245, colour) == 128).all()
+
+
+def test_images_of_more_than_8_bits_keep_their_fractions():
+    """float32 in 0 to 255; of whole numbers everything is as of uint8."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (3, 3, 8, 9), generator=generator, dtype=torch.uint8)
+    assert torch.equal(mean_image(images.float()), mean_image(images))
+    finer = (images.float() + 0.25).clamp(max=255)
+    assert torch.allclose(mean_image(finer), finer.mean(dim=0), rtol=1e-6)
+    darker = finer * 0.75
+    colour = mean_colour(finer[:1])
+    matched = match_illumination(darker[:1], colour)
+    assert matched.dtype == torch.float32
+    assert torch.allclose(matched, finer[:1], rtol=1e-5)
+    assert float(match_illumination(finer, 2 * mean_colour(finer)).max()) == 255

@@ -88,6 +88,29 @@ def test_damage_beyond_the_first_page_does_not_matter(tmp_path):
             assert np.array_equal(np.asarray(read_image(path)), COLOUR)
 
 
+def test_a_path_may_name_a_page(tmp_path):
+    """Of other sizes, other kinds, and with more than 8 bits, of which two decodings are joined."""
+    path, deep = tmp_path / "pages.tif", (RAMP.astype(np.uint16) << 4) + 3
+    others = [Image.fromarray(deep), Image.fromarray(RAMP[:20])]
+    save_as(path, save_all=True, append_images=others)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(np.asarray(read_image(f"{path}#1")), COLOUR)
+        images = load_image_set([f"{path}#2"], None, 1)
+        assert images.samples.bit_depth == 12
+        assert images.names == (f"{path}#2",)
+        assert np.allclose(images.pixels[0, 0].numpy(), deep * (255 / 4095), rtol=1e-6)
+        assert read_image(f"{path}#3").size == (RAMP.shape[1], 20)
+        sets = load_image_set(tmp_path, (20, 20), 1, pages="all")
+    assert sets.names == ("pages.tif#1", "pages.tif#2", "pages.tif#3")
+    with pytest.raises(ValueError, match=r"cannot read image .*pages\.tif#4: it has no page .* 4"):
+        read_image(f"{path}#4")
+    with pytest.raises(FileNotFoundError, match=r"other\.tif'"):
+        read_image(tmp_path / "other.tif#1")
+    with pytest.raises(ValueError, match="pages must be one of"):
+        load_image_set(tmp_path, None, 1, pages="2")
+
+
 @pytest.mark.parametrize(
     ("suffix", "kind"), [(".webp", "WebP"), (".avif", "AVIF"), (".jp2", "JPEG 2000")]
 )

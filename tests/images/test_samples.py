@@ -9,7 +9,14 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from patchsvdd_fast.images.prepare import load_image_set, prepare_image, read_image
-from patchsvdd_fast.images.samples import AS_STORED, DEPTHS, UNKNOWN, Samples, samples_from_header
+from patchsvdd_fast.images.samples import (
+    AS_STORED,
+    DEPTHS,
+    UNKNOWN,
+    Samples,
+    samples_from_header,
+    to_8_bits,
+)
 
 SHAPE = (40, 50)
 
@@ -50,16 +57,16 @@ def png_of(samples, *chunks):
 
 
 def tiff_of(samples, order="<"):
-    """A TIFF file of 16-bit colour, not compressed."""
+    """A TIFF file of 16-bit colour, not compressed; of four channels it is CMYK."""
     height, width, channels = samples.shape
     pixels = samples.astype(f"{order}u2").tobytes()
-    bits = struct.pack(f"{order}3H", 16, 16, 16)
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
     tags = [
         (256, 4, 1, width),
         (257, 4, 1, height),
-        (258, 3, 3, 8),
+        (258, 3, channels, 8),
         (259, 3, 1, 1),
-        (262, 3, 1, 2),
+        (262, 3, 1, 2 if channels == 3 else 5),
         (273, 4, 1, 8 + len(bits)),
         (277, 3, 1, channels),
         (278, 4, 1, height),
@@ -80,9 +87,9 @@ def tiff_of(samples, order="<"):
 
 
 def loaded(*paths, **options):
-    """The samples found, and the pixels [N, H, W, 3]."""
+    """The samples found, and the pixels [N, H, W, 3], in 8 bits."""
     images = load_image_set([str(path) for path in paths], None, 1, **options)
-    return images.samples, images.pixels.permute(0, 2, 3, 1).numpy()
+    return images.samples, to_8_bits(images.pixels).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -91,7 +98,7 @@ def test_a_depth_is_found_from_the_largest_sample(tmp_path, depth, suffix):
     path = tmp_path / f"deep{suffix}"
     Image.fromarray(ramp(depth)).save(path)
     samples, pixels = loaded(path)
-    assert samples == Samples(bit_depth=depth)
+    assert samples == Samples(bit_depth=depth, fractions=depth > 8)
     assert np.array_equal(pixels[0, ..., 1], eight_bits(ramp(depth), depth))
     assert len(np.unique(pixels)) == 256
 
@@ -134,15 +141,41 @@ def test_portable_pixmaps_of_16_bits(tmp_path, largest, depth):
 
 
 def test_lost_bits_are_warned_of(tmp_path):
-    """Gray with alpha, and an opened image, of which Pillow gives the high bytes alone."""
+    """Of an opened image, of which Pillow gives the high bytes alone."""
     path = tmp_path / "deep.png"
-    gray = np.dstack([ramp(16), ramp(16)])
-    path.write_bytes(png_of(gray))
-    with pytest.warns(UserWarning, match=r"deep\.png has 16-bit samples .* only the high 8 bits"):
-        assert np.array_equal(np.asarray(read_image(path))[..., 0], ramp(16) >> 8)
-    path.write_bytes(png_of(colour(ramp(16))))
-    with pytest.warns(UserWarning, match="^x has 16-bit samples"):
-        prepare_image(Image.open(path), "x", None, 1)
+    for deep in (colour(ramp(16)), np.dstack([ramp(16), ramp(16)])):
+        path.write_bytes(png_of(deep))
+        with pytest.warns(UserWarning, match="^x has 16-bit samples .* only the high 8 bits"):
+            image = prepare_image(Image.open(path), "x", None, 1)
+        assert np.array_equal(image.pixels[0].numpy(), ramp(16) >> 8)
+
+
+@pytest.mark.parametrize("depth", [12, 16])
+def test_gray_with_alpha_of_16_bits(tmp_path, depth):
+    path = tmp_path / "deep.png"
+    path.write_bytes(png_of(np.dstack([ramp(depth), ramp(16)[::-1]])))
+    images = load_image_set(path, None, 1)
+    assert images.samples == Samples(depth, fractions=True)
+    expected = ramp(depth) * 255.0 / (2**depth - 1)
+    for channel in images.pixels[0].numpy():
+        assert np.allclose(channel, expected, rtol=1e-6)
+    assert len(np.unique(images.pixels)) > 1000
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_cmyk_of_16_bits(tmp_path, order):
+    """Converted as Pillow does with 8 bits, but with fractions."""
+    inks = np.dstack([colour(ramp(16)), ramp(16).T.reshape(SHAPE) // 2])
+    path = tmp_path / "deep.tif"
+    path.write_bytes(tiff_of(inks, order))
+    images = load_image_set(path, None, 1)
+    assert images.samples == Samples(16, fractions=True)
+    found = images.pixels[0].permute(1, 2, 0).numpy()
+    light = 1 - inks / 65535
+    assert np.allclose(found, 255 * light[..., :3] * light[..., 3:], atol=0.01)
+    eight = Image.fromarray(eight_bits(inks, 16), "CMYK").convert("RGB")
+    assert np.abs(found - np.asarray(eight)).max() < 2
+    assert len(np.unique(found)) > 1000
 
 
 def test_colour_that_pillow_misreads_is_refused(tmp_path):
@@ -287,7 +320,7 @@ def test_opened_images_are_read_as_files_are(tmp_path):
     Image.fromarray(ramp(12)).save(tmp_path / "deep.tif")
     images = load_image_set([Image.open(tmp_path / "deep.tif"), Image.fromarray(ramp(10))], None, 1)
     assert images.samples.bit_depth == 12
-    assert np.array_equal(images.pixels[1, 0].numpy(), eight_bits(ramp(10), 12))
+    assert np.allclose(images.pixels[1, 0].numpy(), ramp(10) * 255.0 / 4095, rtol=1e-6)
 
 
 def test_bad_settings_are_refused():
@@ -303,7 +336,9 @@ def test_headers_are_read_back_and_checked():
     assert samples_from_header({}) == AS_STORED  # of older files
     assert samples_from_header({"samples": {"bit_depth": None, "value_range": None}}) == UNKNOWN
     stored = {"bit_depth": 12, "value_range": [0, 2.5]}
-    assert samples_from_header({"samples": stored}) == Samples(12, (0.0, 2.5))
+    assert samples_from_header({"samples": stored}) == Samples(12, (0.0, 2.5))  # of older files
+    stored["fractions"] = True
+    assert samples_from_header({"samples": stored}) == Samples(12, (0.0, 2.5), fractions=True)
     for bad in ({"bit_depth": 40}, {"value_range": [2, 1]}, {"value_range": [0, float("nan")]}):
         with pytest.raises(ValueError, match="must be"):
             samples_from_header({"samples": {"bit_depth": None, "value_range": None, **bad}})
