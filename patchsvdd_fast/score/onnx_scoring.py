@@ -3,8 +3,9 @@
 The twin of `maps.search_levels` for `patchsvdd export`, in standard operators. The search is not
 the library's, which is exact: a product in float32 picks candidates among the bank's rows, and
 their distances are then computed from differences, as the library does. So a distance is off by
-float32's rounding; only which row is nearest could be missed, and then another one at nearly the
-same distance is found.
+float32's rounding. Which row is nearest is missed where squared distances differ by less than the
+product's rounding, about 2^-24 times the bank's squared spread: distances far below 2^-12 of the
+spread are upper bounds, those of some row as near as the product can tell.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ class BankNodes:
         else:
             halves = (rows / scale).half()
             kept = self.graph.cast(self.graph.weight(name, halves), torch.float32)
-            kept = self.graph.add(
-                "Mul", kept, self.graph.weight(f"{name}.scale", torch.tensor(scale))
-            )
+            kept = self.graph.add("Mul", kept, self.graph.number(scale))
             rows = halves.float() * scale
         biases = (rows.double().square().sum(dim=1) / -2).float()[None]
         return _Chunk(kept, self.graph.weight(f"{name}.biases", biases), len(rows))
