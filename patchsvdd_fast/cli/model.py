@@ -22,6 +22,7 @@ from .options import (
     RateOption,
     SkipOption,
     loading,
+    one_of,
     require_writable,
     threshold_in_words,
 )
@@ -208,23 +209,55 @@ def _in_words(region: Region, threshold: float | None) -> str:
 
 def export(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
-        "encoder.onnx"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="ONNX file to write; default: detector.onnx, or encoder.onnx with --encoder-only.",
+        ),
+    ] = None,
+    false_alarm_rate: RateOption = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="What rows of the banks are kept in; float16 for half the size.",
+            **one_of("float32", "float16"),
+        ),
+    ] = "float32",
+    encoder_only: Annotated[
+        bool,
+        typer.Option("--encoder-only", help="Write the encoder alone; the search stays here."),
+    ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write the encoder as an ONNX model, checked with onnxruntime where that is installed."""
+    """Write the detector as one ONNX model, from pixels to score, anomaly map and verdict.
+
+    The model is checked with onnxruntime where that is installed.
+    """
+    if encoder_only and (false_alarm_rate is not None or storage != "float32"):
+        raise typer.BadParameter("--encoder-only writes neither a threshold nor banks")
+    output = output or Path("encoder.onnx" if encoder_only else "detector.onnx")
     require_writable(output, overwrite=overwrite)
     with loading():
-        from ..detector.onnx import export_detector
+        from ..detector.onnx import export_detector, export_encoder
         from ..detector.patch_svdd import PatchSVDD
 
     with claimed_file(output, overwrite):
-        difference = export_detector(PatchSVDD.load(model, device="cpu"), output)
-    checked = "not checked: onnxruntime is not installed"
-    if difference is not None:
-        checked = f"its embeddings differ from PyTorch's by {difference:.1e} at the most"
-    _print(f"wrote {output}; {checked}")
+        detector = PatchSVDD.load(model, device="cpu")
+        if encoder_only:
+            difference = export_encoder(detector, output)
+            checked = "its embeddings differ from PyTorch's by {:.1e} at the most"
+        else:
+            difference = export_detector(
+                detector, output, false_alarm_rate=false_alarm_rate, storage=storage
+            )
+            checked = "its image scores are within {:.1e}, relative, of the detector's"
+    if difference is None:
+        checked = "not checked: onnxruntime is not installed"
+    _print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB; {checked.format(difference)}")
+    if not encoder_only and detector.calibration_ is not None:
+        _print(threshold_in_words(detector, false_alarm_rate))
 
 
 def _print(line: str) -> None:

@@ -227,11 +227,15 @@ def encoder_parameters(encoder: str | None, file: Path | None = None) -> dict[st
     return {"encoder": load_encoder(path), **preparation_of(path)}
 
 
-def threshold_in_words(detector: PatchSVDD) -> str:
-    """A line that says a calibrated detector's threshold, and the rate that it promises."""
+def threshold_in_words(detector: PatchSVDD, false_alarm_rate: float | None = None) -> str:
+    """A line that says a calibrated detector's threshold, and the rate that it promises.
+
+    false_alarm_rate: None: the detector's own.
+    """
+    rate = detector.false_alarm_rate_ if false_alarm_rate is None else false_alarm_rate
     return (
-        f"threshold on the image score: {detector.threshold_:.6g}, exceeded by at most "
-        f"{detector.false_alarm_rate_:.2g} of good images like these"
+        f"threshold on the image score: {detector.threshold(rate):.6g}, exceeded by at most "
+        f"{rate:.2g} of good images like these"
     )
 
 

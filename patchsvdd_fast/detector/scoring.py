@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
@@ -19,6 +20,7 @@ from ..score.encoding import NotFiniteError, encode_images
 from ..score.image_result import ImageResult, image_results
 from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
+from ..search.bank import NormalBank
 from .model_file import Model
 from .parameters import Parameters, largest_patch, usual_light
 
@@ -59,11 +61,19 @@ def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:
     return MapRule(interpolate=encoder.surroundings != 0, border=border)
 
 
-def score_encoded(model: Model, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
-    """Score images of (height, width) pixels by their embeddings, as `encode` gives them."""
+def score_encoded(
+    model: Model,
+    encoded: Sequence[Tensor],
+    shape: tuple[int, int],
+    banks: Mapping[PatchLevel, NormalBank] | None = None,
+) -> ScoreResult:
+    """Score images of (height, width) pixels by their embeddings, as `encode` gives them.
+
+    banks: those of the levels that were encoded; None: all of the model.
+    """
     parameters = model.parameters
     return search_levels(
-        model.banks,
+        model.banks if banks is None else banks,
         encoded,
         shape,
         parameters["combination"],

@@ -47,10 +47,14 @@ def border_factors(means: Tensor) -> Tensor:
 
 def corrected(distances: Tensor, factors: Tensor) -> Tensor:
     """Distances [N, I, J], divided by the factor of their ring: [RINGS], or [N, RINGS]."""
-    padded = torch.cat([factors, torch.ones_like(factors[..., :1])], dim=-1)
     rows, columns = distances.shape[1:]
-    by_place = padded.to(distances)[..., _rings(rows, columns, distances.device)]
-    return distances / by_place  # [N, I, J] / [I, J] or [N, I, J]
+    return distances / factors_by_place(factors.to(distances), rows, columns)
+
+
+def factors_by_place(factors: Tensor, rows: int, columns: int) -> Tensor:
+    """The factor of each place of a grid, 1 inside: [..., RINGS] -> [..., rows, columns]."""
+    padded = torch.cat([factors, torch.ones_like(factors[..., :1])], dim=-1)
+    return padded[..., _rings(rows, columns, factors.device)]
 
 
 def _rings(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -137,18 +137,21 @@ class MapRule:
 def _interpolated(values: Tensor, level: PatchLevel, image_shape: tuple[int, int]) -> Tensor:
     """Bilinear between the centres of patches, constant beyond the outermost: [N, H, W]."""
     down, across = (
-        _weights(pixels, count, level, values)
+        interpolation_weights(pixels, count, level).to(values)
         for pixels, count in zip(image_shape, values.shape[1:], strict=True)
     )
     return down @ values @ across.T
 
 
-def _weights(pixels: int, count: int, level: PatchLevel, like: Tensor) -> Tensor:
-    """What each patch along an axis has to say to each pixel: [pixels, count]."""
+def interpolation_weights(pixels: int, count: int, level: PatchLevel) -> Tensor:
+    """What each of `count` patches along an axis has to say to each pixel: [pixels, count] float64.
+
+    Bilinear between the patches' centres; a pixel's weights add up to 1.
+    """
     centres = torch.arange(pixels, dtype=torch.float64) + 0.5
     place = ((centres - level.size / 2) / level.stride).clamp(0, count - 1)
     number = torch.arange(count, dtype=torch.float64)
-    return (1 - (place[:, None] - number).abs()).clamp(min=0).to(like)
+    return (1 - (place[:, None] - number).abs()).clamp(min=0)
 
 
 DEFAULT_RULE = MapRule()

@@ -409,8 +409,35 @@ def test_demo_writes_a_model_and_heat_maps(category_folder, tmp_path, monkeypatc
 
 def test_export_says_how_near_it_comes(model, tmp_path):
     pytest.importorskip("onnx")
-    path = tmp_path / "encoder.onnx"
-    output = run("export", model, "-o", path).replace("\n", "")
-    assert path.is_file()
-    assert f"wrote {path}; " in output
+    path = tmp_path / "detector.onnx"
+    arguments = ["--false-alarm-rate", 0.4, "--storage", "float16"]
+    output = run("export", model, "-o", path, *arguments).replace("\n", "")
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    assert f"wrote {path}, {size}; " in output
+    assert "of the detector's" in output or "onnxruntime is not installed" in output
+    threshold = PatchSVDD.load(model, device="cpu").threshold(0.4)
+    assert f"{threshold:.6g}, exceeded by at most 0.4 of good images" in output
+    output = run("export", model, "-o", path, "--encoder-only").replace("\n", "")
     assert "differ from PyTorch's by" in output or "onnxruntime is not installed" in output
+    assert "threshold" not in output
+
+
+def test_exports_are_named_by_what_they_hold(model, single, tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    assert "threshold" not in run("export", single)  # of one training image there is none
+    run("export", model, "--encoder-only")
+    assert {path.name for path in tmp_path.glob("*.onnx")} == {"detector.onnx", "encoder.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--storage", "int8"], "--storage takes"),
+        (["--encoder-only", "--storage", "float16"], "neither a threshold nor banks"),
+        (["--encoder-only", "--false-alarm-rate", "0.5"], "neither a threshold nor banks"),
+    ],
+)
+def test_wrong_options_of_export(model, tmp_path, arguments, complaint):
+    assert complaint in run("export", model, "-o", tmp_path / "a.onnx", *arguments, expected=2)
+    assert not (tmp_path / "a.onnx").exists()

