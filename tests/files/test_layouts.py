@@ -1,13 +1,21 @@
 """The layouts of data sets: the same images are told apart in each, with the same masks."""
 
-import csv
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_sets import (
+    WRITERS,
+    btad,
+    kolektor_sdd2,
+    mvtec_ad,
+    mvtec_ad_2_renamed,
+    noise_images,
+    visa,
+    write,
+)
 from patchsvdd_fast.detector.evaluation import masks_or_reason
 from patchsvdd_fast.files.categories import (
     Category,
@@ -19,128 +27,14 @@ from patchsvdd_fast.files.categories import (
 )
 from patchsvdd_fast.files.layouts import LAYOUTS, matching_layouts
 
-SIDE = 128
 SIZE = (96, 96)
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise: "train", "validation", "good" and "bad" images, and the "masks" of the bad ones."""
-    rng = np.random.default_rng(0)
-
-    def noise():
-        return rng.integers(60, 120, (SIDE, SIDE, 3)).astype(np.uint8)
-
-    made = {name: [noise() for _ in range(3)] for name in ("train", "validation", "good", "bad")}
-    made["masks"] = []
-    for number, image in enumerate(made["bad"]):
-        mask = np.zeros((SIDE, SIDE), np.uint8)
-        mask[20 + 10 * number :][:30, 40:80] = 255
-        image[mask > 0] += 25
-        made["masks"].append(mask)
-    return made
+    return noise_images()
 
 
-def write(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def mvtec_ad(root, images):
-    for i, pixels in enumerate(images["train"]):
-        write(root / f"train/good/{i:03}.png", pixels)
-    for i, pixels in enumerate(images["good"]):
-        write(root / f"test/good/{i:03}.png", pixels)
-    for i, (pixels, mask) in enumerate(zip(images["bad"], images["masks"], strict=True)):
-        write(root / f"test/spot/{i:03}.png", pixels)
-        write(root / f"ground_truth/spot/{i:03}_mask.png", mask)
-
-
-def mvtec_loco_ad(root, images):
-    mvtec_ad(root, images)
-    shutil.rmtree(root / "ground_truth")
-    for i, pixels in enumerate(images["validation"]):
-        write(root / f"validation/good/{i:03}.png", pixels)
-    for i, mask in enumerate(images["masks"]):  # in two parts
-        upper, lower = (mask > 0).astype(np.uint8) * 236, (mask > 0).astype(np.uint8) * 250
-        upper[:, 60:], lower[:, :60] = 0, 0
-        write(root / f"ground_truth/spot/{i:03}/000.png", upper)
-        write(root / f"ground_truth/spot/{i:03}/001.png", lower)
-
-
-def mvtec_ad_2(root, images, test="test_public"):
-    for part, kind in (("train/good", "train"), ("validation/good", "validation")):
-        for i, pixels in enumerate(images[kind]):
-            write(root / f"{part}/{i:03}_regular.png", pixels)
-    for i in range(3):
-        write(root / f"{test}/good/{i:03}_regular.png", images["good"][i])
-        write(root / f"{test}/bad/{i:03}_regular.png", images["bad"][i])
-        write(root / f"{test}/ground_truth/bad/{i:03}_regular_mask.png", images["masks"][i])
-
-
-def mvtec_ad_2_renamed(root, images):
-    mvtec_ad_2(root, images, "test")
-
-
-def btad(root, images):
-    for i in range(3):
-        write(root / f"train/ok/{i:04}.bmp", images["train"][i])
-        write(root / f"test/ok/{i:04}.bmp", images["good"][i])
-        write(root / f"test/ko/{i:04}.bmp", images["bad"][i])
-        write(root / f"ground_truth/ko/{i:04}.png", images["masks"][i])
-
-
-def visa(root, images):
-    rows = []
-    for split, kind in (("train", "train"), ("test", "good"), ("test", "bad")):
-        for i, pixels in enumerate(images[kind]):
-            label, folder = ("normal", "Normal") if kind != "bad" else ("anomaly", "Anomaly")
-            name = f"{root.name}/Data/Images/{folder}/{kind}{i:03}.png"  # theirs are JPG
-            mask = f"{root.name}/Data/Masks/Anomaly/{i:03}.png" if kind == "bad" else ""
-            write(root.parent / name, pixels)
-            if mask:
-                write(root.parent / mask, (images["masks"][i] > 0).astype(np.uint8))
-            rows.append((root.name, split, label, name, mask))
-    rows.append(("another", "test", "anomaly", "another/x.JPG", "another/x.png"))
-    path = root.parent / "split_csv/1cls.csv"
-    path.parent.mkdir()
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
-
-
-def kolektor_sdd2(root, images):
-    black = np.zeros((SIDE, SIDE), np.uint8)
-    parts = {"train": [*images["train"], images["bad"][0]], "test": images["good"] + images["bad"]}
-    masks = {"train": [black] * 3 + images["masks"][:1], "test": [black] * 3 + images["masks"]}
-    for part, of_part in parts.items():
-        for i, (pixels, mask) in enumerate(zip(of_part, masks[part], strict=True)):
-            write(root / f"{part}/{i + 20000}.png", pixels)
-            write(root / f"{part}/{i + 20000}_GT.png", mask)
-
-
-def kolektor_sdd(root, images):
-    black = np.zeros((SIDE, SIDE), np.uint8)
-    folders = {
-        "kos01": zip(images["train"], [black] * 3, strict=True),
-        "kos02": zip(images["good"], [black] * 3, strict=True),
-        "kos03": zip(images["bad"], images["masks"], strict=True),
-    }
-    folders["kos01b"] = [(images["bad"][0], images["masks"][0])]
-    for name, pairs in folders.items():
-        for i, (pixels, mask) in enumerate(pairs):
-            write(root / f"{name}/Part{i}.png", pixels)  # theirs are JPG
-            write(root / f"{name}/Part{i}_label.bmp", mask)
-
-
-WRITERS = {
-    "MVTec AD": mvtec_ad,
-    "MVTec LOCO AD": mvtec_loco_ad,
-    "MVTec AD 2": mvtec_ad_2,
-    "BTAD": btad,
-    "VisA": visa,
-    "KolektorSDD2": kolektor_sdd2,
-    "KolektorSDD": kolektor_sdd,
-}
 CASES = [*WRITERS.items(), ("MVTec AD 2", mvtec_ad_2_renamed)]
 
 
