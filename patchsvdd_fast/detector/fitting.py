@@ -149,6 +149,7 @@ def load(
         samples,
         parameters.samples_of(given),
         skip_unreadable,
+        parameters.channel_order_of(given),
     )
 
 

@@ -17,7 +17,7 @@ from ..score.image_result import ImageResult, image_results
 from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from .model_file import Model
-from .parameters import Parameters, largest_patch, usual_light
+from .parameters import Parameters, channel_order_of, largest_patch, usual_light
 
 
 def encode(
@@ -81,9 +81,10 @@ def score_stream(
     """
     parameters = model.parameters
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
+    order = channel_order_of(parameters)
 
     def read(item: Any, number: int) -> PreparedImage:
-        image = prepare_image(item, name_of(item, number), size, smallest, model.samples)
+        image = prepare_image(item, name_of(item, number), size, smallest, model.samples, order)
         # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
         return image

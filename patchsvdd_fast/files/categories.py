@@ -51,7 +51,7 @@ class Category:
         return self.layout.train(self.root)
 
     def validation_paths(self) -> list[Path]:
-        """Good images that are neither trained on nor tested with; mostly there are none."""
+        """Good images set apart from those to train on and to test with; mostly there are none."""
         return self.layout.validation(self.root)
 
     def test_images(self) -> list[LabelledImage]:
@@ -171,8 +171,8 @@ def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     tests: what `Category.test_set` gave; None: it says what there is to train on.
     """
     begin = f"{category.name}: layout {category.layout.name}"
+    aside = len(category.validation_paths())
     if tests is None:
-        aside = len(category.validation_paths())
         rest = f", {aside:,} of validation kept aside" if aside else ""
         return f"{begin}, {len(category.train_paths()):,} images to train on{rest}"
     bad = [image for image in tests.images if image.is_anomalous]
@@ -180,4 +180,5 @@ def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     return (
         f"{begin}, tested with {len(tests.images) - len(bad):,} good and {len(bad):,} anomalous "
         f"images, {masked:,} of them with masks"
+        + (f", and {aside:,} good ones of validation for false alarms" if aside else "")
     )

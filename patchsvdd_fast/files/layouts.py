@@ -50,7 +50,8 @@ class LabelledSet:
 class Layout:
     """How a data set lays out a category: how to tell it, and where its images are.
 
-    The functions take the category's folder. Each raises ValueError if it finds no image.
+    The functions take the category's folder. `train` and `test` raise ValueError if they find no
+    image.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Layout:
     train: Callable[[Path], list[Path]]
     """The good images to train on."""
     validation: Callable[[Path], list[Path]]
-    """Good images to be neither trained on nor tested with; there may be none."""
+    """Good images not to train on, to count false alarms with; there may be none."""
     test: Callable[[Path], LabelledSet]
     """The test images with their labels and masks."""
 
@@ -160,8 +161,12 @@ def _of_folders(
         return labelled(folder / good, folder, (root / _MASKS, folder / _MASKS), good)
 
     def validation_images(root: Path) -> list[Path]:
-        folder = root / validation
-        return find_images(folder) if validation and folder.is_dir() else []
+        folder, skipped = root / validation, Skipped()
+        if not validation or not folder.is_dir():
+            return []
+        paths = list(walk_images(folder, skipped))
+        skipped.warn(folder)
+        return _without_masks(paths)
 
     parts = {
         "train": f"train/{good}",

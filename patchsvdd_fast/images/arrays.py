@@ -2,6 +2,7 @@
 
 Samples are uint8, uint16 (scaled to 8 bits as those of files are), or floats in 0 to 1, as
 torchvision gives them. Floats in another range are not guessed at: errors name the conversion.
+Nor is the order of their colours: it is RGB, or BGR where that is asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 
 Samples = npt.NDArray[np.uint8]
 
+CHANNEL_ORDERS = ("rgb", "bgr")
+"""How the colours of arrays are ordered; OpenCV's are "bgr"."""
+
 _CHANNELS = (1, 3, 4)  # gray, RGB, and RGB with alpha, which is dropped
 _COLOURS = (3, 4)
 
@@ -28,11 +32,14 @@ def is_array(item: Any) -> bool:
     )
 
 
-def image_of_array(item: Any, name: str) -> Samples:
-    """An image as uint8 [H, W], [H, W, 3] or [H, W, 4], from an array or a tensor.
+def image_of_array(item: Any, name: str, channel_order: str = "rgb") -> Samples:
+    """An image as uint8 [H, W], [H, W, 3] or [H, W, 4], gray or RGB, from an array or a tensor.
 
-    item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4. Raises
-    ValueError for another shape or other values, TypeError for another dtype, naming the image.
+    item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4.
+    channel_order: of its colours, one of `CHANNEL_ORDERS`.
+
+    Raises ValueError for another shape or other values, and for a gray image whose colours are said
+    to be BGR; TypeError for another dtype. Errors name the image.
     """
     is_tensor = isinstance(item, Tensor)
     array = _numpy(item)
@@ -45,6 +52,10 @@ def image_of_array(item: Any, name: str) -> Samples:
         )
     if is_tensor and array.ndim == 3:
         array = array.transpose(1, 2, 0)
+    if channel_order == "bgr":
+        if array.shape[2:] not in ((3,), (4,)):
+            raise ValueError(f'{name} is gray and has no colours for channel_order="bgr"')
+        array = array[..., 2::-1]
     return _as_8_bits(array[..., 0] if array.shape[2:] == (1,) else array, name)
 
 

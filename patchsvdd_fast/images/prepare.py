@@ -168,18 +168,25 @@ class ImageSet:
 
 
 def prepare_image(
-    item: Any, name: str, size: ImageSize, smallest: int, samples: Samples = AS_STORED
+    item: Any,
+    name: str,
+    size: ImageSize,
+    smallest: int,
+    samples: Samples = AS_STORED,
+    channel_order: str = "rgb",
 ) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
-
-    item: colours are RGB; of OpenCV's BGR, give ``frame[:, :, ::-1]``. Arrays are uint8, uint16
-        (scaled to 8 bits as those of files are) or floats in 0 to 1; other floats are refused.
+    item: arrays are uint8, uint16 (scaled to 8 bits as those of files are) or floats in 0 to 1;
+        other floats are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
-    smallest: least pixels on a side, before resizing. samples: how files' and PIL images' samples
-    of more than 8 bits are read. Raises ValueError, TypeError or OSError naming the image.
+    smallest: least pixels on a side, before resizing.
+    samples: how files' and PIL images' samples of more than 8 bits are read.
+    channel_order: of arrays and tensors, "rgb" or "bgr".
+
+    Raises ValueError, TypeError or OSError naming the image.
     """
-    image = _as_image(item, name, samples)
+    image = _as_image(item, name, samples, channel_order)
     original = image.height, image.width
     if min(original) < smallest:
         raise ValueError(
@@ -197,9 +204,9 @@ def name_of(item: Any, number: int) -> str:
     return os.fspath(item) if isinstance(item, str | os.PathLike) else f"image {number}"
 
 
-def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
+def load_images(source: Any, size: ImageSize, smallest: int, channel_order: str = "rgb") -> Tensor:
     """The pixels of `load_image_set`, uint8 [N, 3, H, W]."""
-    return load_image_set(source, size, smallest).pixels
+    return load_image_set(source, size, smallest, channel_order=channel_order).pixels
 
 
 def load_image_set(
@@ -210,6 +217,7 @@ def load_image_set(
     samples: Samples | None = None,
     given: Samples = UNKNOWN,
     skip_unreadable: bool = False,
+    channel_order: str = "rgb",
 ) -> ImageSet:
     """Load images of one size.
 
@@ -217,7 +225,7 @@ def load_image_set(
     a sequence of what `prepare_image` takes, or a batch: [N, H, W, 3] or [N, H, W] as an array,
     [N, 3, H, W] as a tensor. An array [H, W, 3] or a tensor [3, H, W] is one image. The names of
     images in a folder are relative to it.
-    size, smallest, dtypes of arrays: as for `prepare_image`.
+    size, smallest, channel_order, dtypes of arrays: as for `prepare_image`.
     progress: called after each image with the share that is read, 0 to 1.
     samples: how samples of more than 8 bits are read; None: as `given`, and what that leaves open
         is found from these images.
@@ -249,7 +257,8 @@ def load_image_set(
     batch: Tensor | None = None
     for index, item in enumerate(source):
         try:
-            image = prepare_image(item, name_of(item, index), size, smallest, samples)
+            name = name_of(item, index)
+            image = prepare_image(item, name, size, smallest, samples, channel_order)
         except (OSError, UnreadableError) as error:
             if len(source) == 1:
                 raise
@@ -293,7 +302,7 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
     )
 
 
-def _as_image(item: Any, name: str, samples: Samples) -> Image.Image:
+def _as_image(item: Any, name: str, samples: Samples, channel_order: str) -> Image.Image:
     if isinstance(item, str | os.PathLike):
         return read_image(item, samples)
     if isinstance(item, Image.Image):
@@ -302,7 +311,7 @@ def _as_image(item: Any, name: str, samples: Samples) -> Image.Image:
         except Exception as error:  # Pillow decodes an opened file only now
             raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return Image.fromarray(image_of_array(item, name)).convert("RGB")
+        return Image.fromarray(image_of_array(item, name, channel_order)).convert("RGB")
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )

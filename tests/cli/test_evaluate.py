@@ -1,12 +1,23 @@
 """`patchsvdd evaluate` and `train` on data sets as they come: masks, layouts, what fails."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
-from data_sets import MASKS, SIDE, WRITERS, gray, mvtec_ad, mvtec_ad_2_renamed, noise_images, write
+from data_sets import (
+    MASKS,
+    SIDE,
+    WRITERS,
+    gray,
+    mvtec_ad,
+    mvtec_ad_2_renamed,
+    mvtec_loco_ad,
+    noise_images,
+    write,
+)
 from processes import one_line_error, run_script
 
 UNTRAINED = ("--untrained", "--mode", "dense", "--resize", "96")
@@ -67,12 +78,48 @@ def test_every_layout_and_mask_gives_the_same_figures(figures, case):
     expected, found = figures["expected"], figures[case]
     assert (found["num_good"], found["num_anomalous"]) == (3, 3)
     assert found["no_segmentation"] is None
+    has_validation = "LOCO" in case or "AD 2" in case
+    assert found["num_validation"] == (3 if has_validation else 0)
+    assert (found["num_false_alarms"] is None) != has_validation
     assert expected["percent"]["mult"]["segmentation"] > 60
     if case.endswith("JPG"):  # its edges are not those of the mask, to a pixel
         for combination, percent in expected["percent"].items():
             assert found["percent"][combination] == pytest.approx(percent, abs=0.5)
     else:
         assert found["percent"] == expected["percent"]
+
+
+def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path):
+    images, root = noise_images(), tmp_path / "all/loco"
+    mvtec_loco_ad(root, images)
+    mvtec_ad(tmp_path / "all/ad", images)
+    done, before = evaluated(tmp_path / "all")
+    alarms = before["loco"]["num_false_alarms"]
+    for number in range(4):  # unlike the training images
+        write(root / f"validation/good/odd/{number}.png", images["bad"][0] // 2)
+    done, after = evaluated(tmp_path / "all")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 of them with masks, and 7 good ones of validation for false alarms" in done.stdout
+    assert after["loco"]["num_validation"] == 7
+    assert after["loco"]["num_false_alarms"] == alarms + 4
+    assert after["loco"]["percent"] == before["loco"]["percent"] == after["ad"]["percent"]
+    assert re.findall(r"(\d+ of 7|-) +│$", done.stdout, re.MULTILINE) == [
+        "-",
+        *[f"{alarms + 4} of 7"] * 2,  # of loco, and of the mean
+    ]
+    (root / "validation/good/odd/0.png").write_text("no image")
+    done, after = evaluated(tmp_path / "all")
+    assert "error: loco: 1 of 7 images cannot be read" in done.stderr
+    done, after = evaluated(tmp_path / "all", "--skip-unreadable")
+    assert done.returncode == 0
+    assert after["loco"]["num_false_alarms"] == alarms + 3
+
+    shutil.rmtree(root / "validation/good")
+    (root / "validation/good").mkdir()
+    done, after = evaluated(root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (after["loco"]["num_validation"], after["loco"]["num_false_alarms"]) == (0, None)
+    assert "false alarms" not in done.stdout
 
 
 def test_folders_of_ones_own_give_the_same_figures(evaluated, figures, tmp_path):

@@ -87,6 +87,7 @@ def test_the_same_images_in_every_layout(name, lay_out, images, expected, tmp_pa
     assert in_words(category) == f"noise: layout {name}, 3 images to train on{aside}"
     assert in_words(category, category.test_set()).endswith(
         "3 good and 3 anomalous images, 3 of them with masks"
+        + (", and 3 good ones of validation for false alarms" if has_validation else "")
     )
 
 
