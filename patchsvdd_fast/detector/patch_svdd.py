@@ -330,8 +330,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         For `for` and `async for`. Reading, encoding, searching and what the caller does with a
         result overlap, in bounded memory. Scores are those of `score`.
 
-        sources: paths, PIL images, arrays or tensors; may be endless. A thread of the stream
-            iterates over them, some images ahead.
+        sources: paths, PIL images, arrays or tensors; may be endless, or a batch. A thread of the
+            stream iterates over them, some images ahead.
         false_alarm_rate: share of good images that may be called anomalous; None: `threshold_`.
         on_error: called with an image that cannot be read, and why; it is then skipped. None: the
             error is raised, and ends the stream.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..encoders.patch_encoder import PatchEncoder
+from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
 from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
 from ..score.calibration import Calibration
@@ -78,7 +81,16 @@ def score_stream(
     """Score images in their order; sources, on_error: see `PatchSVDD.score_stream`.
 
     threshold: image score above which an image is called anomalous; None: no verdicts.
+
+    Raises TypeError for a single path or PIL image.
     """
+    if isinstance(sources, str | os.PathLike | Image.Image):
+        raise TypeError(
+            "a stream takes images one after another, such as a list of paths, got one "
+            f"{type(sources).__name__} alone: put it, or what is in the folder, into a list"
+        )
+    if is_array(sources):
+        sources = images_of_batch(sources)
     parameters = model.parameters
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
     order = channel_order_of(parameters)

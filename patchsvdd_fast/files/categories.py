@@ -18,7 +18,12 @@ from .layouts import (
 )
 from .masks import masks_beside
 
-_OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")  # folders, any case
+# Names of folders, in any case, that tell of images which are not good ones to train on.
+_OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")
+_OF_DEFECTS = (
+    *("bad", "ko", "ng", "nok", "not_ok", "defect", "defects", "defective", "reject", "rejects"),
+    *("anomaly", "anomalies", "anomalous", "abnormal"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def find_categories(folder: Path) -> list[Category]:
     """The folder itself if it is a category, else the categories directly inside it.
 
     Raises ValueError if there are none. Warns of folders beside categories that are none, but have
-    folders such as train.
+    folders such as train or bad.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -125,10 +130,10 @@ def find_categories(folder: Path) -> list[Category]:
         names = ", ".join(layout.name for layout in LAYOUTS)
         raise ValueError(
             f"{folder} holds no category in a layout that is known ({names}; "
-            "patchsvdd info --layouts)"
+            "patchsvdd info --layouts); two folders of any name: evaluate --normal, --anomalous"
         )
-    others = [path.name for path in inside if path.is_dir() and not is_category(path)]
-    unknown = [name for name in others if any((folder / name / x).is_dir() for x in _OF_DATA_SETS)]
+    others = [path for path in inside if path.is_dir() and not is_category(path)]
+    unknown = [path.name for path in others if any(map(_tells, _folders_in(path)))]
     if unknown:
         warnings.warn(
             f"left out, as they are in no layout that is known: {', '.join(unknown)}", stacklevel=2
@@ -140,15 +145,15 @@ def training_paths(folder: Path) -> list[Path]:
     """The good images of a category, or all images below any other folder.
 
     Masks beside images (x_GT, x_mask or x_label, and an x) are not taken; a warning says so, and
-    names what else was skipped. Raises ValueError if there are no images, and for a folder with
-    train, test or ground_truth inside that is in no known layout: it holds defects, too.
+    names what else was skipped. Raises ValueError if there are no images, and for a folder in no
+    known layout that holds defects, too: with a folder such as train, test, ground_truth or bad.
     """
     if is_category(folder):
         return Category(folder).train_paths()
     if folder.is_dir():
         for path in walk_images(folder):
             parts = path.relative_to(folder).parts[:-1]
-            if telling := [part for part in parts if part.lower() in _OF_DATA_SETS]:
+            if telling := [part for part in parts if _tells(part)]:
                 raise ValueError(
                     f"{folder} holds a folder {telling[0]} ({path.relative_to(folder)}), but is in "
                     "no layout that is known (patchsvdd info --layouts): name its folder of good "
@@ -163,6 +168,15 @@ def training_paths(folder: Path) -> list[Path]:
             stacklevel=2,
         )
     return [path for path in paths if path not in beside]
+
+
+def _tells(name: str) -> bool:
+    """Whether a folder of this name tells of images that are not good ones to train on."""
+    return name.lower() in (*_OF_DATA_SETS, *_OF_DEFECTS)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()]
 
 
 def in_words(category: Category, tests: LabelledSet | None = None) -> str:

@@ -7,6 +7,7 @@ Nor is the order of their colours: it is RGB, or BGR where that is asked for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,9 +65,14 @@ def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
 
     batch: an array [N, H, W, C] or [N, H, W], or a tensor [N, C, H, W]; or one colour image alone,
     an array [H, W, 3] or a tensor [3, H, W]. An array of three axes is one image if its last has 3
-    or 4 values: no image is so narrow. Raises ValueError for another shape.
+    or 4 values: no image is so narrow. Or [N] paths or other objects, such as a column of a table.
+
+    Raises ValueError for another shape. Warns of an array [3, H, W]: it is three gray images, but
+    may be meant as a colour image.
     """
     shape = list(batch.shape)
+    if len(shape) == 1 and _holds_objects(batch):
+        return list(_numpy(batch).tolist())
     if isinstance(batch, Tensor):
         if len(shape) == 3 and shape[0] in _CHANNELS:
             return [batch]
@@ -77,7 +83,17 @@ def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
         return [batch]
     elif len(shape) not in (3, 4):
         raise ValueError(f"images must have shape [N, H, W, 3] or [N, H, W], got {shape}")
+    elif len(shape) == 3 and shape[0] in _COLOURS:
+        warnings.warn(
+            f"an array {shape} is taken for {shape[0]} gray images; if it is one image with its "
+            "channels first: transpose(1, 2, 0)",
+            stacklevel=3,
+        )
     return batch.detach().cpu() if isinstance(batch, Tensor) else _numpy(batch)
+
+
+def _holds_objects(batch: Any) -> bool:
+    return not isinstance(batch, Tensor) and _numpy(batch).dtype.kind in "OU"
 
 
 def _numpy(item: Any) -> npt.NDArray[Any]:

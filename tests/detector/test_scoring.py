@@ -235,3 +235,23 @@ def test_channel_orders_that_cannot_be(tmp_path):
     fitted.set_params(channel_order="bgr")
     with pytest.raises(ValueError, match="image 0 is gray and has no colours"):
         fitted.predict([images[0][..., 0]])
+
+
+def test_a_stream_of_one_image_or_a_batch(tmp_path):
+    images = np.stack([texture(np.random.default_rng(number), 96) for number in range(3)])
+    fitted = detector().fit(images)
+    expected = fitted.score(images).image_scores.tolist()
+
+    def streamed(sources):
+        return [result.score for result in fitted.score_stream(sources)]
+
+    assert streamed(images) == streamed(torch.from_numpy(images).permute(0, 3, 1, 2)) == expected
+    assert streamed(images[0]) == expected[:1]
+    with pytest.raises(ValueError, match="its channels seem to be last"):
+        fitted.score_stream(torch.from_numpy(images))
+    picture = Image.fromarray(images[0])
+    picture.save(tmp_path / "0.png")
+    assert streamed([picture, tmp_path / "0.png"]) == expected[:1] * 2
+    for alone in (picture, tmp_path / "0.png", str(tmp_path)):
+        with pytest.raises(TypeError, match=f"got one {type(alone).__name__} alone"):
+            fitted.score_stream(alone)

@@ -102,7 +102,9 @@ def test_two_layouts_are_an_error_that_names_both(images, tmp_path):
         training_paths(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["train", "test", "ground_truth", "part/Train/ok", "masks"])
+@pytest.mark.parametrize(
+    "folder", ["train", "test", "ground_truth", "part/Train/ok", "masks", "bad", "x/NG"]
+)
 def test_folders_of_an_unknown_layout_are_not_trained_on(folder, images, tmp_path):
     write(tmp_path / "line" / folder / "0.png", images["good"][0])
     write(tmp_path / "line/1.png", images["good"][1])
@@ -117,7 +119,9 @@ def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
     with pytest.raises(ValueError, match="a single category"):
         training_paths(tmp_path)
     write(tmp_path / "b/train/0.png", images["good"][0])
-    with pytest.warns(UserWarning, match="in no layout that is known: b"):
+    write(tmp_path / "c/Defects/0.png", images["bad"][0])
+    write(tmp_path / "d/fine/0.png", images["good"][0])
+    with pytest.warns(UserWarning, match="in no layout that is known: b, c$"):
         assert [category.name for category in find_categories(tmp_path)] == ["a"]
 
 
@@ -149,9 +153,10 @@ def test_what_is_skipped_is_said(images, tmp_path):
     mvtec_ad(tmp_path, images)
     for part in ("train/good", "test/spot"):
         (tmp_path / part / "linked").symlink_to(tmp_path / "test/good")
+        (tmp_path / part / "unplugged").symlink_to(tmp_path / "not there")
         (tmp_path / part / "a.heic").touch()
         (tmp_path / part / "b.heic").touch()
-    said = r"files \.heic, which are not read: 2 \(.\.heic\), links to folders.*: 1 \(linked\)"
+    said = r"files \.heic, which are not read: 2 \(.\.heic\), links that.*\(unplugged\), links to.*: 1 "
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (remark,) = Category(tmp_path).test_set().remarks

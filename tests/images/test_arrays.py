@@ -113,3 +113,25 @@ def test_errors_name_what_was_mixed_up(image, kind, message):
 def test_errors_of_batches_name_what_was_mixed_up(batch, message):
     with pytest.raises(ValueError, match=message):
         load_images(batch, None, 64)
+
+
+def test_a_colour_image_with_channels_first_may_be_three_gray_ones():
+    array = PIXELS.numpy()
+    with pytest.warns(UserWarning, match=r"\[3, 80, 70\] is taken for 3 gray images"):
+        found = load_images(array, None, 64)
+    assert torch.equal(found, load_images(list(array), None, 64))
+
+
+def test_columns_of_tables_are_taken(tmp_path):
+    from PIL import Image
+
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path in paths:
+        Image.fromarray(COLOUR).save(path)
+    objects = np.empty(2, object)
+    objects[:] = [COLOUR, PIXELS]
+    for column in (np.array(paths), np.array(paths, object), OfAnotherLibrary(np.array(paths))):
+        found = load_image_set(column, None, 64)
+        assert found.names == tuple(paths)
+        assert torch.equal(found.pixels, PIXELS.expand(2, -1, -1, -1))
+    assert torch.equal(load_images(objects, None, 64), PIXELS.expand(2, -1, -1, -1))
