@@ -145,7 +145,7 @@ def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> 
         caption="detection and segmentation AUROC, AUPRO up to 30 % false positives; percent",
         show_lines=True,
     )
-    table.add_column("category")
+    table.add_column("category", overflow="fold")  # cut short, two names may be the same
     table.add_column("good+bad")
     table.add_column("metric", no_wrap=True)  # its lines stand beside the figures'
     for combination in combinations:

@@ -89,7 +89,7 @@ def test_every_layout_and_mask_gives_the_same_figures(figures, case):
         assert found["percent"] == expected["percent"]
 
 
-def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path):
+def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path, monkeypatch):
     images, root = noise_images(), tmp_path / "all/loco"
     mvtec_loco_ad(root, images)
     mvtec_ad(tmp_path / "all/ad", images)
@@ -107,6 +107,11 @@ def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path):
         "-",
         *[f"{alarms + 4} of 7"] * 2,  # of loco, and of the mean
     ]
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "all/ad").rename(tmp_path / "all/a_name_of_many_letters_1")
+    done, _ = evaluated(tmp_path / "all")
+    cells = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
+    assert "".join(cells) == "a_name_of_many_letters_1locomean"
     (root / "validation/good/odd/0.png").write_text("no image")
     done, after = evaluated(tmp_path / "all")
     assert "error: loco: 1 of 7 images cannot be read" in done.stderr

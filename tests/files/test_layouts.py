@@ -156,7 +156,7 @@ def test_what_is_skipped_is_said(images, tmp_path):
         (tmp_path / part / "unplugged").symlink_to(tmp_path / "not there")
         (tmp_path / part / "a.heic").touch()
         (tmp_path / part / "b.heic").touch()
-    said = r"files \.heic, which are not read: 2 \(.\.heic\), links that.*\(unplugged\), links to.*: 1 "
+    said = r"files \.heic, which are not read: 2 \(.\.heic\), links .*\(unplugged\), links to.*: 1 "
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (remark,) = Category(tmp_path).test_set().remarks
