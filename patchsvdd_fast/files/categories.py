@@ -79,34 +79,46 @@ def own_category(
         x_mask.png, x_GT.png or x_label.png, or none at all.
     train: folder of good images to train on; None if a trained model is to be evaluated.
 
-    Raises ValueError if one of them is no folder, or if `train` holds test images.
+    Raises ValueError if one of them is no folder, or if images lie in two of them.
     """
     folders = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
     given = {name: folder for name, folder in folders.items() if folder is not None}
     for name, folder in given.items():
         if not folder.is_dir():
             raise ValueError(f"the folder of {name} images is not there: {folder}")
-    for name in ("normal", "anomalous"):
-        inner, outer = given[name].resolve(), given.get("train", Path("/none")).resolve()
-        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise ValueError(f"{given[name]} is tested with, but trained on too: {train}")
-    if normal.resolve() == anomalous.resolve():
-        raise ValueError(f"normal and anomalous images must lie in two folders, got {normal} twice")
+    for tested in (normal, anomalous):
+        if train is not None and _overlap(tested, train):
+            raise ValueError(f"{tested} is tested with, but trained on too: {train}")
+    if _overlap(normal, anomalous):
+        raise ValueError(
+            "normal and anomalous images must lie in two folders, neither of them in the other, "
+            f"got {normal} and {anomalous}"
+        )
 
     def train_images(_: Path) -> list[Path]:
         if train is None:
             raise ValueError("no folder to train on was given: --train names one")
         return training_paths(train)
 
+    apart = () if masks is None else (masks,)
+    if masks is not None and masks.resolve().is_relative_to(anomalous.resolve()):
+        inside = masks.resolve().relative_to(anomalous.resolve())
+        apart = (anomalous / inside,) if inside.parts else ()  # (): they lie beside the images
     layout = Layout(
         "folders of one's own",
         {name: str(folder) for name, folder in given.items()},
         lambda _: False,
         train_images,
         lambda _: [],
-        lambda _: labelled(normal, anomalous, () if masks is None else (masks,), normal_name=""),
+        lambda _: labelled(normal, anomalous, apart, normal_name=""),
     )
     return Category(anomalous, layout)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    first, second = one.resolve(), other.resolve()
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def is_category(folder: Path) -> bool:

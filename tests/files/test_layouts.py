@@ -1,5 +1,7 @@
 """The layouts of data sets: the same images are told apart in each, with the same masks."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,45 @@ def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
     assert tests.remarks[0].endswith("are good: 2 (test/20000.png, test/20001.png)")
 
 
+def test_folders_of_masks_are_no_kind_of_defect(images, expected, tmp_path, monkeypatch):
+    for name, folder in (("a", "test/ground_truth/spot"), ("b", "test/spot/Masks")):
+        mvtec_ad(tmp_path / name, images)
+        (tmp_path / name / folder).parent.mkdir(exist_ok=True)
+        shutil.move(tmp_path / name / "ground_truth/spot", tmp_path / name / folder)
+        write(tmp_path / name / "test/good/masks/000.png", images["masks"][0])
+        assert Category(tmp_path / name).test_set().remarks == []
+        assert marked(Category(tmp_path / name)) == expected
+    good, kinds = tmp_path / "b/test/good", tmp_path / "kinds"  # folders of one's own
+    kinds.mkdir()
+    shutil.move(tmp_path / "b/test/spot", kinds / "spot")
+    for bad in (kinds, kinds / "spot"):
+        assert marked(own_category(good, bad)) == expected
+    monkeypatch.chdir(tmp_path)
+    bad = kinds / "spot"
+    (bad / "Masks").rename(bad / "marked")
+    for folder in (bad / "marked", Path("kinds/spot/marked")):
+        assert marked(own_category(good, bad, folder)) == expected
+    for mask in (bad / "marked").iterdir():
+        mask.rename(bad / mask.name)
+    assert marked(own_category(good, bad, Path("kinds/spot"))) == expected
+
+
+def test_a_folder_that_may_not_be_opened_is_an_image_that_cannot_be_read(
+    images, tmp_path, monkeypatch
+):
+    mvtec_ad(tmp_path, images)
+    scandir = os.scandir
+
+    def refused(path):
+        if path == tmp_path / "test/spot":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    tests = own_category(tmp_path / "test/good", tmp_path / "test/spot").test_images()
+    assert [image.path.name for image in tests if image.is_anomalous] == ["spot"]
+
+
 @pytest.mark.parametrize("masks", ["folder", "beside"])
 def test_folders_of_ones_own(masks, images, expected, tmp_path):
     for i in range(3):
@@ -238,6 +279,8 @@ def test_folders_of_ones_own(masks, images, expected, tmp_path):
         ({"train": tmp_path / "ok"}, "trained on too"),
         ({"train": tmp_path}, "trained on too"),
         ({"normal": tmp_path / "good"}, "two folders"),
+        ({"normal": tmp_path}, "neither of them in the other"),
+        ({"anomalous": tmp_path}, "neither of them in the other"),
     ):
         with pytest.raises(ValueError, match=message):
             own_category(**{"normal": tmp_path / "ok", "anomalous": tmp_path / "good"} | folders)
