@@ -1,5 +1,6 @@
 """The benchmarks' own logic: what they write, and that wrong answers are reported as wrong."""
 
+import importlib
 import itertools
 import json
 import subprocess
@@ -490,3 +491,22 @@ def test_what_an_export_says_otherwise_is_counted():
         "other_verdicts": 1,
         "images": 2,
     }
+
+
+def test_a_server_is_measured_in_little(monkeypatch, tmp_path):
+    for name in ("fastapi", "httpx", "uvicorn"):
+        pytest.importorskip(name, reason=f"needs {name}")
+    serving = importlib.import_module("serving")
+    monkeypatch.setenv("MODEL", "restored afterwards")
+    options = ("--quick", "--requests", "9", "--repeats", "1", "--output", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["serving.py", *options])
+    monkeypatch.setattr(blas, "require_best_kernels", lambda _: None)
+    serving.main()
+    result = json.loads((tmp_path / "serving.json").read_text())
+    assert result["workload"]["quick"] is True
+    assert [record["clients"] for record in result["records"]] == [0, *serving.CLIENTS]
+    for record in result["records"][1:]:
+        assert 0 < record["median_milliseconds"] <= record["milliseconds_of_95_percent"]
+    lines = (tmp_path / "serving.md").read_text().splitlines()
+    assert lines[2].startswith("| 1 | ")
+    assert lines[-1].startswith("| (`score`, no server) | ")

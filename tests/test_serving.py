@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import re
 import threading
@@ -68,7 +69,7 @@ def running(namespace):
         assert not thread.is_alive()
 
 
-def test_the_server_answers(model, images, monkeypatch):
+def test_the_server_answers(model, images, monkeypatch, caplog):
     pytest.importorskip("fastapi", reason="needs fastapi")
     httpx = pytest.importorskip("httpx", reason="needs httpx")
     monkeypatch.setenv("MODEL", str(model))
@@ -111,6 +112,11 @@ def test_the_server_answers(model, images, monkeypatch):
         with model.open("r+b") as file:
             file.write(bytes(1))
         assert [status(as_file(given[0])) for _ in range(2)] == [503, 503]
+    namespace.clear()
+    gc.collect()  # where asyncio would log a task whose error nobody saw
+    (logged,) = caplog.records
+    assert logged.getMessage() == "scoring has ended"
+    assert isinstance(logged.exc_info[1], OSError)
 
 
 def test_a_video_is_scored(model, images, monkeypatch, capsys):

@@ -133,7 +133,10 @@ def _duration(seconds: float) -> str:
 
 
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:
-    """One row per category and one column per combination, as in the paper; a line per metric."""
+    """One row per category and one column per combination, as in the paper; a line per metric.
+
+    Where there are images for validation, one more column has the false alarms among them.
+    """
     from ..detector.evaluation import mean_result
     from ..score.metrics import METRICS
 
@@ -142,11 +145,14 @@ def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> 
         caption="detection and segmentation AUROC, AUPRO up to 30 % false positives; percent",
         show_lines=True,
     )
-    table.add_column("category")
+    table.add_column("category", overflow="fold")  # cut short, two names may be the same
     table.add_column("good+bad")
     table.add_column("metric", no_wrap=True)  # its lines stand beside the figures'
     for combination in combinations:
         table.add_column(combination, justify="right", no_wrap=True)
+    has_validation = any(result.num_validation for result in results)
+    if has_validation:  # good images that were set apart, and how many are called anomalous
+        table.add_column("false alarms", justify="right")
     rows = list(results)
     if with_mean and len(rows) > 1:
         rows.append(mean_result(results))
@@ -156,5 +162,13 @@ def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> 
         for combination in combinations:
             values = [result.percent[combination][metric] for metric in METRICS]
             cells.append("\n".join("-" if value is None else f"{value:.1f}" for value in values))
+        if has_validation:
+            cells.append(_false_alarms(result))
         table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", labels, *cells)
     return table
+
+
+def _false_alarms(result: CategoryResult) -> str:
+    if result.num_false_alarms is None:
+        return "-"
+    return f"{result.num_false_alarms:,} of {result.num_validation:,}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +78,11 @@ class CategoryResult:
     """Why the last two are None; None if they are not."""
     at_threshold: AtThreshold | None = None
     """Of the detector's verdicts; None without a threshold, and for a mean."""
+    num_validation: int = 0
+    """Good images that were set apart (`Category.validation_paths`); `percent` is without them."""
+    num_false_alarms: int | None = None
+    """How many of those score above the detector's threshold; None without them, and for a
+    detector that has no threshold."""
 
 
 def evaluate_category(
@@ -89,44 +94,38 @@ def evaluate_category(
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
+    Images for validation, in layouts that have them, are scored too: good ones that the detector
+    was not trained on, of which those above its threshold are false alarms.
+
     on_result: called with each test image and its result, as soon as it is scored.
     test_set: what `category.test_set()` gave; None: it is called.
-    skip_unreadable: leave out test images that cannot be read, with a warning that lists them.
+    skip_unreadable: leave out images that cannot be read, with a warning that lists them.
 
     Masks that cannot be used end nothing: segmentation is left out, with the reason. Warns of masks
     that match no image, and of masks that mark nothing. Raises ValueError unless there are both
-    good and anomalous test images, if their maps differ in size, and at the end for all test images
-    that cannot be read.
+    good and anomalous test images, if their maps differ in size, and at the end for all images that
+    cannot be read.
     """
     test_set = category.test_set() if test_set is None else test_set
     for remark in test_set.remarks:
         warnings.warn(f"{category.name}: {remark}", stacklevel=2)
     tests = test_set.images
     _labels(category, tests)
-    unreadable: dict[Path, Exception] = {}
-
-    def note(path: Path, error: Exception) -> None:
-        if not isinstance(error, OSError | UnreadableError):
-            raise error
-        unreadable[path] = error
-
     readable: list[LabelledImage] = []
     parts: dict[str, list[Tensor]] = {}
     weights: list[Tensor] = []  # of re-weighted scores
     verdicts: list[tuple[float, bool | None]] = []
-    with detector.score_stream((image.path for image in tests), on_error=note) as stream:
-        left = iter(tests)
-        for result in stream:
-            image = next(one for one in left if one.path not in unreadable)
-            readable.append(image)
-            verdicts.append((result.score, result.anomalous))
-            for name, level_map in result.scores.level_maps.items():
-                parts.setdefault(name, []).append(level_map)
-            if result.scores.weights is not None:
-                weights.append(result.scores.weights)
-            if on_result is not None:
-                on_result(image, result)
-    report_unreadable(list(unreadable.values()), len(tests), skip_unreadable)
+    left = iter(tests)
+    for result in _results(detector, [image.path for image in tests], skip_unreadable):
+        image = next(one for one in left if one.path == result.source)
+        readable.append(image)
+        verdicts.append((result.score, result.anomalous))
+        for name, level_map in result.scores.level_maps.items():
+            parts.setdefault(name, []).append(level_map)
+        if result.scores.weights is not None:
+            weights.append(result.scores.weights)
+        if on_result is not None:
+            on_result(image, result)
     tests, labels = readable, _labels(category, readable)
     shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
     if len(shapes) > 1:
@@ -149,7 +148,20 @@ def evaluate_category(
         }
     good, anomalous = int((~labels).sum()), int(labels.sum())
     reached = _at_threshold(detector, verdicts, labels)
-    return CategoryResult(category.name, good, anomalous, percent, missing, reached)
+    alarms = [
+        result.anomalous
+        for result in _results(detector, category.validation_paths(), skip_unreadable)
+    ]
+    return CategoryResult(
+        category.name,
+        good,
+        anomalous,
+        percent,
+        missing,
+        reached,
+        num_validation=len(alarms),
+        num_false_alarms=_sum(alarms),
+    )
 
 
 def _at_threshold(
@@ -173,6 +185,28 @@ def _at_threshold(
         best_f1=best,
         best_f1_threshold=at,
     )
+
+
+def _results(
+    detector: PatchSVDD, paths: Sequence[Path], skip_unreadable: bool
+) -> Iterator[ImageResult]:
+    """Score files in their order; those that cannot be read are reported at the end."""
+    unreadable: list[Exception] = []
+
+    def note(_: Path, error: Exception) -> None:
+        if not isinstance(error, OSError | UnreadableError):
+            raise error
+        unreadable.append(error)
+
+    with detector.score_stream(paths, on_error=note) as stream:
+        yield from stream
+    report_unreadable(unreadable, len(paths), skip_unreadable)
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """Of those that are known; None if none is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def masks_or_reason(
@@ -260,6 +294,8 @@ def mean_result(results: Sequence[CategoryResult]) -> CategoryResult:
         sum(result.num_anomalous for result in results),
         percent,
         f"not known of {', '.join(lacking)}" if lacking else None,
+        num_validation=sum(result.num_validation for result in results),
+        num_false_alarms=_sum([result.num_false_alarms for result in results]),
     )
 
 

@@ -153,6 +153,7 @@ def load(
         parameters.samples_of(given),
         skip_unreadable,
         pages,
+        parameters.channel_order_of(given),
     )
 
 

@@ -19,6 +19,7 @@ from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import SMALL_PATCH, HierarchicalEncoder
 from ..encoders.precision import PRECISIONS
 from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
+from ..images.arrays import CHANNEL_ORDERS
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import parse_size
 from ..images.samples import Samples
@@ -138,6 +139,7 @@ def check_parameters(parameters: Parameters) -> None:
         raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
     check_reweight(parameters["reweight"], levels)
     samples_of(parameters)
+    channel_order_of(parameters)
     if not 0 <= parameters["contamination"] < 1:
         raise ValueError(f"contamination must be in [0, 1), got {parameters['contamination']}")
     size, largest = parse_size(parameters["image_size"]), largest_patch(levels)
@@ -158,6 +160,14 @@ def settings_of(parameters: Parameters) -> TrainingSettings:
 def samples_of(parameters: Parameters) -> Samples:
     """What is given of how samples of more than 8 bits are read. Raises ValueError."""
     return Samples(parameters["bit_depth"], parameters["value_range"])
+
+
+def channel_order_of(parameters: Parameters) -> str:
+    """How the colours of arrays are ordered. Raises ValueError for an unknown order."""
+    order = parameters["channel_order"]
+    if order not in CHANNEL_ORDERS:
+        raise ValueError(f"channel_order must be one of {CHANNEL_ORDERS}, got {order!r}")
+    return str(order)
 
 
 def illumination_of(parameters: Parameters) -> str:
@@ -200,13 +210,14 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, as `to_header` put them there."""
-    # Older files have no precision for encoding, coresets, re-weighting, depth and range.
+    # Older files have no precision for encoding, coresets, re-weighting, depth, range, order.
     parameters: dict[str, Any] = {
         "encoding_precision": "float32",
         "coreset": None,
         "reweight": None,
         "bit_depth": None,
         "value_range": None,
+        "channel_order": "rgb",
         **header["parameters"],
     }
     parameters["levels"] = tuple(

@@ -78,6 +78,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         bit_depth: of samples in 16-bit files, 8 to 16; None: found from the training images, see
             `images.samples.survey`.
         value_range: (lowest, highest) of floating-point samples, made 0 and 255; None: found.
+        channel_order: of arrays and tensors, "rgb", or "bgr" as OpenCV gives them; files and PIL
+            images are not affected. May be set after `load`: ``set_params(channel_order="bgr")``.
         keep_images: keep small pictures of the training images, for explanations.
         device: "auto" (a GPU if there is one and the build has kernels for it), "cpu", "cuda", ...
 
@@ -122,6 +124,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         reweight: int | None = None,
         bit_depth: int | None = None,
         value_range: tuple[float, float] | None = None,
+        channel_order: str = "rgb",
         keep_images: bool = True,
         device: str = "auto",
         seed: int = 0,
@@ -154,6 +157,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         self.reweight = reweight
         self.bit_depth = bit_depth
         self.value_range = value_range
+        self.channel_order = channel_order
         self.keep_images = keep_images
         self.device = device
         self.seed = seed
@@ -330,8 +334,8 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         For `for` and `async for`. Reading, encoding, searching and what the caller does with a
         result overlap, in bounded memory. Scores are those of `score`.
 
-        sources: paths, PIL images, arrays or tensors; may be endless; or one array or tensor, as
-            for `score`. A thread of the stream iterates over them, some images ahead.
+        sources: paths, PIL images, arrays or tensors; may be endless, or a batch. A thread of the
+            stream iterates over them, some images ahead.
         false_alarm_rate: share of good images that may be called anomalous; None: `threshold_`.
         on_error: called with an image that cannot be read, and why; it is then skipped. None: the
             error is raised, and ends the stream.

@@ -22,7 +22,7 @@ from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from ..search.bank import NormalBank
 from .model_file import Model
-from .parameters import Parameters, largest_patch, usual_light
+from .parameters import Parameters, channel_order_of, largest_patch, usual_light
 
 
 def encode(
@@ -93,16 +93,22 @@ def score_stream(
     An array or tensor of sources is a batch of images, or one image, as `PatchSVDD.score` takes it.
 
     threshold: image score above which an image is called anomalous; None: no verdicts.
+
+    Raises TypeError for a single path or PIL image.
     """
+    if isinstance(sources, str | os.PathLike | Image.Image):
+        raise TypeError(
+            "a stream takes images one after another, such as a list of paths, got one "
+            f"{type(sources).__name__} alone: put it, or what is in the folder, into a list"
+        )
     if is_array(sources):
         sources = images_of_batch(sources)
-    elif isinstance(sources, str | os.PathLike | Image.Image):
-        raise TypeError(f"sources must be several images, such as a list, got {sources!r} alone")
     parameters = model.parameters
     size, smallest = parse_size(parameters["image_size"]), largest_patch(parameters["levels"])
+    order = channel_order_of(parameters)
 
     def read(item: Any, number: int) -> PreparedImage:
-        image = prepare_image(item, name_of(item, number), size, smallest, model.samples)
+        image = prepare_image(item, name_of(item, number), size, smallest, model.samples, order)
         # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
         return image

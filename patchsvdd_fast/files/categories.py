@@ -18,7 +18,12 @@ from .layouts import (
 )
 from .masks import masks_beside
 
-_OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")  # folders, any case
+# Names of folders, in any case, that tell of images which are not good ones to train on.
+_OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")
+_OF_DEFECTS = (
+    *("bad", "ko", "ng", "nok", "not_ok", "defect", "defects", "defective", "reject", "rejects"),
+    *("anomaly", "anomalies", "anomalous", "abnormal"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Category:
         return self.layout.train(self.root)
 
     def validation_paths(self) -> list[Path]:
-        """Good images that are neither trained on nor tested with; mostly there are none."""
+        """Good images set apart from those to train on and to test with; mostly there are none."""
         return self.layout.validation(self.root)
 
     def test_images(self) -> list[LabelledImage]:
@@ -74,34 +79,46 @@ def own_category(
         x_mask.png, x_GT.png or x_label.png, or none at all.
     train: folder of good images to train on; None if a trained model is to be evaluated.
 
-    Raises ValueError if one of them is no folder, or if `train` holds test images.
+    Raises ValueError if one of them is no folder, or if images lie in two of them.
     """
     folders = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
     given = {name: folder for name, folder in folders.items() if folder is not None}
     for name, folder in given.items():
         if not folder.is_dir():
             raise ValueError(f"the folder of {name} images is not there: {folder}")
-    for name in ("normal", "anomalous"):
-        inner, outer = given[name].resolve(), given.get("train", Path("/none")).resolve()
-        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise ValueError(f"{given[name]} is tested with, but trained on too: {train}")
-    if normal.resolve() == anomalous.resolve():
-        raise ValueError(f"normal and anomalous images must lie in two folders, got {normal} twice")
+    for tested in (normal, anomalous):
+        if train is not None and _overlap(tested, train):
+            raise ValueError(f"{tested} is tested with, but trained on too: {train}")
+    if _overlap(normal, anomalous):
+        raise ValueError(
+            "normal and anomalous images must lie in two folders, neither of them in the other, "
+            f"got {normal} and {anomalous}"
+        )
 
     def train_images(_: Path) -> list[Path]:
         if train is None:
             raise ValueError("no folder to train on was given: --train names one")
         return training_paths(train)
 
+    apart = () if masks is None else (masks,)
+    if masks is not None and masks.resolve().is_relative_to(anomalous.resolve()):
+        inside = masks.resolve().relative_to(anomalous.resolve())
+        apart = (anomalous / inside,) if inside.parts else ()  # (): they lie beside the images
     layout = Layout(
         "folders of one's own",
         {name: str(folder) for name, folder in given.items()},
         lambda _: False,
         train_images,
         lambda _: [],
-        lambda _: labelled(normal, anomalous, () if masks is None else (masks,), normal_name=""),
+        lambda _: labelled(normal, anomalous, apart, normal_name=""),
     )
     return Category(anomalous, layout)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    first, second = one.resolve(), other.resolve()
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def is_category(folder: Path) -> bool:
@@ -113,7 +130,7 @@ def find_categories(folder: Path) -> list[Category]:
     """The folder itself if it is a category, else the categories directly inside it.
 
     Raises ValueError if there are none. Warns of folders beside categories that are none, but have
-    folders such as train.
+    folders such as train or bad.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -125,10 +142,10 @@ def find_categories(folder: Path) -> list[Category]:
         names = ", ".join(layout.name for layout in LAYOUTS)
         raise ValueError(
             f"{folder} holds no category in a layout that is known ({names}; "
-            "patchsvdd info --layouts)"
+            "patchsvdd info --layouts); two folders of any name: evaluate --normal, --anomalous"
         )
-    others = [path.name for path in inside if path.is_dir() and not is_category(path)]
-    unknown = [name for name in others if any((folder / name / x).is_dir() for x in _OF_DATA_SETS)]
+    others = [path for path in inside if path.is_dir() and not is_category(path)]
+    unknown = [path.name for path in others if any(map(_tells, _folders_in(path)))]
     if unknown:
         warnings.warn(
             f"left out, as they are in no layout that is known: {', '.join(unknown)}", stacklevel=2
@@ -140,15 +157,15 @@ def training_paths(folder: Path) -> list[Path]:
     """The good images of a category, or all images below any other folder.
 
     Masks beside images (x_GT, x_mask or x_label, and an x) are not taken; a warning says so, and
-    names what else was skipped. Raises ValueError if there are no images, and for a folder with
-    train, test or ground_truth inside that is in no known layout: it holds defects, too.
+    names what else was skipped. Raises ValueError if there are no images, and for a folder in no
+    known layout that holds defects, too: with a folder such as train, test, ground_truth or bad.
     """
     if is_category(folder):
         return Category(folder).train_paths()
     if folder.is_dir():
         for path in walk_images(folder):
             parts = path.relative_to(folder).parts[:-1]
-            if telling := [part for part in parts if part.lower() in _OF_DATA_SETS]:
+            if telling := [part for part in parts if _tells(part)]:
                 raise ValueError(
                     f"{folder} holds a folder {telling[0]} ({path.relative_to(folder)}), but is in "
                     "no layout that is known (patchsvdd info --layouts): name its folder of good "
@@ -165,14 +182,23 @@ def training_paths(folder: Path) -> list[Path]:
     return [path for path in paths if path not in beside]
 
 
+def _tells(name: str) -> bool:
+    """Whether a folder of this name tells of images that are not good ones to train on."""
+    return name.lower() in (*_OF_DATA_SETS, *_OF_DEFECTS)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()]
+
+
 def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     """A line that says what was recognised.
 
     tests: what `Category.test_set` gave; None: it says what there is to train on.
     """
     begin = f"{category.name}: layout {category.layout.name}"
+    aside = len(category.validation_paths())
     if tests is None:
-        aside = len(category.validation_paths())
         rest = f", {aside:,} of validation kept aside" if aside else ""
         return f"{begin}, {len(category.train_paths()):,} images to train on{rest}"
     bad = [image for image in tests.images if image.is_anomalous]
@@ -180,4 +206,5 @@ def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     return (
         f"{begin}, tested with {len(tests.images) - len(bad):,} good and {len(bad):,} anomalous "
         f"images, {masked:,} of them with masks"
+        + (f", and {aside:,} good ones of validation for false alarms" if aside else "")
     )

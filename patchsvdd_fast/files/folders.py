@@ -121,5 +121,7 @@ def _why(entry: os.DirEntry[str]) -> str:
             return "links to folders, which are not followed"
     except OSError:  # a link to itself
         pass
+    if entry.is_symlink() and not Path(entry.path).exists():
+        return "links that lead nowhere"
     suffix = PurePath(entry.name).suffix.lower()
     return f"files {suffix or 'without a suffix'}, which are not read"

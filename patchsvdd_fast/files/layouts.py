@@ -16,7 +16,8 @@ from .masks import marks_anything, masks_beside, matched_masks
 GOOD = "good"
 """`LabelledImage.defect` of a normal image, whatever its folder is called."""
 
-_MASKS = "ground_truth"  # never a kind of defect
+_MASKS = "ground_truth"
+_MASK_FOLDERS = (_MASKS, "masks")  # in any case: never a kind of defect
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class LabelledSet:
 class Layout:
     """How a data set lays out a category: how to tell it, and where its images are.
 
-    The functions take the category's folder. Each raises ValueError if it finds no image.
+    The functions take the category's folder. `train` and `test` raise ValueError if they find no
+    image.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Layout:
     train: Callable[[Path], list[Path]]
     """The good images to train on."""
     validation: Callable[[Path], list[Path]]
-    """Good images to be neither trained on nor tested with; there may be none."""
+    """Good images not to train on, to count false alarms with; there may be none."""
     test: Callable[[Path], LabelledSet]
     """The test images with their labels and masks."""
 
@@ -77,7 +79,8 @@ def labelled(
 ) -> LabelledSet:
     """Label the images of two folders, and match the anomalous ones with their masks.
 
-    anomalous: its sub-folders are kinds of defect, but for ground_truth and one of `normal_name`.
+    anomalous: its sub-folders are kinds of defect, but for one of `normal_name`, and those named
+        ground_truth or masks, at any depth, which hold masks.
     normal_name: what the folder of good images beside those of defects is called; empty if it lies
         elsewhere. Then images directly in `anomalous` are anomalous, else they have no label.
     masks: folders of masks by the images' paths within `anomalous`: x.png, x_mask.png, x_GT.png and
@@ -87,13 +90,11 @@ def labelled(
     """
     remarks: list[str] = []
     skipped = Skipped()
-    good = list(walk_images(normal, skipped)) if normal.is_dir() else []
+    good = list(_apart(normal, skipped)[0].values()) if normal.is_dir() else []
     images = [LabelledImage(path, GOOD) for path in _without_masks(good)]
-    paths: dict[PurePath, Path] = {}
-    for path in walk_images(anomalous, skipped):
-        inside = path.relative_to(anomalous)
-        if inside.parts[0] not in (_MASKS, normal_name):
-            paths[inside] = path
+    paths, found = _apart(anomalous, skipped)
+    apart = {*masks, *([anomalous / normal_name] if normal_name else [])}
+    paths = {inside: path for inside, path in paths.items() if apart.isdisjoint(path.parents)}
     beside = masks_beside(paths.values())
     paths = {inside: path for inside, path in paths.items() if path not in beside}
     loose = [name for name in paths if normal_name and len(name.parts) == 1]
@@ -102,7 +103,6 @@ def labelled(
         remarks.append(f"images in no folder of {anomalous.name}, so without a label: {unlabelled}")
     if not paths and not images:
         raise ValueError(f"{anomalous} holds no images ({', '.join(SUFFIXES)})")
-    found: dict[PurePath, Path] = {}
     for folder in masks:
         if folder.is_dir():
             found |= {mask.relative_to(folder): mask for mask in walk_images(folder, skipped)}
@@ -124,6 +124,21 @@ def labelled(
     if line := skipped.in_words(anomalous):
         remarks.append(line)
     return LabelledSet(sorted(images, key=lambda image: image.path), remarks)
+
+
+def _apart(folder: Path, skipped: Skipped) -> tuple[dict[PurePath, Path], dict[PurePath, Path]]:
+    """The images below a folder, and what lies there in folders of masks, by their paths within.
+
+    The path of a mask is without the name of its folder of masks, so that it is that of its image.
+    """
+    images: dict[PurePath, Path] = {}
+    masks: dict[PurePath, Path] = {}
+    for path in walk_images(folder, skipped):
+        *folders, name = path.relative_to(folder).parts or (folder.name,)  # if not to open
+        kept = [part for part in folders if part.lower() not in _MASK_FOLDERS]
+        found = images if kept == folders else masks
+        found[PurePath(*kept, name)] = path
+    return images, masks
 
 
 def _names(paths: list[Path], of: int | None = None) -> str:
@@ -157,11 +172,15 @@ def _of_folders(
         folder = root / test
         if not folder.is_dir():
             folder = root / "test"  # AD 2, renamed
-        return labelled(folder / good, folder, (root / _MASKS, folder / _MASKS), good)
+        return labelled(folder / good, folder, (root / _MASKS,), good)
 
     def validation_images(root: Path) -> list[Path]:
-        folder = root / validation
-        return find_images(folder) if validation and folder.is_dir() else []
+        folder, skipped = root / validation, Skipped()
+        if not validation or not folder.is_dir():
+            return []
+        paths = list(walk_images(folder, skipped))
+        skipped.warn(folder)
+        return _without_masks(paths)
 
     parts = {
         "train": f"train/{good}",

@@ -2,10 +2,12 @@
 
 Samples are uint8, uint16 (scaled to 0 to 255 as those of files are), or floats in 0 to 1, as
 torchvision gives them. Floats in another range are not guessed at: errors name the conversion.
+Nor is the order of their colours: it is RGB, or BGR where that is asked for.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+CHANNEL_ORDERS = ("rgb", "bgr")
+"""How the colours of arrays are ordered; OpenCV's are "bgr"."""
 
 _CHANNELS = (1, 3, 4)  # gray, RGB, and RGB with alpha, which is dropped
 _COLOURS = (3, 4)
@@ -29,13 +34,16 @@ def is_array(item: Any) -> bool:
     )
 
 
-def image_of_array(item: Any, name: str) -> Samples:
-    """An image [H, W], [H, W, 3] or [H, W, 4], from an array or a tensor.
+def image_of_array(item: Any, name: str, channel_order: str = "rgb") -> Samples:
+    """An image [H, W], [H, W, 3] or [H, W, 4], gray or RGB, from an array or a tensor.
 
     Of uint8 it is uint8; of others float32 in 0 to 255, not rounded.
 
-    item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4. Raises
-    ValueError for another shape or other values, TypeError for another dtype, naming the image.
+    item: an array [H, W] or [H, W, C], or a tensor [H, W] or [C, H, W]; C is 1, 3 or 4.
+    channel_order: of its colours, one of `CHANNEL_ORDERS`.
+
+    Raises ValueError for another shape or other values, and for a gray image whose colours are said
+    to be BGR; TypeError for another dtype. Errors name the image.
     """
     is_tensor = isinstance(item, Tensor)
     array = _numpy(item)
@@ -48,6 +56,10 @@ def image_of_array(item: Any, name: str) -> Samples:
         )
     if is_tensor and array.ndim == 3:
         array = array.transpose(1, 2, 0)
+    if channel_order == "bgr":
+        if array.shape[2:] not in ((3,), (4,)):
+            raise ValueError(f'{name} is gray and has no colours for channel_order="bgr"')
+        array = array[..., 2::-1]
     return _scaled(array[..., 0] if array.shape[2:] == (1,) else array, name)
 
 
@@ -76,9 +88,14 @@ def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
 
     batch: an array [N, H, W, C] or [N, H, W], or a tensor [N, C, H, W]; or one colour image alone,
     an array [H, W, 3] or a tensor [3, H, W]. An array of three axes is one image if its last has 3
-    or 4 values: no image is so narrow. Raises ValueError for another shape.
+    or 4 values: no image is so narrow. Or [N] paths or other objects, such as a column of a table.
+
+    Raises ValueError for another shape. Warns of an array [3, H, W]: it is three gray images, but
+    may be meant as a colour image.
     """
     shape = list(batch.shape)
+    if len(shape) == 1 and _holds_objects(batch):
+        return list(_numpy(batch).tolist())
     if isinstance(batch, Tensor):
         if len(shape) == 3 and shape[0] in _CHANNELS:
             return [batch]
@@ -89,7 +106,17 @@ def images_of_batch(batch: Any) -> Sequence[Any] | npt.NDArray[Any] | Tensor:
         return [batch]
     elif len(shape) not in (3, 4):
         raise ValueError(f"images must have shape [N, H, W, 3] or [N, H, W], got {shape}")
+    elif len(shape) == 3 and shape[0] in _COLOURS:
+        warnings.warn(
+            f"an array {shape} is taken for {shape[0]} gray images; if it is one image with its "
+            "channels first: transpose(1, 2, 0)",
+            stacklevel=3,
+        )
     return batch.detach().cpu() if isinstance(batch, Tensor) else _numpy(batch)
+
+
+def _holds_objects(batch: Any) -> bool:
+    return not isinstance(batch, Tensor) and _numpy(batch).dtype.kind in "OU"
 
 
 def _numpy(item: Any) -> npt.NDArray[Any]:

@@ -191,20 +191,26 @@ class ImageSet:
 
 
 def prepare_image(
-    item: Any, name: str, size: ImageSize, smallest: int, samples: Samples = AS_STORED
+    item: Any,
+    name: str,
+    size: ImageSize,
+    smallest: int,
+    samples: Samples = AS_STORED,
+    channel_order: str = "rgb",
 ) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
-    item: colours are RGB; of OpenCV's BGR, give ``frame[:, :, ::-1]``. Arrays are uint8, uint16
-        (scaled to 0 to 255 as those of files are) or floats in 0 to 1; other floats are refused.
+    item: arrays are uint8, uint16 (scaled to 0 to 255 as those of files are) or floats in 0 to 1;
+        other floats are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
     smallest: least pixels on a side, before resizing.
     samples: how files' and PIL images' samples of more than 8 bits are read, and whether they and
         those of arrays are rounded to 8 bits.
+    channel_order: of arrays and tensors, "rgb" or "bgr".
 
     Raises ValueError, TypeError or OSError naming the image.
     """
-    parts = _as_parts(item, name, samples)
+    parts = _as_parts(item, name, samples, channel_order)
     height, width = original = parts[0].height, parts[0].width
     if min(original) < smallest:
         raise ValueError(
@@ -227,9 +233,9 @@ def name_of(item: Any, number: int) -> str:
     return os.fspath(item) if isinstance(item, str | os.PathLike) else f"image {number}"
 
 
-def load_images(source: Any, size: ImageSize, smallest: int) -> Tensor:
+def load_images(source: Any, size: ImageSize, smallest: int, channel_order: str = "rgb") -> Tensor:
     """The pixels of `load_image_set`, [N, 3, H, W]."""
-    return load_image_set(source, size, smallest).pixels
+    return load_image_set(source, size, smallest, channel_order=channel_order).pixels
 
 
 def load_image_set(
@@ -241,6 +247,7 @@ def load_image_set(
     given: Samples = UNKNOWN,
     skip_unreadable: bool = False,
     pages: str = "first",
+    channel_order: str = "rgb",
 ) -> ImageSet:
     """Load images of one size.
 
@@ -248,7 +255,7 @@ def load_image_set(
     a sequence of what `prepare_image` takes, or a batch: [N, H, W, 3] or [N, H, W] as an array,
     [N, 3, H, W] as a tensor. An array [H, W, 3] or a tensor [3, H, W] is one image. The names of
     images in a folder are relative to it.
-    size, smallest, dtypes of arrays: as for `prepare_image`.
+    size, smallest, channel_order, dtypes of arrays: as for `prepare_image`.
     progress: called after each image with the share that is read, 0 to 1.
     samples: how samples of more than 8 bits are read; None: as `given`, and what that leaves open
         is found from these images. Where any has more than 8 bits, all keep their fractions.
@@ -286,7 +293,8 @@ def load_image_set(
     batch: Tensor | None = None
     for index, item in enumerate(source):
         try:
-            image = prepare_image(item, name_of(item, index), size, smallest, samples)
+            name = name_of(item, index)
+            image = prepare_image(item, name, size, smallest, samples, channel_order)
         except (OSError, UnreadableError) as error:
             if len(source) == 1:
                 raise
@@ -330,7 +338,7 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
     )
 
 
-def _as_parts(item: Any, name: str, samples: Samples) -> _Parts:
+def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Parts:
     if isinstance(item, str | os.PathLike):
         return _read_parts(item, samples)
     if isinstance(item, Image.Image):
@@ -339,7 +347,7 @@ def _as_parts(item: Any, name: str, samples: Samples) -> _Parts:
         except Exception as error:  # Pillow decodes an opened file only now
             raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return _parts_of(image_of_array(item, name), samples.fractions)
+        return _parts_of(image_of_array(item, name, channel_order), samples.fractions)
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )

@@ -1,37 +1,28 @@
 """`patchsvdd evaluate` and `train` on data sets as they come: masks, layouts, what fails."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from data_sets import (
+    MASKS,
+    SIDE,
+    WRITERS,
+    gray,
+    mvtec_ad,
+    mvtec_ad_2_renamed,
+    mvtec_loco_ad,
+    noise_images,
+    write,
+)
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.files.categories import Category
-from processes import one_line_error
+from processes import one_line_error, run_script
 
 UNTRAINED = ("--untrained", "--mode", "dense", "--resize", "96")
-
-
-def write(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def category(root, good="good", bad="spot", most=255, suffix="_mask.png"):
-    """Noise, and squares of it that are a little brighter; `most`: what masks mark them with."""
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        for part in (f"train/{good}", f"test/{good}", f"test/{bad}"):
-            image = rng.integers(60, 120, (128, 128, 3)).astype(np.uint8)
-            if part.endswith(bad):
-                mask = np.zeros((128, 128), np.uint8)
-                mask[30:70, 20 * i :][:, :40] = most
-                image[mask > 0] += 25
-                write(root / f"ground_truth/{bad}/{i}{suffix}", mask)
-            write(root / part / f"{i}.png", image)
-    return root
 
 
 @pytest.fixture
@@ -48,33 +39,113 @@ def evaluated(here, tmp_path):
     return run
 
 
-def test_layouts_and_masks_give_the_same_figures(evaluated, tmp_path):
-    category(tmp_path / "all/mvtec")
-    category(tmp_path / "all/visa", most=1, suffix=".png")
-    category(tmp_path / "all/btad", good="ok", bad="ko", suffix=".BMP")
-    done, results = evaluated(tmp_path / "all")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "btad: layout BTAD, tested with 3 good and 3 anomalous images, 3 of them" in done.stdout
-    expected = results["mvtec"]["percent"]
-    assert expected["K32"]["segmentation"] > 60
-    assert results["visa"]["percent"] == expected
-    assert results["btad"]["percent"] == expected
+NAMES = ("{}.png", "{}_mask.JPG", "{}_mask.PNG", "{}.tiff", "{}_GT.bmp", "{}_Label.Tif")
+CASES = {
+    **{f"layout {name}": {"lay_out": lay_out} for name, lay_out in WRITERS.items()},
+    "layout MVTec AD 2, renamed": {"lay_out": mvtec_ad_2_renamed},
+    **{f"mask {kind}": {"kind": kind} for kind in MASKS},
+    **{f"mask named {name.format('x')}": {"name": name} for name in NAMES},
+}
 
-    root = tmp_path / "all/mvtec"
-    folders = ("--normal", root / "test/good", "--anomalous", root / "test/spot")
-    more = ("--masks", root / "ground_truth/spot", "--train", root / "train/good")
+
+def lay_out_masks(root, images, kind="255", name=""):
+    """The layout of MVTec AD with masks of another kind or another name."""
+    mvtec_ad(root, images)
+    suffix, make = MASKS.get(kind, ("png", gray(255)))
+    for i, mask in enumerate(images["masks"]):
+        (root / f"ground_truth/spot/{i:03}_mask.png").unlink()
+        file = name.format(f"{i:03}") or f"{i:03}_mask.{suffix}"
+        make(mask > 0).save(root / f"ground_truth/spot/{file}", quality=95)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """What evaluating all cases gave, by case."""
+    folder, images = tmp_path_factory.mktemp("cases"), noise_images()
+    mvtec_ad(folder / "all/expected", images)
+    for case, how in CASES.items():
+        how.get("lay_out", lay_out_masks)(
+            folder / "all" / case, images, **{k: v for k, v in how.items() if k != "lay_out"}
+        )
+    results = folder / "results.json"
+    done = run_script(
+        *("-m", "patchsvdd_fast", "evaluate", folder / "all", *UNTRAINED, "--json", results)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return {each["category"]: each for each in json.loads(results.read_text())["results"]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layout_and_mask_gives_the_same_figures(figures, case):
+    expected, found = figures["expected"], figures[case]
+    assert (found["num_good"], found["num_anomalous"]) == (3, 3)
+    assert found["no_segmentation"] is None
+    has_validation = "LOCO" in case or "AD 2" in case
+    assert found["num_validation"] == (3 if has_validation else 0)
+    assert (found["num_false_alarms"] is None) != has_validation
+    assert expected["percent"]["mult"]["segmentation"] > 60
+    if case.endswith("JPG"):  # its edges are not those of the mask, to a pixel
+        for combination, percent in expected["percent"].items():
+            assert found["percent"][combination] == pytest.approx(percent, abs=0.5)
+    else:
+        assert found["percent"] == expected["percent"]
+
+
+def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path, monkeypatch):
+    images, root = noise_images(), tmp_path / "all/loco"
+    mvtec_loco_ad(root, images)
+    mvtec_ad(tmp_path / "all/ad", images)
+    done, before = evaluated(tmp_path / "all")
+    alarms = before["loco"]["num_false_alarms"]
+    for number in range(4):  # unlike the training images
+        write(root / f"validation/good/odd/{number}.png", images["bad"][0] // 2)
+    done, after = evaluated(tmp_path / "all")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 of them with masks, and 7 good ones of validation for false alarms" in done.stdout
+    assert after["loco"]["num_validation"] == 7
+    assert after["loco"]["num_false_alarms"] == alarms + 4
+    assert after["loco"]["percent"] == before["loco"]["percent"] == after["ad"]["percent"]
+    assert re.findall(r"(\d+ of 7|-) +│$", done.stdout, re.MULTILINE) == [
+        "-",
+        *[f"{alarms + 4} of 7"] * 2,  # of loco, and of the mean
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "all/ad").rename(tmp_path / "all/a_name_of_many_letters_1")
+    done, _ = evaluated(tmp_path / "all")
+    cells = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
+    assert "".join(cells) == "a_name_of_many_letters_1locomean"
+    (root / "validation/good/odd/0.png").write_text("no image")
+    done, after = evaluated(tmp_path / "all")
+    assert "error: loco: 1 of 7 images cannot be read" in done.stderr
+    done, after = evaluated(tmp_path / "all", "--skip-unreadable")
+    assert done.returncode == 0
+    assert after["loco"]["num_false_alarms"] == alarms + 3
+
+    shutil.rmtree(root / "validation/good")
+    (root / "validation/good").mkdir()
+    done, after = evaluated(root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (after["loco"]["num_validation"], after["loco"]["num_false_alarms"]) == (0, None)
+    assert "false alarms" not in done.stdout
+
+
+def test_folders_of_ones_own_give_the_same_figures(evaluated, figures, tmp_path):
+    mvtec_ad(tmp_path, noise_images())
+    folders = ("--normal", tmp_path / "test/good", "--anomalous", tmp_path / "test/spot")
+    more = ("--masks", tmp_path / "ground_truth/spot", "--train", tmp_path / "train/good")
     done, results = evaluated(*folders, *more)
     assert (done.returncode, done.stderr) == (0, "")
-    assert results["spot"]["percent"] == expected
+    assert "spot: layout folders of one's own, tested with 3 good and 3 anomalous" in done.stdout
+    assert results["spot"]["percent"] == figures["expected"]["percent"]
 
 
 def test_one_category_that_fails_does_not_end_the_others(evaluated, tmp_path):
     for name in ("empty", "fine", "none", "odd", "untestable"):
-        category(tmp_path / f"all/{name}")
+        mvtec_ad(tmp_path / f"all/{name}", noise_images())
     for path in (tmp_path / "all/empty/ground_truth").rglob("*.png"):
-        write(path, np.zeros((128, 128), np.uint8))
+        write(path, np.zeros((SIDE, SIDE), np.uint8))
     shutil.rmtree(tmp_path / "all/none/ground_truth")
-    (tmp_path / "all/odd/ground_truth/spot/1_mask.png").write_text("no image")
+    (tmp_path / "all/odd/ground_truth/spot/001_mask.png").write_text("no image")
     shutil.rmtree(tmp_path / "all/untestable/test/spot")
     done, results = evaluated(tmp_path / "all")
     assert done.returncode == 1
@@ -82,7 +153,7 @@ def test_one_category_that_fails_does_not_end_the_others(evaluated, tmp_path):
     for name, reason in (
         ("empty", "no mask marks anything at 96x96 pixels"),
         ("none", "anomalous images without a mask: 3 of 3"),
-        ("odd", "1_mask.png is not an image that can be read"),
+        ("odd", "001_mask.png is not an image that can be read"),
     ):
         assert results[name]["percent"]["K32"]["segmentation"] is None
         assert results[name]["percent"]["K32"]["detection"] is not None
@@ -100,11 +171,11 @@ def test_one_category_that_fails_does_not_end_the_others(evaluated, tmp_path):
 
 def test_a_category_without_a_model_is_named(here, ready_model, tmp_path):
     for name in ("a", "b"):
-        category(tmp_path / f"all/{name}")
+        mvtec_ad(tmp_path / f"all/{name}", noise_images())
     (tmp_path / "models").mkdir()
     shutil.copy(ready_model, tmp_path / "models/b.safetensors")
     report = tmp_path / "report"
-    (tmp_path / "all/b/ground_truth/spot/1_mask.png").write_text("no image")
+    (tmp_path / "all/b/ground_truth/spot/001_mask.png").write_text("no image")
     done = here(*("evaluate", tmp_path / "all", "--model", tmp_path / "models", "--report", report))
     assert done.returncode == 1
     assert "needs one file for a, found 0" in done.stderr
@@ -127,12 +198,13 @@ def test_folders_that_do_not_go_together(here, arguments, message):
 
 
 def test_training_takes_no_defects(here, tmp_path):
-    root = category(tmp_path / "odd")
+    root = tmp_path / "odd"
+    mvtec_ad(root, noise_images())
     (root / "train/good").rename(root / "train/fine")
     output = ("-o", tmp_path / "model.safetensors", "--resize", "96", "--steps", "1")
     refused = here("train", root, *output)
     assert "no layout that is known" in one_line_error(refused)
-    for name in ("0_GT.png", "1.heic", ".hidden.png"):
+    for name in ("000_GT.png", "1.heic", ".hidden.png"):
         (root / "train/fine" / name).write_text("never read")
     done = here("train", root / "train/fine", *output, "--batch-size", "2")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Detectors of files with more than 8 bits, and of folders with files that cannot be read."""
+"""Detectors of files with more than 8 bits or that cannot be read, and of OpenCV's arrays."""
 
 import numpy as np
 import pytest
@@ -260,18 +260,6 @@ def test_test_images_that_cannot_be_read(category_folder):
         evaluate_category(fitted, category, skip_unreadable=True)
 
 
-def test_a_stream_of_one_array_is_a_batch_or_an_image(tmp_path):
-    images = np.stack([texture(np.random.default_rng(number), 96) for number in range(4)])
-    fitted = detector().fit(images)
-    expected = fitted.score(images).image_scores.tolist()
-    assert [result.score for result in fitted.score_stream(images)] == expected
-    for one in (images[0], torch.from_numpy(images[0]).permute(2, 0, 1)):
-        assert [result.score for result in fitted.score_stream(one)] == expected[:1]
-    for alone in ("a.png", tmp_path / "a.png", Image.fromarray(images[0])):
-        with pytest.raises(TypeError, match="must be several images, such as a list"):
-            fitted.score_stream(alone)
-
-
 def test_a_relative_score_is_a_multiple_of_the_threshold():
     images = [texture(np.random.default_rng(number), 96) for number in range(6)]
     fitted = detector().fit(images[:5])
@@ -284,3 +272,65 @@ def test_a_relative_score_is_a_multiple_of_the_threshold():
     assert twins.threshold_ == 0
     (result,) = twins.score_stream(images[5:])
     assert result.anomalous and result.relative_score is None
+
+
+def test_arrays_of_opencv_score_as_their_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [np.ascontiguousarray(texture(rng, 96) // (1, 2, 3)).astype(np.uint8) for _ in "0123"]
+    bgr = [np.ascontiguousarray(image[..., ::-1]) for image in images]
+    expected = detector(illumination="matched").fit(images[:3])
+    fitted = detector(illumination="matched", channel_order="bgr").fit(bgr[:3])
+    fitted.save(tmp_path / "model.safetensors")
+    expected.save(tmp_path / "expected.safetensors")
+    loaded = PatchSVDD.load(tmp_path / "model.safetensors", "cpu", encoder=Plain())
+    other = PatchSVDD.load(tmp_path / "expected.safetensors", "cpu", encoder=Plain())
+    other.set_params(channel_order="bgr")
+    Image.fromarray(images[3]).save(tmp_path / "3.png")
+    right = expected.score(images)
+    for each in (fitted, loaded, other, fitted.refit(bgr[:3])):
+        assert torch.equal(each.light_, expected.light_)
+        found = each.score(bgr)
+        assert torch.equal(found.anomaly_map, right.anomaly_map)
+        assert torch.equal(found.image_scores, right.image_scores)
+        assert torch.equal(each.score(np.stack(bgr)).anomaly_map, right.anomaly_map)
+        streamed = [result.anomaly_map for result in each.score_stream(bgr)]
+        assert torch.equal(torch.stack(streamed), right.anomaly_map)
+        for as_it_is in (tmp_path / "3.png", [Image.fromarray(images[3])]):
+            assert torch.equal(each.score(as_it_is).anomaly_map[0], right.anomaly_map[3])
+    assert torch.equal(fitted.add(bgr[3:]).mean_, expected.add(images[3:]).mean_)
+    assert np.array_equal(fitted.predict(bgr), expected.predict(images))
+
+
+def test_channel_orders_that_cannot_be(tmp_path):
+    images = [texture(np.random.default_rng(number), 96) for number in range(3)]
+    with pytest.raises(
+        ValueError, match=r"channel_order must be one of \('rgb', 'bgr'\), got 'BGR'"
+    ):
+        detector(channel_order="BGR").fit(images)
+    fitted = detector().fit(images).set_params(channel_order="gbr")
+    for score in (fitted.score, fitted.score_stream, fitted.add):
+        with pytest.raises(ValueError, match=r"channel_order must be one of .* got 'gbr'"):
+            score(images)
+    fitted.set_params(channel_order="bgr")
+    with pytest.raises(ValueError, match="image 0 is gray and has no colours"):
+        fitted.predict([images[0][..., 0]])
+
+
+def test_a_stream_of_one_image_or_a_batch(tmp_path):
+    images = np.stack([texture(np.random.default_rng(number), 96) for number in range(3)])
+    fitted = detector().fit(images)
+    expected = fitted.score(images).image_scores.tolist()
+
+    def streamed(sources):
+        return [result.score for result in fitted.score_stream(sources)]
+
+    assert streamed(images) == streamed(torch.from_numpy(images).permute(0, 3, 1, 2)) == expected
+    assert streamed(images[0]) == expected[:1]
+    with pytest.raises(ValueError, match="its channels seem to be last"):
+        fitted.score_stream(torch.from_numpy(images))
+    picture = Image.fromarray(images[0])
+    picture.save(tmp_path / "0.png")
+    assert streamed([picture, tmp_path / "0.png"]) == expected[:1] * 2
+    for alone in (picture, tmp_path / "0.png", str(tmp_path)):
+        with pytest.raises(TypeError, match=f"got one {type(alone).__name__} alone"):
+            fitted.score_stream(alone)

@@ -1,6 +1,6 @@
 """The layouts of data sets: the same images are told apart in each, with the same masks."""
 
-import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_sets import (
+    WRITERS,
+    btad,
+    kolektor_sdd2,
+    mvtec_ad,
+    mvtec_ad_2_renamed,
+    noise_images,
+    visa,
+    write,
+)
 from patchsvdd_fast.detector.evaluation import masks_or_reason
 from patchsvdd_fast.files.categories import (
     Category,
@@ -19,128 +29,14 @@ from patchsvdd_fast.files.categories import (
 )
 from patchsvdd_fast.files.layouts import LAYOUTS, matching_layouts
 
-SIDE = 128
 SIZE = (96, 96)
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise: "train", "validation", "good" and "bad" images, and the "masks" of the bad ones."""
-    rng = np.random.default_rng(0)
-
-    def noise():
-        return rng.integers(60, 120, (SIDE, SIDE, 3)).astype(np.uint8)
-
-    made = {name: [noise() for _ in range(3)] for name in ("train", "validation", "good", "bad")}
-    made["masks"] = []
-    for number, image in enumerate(made["bad"]):
-        mask = np.zeros((SIDE, SIDE), np.uint8)
-        mask[20 + 10 * number :][:30, 40:80] = 255
-        image[mask > 0] += 25
-        made["masks"].append(mask)
-    return made
+    return noise_images()
 
 
-def write(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def mvtec_ad(root, images):
-    for i, pixels in enumerate(images["train"]):
-        write(root / f"train/good/{i:03}.png", pixels)
-    for i, pixels in enumerate(images["good"]):
-        write(root / f"test/good/{i:03}.png", pixels)
-    for i, (pixels, mask) in enumerate(zip(images["bad"], images["masks"], strict=True)):
-        write(root / f"test/spot/{i:03}.png", pixels)
-        write(root / f"ground_truth/spot/{i:03}_mask.png", mask)
-
-
-def mvtec_loco_ad(root, images):
-    mvtec_ad(root, images)
-    shutil.rmtree(root / "ground_truth")
-    for i, pixels in enumerate(images["validation"]):
-        write(root / f"validation/good/{i:03}.png", pixels)
-    for i, mask in enumerate(images["masks"]):  # in two parts
-        upper, lower = (mask > 0).astype(np.uint8) * 236, (mask > 0).astype(np.uint8) * 250
-        upper[:, 60:], lower[:, :60] = 0, 0
-        write(root / f"ground_truth/spot/{i:03}/000.png", upper)
-        write(root / f"ground_truth/spot/{i:03}/001.png", lower)
-
-
-def mvtec_ad_2(root, images, test="test_public"):
-    for part, kind in (("train/good", "train"), ("validation/good", "validation")):
-        for i, pixels in enumerate(images[kind]):
-            write(root / f"{part}/{i:03}_regular.png", pixels)
-    for i in range(3):
-        write(root / f"{test}/good/{i:03}_regular.png", images["good"][i])
-        write(root / f"{test}/bad/{i:03}_regular.png", images["bad"][i])
-        write(root / f"{test}/ground_truth/bad/{i:03}_regular_mask.png", images["masks"][i])
-
-
-def mvtec_ad_2_renamed(root, images):
-    mvtec_ad_2(root, images, "test")
-
-
-def btad(root, images):
-    for i in range(3):
-        write(root / f"train/ok/{i:04}.bmp", images["train"][i])
-        write(root / f"test/ok/{i:04}.bmp", images["good"][i])
-        write(root / f"test/ko/{i:04}.bmp", images["bad"][i])
-        write(root / f"ground_truth/ko/{i:04}.png", images["masks"][i])
-
-
-def visa(root, images):
-    rows = []
-    for split, kind in (("train", "train"), ("test", "good"), ("test", "bad")):
-        for i, pixels in enumerate(images[kind]):
-            label, folder = ("normal", "Normal") if kind != "bad" else ("anomaly", "Anomaly")
-            name = f"{root.name}/Data/Images/{folder}/{kind}{i:03}.png"  # theirs are JPG
-            mask = f"{root.name}/Data/Masks/Anomaly/{i:03}.png" if kind == "bad" else ""
-            write(root.parent / name, pixels)
-            if mask:
-                write(root.parent / mask, (images["masks"][i] > 0).astype(np.uint8))
-            rows.append((root.name, split, label, name, mask))
-    rows.append(("another", "test", "anomaly", "another/x.JPG", "another/x.png"))
-    path = root.parent / "split_csv/1cls.csv"
-    path.parent.mkdir()
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
-
-
-def kolektor_sdd2(root, images):
-    black = np.zeros((SIDE, SIDE), np.uint8)
-    parts = {"train": [*images["train"], images["bad"][0]], "test": images["good"] + images["bad"]}
-    masks = {"train": [black] * 3 + images["masks"][:1], "test": [black] * 3 + images["masks"]}
-    for part, of_part in parts.items():
-        for i, (pixels, mask) in enumerate(zip(of_part, masks[part], strict=True)):
-            write(root / f"{part}/{i + 20000}.png", pixels)
-            write(root / f"{part}/{i + 20000}_GT.png", mask)
-
-
-def kolektor_sdd(root, images):
-    black = np.zeros((SIDE, SIDE), np.uint8)
-    folders = {
-        "kos01": zip(images["train"], [black] * 3, strict=True),
-        "kos02": zip(images["good"], [black] * 3, strict=True),
-        "kos03": zip(images["bad"], images["masks"], strict=True),
-    }
-    folders["kos01b"] = [(images["bad"][0], images["masks"][0])]
-    for name, pairs in folders.items():
-        for i, (pixels, mask) in enumerate(pairs):
-            write(root / f"{name}/Part{i}.png", pixels)  # theirs are JPG
-            write(root / f"{name}/Part{i}_label.bmp", mask)
-
-
-WRITERS = {
-    "MVTec AD": mvtec_ad,
-    "MVTec LOCO AD": mvtec_loco_ad,
-    "MVTec AD 2": mvtec_ad_2,
-    "BTAD": btad,
-    "VisA": visa,
-    "KolektorSDD2": kolektor_sdd2,
-    "KolektorSDD": kolektor_sdd,
-}
 CASES = [*WRITERS.items(), ("MVTec AD 2", mvtec_ad_2_renamed)]
 
 
@@ -193,6 +89,7 @@ def test_the_same_images_in_every_layout(name, lay_out, images, expected, tmp_pa
     assert in_words(category) == f"noise: layout {name}, 3 images to train on{aside}"
     assert in_words(category, category.test_set()).endswith(
         "3 good and 3 anomalous images, 3 of them with masks"
+        + (", and 3 good ones of validation for false alarms" if has_validation else "")
     )
 
 
@@ -207,7 +104,9 @@ def test_two_layouts_are_an_error_that_names_both(images, tmp_path):
         training_paths(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["train", "test", "ground_truth", "part/Train/ok", "masks"])
+@pytest.mark.parametrize(
+    "folder", ["train", "test", "ground_truth", "part/Train/ok", "masks", "bad", "x/NG"]
+)
 def test_folders_of_an_unknown_layout_are_not_trained_on(folder, images, tmp_path):
     write(tmp_path / "line" / folder / "0.png", images["good"][0])
     write(tmp_path / "line/1.png", images["good"][1])
@@ -222,7 +121,9 @@ def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
     with pytest.raises(ValueError, match="a single category"):
         training_paths(tmp_path)
     write(tmp_path / "b/train/0.png", images["good"][0])
-    with pytest.warns(UserWarning, match="in no layout that is known: b"):
+    write(tmp_path / "c/Defects/0.png", images["bad"][0])
+    write(tmp_path / "d/fine/0.png", images["good"][0])
+    with pytest.warns(UserWarning, match="in no layout that is known: b, c$"):
         assert [category.name for category in find_categories(tmp_path)] == ["a"]
 
 
@@ -254,9 +155,10 @@ def test_what_is_skipped_is_said(images, tmp_path):
     mvtec_ad(tmp_path, images)
     for part in ("train/good", "test/spot"):
         (tmp_path / part / "linked").symlink_to(tmp_path / "test/good")
+        (tmp_path / part / "unplugged").symlink_to(tmp_path / "not there")
         (tmp_path / part / "a.heic").touch()
         (tmp_path / part / "b.heic").touch()
-    said = r"files \.heic, which are not read: 2 \(.\.heic\), links to folders.*: 1 \(linked\)"
+    said = r"files \.heic, which are not read: 2 \(.\.heic\), links .*\(unplugged\), links to.*: 1 "
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (remark,) = Category(tmp_path).test_set().remarks
@@ -313,6 +215,45 @@ def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
     assert tests.remarks[0].endswith("are good: 2 (test/20000.png, test/20001.png)")
 
 
+def test_folders_of_masks_are_no_kind_of_defect(images, expected, tmp_path, monkeypatch):
+    for name, folder in (("a", "test/ground_truth/spot"), ("b", "test/spot/Masks")):
+        mvtec_ad(tmp_path / name, images)
+        (tmp_path / name / folder).parent.mkdir(exist_ok=True)
+        shutil.move(tmp_path / name / "ground_truth/spot", tmp_path / name / folder)
+        write(tmp_path / name / "test/good/masks/000.png", images["masks"][0])
+        assert Category(tmp_path / name).test_set().remarks == []
+        assert marked(Category(tmp_path / name)) == expected
+    good, kinds = tmp_path / "b/test/good", tmp_path / "kinds"  # folders of one's own
+    kinds.mkdir()
+    shutil.move(tmp_path / "b/test/spot", kinds / "spot")
+    for bad in (kinds, kinds / "spot"):
+        assert marked(own_category(good, bad)) == expected
+    monkeypatch.chdir(tmp_path)
+    bad = kinds / "spot"
+    (bad / "Masks").rename(bad / "marked")
+    for folder in (bad / "marked", Path("kinds/spot/marked")):
+        assert marked(own_category(good, bad, folder)) == expected
+    for mask in (bad / "marked").iterdir():
+        mask.rename(bad / mask.name)
+    assert marked(own_category(good, bad, Path("kinds/spot"))) == expected
+
+
+def test_a_folder_that_may_not_be_opened_is_an_image_that_cannot_be_read(
+    images, tmp_path, monkeypatch
+):
+    mvtec_ad(tmp_path, images)
+    scandir = os.scandir
+
+    def refused(path):
+        if path == tmp_path / "test/spot":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    tests = own_category(tmp_path / "test/good", tmp_path / "test/spot").test_images()
+    assert [image.path.name for image in tests if image.is_anomalous] == ["spot"]
+
+
 @pytest.mark.parametrize("masks", ["folder", "beside"])
 def test_folders_of_ones_own(masks, images, expected, tmp_path):
     for i in range(3):
@@ -338,6 +279,8 @@ def test_folders_of_ones_own(masks, images, expected, tmp_path):
         ({"train": tmp_path / "ok"}, "trained on too"),
         ({"train": tmp_path}, "trained on too"),
         ({"normal": tmp_path / "good"}, "two folders"),
+        ({"normal": tmp_path}, "neither of them in the other"),
+        ({"anomalous": tmp_path}, "neither of them in the other"),
     ):
         with pytest.raises(ValueError, match=message):
             own_category(**{"normal": tmp_path / "ok", "anomalous": tmp_path / "good"} | folders)

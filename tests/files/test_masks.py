@@ -6,93 +6,42 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_sets import MASKS, SIDE, colour, gray
 from patchsvdd_fast.files.masks import marks_anything, masks_beside, matched_masks, read_mask
 
-SIDE = 128
 SQUARE = np.zeros((SIDE, SIDE), bool)
 SQUARE[30:60, 40:80] = True
 SIZE = (96, 96)
 
 
-def gray(value, dtype=np.uint8):
-    return Image.fromarray(np.where(SQUARE, value, 0).astype(dtype))
-
-
-def colour(inside, outside, mode="RGB"):
-    pixels = np.empty((SIDE, SIDE, len(inside)), np.uint8)
-    pixels[SQUARE], pixels[~SQUARE] = inside, outside
-    return Image.fromarray(pixels, mode)
-
-
-def voc(colours):
-    palette = Image.fromarray(np.where(SQUARE, 1, 0).astype(np.uint8), "P")
-    palette.putpalette([value for each in colours for value in each])
-    return palette
-
-
-def two_classes():
-    classes = np.where(SQUARE, 1, 0).astype(np.uint8)
-    classes[30:40] *= 2
-    return Image.fromarray(classes)
-
-
 def expected(tmp_path):
-    gray(255).save(tmp_path / "expected.png")
+    gray(255)(SQUARE).save(tmp_path / "expected.png")
     return read_mask(tmp_path / "expected.png", SIZE)
 
 
-KINDS = {
-    "0 and 1": ("png", gray(1)),
-    "class numbers": ("png", two_classes()),
-    "127": ("png", gray(127)),
-    "128": ("png", gray(128)),
-    "236": ("png", gray(236)),
-    "one bit": ("png", gray(255).convert("1")),
-    "16 bits, 1": ("png", gray(1, np.uint16)),
-    "16 bits, 255": ("png", gray(255, np.uint16)),
-    "16 bits, 65535": ("png", gray(65535, np.uint16)),
-    "16 bits, TIFF": ("tiff", gray(1, np.uint16)),
-    "float, 1": ("tiff", gray(1, np.float32)),
-    "float, 255": ("tiff", gray(255, np.float32)),
-    "VOC": ("png", voc([(0, 0, 0), (128, 0, 0)])),
-    "VOC, dark": ("png", voc([(0, 0, 0), (64, 0, 0)])),
-    "gray palette": ("png", gray(255).convert("P")),
-    "palette with white first": ("png", voc([(0, 0, 0), (255, 255, 255)])),
-    "red on black": ("png", colour((255, 0, 0), (0, 0, 0))),
-    "blue on white": ("png", colour((0, 0, 255), (255, 255, 255))),
-    "RGB of 0 and 1": ("png", colour((1, 1, 1), (0, 0, 0))),
-    "RGBA, colour": ("png", colour((255, 0, 0, 255), (0, 0, 0, 255), "RGBA")),
-    "RGBA, alpha": ("png", colour((0, 0, 0, 255), (0, 0, 0, 0), "RGBA")),
-    "RGBA, faint alpha": ("png", colour((9, 9, 9, 100), (9, 9, 9, 0), "RGBA")),
-    "RGBA, both": ("png", colour((255, 0, 0, 255), (0, 0, 0, 0), "RGBA")),
-    "gray and alpha": ("png", colour((0, 255), (0, 0), "LA")),
-    "BMP": ("bmp", gray(255)),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 def test_every_kind_marks_the_same_pixels(kind, tmp_path):
-    suffix, image = KINDS[kind]
-    image.save(tmp_path / f"mask.{suffix}")
+    suffix, make = MASKS[kind]
+    make(SQUARE).save(tmp_path / f"mask.{suffix}")
     found = read_mask(tmp_path / f"mask.{suffix}", SIZE)
     assert found.any()
     assert np.array_equal(found, expected(tmp_path))
     assert marks_anything([tmp_path / f"mask.{suffix}"])
 
 
-@pytest.mark.parametrize("image", [gray(255), colour((255, 0, 0), (0, 0, 0))])
-def test_lossy_masks_mark_nearly_the_same(image, tmp_path):
-    image.save(tmp_path / "mask.jpg", quality=80)
+@pytest.mark.parametrize("make", [gray(255), colour((255, 0, 0), (0, 0, 0))])
+def test_lossy_masks_mark_nearly_the_same(make, tmp_path):
+    make(SQUARE).save(tmp_path / "mask.jpg", quality=80)
     found = read_mask(tmp_path / "mask.jpg", SIZE)
     assert (found != expected(tmp_path)).mean() < 0.02
 
 
 def test_soft_edges_keep_the_cut_at_128(tmp_path):
-    soft = gray(255).resize((40, 40)).resize((SIDE, SIDE))
+    soft = gray(255)(SQUARE).resize((40, 40)).resize((SIDE, SIDE))
     soft.save(tmp_path / "soft.png")
     resized = np.asarray(soft.resize(SIZE))
     assert np.array_equal(read_mask(tmp_path / "soft.png", SIZE), resized > 128)
-    red = Image.merge("RGB", [soft, gray(0), gray(0)])
+    red = Image.merge("RGB", [soft, *[gray(0)(SQUARE)] * 2])
     red.save(tmp_path / "red.png")
     differ = read_mask(tmp_path / "red.png", SIZE) != (resized > 128)
     assert differ.mean() < 0.01
@@ -134,7 +83,7 @@ def test_other_errors_name_the_file(tmp_path, monkeypatch):
     (tmp_path / "mask.png").write_text("no image")
     with pytest.raises(ValueError, match=r"mask\.png is not an image"):
         read_mask(tmp_path / "mask.png", SIZE)
-    gray(3).convert("L").save(tmp_path / "faint.jpg", quality=95)
+    gray(3)(SQUARE).convert("L").save(tmp_path / "faint.jpg", quality=95)
     with pytest.raises(ValueError, match=r"faint\.jpg: ambiguous: its highest value is"):
         read_mask(tmp_path / "faint.jpg", SIZE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)

@@ -48,9 +48,22 @@ def test_tensors_of_every_kind():
     assert load_image_set([PIXELS, COLOUR], None, 64).names == ("image 0", "image 1")
 
 
-def test_opencvs_channels_are_turned_around():
-    assert torch.equal(load_images(COLOUR[:, :, ::-1][:, :, ::-1], None, 64), PIXELS[None])
-    assert torch.equal(load_images([COLOUR[:, :, ::-1]], None, 64), PIXELS.flip(0)[None])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_opencvs_channels_are_turned_around(dtype):
+    factor = {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[dtype]
+    bgr = (COLOUR[..., ::-1].astype(dtype) * factor).astype(dtype)
+    with_alpha = np.dstack([bgr, np.zeros_like(bgr[..., 0])])
+    for array in (bgr, with_alpha):
+        tensor = torch.from_numpy(array).permute(2, 0, 1)
+        for source in (array, [array], array[None], tensor, [tensor], tensor[None]):
+            assert torch.equal(load_images(source, None, 64, channel_order="bgr"), PIXELS[None])
+            assert torch.equal(load_images(source, None, 64), PIXELS.flip(0)[None])
+
+
+@pytest.mark.parametrize("gray", [COLOUR[..., 0], COLOUR[..., :1], PIXELS[:1]])
+def test_gray_images_have_no_order_of_channels(gray):
+    with pytest.raises(ValueError, match='image 0 is gray and has no colours for channel_order="b'):
+        load_images([gray], None, 64, channel_order="bgr")
 
 
 def test_16_bits_are_scaled_as_in_files(tmp_path):
@@ -100,3 +113,25 @@ def test_errors_name_what_was_mixed_up(image, kind, message):
 def test_errors_of_batches_name_what_was_mixed_up(batch, message):
     with pytest.raises(ValueError, match=message):
         load_images(batch, None, 64)
+
+
+def test_a_colour_image_with_channels_first_may_be_three_gray_ones():
+    array = PIXELS.numpy()
+    with pytest.warns(UserWarning, match=r"\[3, 80, 70\] is taken for 3 gray images"):
+        found = load_images(array, None, 64)
+    assert torch.equal(found, load_images(list(array), None, 64))
+
+
+def test_columns_of_tables_are_taken(tmp_path):
+    from PIL import Image
+
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path in paths:
+        Image.fromarray(COLOUR).save(path)
+    objects = np.empty(2, object)
+    objects[:] = [COLOUR, PIXELS]
+    for column in (np.array(paths), np.array(paths, object), OfAnotherLibrary(np.array(paths))):
+        found = load_image_set(column, None, 64)
+        assert found.names == tuple(paths)
+        assert torch.equal(found.pixels, PIXELS.expand(2, -1, -1, -1))
+    assert torch.equal(load_images(objects, None, 64), PIXELS.expand(2, -1, -1, -1))
