@@ -11,7 +11,7 @@ import typer
 
 from ..files.claims import RunFolder
 from .options import DeviceOption, OverwriteOption, loading
-from .terminal import console, fit_with_progress, results_table
+from .terminal import console, evaluate_with_progress, fit_with_progress, results_table
 
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
@@ -51,7 +51,7 @@ def demo(
                 run.note(path.relative_to(output))
         detector = _detector(steps, seed, device)
         untrained = PatchSVDD(**detector.get_params())
-        untrained.fit(category.root, encoder=untrained.untrained_encoder())
+        fit_with_progress(untrained, category.root, encoder=untrained.untrained_encoder())
         fit_with_progress(detector, category.root)
         model = run.note(Path(MODEL))
         detector.save(model)
@@ -76,9 +76,11 @@ def _result(
     name: str,
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
 ) -> CategoryResult:
-    from ..detector.evaluation import evaluate_category
+    from ..detector.progress_bars import display
 
-    return replace(evaluate_category(detector, category, on_result), category=name)
+    with display(console) as shown:
+        result = evaluate_with_progress(shown, detector, category, on_result)
+    return replace(result, category=name)
 
 
 def _detector(steps: int, seed: int, device: str) -> PatchSVDD:

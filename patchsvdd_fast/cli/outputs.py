@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detector.patch_svdd import PatchSVDD
+from ..detector.progress_bars import display
 from ..files.claims import RunFolder, claimed_file, require_new
 from ..files.sources import Source
 from ..images.drift import StreamDrift
@@ -23,7 +24,7 @@ from ..report.table import Table, require_parquet, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
-from .terminal import console, print_error, print_warning
+from .terminal import ScoringBar, console, print_error, print_warning
 
 _TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
 _HEAT_MAPS, _MAPS = "heat-maps", "maps"
@@ -93,6 +94,7 @@ def score_all(
     report: Path | None,
     overwrite: bool = False,
     line_each: str = "",
+    num_images: Callable[[set[str]], int | None] = lambda done: None,
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
 
@@ -103,6 +105,7 @@ def score_all(
     resume: keep the rows that an earlier run wrote into the table.
     report: folder for an HTML report; overwrite: whether it may hold one.
     line_each: a line to print at the start, if there is to be a line per image.
+    num_images: called with the paths that have a row; how many there are to score, None: unknown.
     """
     threshold = detector.threshold_or_none(false_alarm_rate)
     started, counts = time.perf_counter(), _Counts()
@@ -119,6 +122,10 @@ def score_all(
             opened = open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
             page = stack.enter_context(opened)
 
+        bars = stack.enter_context(display(console))
+        is_told = console.is_terminal or not line_each  # else the lines tell enough
+        bar = ScoringBar(bars if is_told else None, num_images(table.done))
+
         def to_score() -> Iterator[Source]:
             written = [os.path.realpath(run.folder / name) for name in (_HEAT_MAPS, _MAPS)]
             for source in sources(table.done):
@@ -133,6 +140,7 @@ def score_all(
             table.add({"image": str(path), "error": message})
             if page is not None:
                 page.add_failure(str(path), message)
+            bar.advance()
             print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
@@ -140,7 +148,6 @@ def score_all(
                 to_score(), false_alarm_rate=false_alarm_rate, on_error=note_failure
             )
         )
-        status = stack.enter_context(console.status("scoring"))
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)
         for result in stream:
@@ -154,8 +161,7 @@ def score_all(
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
             for change in () if drift is None else drift.update(result.statistics):
                 print_warning(change)
-            rate = counts.scored / (time.perf_counter() - started)
-            status.update(f"scored {counts.scored:,}, {rate:.1f} a second")
+            bar.advance()
         if outputs.table_format == "parquet":
             write_parquet(path, run.note(Path("scores.parquet"), began_in))
     counts.tell(time.perf_counter() - started, threshold, outputs.folder, with_one=not line_each)

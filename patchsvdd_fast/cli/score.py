@@ -75,7 +75,7 @@ def score(
         raise typer.BadParameter("give either --resume or --overwrite")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import image_sources, require_given
+        from ..files.sources import image_sources, num_images, require_given
         from .outputs import Outputs, require_report, score_all
 
     require_given(images)
@@ -96,6 +96,7 @@ def score(
             resume=resume,
             report=report,
             overwrite=overwrite,
+            num_images=lambda done: num_images(images, pages, done),
         )
     if failed:
         raise typer.Exit(SOME_FAILED)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO, TextIO
@@ -49,6 +51,18 @@ def image_sources(given: Sequence[str], listed: TextIO, pages: str = "first") ->
             continue
         for number, path in enumerate(paths, start=1):
             yield Source(path, PurePath(f"{source.inner}#{number}"))
+
+
+def num_images(given: Sequence[str], pages: str, done: Container[str] = ()) -> int | None:
+    """How many images `image_sources` yields whose paths are not in `done`.
+
+    None where only reading tells: for the paths of a list, and for all pages of files.
+    """
+    if "-" in given or pages == "all":
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `image_sources` says it
+        return sum(str(source.path) not in done for source in _sources(given, io.StringIO()))
 
 
 def _sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:

@@ -86,7 +86,8 @@ class Trainer:
         self._checks_since_best = 0
         self._collapsed_steps = 0
         self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
-        self._in_steps = 0.0  # seconds of this process's steps, without their checks
+        self._pace_from = 0, 0.0  # the step and the time from which on steps are timed
+        self._in_checks = 0.0  # seconds of checks since then
         self.is_between_steps = True
         """Whether weights, optimiser and record are of one step, so that they can be saved."""
 
@@ -111,21 +112,22 @@ class Trainer:
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
+                self._pace_from, self._in_checks = (record.steps, started), 0.0
                 while record.steps < (self._end or math.inf):
                     take_effect(self.workers.largest(interrupts.arrived))
                     if self._is_over():
                         break
                     self.is_between_steps = False
-                    began = time.perf_counter()
                     losses = self._step(record.steps + 1)
                     record.steps += 1
-                    self._in_steps += time.perf_counter() - began
                     record.seconds = before + time.perf_counter() - started
                     self._fit_to_minutes(time.perf_counter() - started)
                     step = self._measure(losses)
                     self.is_between_steps = True
                     if step is not None and on_step is not None:
                         on_step(step)
+                    if record.steps == self._first_step + 1:  # that also loaded libraries
+                        self._pace_from, self._in_checks = (record.steps, time.perf_counter()), 0.0
                 take_effect(self.workers.largest(interrupts.arrived))
         finally:
             self.encoder.eval()
@@ -218,8 +220,9 @@ class Trainer:
 
     def _seconds_left(self, total: int) -> float:
         """Of the steps to the last, and the checks among them."""
-        done = self.record.steps
-        left = (total - done) * self._in_steps / (done - self._first_step)
+        done, (first, began) = self.record.steps, self._pace_from
+        each = (time.perf_counter() - began - self._in_checks) / (done - first)
+        left = (total - done) * each
         if self.check is not None:
             every = self.settings.check_every or 1
             left += (-(-total // every) - done // every) * self._seconds_of_check
@@ -248,6 +251,7 @@ class Trainer:
         quality = Quality(*map(self.workers.agreed, astuple(quality)))
         self.encoder.train()
         self._seconds_of_check = time.perf_counter() - started
+        self._in_checks += self._seconds_of_check
         record, value = self.record, quality.criterion
         improved = value > max((other for _, other in record.qualities), default=-math.inf)
         self._checks_since_best = 0 if improved else self._checks_since_best + 1
