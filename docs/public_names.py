@@ -45,6 +45,7 @@ PUBLIC = (
     "report.heat_maps",
     "report.html",
     "report.map_files",
+    "report.masks",
     "report.side_by_side",
     "report.table",
     "score.calibration",
