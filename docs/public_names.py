@@ -142,6 +142,7 @@ INTERNAL = {
     "files.pages.num_pages": "a part of page_paths",
     "files.pages.with_every_page": "a part of load_image_set",
     "files.sources.require_given": "what the commands check before they write",
+    "files.sources.require_there": "likewise",
     "images.light.constant_mean": "what the mean `fixed` subtracts",
     "images.prepare.evenly_spread": "which images are tried, set aside or fitted to",
     "images.prepare.name_of": "ImageResult.name",

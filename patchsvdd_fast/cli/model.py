@@ -107,11 +107,11 @@ def update(
     output = output or model
     overwrite = overwrite or (output.exists() and output.samefile(model))
     require_writable(output, overwrite=overwrite)
-    for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
+        from ..files.sources import require_there
+    for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
+        require_there(path)
 
     with claimed_file(output, overwrite):
         detector = PatchSVDD.load(model, device=device)

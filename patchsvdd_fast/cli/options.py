@@ -149,8 +149,9 @@ SkipOption = Annotated[
 PagesOption = Annotated[
     str,
     typer.Option(
-        help='Of a file with several pages or frames: "first", or "all", each as an image of its '
-        "own, named such as stack.tif#2."
+        help="Of a file with several pages or frames: the first, or all, each as an image of its "
+        "own, named such as stack.tif#2.",
+        **one_of("first", "all"),
     ),
 ]
 RateOption = Annotated[

@@ -17,6 +17,7 @@ from PIL import Image
 from .folders import SUFFIXES, Skipped, walk_images
 from .pages import (
     check_pages,
+    file_and_page,
     is_stream,
     is_video,
     page_paths,
@@ -158,7 +159,13 @@ def require_given(given: Sequence[str]) -> None:
             raise ValueError(f"{argument} never ends: patchsvdd watch takes it")
         if os.path.isdir(argument) or _is_glob(argument):  # noqa: PTH112
             raise ValueError(f"{argument} holds no images ({', '.join(SUFFIXES)})")
-        raise ValueError(f"{argument} does not exist")
+        require_there(argument)
+
+
+def require_there(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless the path names a folder, a file, or a page of a file."""
+    if not os.path.exists(file_and_page(path)[0]):  # noqa: PTH110
+        raise ValueError(f"{path} does not exist")
 
 
 def _first_of(argument: str) -> Iterator[bool]:
@@ -172,7 +179,7 @@ def _first_of(argument: str) -> Iterator[bool]:
             if Path(name).suffix.lower() in SUFFIXES
         )
     else:
-        yield os.path.exists(argument)  # noqa: PTH110
+        yield os.path.exists(file_and_page(argument)[0])  # noqa: PTH110
 
 
 def _is_glob(argument: str) -> bool:

@@ -136,7 +136,9 @@ def _opened(name: str) -> Iterator[tuple[Image.Image, str]]:
     """The image at a path, which may name a page, not decoded yet; and its file."""
     file, page = file_and_page(name)
     if is_video(file):
-        with contextlib.closing(video_frames(file, first=page or 1)) as frames:
+        if page is None:
+            raise ValueError(f"it is a video; name one of its frames, such as {name}#1")
+        with contextlib.closing(video_frames(file, first=page)) as frames:
             _, frame = next(frames)
         yield frame, file
         return

@@ -118,8 +118,8 @@ def _clusters(state: Mapping[str, Tensor]) -> tuple[ClusterArrays | None, float]
 def _leading_state(codes: CodedRows) -> dict[str, Tensor]:
     """Which axes lead, for codes to be made again without a trial; none where none do."""
     if codes.leading_axes is None:
-        none = codes.codes.centres.new_empty(codes.data.shape[1], 0)
-        return {"leading_axes": none, "leading_mean": none.new_empty(0)}
+        none = codes.codes.centres.new_zeros(codes.data.shape[1], 1)
+        return {"leading_axes": none[:, :0].contiguous(), "leading_mean": none.flatten()}
     mean, basis = codes.leading_axes
     return {"leading_axes": basis[:, :-1].contiguous(), "leading_mean": mean}
 

@@ -46,6 +46,8 @@ def test_frames_have_numbers_and_colours_in_order(clip):
     assert near(read_image(f"{path}#6"), frames[5])
     with pytest.raises(UnreadableError, match="it has no such frame"):
         read_image(f"{path}#8")
+    with pytest.raises(UnreadableError, match=r"name one of its frames, such as .*clip\.avi#1"):
+        read_image(path)
 
 
 def test_what_is_no_video_is_named(tmp_path):
@@ -67,6 +69,13 @@ def test_score_takes_the_frames_of_a_video(clip, here, ready_model, tmp_path):
     assert len(heat_maps) == 4 and all(name.startswith("clip.avi#") for name in heat_maps)
     done = here("score", ready_model, path, "-o", output, "--resume")
     assert "scored 3 images" in done.stdout
+
+
+def test_explain_takes_a_frame(clip, here, ready_model, tmp_path):
+    path, _ = clip
+    done = here("explain", ready_model, f"{path}#3", "-o", tmp_path / "why")
+    assert done.returncode == 0, done.stderr
+    assert "clip.avi#3: anomalous" in done.stdout
 
 
 def test_a_broken_video_is_reported_and_the_rest_is_scored(clip, here, ready_model, tmp_path):
