@@ -11,6 +11,7 @@ import copy
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from typing import Any
@@ -39,6 +40,7 @@ _COLLAPSE_PATIENCE = 20  # measured steps in a row with collapsed embeddings, be
 _MEASURED_EVERY = 20  # steps on a GPU, since measuring waits for it; on a CPU each step is measured
 # To fit the number of steps to `minutes`, this process's steps 3 to 10 are timed.
 _UNTIMED_STEPS, _FITTED_AFTER = 2, 10
+_TIMED = 20  # of the last measured steps, whose pace says how long the others will take
 
 
 class Trainer:
@@ -86,8 +88,8 @@ class Trainer:
         self._checks_since_best = 0
         self._collapsed_steps = 0
         self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
-        self._pace_from = 0, 0.0  # the step and the time from which on steps are timed
-        self._in_checks = 0.0  # seconds of checks since then
+        self._timed: deque[tuple[int, float]] = deque(maxlen=_TIMED)  # steps done, seconds in them
+        self._started, self._in_checks = 0.0, 0.0  # this process's steps; seconds of its checks
         self.is_between_steps = True
         """Whether weights, optimiser and record are of one step, so that they can be saved."""
 
@@ -112,7 +114,8 @@ class Trainer:
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
-                self._pace_from, self._in_checks = (record.steps, started), 0.0
+                self._started, self._in_checks = started, 0.0
+                self._timed = deque([(record.steps, 0.0)], maxlen=_TIMED)
                 while record.steps < (self._end or math.inf):
                     take_effect(self.workers.largest(interrupts.arrived))
                     if self._is_over():
@@ -126,8 +129,6 @@ class Trainer:
                     self.is_between_steps = True
                     if step is not None and on_step is not None:
                         on_step(step)
-                    if record.steps == self._first_step + 1:  # that also loaded libraries
-                        self._pace_from, self._in_checks = (record.steps, time.perf_counter()), 0.0
                 take_effect(self.workers.largest(interrupts.arrived))
         finally:
             self.encoder.eval()
@@ -220,9 +221,12 @@ class Trainer:
 
     def _seconds_left(self, total: int) -> float:
         """Of the steps to the last, and the checks among them."""
-        done, (first, began) = self.record.steps, self._pace_from
-        each = (time.perf_counter() - began - self._in_checks) / (done - first)
-        left = (total - done) * each
+        done, (first, before) = self.record.steps, self._timed[0]
+        in_steps = time.perf_counter() - self._started - self._in_checks
+        self._timed.append((done, in_steps))
+        left = (total - done) * (in_steps - before) / (done - first)
+        if first == self._first_step:  # the first step also loaded libraries
+            self._timed.popleft()
         if self.check is not None:
             every = self.settings.check_every or 1
             left += (-(-total // every) - done // every) * self._seconds_of_check
