@@ -45,6 +45,7 @@ PUBLIC = (
     "report.heat_maps",
     "report.html",
     "report.map_files",
+    "report.masks",
     "report.side_by_side",
     "report.table",
     "score.calibration",
@@ -70,7 +71,8 @@ INTERNAL = {
     # --- rooms and modules ---
     "cli": "the command line, which command-line.md describes",
     "detector.fitting": "what PatchSVDD.fit does",
-    "detector.forecast": "what PatchSVDD.fit tells its on_progress",
+    "detector.forecast": "how long PatchSVDD.fit says it will take",
+    "detector.progress_bars": "what PatchSVDD.fit tells its on_progress, and how that is shown",
     "detector.normality": "what PatchSVDD.add, remove, merge and refit do",
     "detector.onnx_check": "the checks of the models that detector.onnx writes",
     "detector.parameters": "what the parameters of PatchSVDD mean",

@@ -21,7 +21,6 @@ from .terminal import console, errors, print_error, print_warning
 _USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(
-    add_completion=False,
     invoke_without_command=True,
     rich_markup_mode=None,  # its tables break the names of options; without, help is faster, too
     pretty_exceptions_enable=False,

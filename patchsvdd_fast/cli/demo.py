@@ -11,7 +11,7 @@ import typer
 
 from ..files.claims import RunFolder
 from .options import DeviceOption, OverwriteOption, loading
-from .terminal import console, fit_with_progress, results_table
+from .terminal import console, evaluate_with_progress, fit_with_progress, results_table
 
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..score.image_result import ImageResult
 
 STEPS = 60
-MODEL, HEAT_MAPS = "model.safetensors", "heat-maps"
+MODEL, HEAT_MAPS, REPORT = "model.safetensors", "heat-maps", "report"
 
 
 def demo(
@@ -37,12 +37,14 @@ def demo(
 ) -> None:
     """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
     with loading():
+        from ..detector.evaluation import mask_of
         from ..detector.patch_svdd import PatchSVDD
         from ..images import sample_cloth
+        from ..report.entries import open_report, report_entry
         from ..report.heat_maps import write_heat_map
         from ..report.summary import counted
 
-    with RunFolder(output, ("sample", MODEL, HEAT_MAPS), overwrite=overwrite) as run:
+    with RunFolder(output, ("sample", MODEL, HEAT_MAPS, REPORT), overwrite=overwrite) as run:
         console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
         try:
             category = sample_cloth.write_sample_category(output / "sample", seed=seed)
@@ -51,7 +53,7 @@ def demo(
                 run.note(path.relative_to(output))
         detector = _detector(steps, seed, device)
         untrained = PatchSVDD(**detector.get_params())
-        untrained.fit(category.root, encoder=untrained.untrained_encoder())
+        fit_with_progress(untrained, category.root, encoder=untrained.untrained_encoder())
         fit_with_progress(detector, category.root)
         model = run.note(Path(MODEL))
         detector.save(model)
@@ -60,14 +62,22 @@ def demo(
             path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
             threshold = result.map_threshold
             write_heat_map(path, result.picture, result.anomaly_map.numpy(), threshold)
+            height, width = result.anomaly_map.shape
+            mask = mask_of(image, (height, width))
+            regions = detector.explain(result)
+            page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        results = [
-            _result(untrained, category, "untrained"),
-            _result(detector, category, f"trained, {steps} steps", write),
-        ]
+        results = [_result(untrained, category, "untrained")]
+        folder = run.note(Path(REPORT, "index.html")).parent
+        with open_report(folder, detector, detector.threshold_, title=category.name) as page:
+            results.append(_result(detector, category, f"trained, {steps} steps", write))
+            page.close(results[-1].percent)
     console.print(results_table(results, with_mean=False))
     heat_maps = counted(len(category.test_images()), "heat map")
     console.print(f"wrote {model} and {heat_maps}", soft_wrap=True)
+    console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+    images = output / "sample" / category.name / "test"
+    console.print(f"next: patchsvdd score {model} {images}", soft_wrap=True, markup=False)
 
 
 def _result(
@@ -76,9 +86,11 @@ def _result(
     name: str,
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
 ) -> CategoryResult:
-    from ..detector.evaluation import evaluate_category
+    from ..detector.progress_bars import display
 
-    return replace(evaluate_category(detector, category, on_result), category=name)
+    with display(console) as shown:
+        result = evaluate_with_progress(shown, detector, category, on_result)
+    return replace(result, category=name)
 
 
 def _detector(steps: int, seed: int, device: str) -> PatchSVDD:

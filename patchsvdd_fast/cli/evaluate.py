@@ -23,11 +23,12 @@ from .options import (
     parse_resize,
     require_writable,
 )
-from .terminal import console, print_error, results_table
+from .terminal import console, evaluate_with_progress, print_error, results_table
 
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
+    from ..detector.progress_bars import Display
     from ..files.categories import Category
     from ..files.layouts import LabelledImage, LabelledSet
     from ..score.image_result import ImageResult
@@ -122,6 +123,7 @@ def evaluate(
         from .. import __version__
         from ..detector.evaluation import write_json
         from ..detector.patch_svdd import PatchSVDD
+        from ..detector.progress_bars import FitDisplay, display
         from ..files.categories import find_categories
         from .outputs import require_report
 
@@ -141,7 +143,7 @@ def evaluate(
         if folder is not None:
             require_report(folder, overwrite)
 
-    def detector_for(category: Category) -> PatchSVDD:
+    def detector_for(category: Category, bars: Display) -> PatchSVDD:
         if model is not None:
             return PatchSVDD.load(_file_for(model, category), device=device)
         detector = PatchSVDD(
@@ -157,15 +159,18 @@ def evaluate(
         else:
             detector.set_params(**_encoder_for(str(encoder), category))
         images = category.root if train is None else category.train_paths()
-        return detector.fit(images, skip_unreadable=skip_unreadable)
+        on_progress = FitDisplay(bars).on_progress
+        return detector.fit(images, skip_unreadable=skip_unreadable, on_progress=on_progress)
 
     results = []
     failed: dict[str, str] = {}
     for category in categories:
-        with console.status(f"evaluating {category.name}"):
+        with display(console) as bars:
             try:
                 pages = Pages(folder_of(category), overwrite)
-                results.append(_evaluate(detector_for(category), category, pages, skip_unreadable))
+                results.append(
+                    _evaluate(detector_for(category, bars), category, pages, skip_unreadable, bars)
+                )
             except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
                 if len(categories) == 1:
                     raise
@@ -231,9 +236,8 @@ def _show(results: Sequence[CategoryResult]) -> None:
 
 
 def _evaluate(
-    detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool
+    detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool, bars: Display
 ) -> CategoryResult:
-    from ..detector.evaluation import evaluate_category
     from ..files.categories import in_words
     from ..report.summary import Alarms, broken_promise
     from .outputs import claimed_report
@@ -246,11 +250,11 @@ def _evaluate(
         alarms.add(result.anomalous, result.unusual)
 
     if pages.folder is None:
-        evaluated = evaluate_category(detector, category, count, tests, skip_unreadable)
+        evaluated = evaluate_with_progress(bars, detector, category, count, tests, skip_unreadable)
     else:
         with claimed_report(pages.folder, pages.overwrite):
             evaluated = _evaluate_with_report(
-                detector, category, pages.folder, tests, skip_unreadable, count
+                detector, category, pages.folder, tests, skip_unreadable, count, bars
             )
     reached = evaluated.at_threshold
     lines = [alarms.in_words()]
@@ -270,8 +274,9 @@ def _evaluate_with_report(
     tests: LabelledSet,
     skip_unreadable: bool,
     on_result: Callable[[LabelledImage, ImageResult], None],
+    bars: Display,
 ) -> CategoryResult:
-    from ..detector.evaluation import evaluate_category, mask_of
+    from ..detector.evaluation import mask_of
     from ..report.entries import open_report, report_entry
 
     threshold = detector.threshold_or_none()
@@ -287,7 +292,7 @@ def _evaluate_with_report(
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        evaluated = evaluate_category(detector, category, add, tests, skip_unreadable)
+        evaluated = evaluate_with_progress(bars, detector, category, add, tests, skip_unreadable)
         page.close(evaluated.percent)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated

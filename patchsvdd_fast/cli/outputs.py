@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
+from ..detector.progress_bars import display
 from ..files.claims import RunFolder, claimed_file, require_new
 from ..files.sources import Source
 from ..images.drift import StreamDrift
@@ -18,15 +20,16 @@ from ..report.entries import open_report, report_entry
 from ..report.heat_maps import write_heat_map
 from ..report.html import is_report
 from ..report.map_files import inner_path, write_map
+from ..report.masks import CocoFile, anomalous_pixels, write_mask
 from ..report.summary import Alarms, counted, verdict_in_words
 from ..report.table import Table, require_parquet, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
-from .terminal import console, print_error, print_warning
+from .terminal import ScoringBar, console, print_error, print_warning
 
 _TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
-_HEAT_MAPS, _MAPS = "heat-maps", "maps"
+_HEAT_MAPS, _MAPS, _MASKS = "heat-maps", "maps", "masks"
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,18 @@ class Outputs:
     table_format: str
     heat_maps: bool
     maps: str | None
+    masks: bool = False
+    coco: Path | None = None
+    """File for the anomalous regions of all images, in COCO's format."""
 
     def __post_init__(self) -> None:
         if self.table_format == "parquet":
             require_parquet()
+
+    def require(self, threshold: float | None) -> None:
+        """Raise ValueError if something is asked for that needs a threshold above 0."""
+        if (self.masks or self.coco is not None) and not threshold:
+            raise ValueError("--masks and --coco need a threshold, which this model has not")
 
     @property
     def table(self) -> str:
@@ -50,13 +61,26 @@ class Outputs:
     def claim(self, resume: bool, overwrite: bool) -> RunFolder:
         """The folder to write to. Raises ValueError for outputs that may not be replaced."""
         remedy = "--resume goes on with them, --overwrite replaces them"
-        own = (*_TABLES, _HEAT_MAPS, _MAPS)
+        own = (*_TABLES, _HEAT_MAPS, _MAPS, _MASKS)
         run = RunFolder(self.folder, own, resume=resume, overwrite=overwrite, remedy=remedy)
         run.check()
         other = next((name for name in _TABLES[:2] if (self.folder / name).exists()), self.table)
         if resume and other != self.table and not (self.folder / self.table).exists():
             raise ValueError(f"{self.folder / other} is there: go on with its --format")
         return run
+
+
+@contextmanager
+def _coco_file(path: Path | None, overwrite: bool) -> Iterator[CocoFile | None]:
+    """What collects regions within the context, to be written to the path; None without one."""
+    if path is None:
+        yield None
+        return
+    with claimed_file(path, overwrite):
+        coco = CocoFile()
+        yield coco
+        coco.write(path, __version__)
+    console.print(shown(f"regions: {path}"), soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -93,6 +117,7 @@ def score_all(
     report: Path | None,
     overwrite: bool = False,
     line_each: str = "",
+    num_images: Callable[[set[str]], int | None] = lambda done: None,
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
 
@@ -103,8 +128,10 @@ def score_all(
     resume: keep the rows that an earlier run wrote into the table.
     report: folder for an HTML report; overwrite: whether it may hold one.
     line_each: a line to print at the start, if there is to be a line per image.
+    num_images: called with the paths that have a row; how many there are to score, None: unknown.
     """
     threshold = detector.threshold_or_none(false_alarm_rate)
+    outputs.require(threshold)
     started, counts = time.perf_counter(), _Counts()
     drift = None if detector.gallery_ is None else StreamDrift(detector.gallery_.statistics)
     with ExitStack() as stack:
@@ -113,14 +140,22 @@ def score_all(
         path = run.note(Path(outputs.table), began_in)
         table = stack.enter_context(Table(path, threshold, resume))
         _require_same_place(table, began_in)
+        coco = stack.enter_context(_coco_file(outputs.coco, overwrite))
         page = None
         if report is not None:
             stack.enter_context(claimed_report(report, overwrite))
-            opened = open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
-            page = stack.enter_context(opened)
+            page = stack.enter_context(
+                open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
+            )
+
+        # A line for each image tells enough where bars cannot move.
+        bars = (
+            stack.enter_context(display(console)) if console.is_terminal or not line_each else None
+        )
+        bar = ScoringBar(bars, num_images(table.done))
 
         def to_score() -> Iterator[Source]:
-            written = [os.path.realpath(run.folder / name) for name in (_HEAT_MAPS, _MAPS)]
+            written = [os.path.realpath(run.folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS)]
             for source in sources(table.done):
                 place = Path(os.path.realpath(source.path))
                 if not any(place.is_relative_to(folder) for folder in written):
@@ -133,6 +168,7 @@ def score_all(
             table.add({"image": str(path), "error": message})
             if page is not None:
                 page.add_failure(str(path), message)
+            bar.advance()
             print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
@@ -140,12 +176,11 @@ def score_all(
                 to_score(), false_alarm_rate=false_alarm_rate, on_error=note_failure
             )
         )
-        status = stack.enter_context(console.status("scoring"))
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)
         for result in stream:
             regions = detector.explain(result)
-            _write_pictures(outputs, run, result, detector)
+            _write_pictures(outputs, run, result, detector, coco)
             if page is not None:
                 page.add(report_entry(detector, result, regions))
             table.add(_row(detector, result, regions))
@@ -154,8 +189,7 @@ def score_all(
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
             for change in () if drift is None else drift.update(result.statistics):
                 print_warning(change)
-            rate = counts.scored / (time.perf_counter() - started)
-            status.update(f"scored {counts.scored:,}, {rate:.1f} a second")
+            bar.advance()
         if outputs.table_format == "parquet":
             write_parquet(path, run.note(Path("scores.parquet"), began_in))
     counts.tell(time.perf_counter() - started, threshold, outputs.folder, with_one=not line_each)
@@ -201,7 +235,11 @@ class _Counts:
 
 
 def _write_pictures(
-    outputs: Outputs, run: RunFolder, result: ImageResult, detector: PatchSVDD
+    outputs: Outputs,
+    run: RunFolder,
+    result: ImageResult,
+    detector: PatchSVDD,
+    coco: CocoFile | None,
 ) -> None:
     anomaly_map, name = result.anomaly_map.numpy(), result.source.inner
     image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
@@ -211,6 +249,12 @@ def _write_pictures(
     if outputs.maps is not None:
         path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
         write_map(path, anomaly_map, detector.calibration_, result.map_threshold)
+    if outputs.masks or coco is not None:
+        mask = anomalous_pixels(result)
+        if outputs.masks:
+            write_mask(run.place(_MASKS / inner_path(name, ".png"), image), mask)
+        if coco is not None:
+            coco.add(result, mask)
 
 
 def _row(detector: PatchSVDD, result: ImageResult, regions: list[Region]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files.pages import is_stream, require_video
 from ..training.interrupts import Terminated
 from .options import (
     SOME_FAILED,
@@ -23,7 +24,11 @@ from .options import (
     RateOption,
     loading,
     one_of,
+    require_writable,
 )
+
+if TYPE_CHECKING:
+    from ..files.sources import Source
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder for the table, heat maps and maps.")
@@ -36,6 +41,14 @@ MapsOption = Annotated[
     typer.Option(
         help="Write the anomaly maps to OUTPUT/maps: npy and tiff hold float32, png 16 bits.",
         **one_of("npy", "tiff", "png"),
+    ),
+]
+MasksOption = Annotated[
+    bool,
+    typer.Option(
+        "--masks",
+        help="Write a mask for each image, at its own size, to OUTPUT/masks: white where it is "
+        "anomalous.",
     ),
 ]
 FormatOption = Annotated[
@@ -54,12 +67,22 @@ def score(
     output: OutputOption = Path("scores"),
     heat_maps: HeatMapsOption = True,
     maps: MapsOption = None,
+    masks: MasksOption = False,
+    coco: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the anomalous regions of all images to this file, as COCO's JSON."
+        ),
+    ] = None,
     table_format: FormatOption = "csv",
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report of these images to this folder.")
     ] = None,
     false_alarm_rate: RateOption = None,
     pages: PagesOption = "first",
+    every: Annotated[
+        int, typer.Option(help="Of a video, take the first of so many frames, and so on.", min=1)
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into OUTPUT ended.")
     ] = False,
@@ -73,13 +96,17 @@ def score(
     """
     if resume and overwrite:
         raise typer.BadParameter("give either --resume or --overwrite")
+    if resume and coco is not None:
+        raise typer.BadParameter("--coco has all images of one run: give it without --resume")
+    if coco is not None:
+        require_writable(coco, "--coco", overwrite)
     with loading():
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import image_sources, require_given
+        from ..files.sources import image_sources, num_images, require_given
         from .outputs import Outputs, require_report, score_all
 
     require_given(images)
-    outputs = Outputs(output, table_format, heat_maps, maps)
+    outputs = Outputs(output, table_format, heat_maps, maps, masks, coco)
     run = outputs.claim(resume, overwrite)
     if report is not None:
         require_report(report, overwrite)
@@ -88,7 +115,7 @@ def score(
         failed = score_all(
             detector,
             lambda done: (
-                s for s in image_sources(images, sys.stdin, pages) if str(s.path) not in done
+                s for s in image_sources(images, sys.stdin, pages, every) if str(s.path) not in done
             ),
             outputs,
             run,
@@ -96,6 +123,7 @@ def score(
             resume=resume,
             report=report,
             overwrite=overwrite,
+            num_images=lambda done: num_images(images, pages, done, every),
         )
     if failed:
         raise typer.Exit(SOME_FAILED)
@@ -103,45 +131,63 @@ def score(
 
 def watch(
     model: ModelArgument,
-    folder: Annotated[Path, typer.Argument(help="Folder that images arrive in.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help='Folder that images arrive in; or a camera, "camera:0", or a stream, "rtsp://...".'
+        ),
+    ],
     output: OutputOption = Path("scores"),
     heat_maps: HeatMapsOption = True,
     maps: MapsOption = None,
+    masks: MasksOption = False,
     table_format: FormatOption = "csv",
     false_alarm_rate: RateOption = None,
     interval: Annotated[
-        float, typer.Option(help="Seconds between looks into the folder.", min=0.05)
+        float, typer.Option(help="Seconds between looks into the folder, or frames.", min=0.05)
     ] = 1.0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Score the images of a folder as they arrive, until Ctrl-C.
+    """Score the images of a folder as they arrive, or frames of a camera, until Ctrl-C.
 
     Goes on where an earlier run into OUTPUT ended. A file is scored when it no longer grows.
     """
-    if not folder.is_dir():
+    folder, is_camera = Path(source), is_stream(source)
+    if is_camera:
+        require_video()
+    elif not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     if table_format == "parquet":
         raise typer.BadParameter("--format parquet is for `score`: a watch has no end to write it")
-    if output.resolve().is_relative_to(folder.resolve()):
+    if not is_camera and output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{output} lies in {folder}, which is watched: use another --output")
     with loading():
         from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import arriving_images
+        from ..files.sources import arriving_images, camera_frames
         from .outputs import Outputs, score_all
 
-    outputs = Outputs(output, table_format, heat_maps, maps)
+    outputs = Outputs(output, table_format, heat_maps, maps, masks)
     run = outputs.claim(resume=True, overwrite=False)
     detector = PatchSVDD.load(model, device=device)
+
+    def arriving(done: set[str]) -> Iterator[Source]:
+        def is_done(path: Path) -> bool:
+            return str(path) in done
+
+        if is_camera:
+            return camera_frames(source, is_done, interval)
+        return arriving_images(folder, is_done, interval)
+
     with _ended_by_sigterm():
         score_all(
             detector,
-            lambda done: arriving_images(folder, lambda path: str(path) in done, interval),
+            arriving,
             outputs,
             run,
             false_alarm_rate=false_alarm_rate,
             resume=True,
             report=None,
-            line_each=f"watching {folder}; Ctrl-C ends it",
+            line_each=f"watching {source}; Ctrl-C ends it",
         )
 
 

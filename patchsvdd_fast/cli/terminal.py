@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,10 @@ from ..report.text import shown
 if TYPE_CHECKING:
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
+    from ..detector.progress_bars import Display
+    from ..files.categories import Category
+    from ..files.layouts import LabelledImage, LabelledSet
+    from ..score.image_result import ImageResult
     from ..training.record import TrainingStep
 
 console = Console()
@@ -34,102 +38,84 @@ def print_warning(message: str) -> None:
     errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
 
 
-_TIMED_STEPS = 12  # steps shown before the line that says how long it will take
-
-
 def fit_with_progress(
     detector: PatchSVDD,
     data: Path,
     logs: Sequence[Callable[[TrainingStep], None]] = (),
     **fit_options: Any,
 ) -> None:
-    """Fit the detector under a progress bar, with figures that show how training goes.
-
-    These are the loss; per level the share of positions that the classifier tells right (12.5 % is
-    chance; not in mode dense) and the spread of the embeddings; and how well the last check found
-    synthetic defects. Loss and shares are smoothed over some 20 steps.
-
-    Each phase has a bar of its own; beside it stands how long the whole will still take.
+    """Fit the detector with a bar for each phase; see `progress_bars.FitDisplay`.
 
     logs: called after each training step. fit_options: passed on to `PatchSVDD.fit`.
     """
-    with _fit_progress() as (show_step, show_phase):
+    from ..detector.progress_bars import FitDisplay, display
+
+    with display(console) as shown:
+        fit_display = FitDisplay(shown)
 
         def on_step(step: TrainingStep) -> None:
             for log in logs:
                 log(step)
-            show_step(step)
+            fit_display.on_step(step)
 
-        detector.fit(data, on_step=on_step, on_progress=show_phase, **fit_options)
-
-
-@contextmanager
-def _fit_progress() -> Iterator[
-    tuple[Callable[[TrainingStep], None], Callable[[str, float, float | None], None]]
-]:
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (
-        BarColumn(bar_width=8),
-        TextColumn("{task.fields[done]}"),
-        TextColumn("{task.fields[left]}", style="progress.remaining"),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        phases: dict[str, Any] = {}
-        means: dict[str, float] = {}
-        steps_shown = 0
-        checked = ""
-        to_go: float | None = None
-
-        def smooth(name: str, value: float) -> float:
-            means[name] = value if name not in means else 0.95 * means[name] + 0.05 * value
-            return means[name]
-
-        def show(step: TrainingStep) -> None:
-            nonlocal steps_shown, checked
-            steps_shown += 1
-            if steps_shown == _TIMED_STEPS and to_go is not None:
-                console.print(f"{step.total_steps:,} steps, about {_duration(to_go)} to go in all")
-            if step.quality is not None:
-                checked = f"  defects {step.quality.criterion:.1f}"
-            figures = [f"loss {smooth('loss', step.loss):.3g}"]
-            for size, level in sorted(step.levels.items(), reverse=True):
-                figures.append(f"K{size}")
-                if level.accuracy is not None:
-                    figures[-1] += f" right {smooth(f'accuracy {size}', level.accuracy):.0%}"
-                figures[-1] += f" spread {level.spread:.0e}"
-            progress.update(
-                phases["training"],
-                done=f"{step.step}/{'?' if step.total_steps is None else step.total_steps}",
-                description="  ".join(figures) + checked,
-            )
-
-        def show_phase(name: str, share: float, seconds_left: float | None) -> None:
-            nonlocal to_go
-            to_go = seconds_left
-            if name not in phases:
-                for task in progress.tasks:  # the time to go stands beside the newest bar alone
-                    progress.update(task.id, left="")
-                phases[name] = progress.add_task(name, total=1.0, done="", left="")
-            left = "" if to_go is None or share == 1 else f"{_clock(to_go)} to go"
-            progress.update(phases[name], completed=share, done=f"{share:.0%}", left=left)
-
-        yield show, show_phase
+        detector.fit(data, on_step=on_step, on_progress=fit_display.on_progress, **fit_options)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+class ScoringBar:
+    """The bar of images that are scored, out of `total`; None: nobody knows how many there are.
+
+    bars: None: nothing is shown.
+    """
+
+    def __init__(self, bars: Display | None, total: int | None) -> None:
+        from ..detector.progress_bars import Pace
+
+        self._bars, self._total, self._done = bars, total, 0
+        self._began, self._pace = time.perf_counter(), Pace()
+        self._pace.left(0.0)
+
+    def advance(self) -> None:
+        """Count one more image that was scored, or could not be read."""
+        self._done += 1
+        if self._bars is None:
+            return
+        rate = self._done / (time.perf_counter() - self._began)
+        share = min(1.0, self._done / self._total) if self._total else None
+        left = None if share is None else self._pace.left(share)
+        of_total = "" if share is None else f" of {self._total:,}"
+        note = f"{self._done:,}{of_total} images, {rate:.1f} a second"
+        self._bars.phase("scoring", share, left, note)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all were counted."""
+        return self._done == self._total
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"
+def evaluate_with_progress(
+    bars: Display,
+    detector: PatchSVDD,
+    category: Category,
+    on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
+    tests: LabelledSet | None = None,
+    skip_unreadable: bool = False,
+) -> CategoryResult:
+    """As `evaluate_category`, with a bar for scoring the test images and one for the metrics."""
+    from ..detector.evaluation import evaluate_category
+
+    tests = category.test_set() if tests is None else tests
+    scoring = ScoringBar(bars, len(tests.images))
+
+    def count(image: LabelledImage, result: ImageResult) -> None:
+        if on_result is not None:
+            on_result(image, result)
+        scoring.advance()
+        if scoring.is_full:
+            bars.phase("measuring", None, None)
+
+    result = evaluate_category(detector, category, count, tests, skip_unreadable)
+    bars.phase("measuring", 1.0, None)
+    return result
 
 
 def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> Table:

@@ -10,15 +10,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..detector.evaluation import CategoryResult, evaluate_category
+from ..detector.evaluation import CategoryResult
 from ..detector.patch_svdd import PatchSVDD
+from ..detector.progress_bars import display
 from ..encoders.pretrained import PATCH_SVDD
 from ..files.categories import Category, find_categories, in_words, is_category
 from ..files.claims import claimed_file, require_new
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
-from .terminal import console, errors, fit_with_progress, results_table
+from .terminal import (
+    console,
+    errors,
+    evaluate_with_progress,
+    fit_with_progress,
+    results_table,
+)
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,15 @@ def train_all(
             continue
         if len(sets) > 1 and keeping.workers.is_first:
             try:
-                results.append(
-                    evaluate_category(
-                        detector, Category(one.data), skip_unreadable=keeping.skip_unreadable
+                with display(console) as shown:
+                    results.append(
+                        evaluate_with_progress(
+                            shown,
+                            detector,
+                            Category(one.data),
+                            skip_unreadable=keeping.skip_unreadable,
+                        )
                     )
-                )
             except (ValueError, OSError) as error:  # such as no anomalous image
                 console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
     if results:
@@ -181,7 +192,10 @@ def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, sever
             )
         if not keeping.workers.is_first:
             return
-        _save_or_rescue(detector, one)
+        with display(console) as shown:
+            shown.phase("writing", None, None)
+            _save_or_rescue(detector, one)
+            shown.phase("writing", 1.0, None)
     except (KeyboardInterrupt, OSError, RuntimeError):
         if is_trained and one.checkpoint.exists() and keeping.workers.is_first:
             errors.print(

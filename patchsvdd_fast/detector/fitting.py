@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from ..images.light import (
     mean_image,
     mean_of_size,
 )
-from ..images.prepare import ImageSet, evenly_spread, load_image_set, parse_size
-from ..images.samples import Samples, to_8_bits
+from ..images.prepare import ImageSet, evenly_spread
+from ..images.samples import to_8_bits
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
@@ -31,11 +31,21 @@ from ..training.defect_check import check_of
 from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import local_device
 from . import normality, parameters
-from .forecast import CALIBRATING, ENCODING, FILLING, READING, OnProgress, Progress
+from .forecast import Progress
 from .model_file import Model, differences
 from .normality import Normality
 from .parameters import Parameters
-from .scoring import encode
+from .progress_bars import (
+    CALIBRATING,
+    ENCODING,
+    FILLING,
+    READING,
+    THRESHOLDS,
+    OnProgress,
+    OnStep,
+    fit_shown,
+)
+from .scoring import encode, load
 
 _FIT_IMAGES = 64  # most images that a projection is fitted to
 
@@ -53,8 +63,9 @@ def fit_model(
     source: Any,
     encoder: PatchEncoder | None,
     keeping: Keeping,
-    on_step: Callable[[TrainingStep], None] | None,
+    on_step: OnStep,
     on_progress: OnProgress,
+    show_progress: bool = False,
     skip_unreadable: bool = False,
     pages: str = "first",
 ) -> Model | None:
@@ -63,11 +74,25 @@ def fit_model(
     given: resolved parameters. source: the images, as `PatchSVDD` takes them.
     encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
         trained.
-    on_step: called after training steps.
+    on_step: called after training steps. show_progress: see `PatchSVDD.fit`, as for `on_progress`.
     skip_unreadable, pages: as of `load_image_set`.
 
     Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
     """
+    with fit_shown(show_progress, on_step, on_progress) as told:
+        return _fit_model(given, source, encoder, keeping, *told, skip_unreadable, pages)
+
+
+def _fit_model(
+    given: Parameters,
+    source: Any,
+    encoder: PatchEncoder | None,
+    keeping: Keeping,
+    on_step: OnStep,
+    on_progress: OnProgress,
+    skip_unreadable: bool,
+    pages: str,
+) -> Model | None:
     parameters.check_parameters(given)
     settings = parameters.settings_of(given)
     device = local_device(resolve_device(given["device"]))
@@ -75,7 +100,9 @@ def fit_model(
     if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
-    loaded = load(source, given, progress, skip_unreadable=skip_unreadable, pages=pages)
+    loaded = load(
+        source, given, progress.phase(READING), skip_unreadable=skip_unreadable, pages=pages
+    )
     light = mean_colour(loaded.pixels)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
@@ -85,7 +112,10 @@ def fit_model(
         encoder = parameters.untrained_encoder(given).to(device)
         images = to_8_bits(images)  # that crops are cut out of; banks keep fractions
         check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
+        if check is not None and on_progress is not None:
+            check.on_progress = progress.check
         header = parameters.to_header(given)
+        progress.trains = True
         progress.forecast(given, encoder.eval(), mean, light, loaded.pixels)
 
         def after_step(step: TrainingStep) -> None:
@@ -133,28 +163,6 @@ def refit_model(before: Model, source: Any, skip_unreadable: bool = False) -> Mo
         normality.warn_of_repeats(normal.gallery, before.gallery)
     banks, gallery = normal
     return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
-
-
-def load(
-    source: Any,
-    given: Parameters,
-    progress: Progress | None = None,
-    samples: Samples | None = None,
-    skip_unreadable: bool = False,
-    pages: str = "first",
-) -> ImageSet:
-    """Load and resize images as resolved parameters say; samples: None: found from these images."""
-    return load_image_set(
-        source,
-        parse_size(given["image_size"]),
-        parameters.largest_patch(given["levels"]),
-        (progress or Progress()).phase(READING),
-        samples,
-        parameters.samples_of(given),
-        skip_unreadable,
-        pages,
-        parameters.channel_order_of(given),
-    )
 
 
 def load_to_add(source: Any, model: Model, skip_unreadable: bool = False) -> ImageSet:
@@ -224,7 +232,8 @@ def calibrated(
 
     embeddings: of all their patches, see `calibrate`; None: the banks hold them.
     """
-    calibrating = (progress or Progress()).phase(CALIBRATING)
+    progress = progress or Progress()
+    calibrating = progress.phase(CALIBRATING)
     calibration = calibrate(
         normal.banks,
         image_shape,
@@ -233,6 +242,7 @@ def calibrated(
         encoder.surroundings != 0,
         embeddings,
         given["reweight"],
+        lambda: progress.phase(THRESHOLDS),
     )
     normality.warn_of_twins(normal.gallery, calibration)
     return calibration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,19 +12,22 @@ from torch import Tensor
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.prepare import evenly_spread
 from ..score.encoding import NotFiniteError, banks_of
+from ..score.maps import MapRule, combine, scores_of
 from ..search.bank import NormalBank
 from ..training.record import TrainingStep
 from .parameters import Parameters
+from .progress_bars import (
+    AFTER_TRAINING,
+    CALIBRATING,
+    CHECKING,
+    ENCODING,
+    ESTIMATING,
+    FILLING,
+    THRESHOLDS,
+    TRAINING,
+    OnProgress,
+)
 from .scoring import encode
-
-OnProgress = Callable[[str, float, float | None], None] | None
-"""Called with the name of a phase of `PHASES`, the share of it that is done, 0 to 1, and the
-seconds that the whole fit will still take (None as long as that is unknown)."""
-
-READING, TRAINING, ENCODING = "reading", "training", "encoding"
-FILLING, CALIBRATING = "filling banks", "calibrating"
-PHASES = (READING, TRAINING, ENCODING, FILLING, CALIBRATING)
-"""What a fit does, in this order."""
 
 _TRIED, _LEAST_TRIED = 32, 4  # images that the phases to come are tried on: at most, at least
 
@@ -33,13 +36,18 @@ class Progress:
     """Tells `on_progress` how far a fit is and how long it will still take.
 
     A phase's own pace says when it will end. What comes after it is `expected`, in seconds by
-    phase; it is unknown until `forecast` has tried it.
+    phase; it is unknown until `forecast` has tried it. Training says itself how long its steps and
+    checks will take.
     """
 
     def __init__(self, on_progress: OnProgress = None) -> None:
         self.on_progress = on_progress
         self.expected: dict[str, float] = {}
+        self.trains = False
+        """Whether training is still to come, so that nobody knows how long the whole will take."""
         self._phase, self._began = "", 0.0
+        self._training_ends: float | None = None  # by `time.perf_counter`
+        self._check_began, self._seconds_of_check = 0.0, 0.0
 
     def phase(self, name: str) -> Callable[[float], None] | None:
         """Begin a phase; returns a callback for its share done, or None if nobody listens."""
@@ -57,9 +65,29 @@ class Progress:
 
     def step(self, step: TrainingStep) -> None:
         """Report a step of training, which tells itself how long training will take."""
-        self._phase = TRAINING
+        self._phase, self.trains = TRAINING, False
         share = 0.0 if step.total_steps is None else step.step / step.total_steps
+        if step.seconds_left is not None:
+            self._training_ends = time.perf_counter() + step.seconds_left
         self._report(share, step.seconds_left)
+
+    def check(self, share: float) -> None:
+        """Report how much is done of a check of what was learned, during training.
+
+        The end of training, as the last step told it, moves by what this check takes longer than
+        the one before.
+        """
+        now = time.perf_counter()
+        if share == 0:
+            self._phase, self._check_began = CHECKING, now
+        spent = now - self._check_began
+        left = None
+        if self._training_ends is not None:
+            longer = 0.0 if share == 0 else max(0.0, spent / share - self._seconds_of_check)
+            left = max(0.0, self._training_ends - now + longer)
+        if share == 1:
+            self._seconds_of_check = spent
+        self._report(share, left)
 
     def forecast(
         self, given: Parameters, encoder: PatchEncoder, mean: Tensor, light: Tensor, images: Tensor
@@ -70,6 +98,8 @@ class Progress:
         """
         if self.on_progress is None or len(images) < _LEAST_TRIED:
             return
+        report, trial_began = self.phase(ESTIMATING), time.perf_counter()
+        assert report is not None
         count = min(_TRIED, max(_LEAST_TRIED, len(images) // 4))
         some = evenly_spread(len(images), count)
         try:
@@ -79,25 +109,34 @@ class Progress:
         except NotFiniteError:
             return  # encoding all of them will name the image
         self.expected[ENCODING] = (time.perf_counter() - began) * len(images) / count
+        report(0.4)
         began = time.perf_counter()
         banks = banks_of(given["levels"], encoded, given["seed"], given["coreset"])
         growth = len(images) / count
         # The rows of a coreset are compared with all patches, and both grow.
         growth **= 1 if given["coreset"] is None else 2
         self.expected[FILLING] = (time.perf_counter() - began) * growth
+        report(0.6)
         fewer = [values[: max(1, count // 4)].contiguous() for values in encoded]
         few = banks_of(given["levels"], fewer, given["seed"], given["coreset"])
         self.expected[CALIBRATING] = len(images) * sum(
             _seconds_of_search(values, few[level], bank, len(images))
             for values, (level, bank) in zip(encoded, banks.items(), strict=True)
         )
+        shape = images.shape[2], images.shape[3]
+        self.expected[THRESHOLDS] = len(images) * _seconds_of_maps(encoder, given, encoded, shape)
+        self.expected[ESTIMATING] = time.perf_counter() - trial_began
+        report(1.0)
 
     def _report(self, share: float, left: float | None) -> None:
-        later = [self.expected.get(name) for name in PHASES[PHASES.index(self._phase) + 1 :]]
+        if self.on_progress is None:
+            return
+        known = self._phase in AFTER_TRAINING
+        after = AFTER_TRAINING[AFTER_TRAINING.index(self._phase) + 1 if known else 0 :]
+        later = [self.expected.get(name) for name in after]
         parts = [seconds for seconds in (left, *later) if seconds is not None]
-        if self.on_progress is not None:
-            whole = sum(parts) if len(parts) == len(later) + 1 else None
-            self.on_progress(self._phase, share, whole)
+        whole = sum(parts) if len(parts) == len(later) + 1 and not self.trains else None
+        self.on_progress(self._phase, share, whole)
 
 
 def _seconds_of_search(
@@ -119,6 +158,29 @@ def _seconds_of_search(
     growth = count / len(few.groups)
     power = min(1.0, max(0.0, math.log(more / less) / math.log(growth)))
     return 0.5 * (linear + more * float((num_images / count) ** power))
+
+
+def _seconds_of_maps(
+    encoder: PatchEncoder, given: Parameters, encoded: Sequence[Tensor], shape: tuple[int, int]
+) -> float:
+    """Expected time that a calibration takes per image after its searches, as `calibrate` does it.
+
+    encoded: embeddings [N, I, J, D] per level, N >= 2. shape: (height, width) in pixels.
+    """
+    rule, seconds = MapRule(interpolate=encoder.surroundings != 0), math.inf
+    some = [values[:2, ..., 0].abs() for values in encoded]  # stand for distances
+    for _ in range(2):  # the first loads libraries
+        began = time.perf_counter()
+        maps = {
+            str(level): rule.map(values, level, shape).cpu()
+            for level, values in zip(given["levels"], some, strict=True)
+        }
+        combined = combine(maps, given["combination"])
+        for level_map in (*maps.values(), combined):
+            scores_of(level_map)
+        combined.flatten().double().sort()
+        seconds = min(seconds, (time.perf_counter() - began) / 2)
+    return seconds
 
 
 def _timed(embeddings: Tensor, bank: NormalBank) -> float:

@@ -25,9 +25,9 @@ from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import fitting, normality, parameters, scoring
-from .forecast import OnProgress
 from .model_file import Model, load_model, save_model
 from .normality import Normality
+from .progress_bars import OnProgress
 from .thresholds import ThresholdsMixin
 
 
@@ -172,6 +172,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         encoder: nn.Module | None = None,
         on_step: Callable[[TrainingStep], None] | None = None,
         on_progress: OnProgress = None,
+        progress: bool = False,
         checkpoint: str | Path | None = None,
         checkpoint_minutes: float = 5.0,
         resume: bool = False,
@@ -183,6 +184,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         encoder: use this one as it is, instead of the parameter `encoder`; nothing is trained.
         on_step: called after each training step, on a GPU after every 20th.
         on_progress: called with a phase, its share done, and the whole fit's seconds left or None.
+        progress: show the same: bars in a terminal, lines in a notebook, else a line a minute.
         checkpoint: file that the state of training is written to every `checkpoint_minutes`, and
             when training ends, also by Ctrl-C, SIGTERM or an error.
         resume: go on from `checkpoint` if it exists; the result is that of an uninterrupted run,
@@ -199,7 +201,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         ready = parameters.ready_encoder(self.get_params(), encoder)
         given = parameters.resolved(self.get_params(), ready)
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
-        run = on_step, on_progress, skip_unreadable, pages
+        run = on_step, on_progress, progress, skip_unreadable, pages
         model = fitting.fit_model(given, X, ready, keeping, *run)
         if model is not None:  # else the first process has it
             self._use(model)
@@ -211,7 +213,7 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
         """Load and resize images as this detector does; their light is matched by `encode`."""
-        return fitting.load(X, self.parameters_, samples=getattr(self, "samples_", None))
+        return scoring.load(X, self.parameters_, samples=getattr(self, "samples_", None))
 
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
         """Match the light of images [N, 3, H, W] and embed them: one [N, I, J, D] per level.
@@ -240,12 +242,10 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     def _take_over(self, normal: Normality) -> None:
         """Calibrate these banks and score against them from now on; a failure changes nothing."""
-        calibration = fitting.calibrated(
-            self.parameters_, self.encoder_, normal, self.image_shape()
-        )
-        self.__dict__.update(
-            banks_=dict(normal.banks), gallery_=normal.gallery, calibration_=calibration
-        )
+        given, shape = self.parameters_, self.image_shape()
+        calibration = fitting.calibrated(given, self.encoder_, normal, shape)
+        banks, gallery = normal
+        self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
 
     # --- changing what is normal ------------------------------------------------------------------
 
@@ -311,12 +311,12 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     # --- scoring ----------------------------------------------------------------------------------
 
-    def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803
-        """Anomaly maps and image scores of new images, all in memory; y is ignored."""
-        self._require_fitted()
-        images = self.load_images(X)
-        height, width = images.pixels.shape[2:]
-        return self.score_encoded(self.encode(images.pixels, images.names), (height, width))
+    def score(self, X: Any, y: Any = None, *, progress: bool = False) -> ScoreResult:  # noqa: N803
+        """Anomaly maps and image scores of new images, all in memory; y is ignored.
+
+        progress: show how far it is, as `fit` does.
+        """
+        return scoring.score_source(self._model(), X, progress)
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""

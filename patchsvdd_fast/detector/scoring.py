@@ -14,7 +14,15 @@ from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
-from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
+from ..images.prepare import (
+    ImageSet,
+    PreparedImage,
+    load_image_set,
+    name_of,
+    parse_size,
+    prepare_image,
+)
+from ..images.samples import Samples
 from ..score.calibration import Calibration
 from ..score.encoding import NotFiniteError, encode_images
 from ..score.image_result import ImageResult, image_results
@@ -22,7 +30,8 @@ from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from ..search.bank import NormalBank
 from .model_file import Model
-from .parameters import Parameters, channel_order_of, largest_patch, usual_light
+from .parameters import Parameters, channel_order_of, largest_patch, samples_of, usual_light
+from .progress_bars import phases_shown
 
 
 def encode(
@@ -53,6 +62,48 @@ def encode(
         return encode_images(encoder, matched, mean, levels, num_in_mean, progress, precision)
     except NotFiniteError as error:
         raise (error if names is None else error.named(names)) from None
+
+
+def load(
+    source: Any,
+    given: Parameters,
+    progress: Callable[[float], None] | None = None,
+    samples: Samples | None = None,
+    skip_unreadable: bool = False,
+    pages: str = "first",
+) -> ImageSet:
+    """Load and resize images as resolved parameters say; samples: None: found from these images."""
+    return load_image_set(
+        source,
+        parse_size(given["image_size"]),
+        largest_patch(given["levels"]),
+        progress,
+        samples,
+        samples_of(given),
+        skip_unreadable,
+        pages,
+        channel_order_of(given),
+    )
+
+
+def score_source(model: Model, source: Any, show_progress: bool = False) -> ScoreResult:
+    """Load, encode and score images, all in memory; source: as `PatchSVDD` takes them."""
+    given = model.parameters
+    with phases_shown(show_progress, ("reading", "encoding", "searching")) as (
+        read,
+        encoded,
+        found,
+    ):
+        images = load(source, given, read, model.samples)
+        how = model.encoder, model.mean, model.light, given
+        embeddings = encode(*how, images.pixels, progress=encoded, names=images.names)
+        if found is not None:
+            found(0.0)
+        height, width = images.pixels.shape[2:]
+        scores = score_encoded(model, embeddings, (height, width))
+        if found is not None:
+            found(1.0)
+    return scores
 
 
 def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:

@@ -1,10 +1,10 @@
-"""Pages or frames of an image file, each with a path: stack.tif#2 is the second of stack.tif."""
+"""Pages or frames of a file, each with a path: stack.tif#2, clip.mp4#2 are the second ones."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from PIL import Image
 PAGES = ("first", "all")
 """What is taken of a file with several pages: the first, or each as an image of its own."""
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts")
+"""Of the files that are read as videos, with OpenCV."""
+
+_STREAM = re.compile(r"camera:(\d+)|(?:rtsp|rtsps|rtmp|http|https|udp)://.+", re.DOTALL)
 _NAMED_PAGE = re.compile(r"(.+)#([1-9][0-9]*)", re.DOTALL)
 
 
@@ -79,3 +83,71 @@ def with_every_page(items: Iterable[Any]) -> list[Any]:
         paths = page_paths(item) if isinstance(item, str | os.PathLike) else []
         found += paths if len(paths) > 1 else [item]
     return found
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is named like a video file; a frame of one is none."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_stream(name: str) -> bool:
+    """Whether this names a camera, "camera:0", or a stream of one, such as "rtsp://...".
+
+    A file of that name comes first.
+    """
+    return _STREAM.fullmatch(name) is not None and not os.path.lexists(name)
+
+
+def require_video() -> None:
+    """Raise ImportError without OpenCV, which reads videos and cameras."""
+    _opencv()
+
+
+def video_frames(
+    source: str | os.PathLike[str], every: int = 1, first: int = 1
+) -> Generator[tuple[int, Image.Image], None, None]:
+    """Yield frames of a video file, a camera or a stream, as RGB images with their numbers.
+
+    source: a path, or a name as of `is_stream`. every: take the first of so many, and so on.
+    first: number of the first frame to take, from 1; of cameras, what it is counted from.
+
+    Raises ImportError without OpenCV, and ValueError if nothing can be read.
+    """
+    cv2, name = _opencv(), os.fspath(source)
+    camera = _STREAM.fullmatch(name) if is_stream(name) else None
+    opened = cv2.VideoCapture(int(camera[1]) if camera and camera[1] else name)
+    try:
+        number = first - 1 if camera else 0
+        while opened.isOpened() and opened.grab():
+            number += 1
+            if number < first or (number - first) % every:
+                continue
+            read, pixels = opened.retrieve()
+            if not read:
+                break
+            yield number, Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+        if number < first:
+            what = "it has no such frame" if number else "OpenCV reads no frame of it"
+            raise ValueError(f"cannot read {name}: {what}")
+    finally:
+        opened.release()
+
+
+def video_length(path: str | os.PathLike[str]) -> int | None:
+    """How many frames a video file says it has; None if it does not."""
+    opened = _opencv().VideoCapture(os.fspath(path))
+    try:
+        count = int(opened.get(_opencv().CAP_PROP_FRAME_COUNT))
+    finally:
+        opened.release()
+    return count if count > 0 else None
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError:
+        raise ImportError(
+            "videos and cameras are read with OpenCV: pip install opencv-python-headless"
+        ) from None
+    return cv2

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO, TextIO
 
+from PIL import Image
+
 from .folders import SUFFIXES, Skipped, walk_images
-from .pages import check_pages, file_and_page, page_paths
+from .pages import (
+    check_pages,
+    file_and_page,
+    is_stream,
+    is_video,
+    page_paths,
+    require_video,
+    video_frames,
+    video_length,
+)
 
 _GLOB_SIGNS = frozenset("*?[")
 _LONGEST_LINE = 1 << 16  # bytes in a line of a list
@@ -25,17 +38,22 @@ class Source(os.PathLike[str]):
     """Of its file, or of one of its pages (stack.tif#2)."""
     inner: PurePath
     """What its outputs are named after: its path within the given folder, or the given path."""
+    image: Image.Image | None = None
+    """What was read of it already, such as a frame of a video; None: it is read from its path."""
 
     def __fspath__(self) -> str:
         return str(self.path)
 
 
-def image_sources(given: Sequence[str], listed: TextIO, pages: str = "first") -> Iterator[Source]:
+def image_sources(
+    given: Sequence[str], listed: TextIO, pages: str = "first", every: int = 1
+) -> Iterator[Source]:
     """Yield the images that the arguments name: files, folders and globs ("**" is any depth).
 
     given: the arguments, in order; "-" stands for the paths in `listed`.
     listed: one path per line; may be endless, such as standard input.
     pages: of a file with several, "first", or "all": each as an image named after it, stack.tif#1.
+    every: of a video file, take the first of so many frames, and so on: clip.mp4#1, clip.mp4#11.
 
     A missing file is yielded too, and fails when it is read; `require_given` finds it before. Warns
     of what is skipped in a folder, such as files of other kinds. When an argument's turn comes,
@@ -43,12 +61,65 @@ def image_sources(given: Sequence[str], listed: TextIO, pages: str = "first") ->
     """
     check_pages(pages)
     for source in _sources(given, listed):
+        if is_video(source.path):
+            yield from _frames(source, every)
+            continue
         paths = page_paths(source.path) if pages == "all" else [source.path]
         if len(paths) == 1:
             yield source
             continue
         for number, path in enumerate(paths, start=1):
             yield Source(path, PurePath(f"{source.inner}#{number}"))
+
+
+def _frames(video: Source, every: int) -> Iterator[Source]:
+    """Yield the frames of a video file; itself if nothing can be read, which then fails."""
+    try:
+        for number, image in video_frames(video.path, every):
+            path = Path(f"{video.path}#{number}")
+            yield Source(path, PurePath(f"{video.inner}#{number}"), image)
+    except ValueError:
+        yield video
+
+
+def camera_frames(name: str, is_done: Callable[[Path], bool], interval: float) -> Iterator[Source]:
+    """Yield a frame of a camera or stream every `interval` seconds, until it ends.
+
+    Frames are numbered from 1, "camera:0#1", or from the first that is not done. Raises as
+    `video_frames`.
+    """
+    first = 1
+    while is_done(Path(f"{name}#{first}")):
+        first += 1
+    due, taken = 0.0, first
+    for _, image in video_frames(name, first=first):
+        if time.monotonic() >= due:
+            due = time.monotonic() + interval
+            frame = f"{name}#{taken}"
+            yield Source(Path(frame), PurePath(frame), image)
+            taken += 1
+
+
+def num_images(
+    given: Sequence[str], pages: str, done: Container[str] = (), every: int = 1
+) -> int | None:
+    """How many images `image_sources` yields whose paths are not in `done`.
+
+    None where only reading tells: for the paths of a list, and for all pages of files.
+    """
+    if "-" in given or pages == "all":
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `image_sources` says it
+        count = 0
+        for source in _sources(given, io.StringIO()):
+            if is_video(source.path):
+                frames = video_length(source.path) or 1
+                names = (f"{source.path}#{number}" for number in range(1, frames + 1, every))
+                count += sum(name not in done for name in names)
+            else:
+                count += str(source.path) not in done
+        return count
 
 
 def _sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
@@ -80,8 +151,12 @@ def require_given(given: Sequence[str]) -> None:
     That is a file, or a folder or glob with an image. No image is read, and nothing of a list.
     """
     for argument in given:
+        if is_video(argument):
+            require_video()
         if argument == "-" or any(_first_of(argument)):
             continue
+        if is_stream(argument):
+            raise ValueError(f"{argument} never ends: patchsvdd watch takes it")
         if os.path.isdir(argument) or _is_glob(argument):  # noqa: PTH112
             raise ValueError(f"{argument} holds no images ({', '.join(SUFFIXES)})")
         require_there(argument)

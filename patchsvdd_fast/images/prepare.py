@@ -19,7 +19,15 @@ from torch import Tensor
 
 from ..files.categories import training_paths
 from ..files.folders import SUFFIXES
-from ..files.pages import check_pages, file_and_page, num_pages, with_every_page
+from ..files.pages import (
+    check_pages,
+    file_and_page,
+    is_video,
+    num_pages,
+    video_frames,
+    with_every_page,
+)
+from ..files.sources import Source
 from .arrays import has_fractions, image_of_array, images_of_batch, is_array
 from .deep_files import deep_samples, warn_of_lost_bits
 from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
@@ -127,6 +135,13 @@ def read_deep_samples(item: Any) -> DeepSamples | None:
 def _opened(name: str) -> Iterator[tuple[Image.Image, str]]:
     """The image at a path, which may name a page, not decoded yet; and its file."""
     file, page = file_and_page(name)
+    if is_video(file):
+        if page is None:
+            raise ValueError(f"it is a video; name one of its frames, such as {name}#1")
+        with contextlib.closing(video_frames(file, first=page)) as frames:
+            _, frame = next(frames)
+        yield frame, file
+        return
     with Image.open(file) as image:
         _check_pixels(image)
         if page is not None:
@@ -339,6 +354,8 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
 
 
 def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Parts:
+    if isinstance(item, Source) and item.image is not None:
+        return [item.image]
     if isinstance(item, str | os.PathLike):
         return _read_parts(item, samples)
     if isinstance(item, Image.Image):

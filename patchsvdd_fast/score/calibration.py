@@ -27,6 +27,7 @@ from .reweighting import check_reweight, image_weights
 _COMBINED = "combined"
 _LEVEL, _BORDER = "level.", "border."
 _PIXELS_AT_ONCE = 1 << 19  # of the images scored together: 8 of 256x256
+_IN_MAPS = 0.8  # about this share of the time after the searches; quantiles take the rest
 _MOST_PIXELS = 1 << 22  # over all maps, for the quantiles; of more only every `step`-th is taken
 _TAILS = 10 ** -np.linspace(0, 6, 301)  # shares of pixels; for each, the value it exceeds is kept
 
@@ -157,17 +158,19 @@ def calibrate(
     sees_surroundings: bool = False,
     embeddings: Sequence[Tensor] | None = None,
     reweight: int | None = None,
+    begin_maps: Callable[[], Callable[[float], None] | None] = lambda: None,
 ) -> Calibration | None:
     """Score each image of the banks against the banks without its own patches.
 
     banks: one per level, all of the same images [N, I, J, D], each image a group of its own.
     image_shape: (height, width) in pixels. combination: as for `maps.combine`.
-    progress: called now and then with the share done.
+    progress: called now and then with the share of the searches that is done.
     sees_surroundings: whether the encoder sees more than its patches, so that maps are
         interpolated, and corrected near the border.
     embeddings: of all patches of the images, [N, I, J, D] per level; None: what the banks hold,
         which must be all.
     reweight: as for `maps.search_levels`; an image's own rows have no part in its weight.
+    begin_maps: called after the searches; what it returns is told the share of the rest done.
 
     Returns None if there is only one image. Raises ValueError for coresets without `embeddings`,
     and as `maps.search_levels`.
@@ -189,6 +192,7 @@ def calibrate(
             # An image is corrected as a new one would be: by the others' distances.
             others = (means.sum(dim=0) - means) / (num_images - 1)
             distances[name] = corrected(values, border_factors(others))  # by [N, RINGS]
+    maps_made = begin_maps()
     rule = MapRule(interpolate=sees_surroundings)
     step = max(1, math.isqrt(num_images * image_shape[0] * image_shape[1] // _MOST_PIXELS))
     scores: dict[str, list[Tensor]] = {}
@@ -207,9 +211,13 @@ def calibrate(
         scores.setdefault(_COMBINED, []).append(scores_of(combined, weights).double())
         pixels.append(combined[:, ::step, ::step].flatten().double())
         highest.append(combined.amax().double())
+        if maps_made is not None:
+            maps_made(_IN_MAPS * (int(some[-1]) + 1) / num_images)
     ordered = {name: torch.cat(parts).sort().values for name, parts in scores.items()}
     image_scores = ordered.pop(_COMBINED)
     quantiles = _upper_quantiles(torch.cat(pixels), torch.stack(highest).amax(dim=0, keepdim=True))
+    if maps_made is not None:
+        maps_made(1.0)
     return Calibration(image_scores, quantiles, ordered, border)
 
 

@@ -195,12 +195,15 @@ def fill_banks(
     mean: Tensor,
     levels: Sequence[PatchLevel],
     seed: int = 0,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[PatchLevel, NormalBank]:
     """A bank per level with all patches of images [N, 3, H, W], as of `encode_images`.
 
     mean: [3, H, W] float32. seed: of the banks' clustering; search results do not depend on it.
+    progress: called now and then with the share of the images that is encoded.
     """
-    return banks_of(levels, encode_images(encoder, images, mean, levels), seed)
+    encoded = encode_images(encoder, images, mean, levels, progress=progress)
+    return banks_of(levels, encoded, seed)
 
 
 def banks_of(
@@ -236,7 +239,11 @@ def score_images(
     images: Tensor,
     mean: Tensor,
     combination: str = "mult",
+    progress: Callable[[float], None] | None = None,
 ) -> ScoreResult:
-    """Score images [N, 3, H, W], as of `encode_images`, against a bank per level, to the CPU."""
-    encoded = encode_images(encoder, images, mean, list(banks))
+    """Score images [N, 3, H, W], as of `encode_images`, against a bank per level, to the CPU.
+
+    progress: called now and then with the share of the images that is encoded.
+    """
+    encoded = encode_images(encoder, images, mean, list(banks), progress=progress)
     return search_levels(banks, encoded, (images.shape[2], images.shape[3]), combination)

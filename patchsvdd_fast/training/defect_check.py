@@ -8,7 +8,7 @@ and is judged by how well that tells the two apart. No image with a real defect 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ _COPIES = 2  # of each image, for each of these
 # Synthetic defects are no real ones: by a few points an encoder finds them better and the real ones
 # worse, above all on objects. So a gain has to be plain before it counts (docs/design/training.md).
 _LEAST_GAIN = {"texture": 3.0, "object": 15.0}
+_IN_ENCODING = 0.7  # about this share of a check's time; searches take the rest
 _SHARED_BY_OBJECTS = 0.2  # least share of variance that images of objects have in common
 
 
@@ -53,7 +54,8 @@ class DefectCheck:
     which nothing trained is worth keeping. It is larger for objects than for textures.
 
     Up to 8 images are set aside for the check: training uses them like the others, but they are not
-    in the check's banks. Raises ValueError if there is only one image.
+    in the check's banks. `on_progress` may be set to what is called with the share of a check that
+    is done, 0 to 1. Raises ValueError if there is only one image.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class DefectCheck:
         others = np.setdiff1d(np.arange(len(images)), held_out)
         others = others[evenly_spread(len(others), min(_MOST_IN_BANK, len(others)))]
         self.mean, self.levels, self.combination = mean, list(levels), combination
+        self.on_progress: Callable[[float], None] = lambda share: None
         self.bank_images = images[torch.from_numpy(others)]
         clean = images[torch.from_numpy(held_out)]
         is_object = shared_variance(images) >= _SHARED_BY_OBJECTS
@@ -85,13 +88,28 @@ class DefectCheck:
 
     def __call__(self, encoder: HierarchicalEncoder) -> Quality:
         """Score the clean and the defective images; AUROCs against the known defects."""
-        banks = fill_banks(encoder, self.bank_images, self.mean, self.levels)
-        result = score_images(encoder, banks, self.images, self.mean, self.combination)
+
+        def encoded(images: Tensor, before: int) -> Callable[[float], None]:
+            total = len(self.bank_images) + len(self.images)
+            return lambda share: self.on_progress(
+                _IN_ENCODING * (before + share * len(images)) / total
+            )
+
+        self.on_progress(0.0)
+        to_bank, to_score = (
+            encoded(self.bank_images, 0),
+            encoded(self.images, len(self.bank_images)),
+        )
+        how = self.combination, to_score
+        banks = fill_banks(encoder, self.bank_images, self.mean, self.levels, progress=to_bank)
+        result = score_images(encoder, banks, self.images, self.mean, *how)
         maps = result.anomaly_map.numpy()
-        return Quality(
+        quality = Quality(
             100 * metrics.detection_auroc(maps.max(axis=(1, 2)), self.labels),
             100 * metrics.segmentation_auroc(maps, self.masks),
         )
+        self.on_progress(1.0)
+        return quality
 
 
 def check_of(

@@ -5,7 +5,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+_on_arrival: ContextVar[Callable[[], None] | None] = ContextVar("on_arrival", default=None)
+
+
+@contextlib.contextmanager
+def telling_interrupts(tell: Callable[[], None]) -> Iterator[None]:
+    """Within the context `tell` is called at once when a signal is noted that takes effect later.
+
+    In a thread of its own: a signal may arrive while what `tell` wants to print to is in use.
+    """
+    token = _on_arrival.set(tell)
+    try:
+        yield
+    finally:
+        _on_arrival.reset(token)
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,6 +58,10 @@ def delayed_interrupts() -> Iterator[Interrupts]:
     def note(signum: int, frame: object) -> None:
         interrupts.arrived = signum
         signal.signal(signum, before[signal.Signals(signum)])
+        if tell is not None:
+            threading.Thread(target=tell, daemon=True).start()
+
+    tell = _on_arrival.get()
 
     # A background job of a shell ignores Ctrl-C; None: set by native code, and not to be put back.
     heeded = [

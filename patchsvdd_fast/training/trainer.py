@@ -11,6 +11,7 @@ import copy
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from typing import Any
@@ -39,6 +40,7 @@ _COLLAPSE_PATIENCE = 20  # measured steps in a row with collapsed embeddings, be
 _MEASURED_EVERY = 20  # steps on a GPU, since measuring waits for it; on a CPU each step is measured
 # To fit the number of steps to `minutes`, this process's steps 3 to 10 are timed.
 _UNTIMED_STEPS, _FITTED_AFTER = 2, 10
+_TIMED = 20  # of the last measured steps, whose pace says how long the others will take
 
 
 class Trainer:
@@ -86,7 +88,8 @@ class Trainer:
         self._checks_since_best = 0
         self._collapsed_steps = 0
         self._first_step, self._timed_from, self._seconds_of_check = 0, 0.0, 0.0
-        self._in_steps = 0.0  # seconds of this process's steps, without their checks
+        self._timed: deque[tuple[int, float]] = deque(maxlen=_TIMED)  # steps done, seconds in them
+        self._started, self._in_checks = 0.0, 0.0  # this process's steps; seconds of its checks
         self.is_between_steps = True
         """Whether weights, optimiser and record are of one step, so that they can be saved."""
 
@@ -111,15 +114,15 @@ class Trainer:
                 if self.check is not None and record.steps == 0:
                     self._judge()
                 started = time.perf_counter()
+                self._started, self._in_checks = started, 0.0
+                self._timed = deque([(record.steps, 0.0)], maxlen=_TIMED)
                 while record.steps < (self._end or math.inf):
                     take_effect(self.workers.largest(interrupts.arrived))
                     if self._is_over():
                         break
                     self.is_between_steps = False
-                    began = time.perf_counter()
                     losses = self._step(record.steps + 1)
                     record.steps += 1
-                    self._in_steps += time.perf_counter() - began
                     record.seconds = before + time.perf_counter() - started
                     self._fit_to_minutes(time.perf_counter() - started)
                     step = self._measure(losses)
@@ -218,8 +221,12 @@ class Trainer:
 
     def _seconds_left(self, total: int) -> float:
         """Of the steps to the last, and the checks among them."""
-        done = self.record.steps
-        left = (total - done) * self._in_steps / (done - self._first_step)
+        done, (first, before) = self.record.steps, self._timed[0]
+        in_steps = time.perf_counter() - self._started - self._in_checks
+        self._timed.append((done, in_steps))
+        left = (total - done) * (in_steps - before) / (done - first)
+        if first == self._first_step:  # the first step also loaded libraries
+            self._timed.popleft()
         if self.check is not None:
             every = self.settings.check_every or 1
             left += (-(-total // every) - done // every) * self._seconds_of_check
@@ -248,6 +255,7 @@ class Trainer:
         quality = Quality(*map(self.workers.agreed, astuple(quality)))
         self.encoder.train()
         self._seconds_of_check = time.perf_counter() - started
+        self._in_checks += self._seconds_of_check
         record, value = self.record, quality.criterion
         improved = value > max((other for _, other in record.qualities), default=-math.inf)
         self._checks_since_best = 0 if improved else self._checks_since_best + 1

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import plain_image, truncated_image
+from conftest import plain_image, script_environment, truncated_image
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.cli import training_sets as commands
 from patchsvdd_fast.cli.training_sets import TrainingSet, training_sets
@@ -330,3 +331,26 @@ def test_a_demo_takes_the_place_of_nothing_of_the_users(here, tmp_path):
         assert "model.safetensors" in one_line_error(done)
     assert [path.name for path in output.iterdir()] == ["model.safetensors"]
     assert (output / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell):
+    script = (
+        "import sys; sys.argv = ['patchsvdd']; from patchsvdd_fast.__main__ import main; main()"
+    )
+    environment = script_environment() | {
+        "_PATCHSVDD_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "patchsvdd ev",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "patchsvdd ev",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert "evaluate" in done.stdout, done.stderr
+    assert "demo" not in done.stdout

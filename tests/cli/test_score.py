@@ -512,3 +512,36 @@ def test_alarms_on_images_in_another_light_are_told(here, ready_model, tmp_path)
     assert "2 of 2 alarms on images unlike the training images (" in done.stdout
     assert "darker: 2" in done.stdout
     assert "2 of 2 alarms on images unlike" in (tmp_path / "report/index.html").read_text()
+
+
+def test_masks_and_regions_say_the_same(here, ready_model, tmp_path):
+    images = image_folder(tmp_path / "images", ["a.png", "b.png"])
+    output, regions = tmp_path / "out", tmp_path / "regions.json"
+    done = here("score", ready_model, images, "-o", output, "--masks", "--coco", regions)
+    assert done.returncode == 0, done.stderr
+    assert f"regions: {regions}" in done.stdout
+    content = json.loads(regions.read_text())
+    assert [image["file_name"] for image in content["images"]] == names_of(output)
+    assert pictures_of(output, "masks") == ["a.png", "b.png"]
+    for image in content["images"]:
+        with Image.open(output / "masks" / Path(image["file_name"]).name) as mask:
+            assert mask.size == (image["width"], image["height"])
+            white = int((np.asarray(mask) == 255).sum())
+        found = [one for one in content["annotations"] if one["image_id"] == image["id"]]
+        assert white == sum(one["area"] for one in found)
+        (row,) = [row for row in rows_of(output) if row["image"] == image["file_name"]]
+        assert bool(found) == (row["verdict"] == "anomalous")
+    assert content["annotations"]
+
+
+def test_a_file_of_regions_is_neither_replaced_nor_halved(here, ready_model, tmp_path):
+    images = image_folder(tmp_path / "images", ["a.png"])
+    regions = tmp_path / "regions.json"
+    regions.write_text("mine")
+    common = ("score", ready_model, images, "-o", tmp_path / "out", "--coco", regions)
+    assert "exists already" in here(*common).stderr
+    done = here(*common, "--resume")
+    assert done.returncode == 2
+    assert "without --resume" in done.stderr
+    assert regions.read_text() == "mine"
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """How long a fit will still take: by phase, from its own pace and from a trial."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from backbones import Plain
 from conftest import texture
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector import forecast
-from patchsvdd_fast.detector.forecast import PHASES, Progress
+from patchsvdd_fast.detector.forecast import Progress
+from patchsvdd_fast.detector.progress_bars import AFTER_TRAINING, PHASES
 from patchsvdd_fast.search.bank import NormalBank
+from patchsvdd_fast.training.record import TrainingStep
 
 
 class Clock:
@@ -44,7 +47,7 @@ def test_a_phase_tells_by_its_pace_and_adds_what_follows(clock):
     clock.now = 1.0
     reading(0.5)
     assert told == [("reading", 0.0, None), ("reading", 0.5, None)]  # nothing is known of the rest
-    progress.expected = {"filling banks": 5.0, "calibrating": 20.0}
+    progress.expected = {"filling banks": 5.0, "calibrating": 16.0, "setting thresholds": 4.0}
     encoding = progress.phase("encoding")
     clock.now = 3.0
     encoding(0.25)
@@ -54,7 +57,42 @@ def test_a_phase_tells_by_its_pace_and_adds_what_follows(clock):
     calibrating = progress.phase("calibrating")
     clock.now = 7.0
     calibrating(1.0)
-    assert told[-1] == ("calibrating", 1.0, 0)
+    assert told[-1] == ("calibrating", 1.0, 4)
+
+
+def test_a_check_moves_the_end_by_what_it_takes_longer_than_the_last(clock):
+    told = []
+    progress = Progress(lambda *report: told.append(report))
+    rest = ("estimating", "encoding", "filling banks", "calibrating", "setting thresholds")
+    progress.expected = dict.fromkeys(rest, 1.0)
+    progress.trains = True
+    progress.check(0.0)
+    clock.now = 10.0
+    progress.check(1.0)
+    assert told == [("checking", 0.0, None), ("checking", 1.0, None)]  # no step was timed yet
+    progress.step(_step(seconds_left=50.0))
+    assert told[-1] == ("training", 0.5, 55)
+    clock.now = 20.0
+    progress.check(0.0)
+    assert told[-1] == ("checking", 0.0, 45)
+    clock.now = 24.0
+    progress.check(0.4)  # as the one before: ten seconds
+    assert told[-1] == ("checking", 0.4, 41)
+    clock.now = 28.0
+    progress.check(0.5)  # six longer
+    assert told[-1] == ("checking", 0.5, 32 + 6 + 5)
+
+
+def test_nothing_is_promised_before_training_was_timed(images):
+    told = []
+    detector = PatchSVDD(image_size=96, mode="dense", steps=2, check_every=2, device="cpu")
+    detector.fit(images[:8], on_progress=lambda *report: told.append(report))
+    before = [left for _, _, left in told[: [name for name, _, _ in told].index("training")]]
+    assert before and not any(left is not None for left in before)
+
+
+def _step(seconds_left):
+    return TrainingStep(5, 10, 1.0, 1e-4, 9.0, seconds_left, {})
 
 
 def test_nobody_listens():
@@ -91,13 +129,16 @@ def test_every_phase_of_a_fit_is_told(images, trained):
     detector.fit(images, on_progress=lambda *report: told.append(report))
     seconds = time.perf_counter() - began
     phases = list(dict.fromkeys(phase for phase, _, _ in told))
-    assert phases == [phase for phase in PHASES if trained or phase != "training"]
+    of_training = ("training", "checking")
+    assert set(phases) == {phase for phase in PHASES if trained or phase not in of_training}
     for phase in phases:
         shares = [share for name, share, _ in told if name == phase]
-        assert shares == sorted(shares)
         assert shares[-1] == 1
+        begun = [number for number, share in enumerate(shares) if share == 0] + [len(shares)]
+        for first, end in pairwise(begun):  # checks and estimates are made more than once
+            assert shares[first:end] == sorted(shares[first:end])
     assert all(left is None for phase, _, left in told if phase == "reading")
-    known = [left for phase, _, left in told if phase != "reading"]
+    known = [left for phase, _, left in told if phase in AFTER_TRAINING[1:]]
     assert all(0 <= left < 100 * seconds for left in known)
     assert known[-1] == 0
 
@@ -108,7 +149,7 @@ def test_few_images_are_not_worth_a_trial(images, monkeypatch):
     detector = PatchSVDD(encoder=Plain(), image_size=96)
     detector.fit(images[:3], on_progress=lambda *report: told.append(report))
     assert all(left is None for phase, _, left in told if phase == "encoding")
-    assert told[-1] == ("calibrating", 1.0, 0)
+    assert told[-1] == ("setting thresholds", 1.0, 0)
 
 
 def test_a_trial_of_bad_images_leaves_the_error_to_encoding(images):

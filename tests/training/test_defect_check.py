@@ -211,6 +211,26 @@ def test_the_time_left_counts_the_checks_to_come(monkeypatch):
     assert left == [59, 48, 47, 36, 35, 24, 23, 12, 11, 0]
 
 
+def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch):
+    """The first step takes a minute, the next ones two seconds each, and after step 30 one."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer, _ = _trainer(range(100), steps=100)
+    step = trainer._step
+
+    def timed_step(number):
+        now[0] += 60 if number == 1 else 2 if number <= 30 else 1
+        return step(number)
+
+    trainer._step = timed_step
+    left = {}
+    trainer.run(lambda report: left.update({report.step: report.seconds_left}))
+    assert left[1] == 99 * 60  # nothing else is known yet
+    assert left[2] == 98 * 2
+    assert left[30] == 70 * 2
+    assert left[60] == 40 * 1
+
+
 def test_patience_ends_training():
     trainer, seen = _trainer([50, 70, 60, 65, 80], steps=100, patience=2)
     record = trainer.run()

@@ -2,10 +2,16 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
-from patchsvdd_fast.training.interrupts import Terminated, delayed_interrupts, take_effect
+from patchsvdd_fast.training.interrupts import (
+    Terminated,
+    delayed_interrupts,
+    take_effect,
+    telling_interrupts,
+)
 
 
 @pytest.fixture
@@ -38,3 +44,15 @@ def test_a_signal_that_is_ignored_stays_so(handlers):
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.arrived == 0
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_signal_that_waits_is_told_at_once(handlers):
+    told = threading.Event()
+    with telling_interrupts(told.set), delayed_interrupts():
+        assert not told.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told.wait(5)
+    told.clear()
+    with delayed_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not told.wait(0.1)  # nobody is to be told any more
