@@ -96,6 +96,7 @@ INTERNAL = {
     "ops.reference": "what the tests compare the kernels with",
     "ops.search": "ops as torch sees them; their functions are names of ops",
     "ops.search_kernels": "how searches and select_coreset call the kernels",
+    "report.captions": "text in the pictures of heat_maps and side_by_side",
     "report.charts": "a part of the page that ReportWriter writes",
     "report.pictures": "a part of the page that ReportWriter writes",
     "report.summary": "lines that the commands and ReportWriter write",

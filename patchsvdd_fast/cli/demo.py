@@ -37,6 +37,7 @@ def demo(
 ) -> None:
     """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
     with loading():
+        from ..detector.evaluation import mask_of
         from ..detector.patch_svdd import PatchSVDD
         from ..images import sample_cloth
         from ..report.heat_maps import write_heat_map
@@ -58,8 +59,8 @@ def demo(
 
         def write(image: LabelledImage, result: ImageResult) -> None:
             path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
-            threshold = result.map_threshold
-            write_heat_map(path, result.picture, result.anomaly_map.numpy(), threshold)
+            height, width = result.anomaly_map.shape
+            write_heat_map(path, result, mask_of(image, (height, width)))
 
         results = [
             _result(untrained, category, "untrained"),

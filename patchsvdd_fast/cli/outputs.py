@@ -207,7 +207,7 @@ def _write_pictures(
     image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
     if outputs.heat_maps:
         path = run.place(_HEAT_MAPS / inner_path(name, ".png"), image)
-        write_heat_map(path, result.picture, anomaly_map, result.map_threshold)
+        write_heat_map(path, result)
     if outputs.maps is not None:
         path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
         write_map(path, anomaly_map, detector.calibration_, result.map_threshold)
