@@ -136,10 +136,12 @@ def evaluate(
         # Its own name, not that of what it links to: two may link to the same.
         return report / category.root.name if report and len(categories) > 1 else report
 
-    for category in categories:
-        folder = folder_of(category)
-        if folder is not None:
-            require_report(folder, overwrite)
+    for folder in filter(None, {report, *map(folder_of, categories)}):
+        require_report(folder, overwrite)
+
+    def made_from(category: Category) -> dict[str, str]:
+        made = _file_for(model, category) if model else encoder or "untrained"
+        return {"model" if model else "encoder from": str(made)}
 
     def detector_for(category: Category) -> PatchSVDD:
         if model is not None:
@@ -159,22 +161,26 @@ def evaluate(
         images = category.root if train is None else category.train_paths()
         return detector.fit(images, skip_unreadable=skip_unreadable)
 
-    results = []
+    results: dict[str, CategoryResult] = {}  # by the category's folder
     failed: dict[str, str] = {}
     for category in categories:
         with console.status(f"evaluating {category.name}"):
             try:
-                pages = Pages(folder_of(category), overwrite)
-                results.append(_evaluate(detector_for(category), category, pages, skip_unreadable))
+                pages = Pages(folder_of(category), overwrite, made_from(category))
+                results[category.root.name] = _evaluate(
+                    detector_for(category), category, pages, skip_unreadable
+                )
             except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
                 if len(categories) == 1:
                     raise
                 print_error(f"{category.name}: {error}")
                 failed[category.name] = str(error)
-    _show(results)
+    _show(list(results.values()))
+    if report is not None and len(categories) > 1:
+        _write_start_page(report, results, failed, str(data))
     if json_path is not None:
         with claimed_file(json_path, overwrite):
-            write_json(results, json_path, version=__version__, failed=failed)
+            write_json(list(results.values()), json_path, version=__version__, failed=failed)
         console.print(f"wrote {json_path}", soft_wrap=True)
     if failed:
         print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
@@ -182,10 +188,14 @@ def evaluate(
 
 
 class Pages(NamedTuple):
-    """Where a report is to be written: its folder, or None; and whether it may hold one."""
+    """A report to be written."""
 
     folder: Path | None
+    """None: no report."""
     overwrite: bool
+    """Whether the folder may hold one."""
+    facts: dict[str, str]
+    """What it says of the run, values by name."""
 
 
 def _require_heard(options: dict[str, object], has_model: bool, untrained: bool) -> None:
@@ -230,6 +240,15 @@ def _show(results: Sequence[CategoryResult]) -> None:
             console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def _write_start_page(
+    folder: Path, results: dict[str, CategoryResult], failed: dict[str, str], data: str
+) -> None:
+    from ..report.start_page import write_start_page
+
+    page = write_start_page(folder, results, failed, data)
+    console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)
+
+
 def _evaluate(
     detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool
 ) -> CategoryResult:
@@ -250,7 +269,7 @@ def _evaluate(
     else:
         with claimed_report(pages.folder, pages.overwrite):
             evaluated = _evaluate_with_report(
-                detector, category, pages.folder, tests, skip_unreadable, count
+                detector, category, pages, tests, skip_unreadable, count
             )
     reached = evaluated.at_threshold
     lines = [alarms.in_words()]
@@ -266,7 +285,7 @@ def _evaluate(
 def _evaluate_with_report(
     detector: PatchSVDD,
     category: Category,
-    folder: Path,
+    pages: Pages,
     tests: LabelledSet,
     skip_unreadable: bool,
     on_result: Callable[[LabelledImage, ImageResult], None],
@@ -274,8 +293,11 @@ def _evaluate_with_report(
     from ..detector.evaluation import evaluate_category, mask_of
     from ..report.entries import open_report, report_entry
 
+    folder = pages.folder
+    assert folder is not None
     threshold = detector.threshold_or_none()
-    with open_report(folder, detector, threshold, title=category.name) as page:
+    facts = pages.facts | {"data": str(category.root)}
+    with open_report(folder, detector, threshold, title=category.name, facts=facts) as page:
 
         def add(image: LabelledImage, result: ImageResult) -> None:
             on_result(image, result)

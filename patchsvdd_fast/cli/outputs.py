@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +92,7 @@ def score_all(
     resume: bool,
     report: Path | None,
     overwrite: bool = False,
+    facts: Mapping[str, str] | None = None,
     line_each: str = "",
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
@@ -102,6 +103,7 @@ def score_all(
     false_alarm_rate: share of good images that may be called anomalous; None: as in training.
     resume: keep the rows that an earlier run wrote into the table.
     report: folder for an HTML report; overwrite: whether it may hold one.
+    facts: what the report says of the run, values by name.
     line_each: a line to print at the start, if there is to be a line per image.
     """
     threshold = detector.threshold_or_none(false_alarm_rate)
@@ -116,7 +118,9 @@ def score_all(
         page = None
         if report is not None:
             stack.enter_context(claimed_report(report, overwrite))
-            opened = open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
+            opened = open_report(
+                report, detector, threshold, false_alarm_rate=false_alarm_rate, facts=facts
+            )
             page = stack.enter_context(opened)
 
         def to_score() -> Iterator[Source]:

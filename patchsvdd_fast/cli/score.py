@@ -96,6 +96,7 @@ def score(
             resume=resume,
             report=report,
             overwrite=overwrite,
+            facts={"model": str(model), "images": " ".join(map(str, images))},
         )
     if failed:
         raise typer.Exit(SOME_FAILED)

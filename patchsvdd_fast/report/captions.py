@@ -12,11 +12,11 @@ from .text import shown
 INK, SOFT = (29, 32, 36), (91, 97, 105)
 GOOD, BAD = (31, 95, 168), (181, 65, 26)  # of verdicts
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @lru_cache
-def font_of(size: int) -> Font:
+def font_of(size: int) -> _Font:
     """Pillow's own font, which is there on every machine. size: in pixels."""
     return ImageFont.load_default(size)
 

@@ -22,9 +22,9 @@ from .captions import BAD, GOOD, INK, SOFT, write_line
 from .map_files import MAP_THRESHOLD
 from .summary import verdict_in_words
 
-Map = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Colour = tuple[int, int, int]
+_Map = npt.NDArray[np.float32]
+_Mask = npt.NDArray[np.bool_]
+_Colour = tuple[int, int, int]
 
 # Anchors of a perceptually ordered colour scale: dark blue, violet, orange, yellow.
 _ANCHORS = np.array(
@@ -35,23 +35,23 @@ _FAINTEST, _STRONGEST = 0.3, 0.75  # opacity at the threshold and at the hot end
 SCALE_END = 2
 """The multiple of the threshold that has the last colour of a heat map."""
 
-CONTOUR: Colour = (255, 255, 255)
+CONTOUR: _Colour = (255, 255, 255)
 """Colour of the line along the threshold."""
-TRUTH: Colour = (16, 224, 160)
+TRUTH: _Colour = (16, 224, 160)
 """Colour of the line around what is marked as anomalous. Both lie on a wider dark line."""
 
 _SMALLEST, _LARGEST = 256, 1024  # longer side of a panel, in pixels
 _GAP = 8
 
 
-def colour_scale(values: Map) -> npt.NDArray[np.uint8]:
+def colour_scale(values: _Map) -> npt.NDArray[np.uint8]:
     """Colours, uint8 [..., 3], for values [...] in [0, 1]; values outside are clipped."""
     positions = np.clip(values, 0, 1) * (len(_ANCHORS) - 1)
     channels = [np.interp(positions, range(len(_ANCHORS)), _ANCHORS[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def opacity_scale(values: Map, has_threshold: bool) -> Map:
+def opacity_scale(values: _Map, has_threshold: bool) -> _Map:
     """Opacity in [0, 1] for scaled values [...] in [0, 1].
 
     With a threshold, which 0.5 stands for, nothing below it is seen; without one, the hotter the
@@ -64,7 +64,7 @@ def opacity_scale(values: Map, has_threshold: bool) -> Map:
     return opacity.astype(np.float32)
 
 
-def scale_map(anomaly_map: Map, threshold: float | None) -> Map:
+def scale_map(anomaly_map: _Map, threshold: float | None) -> _Map:
     """Scale a map [H, W] to [0, 1] for colours: 0.5 is the threshold, 1 is twice that or more.
 
     threshold: map value from which on a pixel is anomalous, `ImageResult.map_threshold`. Without
@@ -77,7 +77,7 @@ def scale_map(anomaly_map: Map, threshold: float | None) -> Map:
     return np.clip((anomaly_map - low) / span, 0, 1).astype(np.float32)
 
 
-def smooth_map(scores: ScoreResult) -> Map:
+def smooth_map(scores: ScoreResult) -> _Map:
     """The anomaly map [H, W] of one image (N = 1) without stairs, to be looked at.
 
     A level's map is constant over squares as large as its stride. They are interpolated, level by
@@ -88,14 +88,14 @@ def smooth_map(scores: ScoreResult) -> Map:
         name: torch.from_numpy(_without_stairs(level_map[0].numpy()))[None]
         for name, level_map in scores.level_maps.items()
     }
-    smooth: Map = combine(levels, scores.combination)[0].numpy()
+    smooth: _Map = combine(levels, scores.combination)[0].numpy()
     highest, top = float(smooth.max()), float(scores.anomaly_map.max())
     return (
         np.minimum(smooth * np.float32(top / highest), np.float32(top)) if highest > 0 else smooth
     )
 
 
-def _without_stairs(level_map: Map) -> Map:
+def _without_stairs(level_map: _Map) -> _Map:
     """A map [H, W] that is constant over equal blocks, interpolated between their middles."""
     height, width = level_map.shape
     down, across = _step(level_map), _step(level_map.T)
@@ -107,14 +107,14 @@ def _without_stairs(level_map: Map) -> Map:
     return np.array(image)[:height, :width]
 
 
-def _step(level_map: Map) -> int:
+def _step(level_map: _Map) -> int:
     """Rows after which a map's values change: the largest common divisor of where they do."""
     changes = np.flatnonzero((level_map[1:] != level_map[:-1]).any(axis=1)) + 1
     return math.gcd(*changes.tolist()) or len(level_map)
 
 
 def heat_map_overlay(
-    image: Image.Image, anomaly_map: Map, threshold: float | None, mask: Mask | None = None
+    image: Image.Image, anomaly_map: _Map, threshold: float | None, mask: _Mask | None = None
 ) -> Image.Image:
     """The image under its heat map, RGB, as large as the image.
 
@@ -131,7 +131,7 @@ def heat_map_overlay(
 
 
 def _outlined(
-    pixels: npt.NDArray[np.float32], anomaly_map: Map, threshold: float | None, mask: Mask | None
+    pixels: npt.NDArray[np.float32], anomaly_map: _Map, threshold: float | None, mask: _Mask | None
 ) -> Image.Image:
     """Pixels [H, W, 3] with the contours of a map [H, W] and of a mask of any size on them."""
     if mask is not None and mask.any():
@@ -143,7 +143,7 @@ def _outlined(
 
 
 def _with_contour(
-    pixels: npt.NDArray[np.float32], values: Map, level: float, colour: Colour
+    pixels: npt.NDArray[np.float32], values: _Map, level: float, colour: _Colour
 ) -> npt.NDArray[np.float32]:
     """A line where `values` [H, W] cross a level, on a wider dark one, both with soft edges."""
     if not (values > level).any() or min(values.shape) < 2:
@@ -157,14 +157,14 @@ def _with_contour(
     return pixels
 
 
-def _resized(values: Map, size: tuple[int, int]) -> Map:
+def _resized(values: _Map, size: tuple[int, int]) -> _Map:
     """Values [H, W] interpolated to a size (width, height)."""
     if values.shape == size[::-1]:
         return values
     return np.array(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
 
 
-def _softened(mask: Mask, size: tuple[int, int]) -> Map:
+def _softened(mask: _Mask, size: tuple[int, int]) -> _Map:
     """A mask as values that fall from 1 to 0 across its border, at a size (width, height)."""
     larger = max(1.0, size[0] / mask.shape[1])
     return np.asarray(ndimage.gaussian_filter(_resized(mask.astype(np.float32), size), larger))
@@ -175,12 +175,12 @@ def _softened(mask: Mask, size: tuple[int, int]) -> Map:
 
 def heat_map_picture(
     image: Image.Image,
-    anomaly_map: Map,
+    anomaly_map: _Map,
     threshold: float | None,
     name: str = "",
     verdict: str = "",
     anomalous: bool | None = None,
-    mask: Mask | None = None,
+    mask: _Mask | None = None,
 ) -> Image.Image:
     """What is saved of an image, side by side, below its name and verdict, as one RGB picture.
 
@@ -253,7 +253,7 @@ def _draw_legend(
         x += 12 * size
 
 
-def write_heat_map(path: Path, result: ImageResult, mask: Mask | None = None) -> None:
+def write_heat_map(path: Path, result: ImageResult, mask: _Mask | None = None) -> None:
     """Write the picture of `heat_map_picture` of a result as a PNG, which says its scale.
 
     mask: bool [H, W], True where the image is anomalous; None if unknown. Raises OSError.
