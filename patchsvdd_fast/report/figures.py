@@ -74,7 +74,7 @@ def label_rows(images: Sequence[ListedImage]) -> list[list[str]]:
     good = [image.score for image in by_label.get("good", [])]
     if not set(by_label) - {"good"}:
         return []
-    rows = [["label", "images", "called anomalous", "median score", "det. AUROC"]]
+    rows = [["label", "images", "alarms", "median score", "AUROC"]]
     for label in sorted(by_label, key=lambda label: (label != "good", label)):
         of_label = by_label[label]
         scores = [image.score for image in of_label]
