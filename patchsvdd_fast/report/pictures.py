@@ -12,6 +12,7 @@ from PIL import Image
 from .heat_maps import colour_scale, opacity_scale
 
 _JPEG_QUALITY = 80
+_MOST_PIECES = 3_000  # of a contour
 _HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more take more space and look the same
 _PALETTE = colour_scale(_HEAT_LEVELS).tobytes()
 
@@ -64,7 +65,8 @@ def scale_text(has_threshold: bool) -> str:
 def contour_path(heat: npt.NDArray[np.float32], side: int) -> str:
     """Where a map [H, W] in [0, 1] crosses 0.5, as an SVG path of straight pieces, in its pixels.
 
-    By marching squares over the map as `heat_text` shrinks it; lines are open at the border.
+    By marching squares over the map as `heat_text` shrinks it; lines are open at the border. ""
+    where they would be so many that they hide the image.
     """
     small = _shrunk(heat, side)
     rows, columns = small.shape
@@ -75,6 +77,8 @@ def contour_path(heat: npt.NDArray[np.float32], side: int) -> str:
     corners = [(0, 0), (1, 0), (1, 1), (0, 1)]  # (x, y) of a cell's corners, clockwise
     cut = [above[y : rows - 1 + y, x : columns - 1 + x] for x, y in corners]
     mixed = np.any(cut, axis=0) & ~np.all(cut, axis=0)
+    if mixed.sum() > _MOST_PIECES:
+        return ""
     pieces = []
     for row, column in zip(*(axis.tolist() for axis in np.nonzero(mixed)), strict=True):
         crossings = []

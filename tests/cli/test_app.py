@@ -87,9 +87,14 @@ def test_evaluate_several_categories(category_folder, tmp_path):
         (second / part).symlink_to(category_folder / part)
     results = tmp_path / "results.json"
     done = run(
-        *("evaluate", category_folder.parent, "--untrained", "--resize", "96", "--json", results)
+        *("evaluate", category_folder.parent, "--untrained", "--resize", "96", "--json", results),
+        *("--report", tmp_path / "report"),
     )
     assert done.returncode == 0, done.stderr
+    start = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    for name in ("stripes", "unmasked"):
+        assert f'<a href="{name}/index.html">' in start
+        assert (tmp_path / "report" / name / "index.html").is_file()
     assert "mean" in done.stdout
     stripes, unmasked = json.loads(results.read_text())["results"]
     assert (stripes["category"], unmasked["category"]) == ("stripes", "unmasked")

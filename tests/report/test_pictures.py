@@ -42,6 +42,8 @@ def test_a_contour_runs_where_a_map_crosses_the_middle():
     assert (counts % 2 == 0).all()  # a closed line
     assert contour_path(np.full((80, 120), 0.4, np.float32), 120) == ""
     assert contour_path(np.ones((1, 1), np.float32), 120) == ""
+    noise = np.random.default_rng(0).random((400, 400)).astype(np.float32)
+    assert contour_path(noise, 800) == ""
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
