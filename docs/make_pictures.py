@@ -40,7 +40,8 @@ def main() -> None:
             results = list(stream)
         save(heat_map_of(results[0], category, SHOWN[0]), "heat-map.jpg")
         (region, *_) = detector.explain(results[1])
-        save(side_by_side(results[1].picture, region, detector.match_picture(region)), "match.jpg")
+        hole, match = results[1], detector.match_picture(region)
+        save(side_by_side(hole.picture, region, match, hole.map_threshold), "match.jpg")
         save(gallery(results, category), "gallery.jpg")
         model = Path(folder) / "model.safetensors"
         detector.save(model)

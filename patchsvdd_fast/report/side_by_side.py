@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
+from ..score.image_result import relative
 from ..score.regions import Region
 from .captions import SOFT, write_line
 
@@ -15,7 +16,10 @@ _MARK = (255, 40, 40)
 
 
 def side_by_side(
-    image: Image.Image, region: Region, match_image: Image.Image | None
+    image: Image.Image,
+    region: Region,
+    match_image: Image.Image | None,
+    threshold: float | None = None,
 ) -> Image.Image:
     """A picture of four parts: the image and its patch, the training image and its nearest patch.
 
@@ -26,10 +30,13 @@ def side_by_side(
     region: the region to show.
     match_image: the training image of `region.match`, as large as it was when encoded
         (`PatchSVDD.match_picture`). None: the picture has its first two parts alone.
+    threshold: `ImageResult.map_threshold`, to give the region's peak as a multiple of it.
     """
     parts = [*_with_patch(image, region.patch)]
+    times = relative(region.peak, threshold)
+    peak = f"{region.peak:.4g}" if times is None else f"{times:.3g} x the threshold"
     words = [
-        ("this image", f"peak {region.peak:.4g}"),
+        ("this image", f"peak {peak}"),
         ("the patch at the peak", _place(region.patch)),
         ("training image", region.match_name),
         (
