@@ -14,7 +14,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 
-.PHONY: help demo test test-slow coverage browser lint format docs sanitize bench wheel
+.PHONY: help demo test test-slow coverage browser lint format docs pictures sanitize bench wheel
 .PHONY: build-gpu test-gpu bench-gpu clean
 .DEFAULT_GOAL := test
 
@@ -48,6 +48,9 @@ lint: $(VENV)/installed-dev  ## style, formatting, types, imports between rooms,
 format: $(VENV)/installed-dev  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+pictures: $(VENV)/installed-dev  ## make the pictures of README and docs; needs Chromium (make browser)
+	$(BIN)/python docs/make_pictures.py
 
 docs: $(VENV)/installed-dev  ## build the documentation as HTML, in build/docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs

@@ -91,7 +91,7 @@ def test_the_server_answers(model, images, monkeypatch, caplog):
         assert found[3]["regions"]
         answer = client.post("/score?overlay=true", content=as_file(given[-1], "BMP")).json()
         overlay = Image.open(io.BytesIO(base64.b64decode(answer["overlay"])))
-        assert overlay.size == (2 * SIDE, SIDE)
+        assert overlay.size == (SIDE, SIDE)
 
         def status(content):
             return client.post("/score", content=content).status_code

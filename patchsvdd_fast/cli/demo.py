@@ -60,10 +60,9 @@ def demo(
 
         def write(image: LabelledImage, result: ImageResult) -> None:
             path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
-            threshold = result.map_threshold
-            write_heat_map(path, result.picture, result.anomaly_map.numpy(), threshold)
             height, width = result.anomaly_map.shape
             mask = mask_of(image, (height, width))
+            write_heat_map(path, result, mask)
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 

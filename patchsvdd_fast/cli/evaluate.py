@@ -128,20 +128,14 @@ def evaluate(
         from .outputs import require_report
 
     categories = [_own(own)] if data is None else find_categories(data)
-    if model is not None and not model.is_dir() and len(categories) > 1:
-        raise ValueError(
-            f"{model} is one model, but {data} holds {len(categories)} categories: give one of "
-            "them, or a folder of models, <category>.safetensors"
-        )
+    _require_models(model, data, len(categories))
 
     def folder_of(category: Category) -> Path | None:
         # Its own name, not that of what it links to: two may link to the same.
         return report / category.root.name if report and len(categories) > 1 else report
 
-    for category in categories:
-        folder = folder_of(category)
-        if folder is not None:
-            require_report(folder, overwrite)
+    for folder in filter(None, {report, *map(folder_of, categories)}):
+        require_report(folder, overwrite)
 
     def detector_for(category: Category, bars: Display) -> PatchSVDD:
         if model is not None:
@@ -162,24 +156,26 @@ def evaluate(
         on_progress = FitDisplay(bars).on_progress
         return detector.fit(images, skip_unreadable=skip_unreadable, on_progress=on_progress)
 
-    results = []
+    results: dict[str, CategoryResult] = {}  # by the category's folder
     failed: dict[str, str] = {}
     for category in categories:
         with display(console) as bars:
             try:
-                pages = Pages(folder_of(category), overwrite)
-                results.append(
-                    _evaluate(detector_for(category, bars), category, pages, skip_unreadable, bars)
+                pages = Pages(folder_of(category), overwrite, _made_from(model, encoder, category))
+                results[category.root.name] = _evaluate(
+                    detector_for(category, bars), category, pages, skip_unreadable, bars
                 )
             except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
                 if len(categories) == 1:
                     raise
                 print_error(f"{category.name}: {error}")
                 failed[category.name] = str(error)
-    _show(results)
+    _show(list(results.values()))
+    if report is not None and len(categories) > 1:
+        _write_start_page(report, results, failed, str(data))
     if json_path is not None:
         with claimed_file(json_path, overwrite):
-            write_json(results, json_path, version=__version__, failed=failed)
+            write_json([*results.values()], json_path, version=__version__, failed=failed)
         console.print(f"wrote {json_path}", soft_wrap=True)
     if failed:
         print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
@@ -187,10 +183,14 @@ def evaluate(
 
 
 class Pages(NamedTuple):
-    """Where a report is to be written: its folder, or None; and whether it may hold one."""
+    """A report to be written."""
 
     folder: Path | None
+    """None: no report."""
     overwrite: bool
+    """Whether the folder may hold one."""
+    facts: dict[str, str]
+    """What it says of the run, values by name."""
 
 
 def _require_heard(options: dict[str, object], has_model: bool, untrained: bool) -> None:
@@ -200,6 +200,21 @@ def _require_heard(options: dict[str, object], has_model: bool, untrained: bool)
         raise typer.BadParameter(f"{', '.join(given)}: a model has its own from training")
     if not untrained and "--seed" in given:
         raise typer.BadParameter("--seed is for --untrained")
+
+
+def _made_from(model: Path | None, encoder: str | None, category: Category) -> dict[str, str]:
+    """What a report says that a category is judged by."""
+    made = _file_for(model, category) if model else encoder or "untrained"
+    return {"model" if model else "encoder from": str(made)}
+
+
+def _require_models(model: Path | None, data: Path | None, num_categories: int) -> None:
+    """Raise ValueError for one model of several categories, whose own would not be judged."""
+    if model is not None and not model.is_dir() and num_categories > 1:
+        raise ValueError(
+            f"{model} is one model, but {data} holds {num_categories} categories: give one of "
+            "them, or a folder of models, <category>.safetensors"
+        )
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:
@@ -235,6 +250,15 @@ def _show(results: Sequence[CategoryResult]) -> None:
             console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def _write_start_page(
+    folder: Path, results: dict[str, CategoryResult], failed: dict[str, str], data: str
+) -> None:
+    from ..report.start_page import write_start_page
+
+    page = write_start_page(folder, results, failed, data)
+    console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)
+
+
 def _evaluate(
     detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool, bars: Display
 ) -> CategoryResult:
@@ -254,7 +278,7 @@ def _evaluate(
     else:
         with claimed_report(pages.folder, pages.overwrite):
             evaluated = _evaluate_with_report(
-                detector, category, pages.folder, tests, skip_unreadable, count, bars
+                detector, category, pages, tests, skip_unreadable, count, bars
             )
     reached = evaluated.at_threshold
     lines = [alarms.in_words()]
@@ -270,7 +294,7 @@ def _evaluate(
 def _evaluate_with_report(
     detector: PatchSVDD,
     category: Category,
-    folder: Path,
+    pages: Pages,
     tests: LabelledSet,
     skip_unreadable: bool,
     on_result: Callable[[LabelledImage, ImageResult], None],
@@ -279,8 +303,11 @@ def _evaluate_with_report(
     from ..detector.evaluation import mask_of
     from ..report.entries import open_report, report_entry
 
+    folder = pages.folder
+    assert folder is not None
     threshold = detector.threshold_or_none()
-    with open_report(folder, detector, threshold, title=category.name) as page:
+    facts = pages.facts | {"data": str(category.root)}
+    with open_report(folder, detector, threshold, title=category.name, facts=facts) as page:
 
         def add(image: LabelledImage, result: ImageResult) -> None:
             on_result(image, result)

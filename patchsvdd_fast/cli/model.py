@@ -185,7 +185,8 @@ def explain(
             shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
             for number, region in enumerate(shown_regions, start=1):
                 path = run.place(inner_path(result.source.inner, f"-{number}.png"), image)
-                picture = side_by_side(result.picture, region, detector.match_picture(region))
+                match = detector.match_picture(region)
+                picture = side_by_side(result.picture, region, match, result.map_threshold)
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
                 _print(f"  {_in_words(region, result.map_threshold)}; {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,6 +116,7 @@ def score_all(
     resume: bool,
     report: Path | None,
     overwrite: bool = False,
+    facts: Mapping[str, str] | None = None,
     line_each: str = "",
     num_images: Callable[[set[str]], int | None] = lambda done: None,
 ) -> int:
@@ -127,6 +128,7 @@ def score_all(
     false_alarm_rate: share of good images that may be called anomalous; None: as in training.
     resume: keep the rows that an earlier run wrote into the table.
     report: folder for an HTML report; overwrite: whether it may hold one.
+    facts: what the report says of the run, values by name.
     line_each: a line to print at the start, if there is to be a line per image.
     num_images: called with the paths that have a row; how many there are to score, None: unknown.
     """
@@ -144,9 +146,10 @@ def score_all(
         page = None
         if report is not None:
             stack.enter_context(claimed_report(report, overwrite))
-            page = stack.enter_context(
-                open_report(report, detector, threshold, false_alarm_rate=false_alarm_rate)
+            opened = open_report(
+                report, detector, threshold, false_alarm_rate=false_alarm_rate, facts=facts
             )
+            page = stack.enter_context(opened)
 
         # A line for each image tells enough where bars cannot move.
         bars = (
@@ -163,8 +166,7 @@ def score_all(
 
         def note_failure(source: Source, error: Exception) -> None:
             counts.failed += 1
-            path = source.path
-            message = str(error) or type(error).__name__
+            path, message = source.path, str(error) or type(error).__name__
             table.add({"image": str(path), "error": message})
             if page is not None:
                 page.add_failure(str(path), message)
@@ -245,7 +247,7 @@ def _write_pictures(
     image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
     if outputs.heat_maps:
         path = run.place(_HEAT_MAPS / inner_path(name, ".png"), image)
-        write_heat_map(path, result.picture, anomaly_map, result.map_threshold)
+        write_heat_map(path, result)
     if outputs.maps is not None:
         path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
         write_map(path, anomaly_map, detector.calibration_, result.map_threshold)

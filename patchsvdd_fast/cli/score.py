@@ -124,6 +124,7 @@ def score(
             report=report,
             overwrite=overwrite,
             num_images=lambda done: num_images(images, pages, done, every),
+            facts={"model": str(model), "images": " ".join(map(str, images))},
         )
     if failed:
         raise typer.Exit(SOME_FAILED)

@@ -12,9 +12,10 @@ from sklearn.metrics import roc_curve
 from ..score.metrics import detection_auroc
 from .text import html_text
 
-_BINS = 30
+_BINS = 40
+_STRIP_GAP = 12  # above the highest bin of a group
 # Beyond this ratio of the highest score to the lowest a linear axis crowds the good images.
-_LOGARITHMIC_FROM = 30
+_LOGARITHMIC_FROM = 3
 
 _WIDTH, _HEIGHT = 390, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 376, 10, 218  # edges of the plot area in it
@@ -60,7 +61,10 @@ def charts(
 def _histogram(
     groups: Mapping[tuple[str, str], npt.NDArray[np.float64]], threshold: float | None, unit: str
 ) -> str:
-    """groups: the scores to draw, by (CSS class, name in the legend). unit: what scores are."""
+    """A strip for each group, one below the other, each as high as its highest bin.
+
+    groups: the scores to draw, by (CSS class, name). unit: what scores are.
+    """
     values = np.concatenate([*groups.values(), [] if threshold is None else [threshold]])
     low, high = float(values.min()), float(values.max())
     logarithmic = low > 0 and high / low > _LOGARITHMIC_FROM
@@ -69,26 +73,31 @@ def _histogram(
     edges = (np.geomspace if logarithmic else np.linspace)(low, high, _BINS + 1)
     edges[0], edges[-1] = low, high  # geomspace rounds
     shares = {key: np.histogram(v, edges)[0] / len(v) for key, v in groups.items()}
-    top = max(share.max() for share in shares.values())
+    strip = (_BOTTOM - _TOP) / len(groups)
 
     def x_of(value: float) -> float:
         there = np.log([low, high, value]) if logarithmic else np.array([low, high, value])
         return float(_LEFT + (_RIGHT - _LEFT) * (there[2] - there[0]) / (there[1] - there[0]))
 
-    def y_of(share: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * share / top
-
     x = [f"{x_of(edge):.1f}" for edge in edges]
-    marks = ""
-    for (kind, _), share in shares.items():
-        steps = "".join(f"V{y_of(s):.1f}H{right}" for s, right in zip(share, x[1:], strict=True))
-        marks += f'<path class="{kind}" d="M{x[0]} {_BOTTOM}{steps}V{_BOTTOM}"/>'
+    marks = lines = ""
+    y_ticks = []
+    for row, ((kind, _), share) in enumerate(shares.items()):
+        below = _TOP + (row + 1) * strip
+        heights = (strip - _STRIP_GAP) * share / share.max()
+        steps = "".join(
+            f"V{below - height:.1f}H{right}" for height, right in zip(heights, x[1:], strict=True)
+        )
+        marks += f'<path class="{kind}" d="M{x[0]} {below:.1f}{steps}V{below:.1f}"/>'
+        lines += f"M{_LEFT} {below:.1f}H{_RIGHT}"
+        y_ticks.append((below - strip + _STRIP_GAP, f"{100 * share.max():.3g}"))
+    marks += f'<path class="axis" d="{lines}"/>'
     if threshold is not None:
         marks += f'<path class="threshold" d="M{x_of(threshold):.1f} {_BOTTOM}V{_TOP}"/>'
     ticks = _log_ticks(low, high) if logarithmic else _ticks(low, high)
     axes = _axes(
         [(x_of(tick), f"{tick:.4g}") for tick in ticks],
-        [(y_of(tick), f"{100 * tick:.3g}") for tick in _ticks(0, float(top))],
+        y_ticks,
         unit + (", logarithmic" if logarithmic else ""),
         "% of each group",
     )
@@ -99,7 +108,9 @@ def _histogram(
     )
     if threshold is not None:
         legend += f'<li><span class="swatch threshold"></span>threshold {threshold:.4g}</li>'
-    return _figure("Scores", axes + marks, f'<ul class="legend">{legend}</ul>')
+    # For the page's slider, which marks another threshold here.
+    scale = f'data-low="{low!r}" data-high="{high!r}" data-logarithmic="{int(logarithmic)}"'
+    return _figure("Scores", axes + marks, f'<ul class="legend">{legend}</ul>', scale)
 
 
 def _roc(
@@ -156,10 +167,11 @@ def _axes(
     )
 
 
-def _figure(title: str, drawing: str, caption: str) -> str:
+def _figure(title: str, drawing: str, caption: str, attributes: str = "") -> str:
     return (
         f'<figure><h2>{title}</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{title}">{drawing}</svg><figcaption>{caption}</figcaption></figure>'
+        f'aria-label="{title}" {attributes}>{drawing}</svg>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 

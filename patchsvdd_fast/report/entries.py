@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
 from ..score.image_result import ImageResult
 from ..score.regions import Region
-from .heat_maps import scale_map
+from .heat_maps import scale_map, smooth_map
 from .html import Finding, ReportEntry, ReportWriter
 
 _MOST_FINDINGS = 20  # of an image: where all of it is anomalous, regions may be hundreds
@@ -25,14 +26,29 @@ def open_report(
     threshold: float | None,
     title: str = "Anomaly scores",
     false_alarm_rate: float | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> ReportWriter:
     """Begin a report of images that this detector scores, `folder`/index.html.
 
     threshold: image score above which an image is called anomalous, shown in the report.
     title: heading of the page. false_alarm_rate: that of the threshold; None: the detector's own.
+    facts: what else to say of these images, values by name, such as {"model": "a.safetensors"};
+    the encoder, the levels and the time are said anyway.
     """
-    banks = ", ".join(f"{level}: {len(bank):,}" for level, bank in detector.banks_.items())
-    facts = {"patches in the banks": banks, "maps are joined by": detector.combination}
+    levels = [
+        f"{level.size} pixels every {level.stride} ({len(bank):,} in the bank of {level})"
+        for level, bank in detector.banks_.items()
+    ]
+    height, width = detector.image_shape()
+    facts = {
+        **(facts or {}),
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "encoder": str(detector.parameters_["encoder"]),
+        "patches": ", ".join(levels),
+        "image size": f"{width}x{height} pixels",
+    }
+    if len(levels) > 1:
+        facts["maps are joined by"] = str(detector.parameters_["combination"])
     if detector.reweight is not None:
         facts["image scores are re-weighted by"] = f"{detector.reweight} neighbours"
     scores: list[float] = []
@@ -65,7 +81,7 @@ def report_entry(
     return ReportEntry(
         name=result.name,
         picture=result.picture,
-        heat=scale_map(result.anomaly_map.numpy(), result.map_threshold),
+        heat=scale_map(smooth_map(result.scores), result.map_threshold),
         score=result.score,
         p_value=result.p_value,
         anomalous=result.anomalous,

@@ -31,17 +31,12 @@ from PIL import Image
 
 from ..files.whole import written_whole
 from ..score.image_result import relative
-from ..score.metrics import METRICS
 from ..score.regions import Region
 from .charts import charts
-from .pictures import heat_text, jpeg_text, outline_path, scale_text
+from .figures import ListedImage, Metrics, figures, label_rows, metric_rows
+from .pictures import contour_path, heat_text, jpeg_text, outline_path, scale_text
 from .summary import Alarms, broken_promise
 from .text import definitions, failures_section, html_text, shown, table
-
-Metrics = Mapping[str, Mapping[str, float | None]]
-"""In percent or None, by combination ("K64", "K32", "sum", "mult"), then metric: what
-`detector.evaluation.CategoryResult.percent` is."""
-
 
 GENERATOR = b'<meta name="generator" content="patchsvdd_fast">'
 """What tells a report from other pages, near its beginning."""
@@ -141,7 +136,7 @@ class ReportWriter:
         self._side = picture_side
         self._promised = promised
         self._alarms = Alarms()
-        self._entries: list[_Entry] = []
+        self._entries: list[ListedImage] = []
         self._failures: list[tuple[str, str]] = []
         self._matches: dict[str, int] = {}
         # In the report's own folder, which has room for it: /tmp may be kept in memory.
@@ -168,10 +163,12 @@ class ReportWriter:
         self._require_open()
         _check(entry)
         width, height = entry.picture.size
+        has_threshold = entry.map_threshold is not None
         payload = {
             "size": [width, height],
             "picture": jpeg_text(entry.picture, self._side),
-            "heat": heat_text(entry.heat, self._side),
+            "heat": heat_text(entry.heat, self._side, has_threshold),
+            "contour": contour_path(entry.heat, self._side) if has_threshold else "",
             "mask": "" if entry.mask is None else outline_path(entry.mask),
             "notes": [shown(note) for note in entry.notes],
             "findings": [
@@ -181,7 +178,7 @@ class ReportWriter:
             ],
         }
         self._write(f"entry-{len(self._entries)}", payload)
-        self._entries.append(_Entry.of(entry, self._threshold))
+        self._entries.append(_listed(entry, self._threshold))
         self._alarms.add(entry.anomalous, entry.notes)
 
     def add_failure(self, name: str, message: str) -> None:
@@ -225,18 +222,22 @@ class ReportWriter:
         """Texts for the placeholders of page.html."""
         tables = dict(self._tables)
         if metrics:
-            tables = {"Metrics, in %": _metric_rows(metrics)} | tables
+            tables = {"Metrics, in %": metric_rows(metrics)} | tables
         entries = self._entries
+        labels = label_rows(entries)
+        if labels:
+            tables = {"By label": labels} | tables
         index = {
             "entries": [
                 [e.name, e.score, e.relative_score, e.p_value, e.anomalous, e.label]
                 for e in entries
             ],
             "hasNotes": any(entry.has_notes for entry in entries),
+            "threshold": self._threshold,
         }
         return {
             "title": html_text(self._title),
-            "figures": definitions(_figures(entries, len(self._failures), self._threshold)),
+            "figures": definitions(figures(entries, len(self._failures), self._threshold)),
             "facts": definitions(self._facts),
             "remarks": "".join(f"<p>{html_text(line)}</p>" for line in self._remarks()),
             "charts": charts(
@@ -247,7 +248,7 @@ class ReportWriter:
             ),
             "tables": "".join(table(caption, rows) for caption, rows in tables.items()),
             "failures": failures_section(self._failures),
-            "scale": scale_text(),
+            "scale": scale_text(has_threshold=self._threshold is not None),
             "index": _json(index),
         }
 
@@ -260,34 +261,16 @@ class ReportWriter:
         return list(filter(None, lines))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What is kept of an image in memory."""
-
-    name: str
-    score: float
-    relative_score: float | None
-    p_value: float | None
-    anomalous: bool | None
-    label: str | None
-    has_notes: bool
-
-    @classmethod
-    def of(cls, entry: ReportEntry, threshold: float | None) -> _Entry:
-        return cls(
-            shown(entry.name),
-            float(entry.score),
-            relative(float(entry.score), threshold),
-            None if entry.p_value is None else float(entry.p_value),
-            None if entry.anomalous is None else bool(entry.anomalous),
-            None if entry.label is None else shown(entry.label),
-            bool(entry.notes),
-        )
-
-    @property
-    def is_defective(self) -> bool | None:
-        """By its label; None without one."""
-        return None if self.label is None else self.label != "good"
+def _listed(entry: ReportEntry, threshold: float | None) -> ListedImage:
+    return ListedImage(
+        shown(entry.name),
+        float(entry.score),
+        relative(float(entry.score), threshold),
+        None if entry.p_value is None else float(entry.p_value),
+        None if entry.anomalous is None else bool(entry.anomalous),
+        None if entry.label is None else shown(entry.label),
+        bool(entry.notes),
+    )
 
 
 def _check(entry: ReportEntry) -> None:
@@ -343,44 +326,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _metric_rows(metrics: Metrics) -> list[list[str]]:
-    rows = [["map", *METRICS.values()]]
-    for combination, percent in metrics.items():
-        values = [percent.get(metric) for metric in METRICS]
-        rows.append([combination, *("-" if v is None else f"{v:.1f}" for v in values)])
-    return rows
-
-
-def _figures(entries: Sequence[_Entry], failed: int, threshold: float | None) -> dict[str, str]:
-    """The figures at the head of the page, by name."""
-    figures = {"images": f"{len(entries):,}"}
-    if failed:
-        figures["not scored"] = f"{failed:,}"
-    judged = [entry for entry in entries if entry.anomalous is not None]
-    if judged:
-        figures["called anomalous"] = f"{sum(bool(entry.anomalous) for entry in judged):,}"
-    for name, is_defective in (("missed", True), ("false alarms", False)):
-        kind = [entry for entry in judged if entry.is_defective is is_defective]
-        if kind:
-            wrong = sum(entry.anomalous is not is_defective for entry in kind)
-            figures[name] = f"{wrong:,} of {len(kind):,}"
-    if threshold is not None:
-        figures["threshold"] = f"{threshold:.4g}"
-    return figures
-
-
 # --- the page -------------------------------------------------------------------------------------
 
 
 def _template(values: Mapping[str, str]) -> tuple[bytes, bytes]:
     """page.html before and after its pictures, with the placeholders replaced by `values`."""
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    text = _page()
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
-        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
-    )
+    _, _, policy = page_parts(f"'{_digest(script)}'")
     filled = {**values, "policy": policy}
     head, tail = (
         # In one pass: what is filled in may itself look like a placeholder.
@@ -388,6 +341,23 @@ def _template(values: Mapping[str, str]) -> tuple[bytes, bytes]:
         for part in text.split("{{pictures}}")
     )
     return head, tail
+
+
+def _page() -> str:
+    return resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+
+def page_parts(script: str = "'none'") -> tuple[str, str, str]:
+    """What other pages share with a report: page.html before its style, the style, the policy.
+
+    script: the scripts that the policy allows.
+    """
+    head, style = _page().split("</style>")[0].split("<style>")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
+        f"script-src {script}; base-uri 'none'; form-action 'none'"
+    )
+    return head, style, policy
 
 
 def _digest(text: str) -> str:

@@ -9,12 +9,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .heat_maps import colour_scale
+from .heat_maps import colour_scale, opacity_scale
 
 _JPEG_QUALITY = 80
+_MOST_PIECES = 3_000  # of a contour
 _HEAT_LEVELS = np.linspace(0, 1, 48, dtype=np.float32)  # more take more space and look the same
 _PALETTE = colour_scale(_HEAT_LEVELS).tobytes()
-_OPACITY = (255 * (0.1 + 0.9 * _HEAT_LEVELS)).round().astype(np.uint8).tobytes()
+
+
+def _opacity(has_threshold: bool) -> bytes:
+    """Of each colour; the page makes heat maps fainter as a whole, so the last is opaque."""
+    opacity = opacity_scale(_HEAT_LEVELS, has_threshold)
+    return (255 * opacity / opacity[-1]).round().astype(np.uint8).tobytes()
 
 
 def jpeg_text(picture: Image.Image, side: int) -> str:
@@ -27,29 +33,67 @@ def jpeg_text(picture: Image.Image, side: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def heat_text(heat: npt.NDArray[np.float32], side: int) -> str:
+def heat_text(heat: npt.NDArray[np.float32], side: int, has_threshold: bool) -> str:
     """A map [H, W] in [0, 1] in colours, as PNG in base64; `side` is that of the picture below it.
 
-    It is half as large as the picture: maps are smooth, as patches are much larger than two pixels.
+    has_threshold: whether 0.5 is the threshold, below which nothing is seen.
     """
+    return _png_text(_heat_image(_shrunk(heat, side), has_threshold))
+
+
+def _shrunk(heat: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
+    """Half as large as the picture: maps are smooth, as patches are much larger than two pixels."""
     height, width = heat.shape
     shrink = max(1.0, max(height, width) / max(1, side // 2))
     size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
     small = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return _png_text(_heat_image(np.asarray(small)))
+    return np.array(small)
 
 
-def _heat_image(heat: npt.NDArray[np.float32]) -> Image.Image:
-    """A map [H, W] in [0, 1] in colours; the hotter, the more opaque."""
+def _heat_image(heat: npt.NDArray[np.float32], has_threshold: bool) -> Image.Image:
     image = Image.fromarray((heat * (len(_HEAT_LEVELS) - 1)).round().astype(np.uint8))
     image.putpalette(_PALETTE)
-    image.info["transparency"] = _OPACITY
+    image.info["transparency"] = _opacity(has_threshold)
     return image
 
 
-def scale_text() -> str:
+def scale_text(has_threshold: bool) -> str:
     """The colours of a heat map from 0 to 1: one row of pixels, as PNG in base64."""
-    return _png_text(_heat_image(_HEAT_LEVELS[None]))
+    return _png_text(_heat_image(_HEAT_LEVELS[None], has_threshold))
+
+
+def contour_path(heat: npt.NDArray[np.float32], side: int) -> str:
+    """Where a map [H, W] in [0, 1] crosses 0.5, as an SVG path of straight pieces, in its pixels.
+
+    By marching squares over the map as `heat_text` shrinks it; lines are open at the border. ""
+    where they would be so many that they hide the image.
+    """
+    small = _shrunk(heat, side)
+    rows, columns = small.shape
+    above = small > 0.5
+    if min(rows, columns) < 2 or not above.any():
+        return ""
+    scale = np.array([heat.shape[1] / columns, heat.shape[0] / rows])
+    corners = [(0, 0), (1, 0), (1, 1), (0, 1)]  # (x, y) of a cell's corners, clockwise
+    cut = [above[y : rows - 1 + y, x : columns - 1 + x] for x, y in corners]
+    mixed = np.any(cut, axis=0) & ~np.all(cut, axis=0)
+    if mixed.sum() > _MOST_PIECES:
+        return ""
+    pieces = []
+    for row, column in zip(*(axis.tolist() for axis in np.nonzero(mixed)), strict=True):
+        crossings = []
+        for number, (x, y) in enumerate(corners):
+            x_next, y_next = corners[(number + 1) % 4]
+            value, after = small[row + y, column + x], small[row + y_next, column + x_next]
+            if (value > 0.5) != (after > 0.5):
+                share = float((0.5 - value) / (after - value))
+                place = column + x + share * (x_next - x), row + y + share * (y_next - y)
+                crossings.append((np.array(place) + 0.5) * scale)
+        pieces += [
+            f"M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}"
+            for a, b in zip(crossings[::2], crossings[1::2], strict=True)
+        ]
+    return "".join(pieces)
 
 
 def _png_text(image: Image.Image) -> str:

@@ -62,11 +62,13 @@ def test_train_score_evaluate(model, category_folder, tmp_path):
     assert [str(p.relative_to(out)) for p in pictures] == [
         f"heat-maps/{d}/{i}.png" for d in ("good", "spot") for i in range(3)
     ]
-    overlay = np.asarray(Image.open(pictures[-1]))
-    assert overlay.shape == (96, 192, 3)
-    plain, heat = overlay[:, :96], overlay[:, 96:]
-    assert np.array_equal(plain, np.asarray(Image.open(category_folder / "test/spot/2.png")))
-    assert np.abs(heat.astype(int) - plain).mean() > 5
+    picture = np.asarray(Image.open(pictures[-1])).astype(int)
+    panels = [picture[68:324, left : left + 256] for left in range(8, 1064, 264)]
+    with Image.open(category_folder / "test/spot/2.png") as image:
+        assert np.array_equal(panels[0], np.asarray(image.resize((256, 256))))
+    defect = np.s_[90:150, 63:123]  # where the spot is, see category_folder
+    changed = np.abs(panels[1] - panels[0]).mean(axis=-1)
+    assert changed[defect].mean() > 20 and (panels[3][defect] == 255).mean() > 0.5
 
     results = tmp_path / "results.json"
     done = run("evaluate", category_folder, "--model", model, "--json", results)
@@ -86,9 +88,14 @@ def test_evaluate_several_categories(category_folder, tmp_path):
         (second / part).symlink_to(category_folder / part)
     results = tmp_path / "results.json"
     done = run(
-        *("evaluate", category_folder.parent, "--untrained", "--resize", "96", "--json", results)
+        *("evaluate", category_folder.parent, "--untrained", "--resize", "96", "--json", results),
+        *("--report", tmp_path / "report"),
     )
     assert done.returncode == 0, done.stderr
+    start = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    for name in ("stripes", "unmasked"):
+        assert f'<a href="{name}/index.html">' in start
+        assert (tmp_path / "report" / name / "index.html").is_file()
     assert "mean" in done.stdout
     stripes, unmasked = json.loads(results.read_text())["results"]
     assert (stripes["category"], unmasked["category"]) == ("stripes", "unmasked")

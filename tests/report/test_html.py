@@ -156,6 +156,7 @@ def test_one_file_holds_everything(tmp_path):
             ["good/0.png", 2.5, 0.5, 0.6, False, "good"],
         ],
         "hasNotes": True,
+        "threshold": 5.0,
     }
     source = path.read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)', source)
@@ -252,7 +253,7 @@ def test_failures_are_listed(tmp_path):
 
 def test_no_entries(tmp_path):
     page = _Page(_write(tmp_path, [], threshold=None))
-    assert page.data["index"] == {"entries": [], "hasNotes": False}
+    assert page.data["index"] == {"entries": [], "hasNotes": False, "threshold": None}
     assert "Not scored" not in page.text
     assert "figcaption" not in page.tags
 
@@ -345,6 +346,27 @@ def test_pictures_do_not_stay_in_memory(tmp_path):
 
 def _decoded(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_row_for_each_label(tmp_path):
+    entries = [
+        *(_good(f"good/{number}", score=score) for number, score in enumerate((1.0, 2.0, 3.0))),
+        _entry("a/0", score=10.0, label="a"),
+        *(_entry(f"b/{i}", score=s, label="b", anomalous=s > 5) for i, s in enumerate((2.5, 15.0))),
+    ]
+    page = _Page(_write(tmp_path, entries))
+    text = " ".join(page.text.split())
+    assert "By label" in text
+    source = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for label, cells in {
+        "good": ["3", "0 of 3", "0.4 x", "-"],
+        "a": ["1", "1 of 1", "2 x", "100.0"],
+        "b": ["2", "1 of 2", "1.75 x", "83.3"],
+    }.items():
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        assert f'<tr><th scope="row">{label}</th>{row}</tr>' in source
+    unlabelled = _write(tmp_path / "unlabelled", [_entry(label=None)])
+    assert "By label" not in _Page(unlabelled).text
 
 
 def test_roc_curve_and_what_the_threshold_reaches(tmp_path):
@@ -477,7 +499,7 @@ def test_an_image_opens_and_keys_move(opened, tmp_path):
     page.click("#next")
     page.keyboard.press("Escape")
     assert not viewer.is_visible()
-    assert page.evaluate("document.activeElement.ariaLabel").startswith("cut/1.png")
+    page.wait_for_function("document.activeElement.ariaLabel?.startsWith('cut/1.png')")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
     assert viewer.is_visible() and page.inner_text("#viewer-name") == "spot/10.png"
@@ -487,7 +509,7 @@ def test_the_slider_fades_the_heat_map(opened, tmp_path):
     page = opened(_mixed(tmp_path))
     page.locator(".card").first.click()
     opacity = "getComputedStyle(document.querySelector('#stage .heat')).opacity"
-    assert float(page.evaluate(opacity)) == pytest.approx(0.6)
+    assert float(page.evaluate(opacity)) == pytest.approx(0.8)
     slider = page.locator("#viewer .opacity")
     slider.fill("0.25")
     assert float(page.evaluate(opacity)) == pytest.approx(0.25)
@@ -497,15 +519,131 @@ def test_the_slider_fades_the_heat_map(opened, tmp_path):
     assert page.inner_text("#viewer-name") == "spot/10.png"
 
 
+def test_the_threshold_can_be_tried(opened, tmp_path):
+    page = opened(_mixed(tmp_path))
+
+    def counts():
+        ids = ("found", "missed", "false-alarms", "passed")
+        return [int(page.inner_text(f"#{name}")) for name in ids]
+
+    assert counts() == [2, 1, 1, 1]
+    assert page.inner_text("#chosen") == "1 × the model's"
+    rates = "precision 66.7 % recall 66.7 % false alarms 50 % F1 0.667"
+    assert page.inner_text("#rates").split() == rates.split()
+    slider = page.locator("#threshold")
+    slider.focus()
+    page.keyboard.press("ArrowRight")  # from 5 to 7, between the scores 6 and 8
+    assert counts() == [2, 1, 0, 2]
+    assert page.inner_text("#chosen") == "1.4 × the model's"
+    assert page.locator("svg .chosen").count() == 1
+    assert "normal" in page.locator(".card").nth(2).inner_text()  # verdicts follow
+    page.select_option("#verdicts", "wrong")
+    assert _names(page) == ["spot/9.png"]
+    page.reload()
+    assert counts() == [2, 1, 0, 2] and _names(page) == ["spot/9.png"]
+    page.click("#own-threshold")
+    assert counts() == [2, 1, 1, 1] and page.locator("svg .chosen").count() == 0
+    assert _names(page) == ["good/2.png", "spot/9.png"]
+
+
+def test_filters_and_the_opened_image_survive_a_reload(opened, tmp_path):
+    page = opened(_mixed(tmp_path))
+    page.select_option("#order", "name")
+    page.select_option("#verdicts", "anomalous")
+    page.fill("#part", "png & 1")
+    page.fill("#part", "/1")
+    page.reload()
+    assert page.input_value("#part") == "/1"
+    assert _names(page) == ["cut/1.png", "spot/10.png"]
+    page.locator(".card").nth(1).click()
+    link = page.locator("#link").get_attribute("href")
+    page.reload()
+    assert page.inner_text("#viewer-name") == "spot/10.png"
+    page.click("#close")
+    page.wait_for_function("!location.hash.includes('image')")
+    page.evaluate("link => { location.hash = link; }", link.replace("spot%2F10", "spot%2F9"))
+    page.locator("#viewer").wait_for()  # an image that the filter hides is shown all the same
+    assert page.inner_text("#viewer-name") == "spot/9.png"
+    page.evaluate("location.hash = '#order=nonsense&image=nobody&threshold=99&show='")
+    page.reload()
+    assert len(_names(page)) == 5 and not page.locator("#viewer").is_visible()
+
+
+def test_images_of_one_name_have_links_of_their_own(opened, tmp_path):
+    page = opened(_write(tmp_path, [_entry("a", score=9.0), _entry("a", score=8.0)]))
+    page.locator(".card").nth(1).click()
+    page.reload()
+    assert page.inner_text("#place") == "2 of 2"
+
+
+def test_the_image_can_be_enlarged_and_moved(opened, tmp_path):
+    page = opened(_mixed(tmp_path))
+    page.locator(".card").first.click()
+
+    def view():
+        return [float(v) for v in page.locator("#stage").get_attribute("viewBox").split()]
+
+    assert view() == [0, 0, SIDE, SIDE] and page.locator("#zoom-out").is_disabled()
+    page.click("#zoom-in")
+    page.keyboard.press("+")
+    x, y, width, _ = view()
+    assert width == pytest.approx(SIDE / 2.25) and x == y == pytest.approx((SIDE - width) / 2)
+    stage = page.locator("#stage").bounding_box()
+    middle = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1])
+    page.mouse.up()
+    assert view()[0] < x - 3 and view()[1] == pytest.approx(y)
+    page.mouse.wheel(0, -300)
+    page.wait_for_function("document.querySelector('#stage').viewBox.baseVal.width < 96 / 4")
+    page.mouse.dblclick(*middle)
+    assert view() == [0, 0, SIDE, SIDE]
+    page.click("#zoom-in")
+    page.keyboard.press("ArrowRight")
+    assert view() == [0, 0, SIDE, SIDE]
+
+
+def test_on_paper_all_images_or_the_opened_one(opened, tmp_path):
+    page = opened(_mixed(tmp_path))
+    page.emulate_media(media="print")
+    assert not page.locator(".tools").is_visible() and not page.locator("#threshold").is_visible()
+    assert page.pdf().startswith(b"%PDF")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(".card .thumb").count() == 5
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    page.locator(".card").first.click()
+    page.emulate_media(media="print")
+    assert page.locator("#stage").is_visible() and not page.locator("#cards").is_visible()
+    assert not page.locator("#close").is_visible()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1600, "dark")])
+def test_nothing_is_wider_than_the_screen(opened, tmp_path, width, scheme):
+    entries = [_entry("folder/" * 30 + "1.png"), _entry("b" * 300), _good()]
+    page = opened(_write(tmp_path, entries))
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#cards").scroll_into_view_if_needed()
+    name = page.locator(".card .name").first
+    name.scroll_into_view_if_needed()
+    assert name.locator(".tail").inner_text() == ("folder/" * 30 + "1.png")[-12:]
+    page.locator(".card").first.click()
+    assert page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
+
+
 def test_mask_and_findings_can_be_hidden(opened, tmp_path):
     page = opened(_mixed(tmp_path))
     page.locator(".card").first.click()
     for box, drawn in (("#show-mask", "#stage .mask"), ("#show-boxes", "#stage .box")):
-        assert page.locator(drawn).count() == 1
+        before = page.locator(drawn).count()
+        assert before == (2 if drawn.endswith("mask") else 1)  # a line and its halo
         page.uncheck(box)
         assert page.locator(drawn).count() == 0
         page.check(box)
-        assert page.locator(drawn).count() == 1
+        assert page.locator(drawn).count() == before
     assert page.locator("#stage .box.chosen").count() == 1
     page.keyboard.press("Escape")
     page.locator(".card").nth(2).click()
@@ -552,6 +690,7 @@ def test_hostile_text_is_shown_and_runs_nothing(opened, tmp_path):
     page = opened(path)
     assert _names(page) == [shown(text) for text in HOSTILE]
     assert page.inner_text("h1") == HOSTILE[0]
+    page.locator("#cards").scroll_into_view_if_needed()
     page.locator(".card img").first.wait_for()
     page.locator(".card").first.click()
     for text in HOSTILE:

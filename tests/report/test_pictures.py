@@ -9,21 +9,41 @@ import pytest
 from PIL import Image
 
 from patchsvdd_fast.report.heat_maps import colour_scale
-from patchsvdd_fast.report.pictures import heat_text, outline_path
+from patchsvdd_fast.report.pictures import contour_path, heat_text, outline_path
 
 
 def _decoded(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_heat_is_coloured_and_the_more_opaque_the_hotter():
+@pytest.mark.parametrize("has_threshold", [True, False])
+def test_heat_is_coloured_and_the_more_opaque_the_hotter(has_threshold):
     heat = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
-    image = _decoded(heat_text(heat, side=128)).convert("RGBA")
+    image = _decoded(heat_text(heat, 128, has_threshold)).convert("RGBA")
     colours = np.asarray(image).astype(int)
     steps = abs(np.diff(colour_scale(np.linspace(0, 1, 49, dtype=np.float32)).astype(int), axis=0))
     assert (abs(colours[..., :3] - colour_scale(heat)) <= steps.max(axis=0)).all()
     opacity = colours[0, :, 3]
     assert opacity[0] < 40 and opacity[-1] == 255 and (np.diff(opacity) >= 0).all()
+    assert (opacity[:31] == 0).all() == has_threshold  # below the threshold nothing is seen
+    assert opacity[33] > 80
+
+
+def test_a_contour_runs_where_a_map_crosses_the_middle():
+    y, x = np.mgrid[:80, :120]
+    heat = np.clip(1 - np.hypot(x - 60.5, y - 30.5) / 40, 0, 1).astype(np.float32)
+    path = contour_path(heat, side=120)
+    pieces = np.array(re.findall(r"M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)", path), float)
+    ends = pieces.reshape(-1, 2)
+    assert len(ends) > 40
+    distance = np.hypot(ends[:, 0] - 61, ends[:, 1] - 31)  # pixels' middles lie at halves
+    assert (abs(distance - 20) < 1).all()
+    _, counts = np.unique(ends.round(1), axis=0, return_counts=True)
+    assert (counts % 2 == 0).all()  # a closed line
+    assert contour_path(np.full((80, 120), 0.4, np.float32), 120) == ""
+    assert contour_path(np.ones((1, 1), np.float32), 120) == ""
+    noise = np.random.default_rng(0).random((400, 400)).astype(np.float32)
+    assert contour_path(noise, 800) == ""
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])

@@ -1,0 +1,64 @@
+"""The page that leads to the reports of several categories, with a row of figures for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from .. import __version__
+from ..detector.evaluation import CategoryResult
+from ..files.whole import written_whole
+from ..score.metrics import METRICS
+from .html import page_parts
+from .text import failures_section, html_text
+
+_HEADINGS = ("category", "good", "anomalous", "map", *METRICS.values(), "missed", "false alarms")
+
+
+def write_start_page(
+    folder: Path, results: Mapping[str, CategoryResult], failed: Mapping[str, str], data: str
+) -> Path:
+    """Write `folder`/index.html, which links to the report of each category; returns its path.
+
+    results: of each category, by the name of the folder in `folder` with its report. failed: why
+    others have none, by category. data: what was evaluated, in words. Raises OSError.
+    """
+    rows = "".join(_row(name, result) for name, result in results.items())
+    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in _HEADINGS)
+    head, style, policy = page_parts()
+    title = html_text(f"{data}: {len(results)} categories")
+    path = folder / "index.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        partial.write_text(
+            head.replace("{{policy}}", policy).replace("{{title}}", title)
+            + f"<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+            "<p>AUROC and AUPRO in percent; missed and false alarms at each model's threshold.</p>"
+            f'<div class="table start"><table><thead><tr>{heads}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>\n{failures_section(list(failed.items()))}\n"
+            f'<p class="soft">patchsvdd_fast {html_text(__version__)}</p>\n</body>\n</html>\n',
+            encoding="utf-8",
+        )
+    return path
+
+
+def _row(folder: str, result: CategoryResult) -> str:
+    """The category's figures; of several levels those of the product of their maps."""
+    *_, combination = result.percent
+    metrics = [result.percent[combination].get(metric) for metric in METRICS]
+    reached = result.at_threshold
+    cells = [
+        f"{result.num_good:,}",
+        f"{result.num_anomalous:,}",
+        combination,
+        *("-" if value is None else f"{value:.1f}" for value in metrics),
+        "-" if reached is None else f"{reached.missed:,} of {reached.num_anomalous:,}",
+        "-" if reached is None else f"{reached.false_alarms:,} of {reached.num_good:,}",
+    ]
+    link = f'<a href="{quote(folder)}/index.html">{html_text(result.category)}</a>'
+    return (
+        f'<tr><th scope="row">{link}</th>'
+        + "".join(f"<td>{html_text(cell)}</td>" for cell in cells)
+        + "</tr>"
+    )
