@@ -19,7 +19,7 @@ from ..report.heat_maps import write_heat_map
 from ..report.html import is_report
 from ..report.map_files import inner_path, write_map
 from ..report.summary import Alarms, counted, verdict_in_words
-from ..report.table import Table, require_parquet, write_parquet
+from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
@@ -148,7 +148,8 @@ def score_all(
             _write_pictures(outputs, run, result, detector)
             if page is not None:
                 page.add(report_entry(detector, result, regions))
-            table.add(_row(detector, result, regions))
+            found = [_region(region, result) for region in regions]
+            table.add(row_of(result) | {"regions": found})
             counts.add(result)
             if line_each:
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
@@ -211,23 +212,6 @@ def _write_pictures(
     if outputs.maps is not None:
         path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
         write_map(path, anomaly_map, detector.calibration_, result.map_threshold)
-
-
-def _row(detector: PatchSVDD, result: ImageResult, regions: list[Region]) -> dict[str, Any]:
-    row: dict[str, Any] = {"image": result.name, "score": result.score}
-    if result.anomalous is not None:
-        row |= {
-            "relative_score": result.relative_score,
-            "p_value": result.p_value,
-            "threshold": result.threshold,
-            "verdict": "anomalous" if result.anomalous else "normal",
-        }
-    most = regions[0] if regions else detector.highest_place(result)
-    return row | {
-        "level": most.level,
-        "unusual": list(result.unusual),
-        "regions": [_region(region, result) for region in regions],
-    }
 
 
 def _region(region: Region, result: ImageResult) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..encoders.patch_svdd import HierarchicalEncoder
 from ..encoders.pretrained import PATCH_SVDD
 from ..images.prepare import ImageSet
 from ..ops.backends import resolve_device
-from ..score.image_result import ImageResult
+from ..score.image_result import ImageResult, ScoredImages
 from ..score.maps import ScoreResult
 from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
@@ -307,12 +307,12 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     # --- scoring ----------------------------------------------------------------------------------
 
-    def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803
+    def score(self, X: Any, y: Any = None) -> ScoredImages:  # noqa: N803
         """Anomaly maps and image scores of new images, all in memory; y is ignored."""
         self._require_fitted()
         images = self.load_images(X)
-        height, width = images.pixels.shape[2:]
-        return self.score_encoded(self.encode(images.pixels, images.names), (height, width))
+        encoded = self.encode(images.pixels, images.names)
+        return scoring.score_images(self._model(), images, encoded, self.threshold_or_none())
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""

@@ -14,10 +14,10 @@ from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
-from ..images.prepare import PreparedImage, name_of, parse_size, prepare_image
+from ..images.prepare import ImageSet, PreparedImage, name_of, parse_size, prepare_image
 from ..score.calibration import Calibration
 from ..score.encoding import NotFiniteError, encode_images
-from ..score.image_result import ImageResult, image_results
+from ..score.image_result import ImageResult, ScoredImages, image_results
 from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from ..search.bank import NormalBank
@@ -80,6 +80,15 @@ def score_encoded(
         rule=map_rule(model.encoder, model.calibration),
         reweight=parameters["reweight"],
     )
+
+
+def score_images(
+    model: Model, images: ImageSet, encoded: Sequence[Tensor], threshold: float | None
+) -> ScoredImages:
+    """Score images by their embeddings, as `encode` gives them; threshold: for verdicts."""
+    height, width = images.pixels.shape[2:]
+    scores = score_encoded(model, encoded, (height, width))
+    return ScoredImages.of(scores, images, threshold, model.calibration, model.gallery)
 
 
 def score_stream(
