@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.exceptions import NotFittedError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
@@ -101,7 +101,7 @@ class ThresholdsMixin:
 
     def __repr__(self) -> str:
         if not hasattr(self, "banks_"):
-            return super().__repr__()  # scikit-learn's: the parameters that are not the defaults
+            return _with_a_named_encoder(self) or super().__repr__()
         height, width = self.mean_.shape[1:]
         bank = next(iter(self.banks_.values()))
         parts = [f"{len(bank.groups):,} images of {width}x{height}", self.encoder_.name]
@@ -129,3 +129,16 @@ class ThresholdsMixin:
             raise NotFittedError("this PatchSVDD is not fitted yet: call fit or PatchSVDD.load")
         if self.file_ is not None:
             self.file_.check()
+
+
+def _with_a_named_encoder(detector: Any) -> str | None:
+    """scikit-learn's `repr` of a detector whose encoder is a module, by the encoder's name.
+
+    None if the encoder is a name already.
+    """
+    parameters = detector.get_params(deep=False)
+    encoder = parameters["encoder"]
+    if not isinstance(encoder, nn.Module):
+        return None
+    name = getattr(encoder, "name", type(encoder).__name__)
+    return repr(type(detector)(**{**parameters, "encoder": name}))

@@ -108,6 +108,7 @@ def test_memory_counts_arrays_once():
 def test_a_detector_before_fit_is_shown_as_by_scikit_learn(detector):
     unfitted = PatchSVDD(mode="dense")
     assert repr(unfitted) == "PatchSVDD(mode='dense')"
+    assert repr(PatchSVDD(encoder=Plain(), seed=3)) == "PatchSVDD(encoder='Plain', seed=3)"
     assert "sk-container" in unfitted._repr_mimebundle_()["text/html"]
     shown = detector._repr_mimebundle_(include=None, exclude=None)
     assert shown == {"text/plain": repr(detector), "text/html": f"<code>{detector!r}</code>"}
