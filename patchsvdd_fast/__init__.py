@@ -63,6 +63,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _displays() -> Any:
+    """How results are shown in notebooks: `report.display`, for methods of results in rooms below.
+
+    Only this face knows that it is the room `report` that draws.
+    """
+    return import_module(f"{__name__}.report.display")
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 

@@ -22,7 +22,7 @@ from ..report.html import is_report
 from ..report.map_files import inner_path, write_map
 from ..report.masks import CocoFile, anomalous_pixels, write_mask
 from ..report.summary import Alarms, counted, verdict_in_words
-from ..report.table import Table, require_parquet, write_parquet
+from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
@@ -185,7 +185,8 @@ def score_all(
             _write_pictures(outputs, run, result, detector, coco)
             if page is not None:
                 page.add(report_entry(detector, result, regions))
-            table.add(_row(detector, result, regions))
+            found = [_region(region, result) for region in regions]
+            table.add(row_of(result) | {"regions": found})
             counts.add(result)
             if line_each:
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
@@ -257,23 +258,6 @@ def _write_pictures(
             write_mask(run.place(_MASKS / inner_path(name, ".png"), image), mask)
         if coco is not None:
             coco.add(result, mask)
-
-
-def _row(detector: PatchSVDD, result: ImageResult, regions: list[Region]) -> dict[str, Any]:
-    row: dict[str, Any] = {"image": result.name, "score": result.score}
-    if result.anomalous is not None:
-        row |= {
-            "relative_score": result.relative_score,
-            "p_value": result.p_value,
-            "threshold": result.threshold,
-            "verdict": "anomalous" if result.anomalous else "normal",
-        }
-    most = regions[0] if regions else detector.highest_place(result)
-    return row | {
-        "level": most.level,
-        "unusual": list(result.unusual),
-        "regions": [_region(region, result) for region in regions],
-    }
 
 
 def _region(region: Region, result: ImageResult) -> dict[str, Any]:

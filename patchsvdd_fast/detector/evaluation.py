@@ -84,6 +84,16 @@ class CategoryResult:
     """How many of those score above the detector's threshold; None without them, and for a
     detector that has no threshold."""
 
+    def __repr__(self) -> str:
+        combination, percent = list(self.percent.items())[-1]  # "mult", or the only level
+        figures = [f"{name} {value:.1f}" for name, value in percent.items() if value is not None]
+        parts = [f"{self.num_good:,} good, {self.num_anomalous:,} anomalous"]
+        parts.append(f"{combination}: {', '.join(figures)}")
+        if self.at_threshold is not None:
+            reached = self.at_threshold
+            parts.append(f"{reached.missed:,} missed, {reached.false_alarms:,} false alarms")
+        return f"CategoryResult({self.category!r}, {'; '.join(parts)})"
+
 
 def evaluate_category(
     detector: PatchSVDD,

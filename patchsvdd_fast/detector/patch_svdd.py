@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin
 from torch import Tensor, nn
 
@@ -19,19 +18,17 @@ from ..encoders.patch_svdd import HierarchicalEncoder
 from ..encoders.pretrained import PATCH_SVDD
 from ..images.prepare import ImageSet
 from ..ops.backends import resolve_device
-from ..score.image_result import ImageResult
+from ..score.image_result import ImageResult, ScoredImages
 from ..score.maps import ScoreResult
-from ..score.regions import Region, find_regions, highest_place
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import fitting, normality, parameters, scoring
 from .model_file import Model, load_model, save_model
 from .normality import Normality
 from .progress_bars import OnProgress
-from .thresholds import ThresholdsMixin
 
 
-class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
@@ -311,12 +308,12 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
 
     # --- scoring ----------------------------------------------------------------------------------
 
-    def score(self, X: Any, y: Any = None, *, progress: bool = False) -> ScoreResult:  # noqa: N803
+    def score(self, X: Any, y: Any = None, *, progress: bool = False) -> ScoredImages:  # noqa: N803
         """Anomaly maps and image scores of new images, all in memory; y is ignored.
 
         progress: show how far it is, as `fit` does.
         """
-        return scoring.score_source(self._model(), X, progress)
+        return scoring.score_source(self._model(), X, self.threshold_or_none(), progress)
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""
@@ -344,31 +341,6 @@ class PatchSVDD(ThresholdsMixin, OutlierMixin, BaseEstimator):  # type: ignore[m
         threshold = self.threshold_or_none(false_alarm_rate)
         # The model as it is now: later changes of the detector do not reach the stream.
         return scoring.score_stream(self._model(), sources, threshold, on_error)
-
-    def explain(self, result: ImageResult, false_alarm_rate: float | None = None) -> list[Region]:
-        """The anomalous regions of an image, the most anomalous first; none if it is normal.
-
-        Each has the normal patch most like it. result: one of `score_stream`.
-        false_alarm_rate: sets the threshold; None: the threshold that the stream had.
-        """
-        self._require_fitted()
-        rate = false_alarm_rate
-        threshold = result.threshold if rate is None else self.threshold(rate)
-        names = self._image_names()
-        return find_regions(result.scores, self.levels_, self.calibration_, threshold, names)
-
-    def highest_place(self, result: ImageResult) -> Region:
-        """The pixel with the highest map value of an image, anomalous or not, as a `Region`."""
-        self._require_fitted()
-        return highest_place(result.scores, self.levels_, self.calibration_, self._image_names())
-
-    def match_picture(self, region: Region) -> Image.Image | None:
-        """The training image that holds a region's nearest normal patch; None if not kept."""
-        gallery = self._normality().gallery
-        return None if gallery is None else gallery.picture(region.match_image, self.image_shape())
-
-    def _image_names(self) -> tuple[str, ...]:
-        return () if self.gallery_ is None else self.gallery_.names
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from ..images.prepare import (
 from ..images.samples import Samples
 from ..score.calibration import Calibration
 from ..score.encoding import NotFiniteError, encode_images
-from ..score.image_result import ImageResult, image_results
+from ..score.image_result import ImageResult, ScoredImages, image_results
 from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from ..search.bank import NormalBank
@@ -86,8 +86,13 @@ def load(
     )
 
 
-def score_source(model: Model, source: Any, show_progress: bool = False) -> ScoreResult:
-    """Load, encode and score images, all in memory; source: as `PatchSVDD` takes them."""
+def score_source(
+    model: Model, source: Any, threshold: float | None, show_progress: bool = False
+) -> ScoredImages:
+    """Load, encode and score images, all in memory.
+
+    source: as `PatchSVDD` takes them. threshold: for verdicts; None: there are none.
+    """
     given = model.parameters
     with phases_shown(show_progress, ("reading", "encoding", "searching")) as (
         read,
@@ -103,7 +108,7 @@ def score_source(model: Model, source: Any, show_progress: bool = False) -> Scor
         scores = score_encoded(model, embeddings, (height, width))
         if found is not None:
             found(1.0)
-    return scores
+    return ScoredImages.of(scores, images, threshold, model.calibration, model.gallery)
 
 
 def map_rule(encoder: PatchEncoder, calibration: Calibration | None) -> MapRule:

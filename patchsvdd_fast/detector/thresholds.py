@@ -1,17 +1,24 @@
-"""What follows from a detector's calibration: thresholds, p-values, scikit-learn's predictions."""
+"""What follows from a detector's calibration: thresholds, p-values, scikit-learn's predictions.
+
+And how a fitted detector is shown, which names its threshold.
+"""
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.exceptions import NotFittedError
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..encoders.levels import PatchLevel
+from ..encoders.patch_encoder import PatchEncoder
 from ..files.store import MappedFile
 from ..score.calibration import Calibration
 from ..score.maps import ScoreResult
+from ..search.bank import NormalBank
 
 
 class ThresholdsMixin:
@@ -23,6 +30,12 @@ class ThresholdsMixin:
     """The model file that it was loaded from, to notice that somebody wrote into it."""
     calibration_: Calibration | None
     """What good images score; None of a single training image."""
+    encoder_: PatchEncoder
+    """What embeds patches."""
+    banks_: dict[PatchLevel, NormalBank]
+    """The embeddings of the training images' patches, per level."""
+    mean_: Tensor
+    """[3, H, W]: what is subtracted from images."""
 
     def score(self, X: Any, y: Any = None) -> ScoreResult:  # noqa: N803 (scikit-learn's name)
         """Anomaly maps and image scores; the detector defines it."""
@@ -86,6 +99,25 @@ class ThresholdsMixin:
         """scikit-learn's name for the negative threshold."""
         return -self.threshold_
 
+    def __repr__(self) -> str:
+        if not hasattr(self, "banks_"):
+            return _with_a_named_encoder(self) or super().__repr__()
+        height, width = self.mean_.shape[1:]
+        bank = next(iter(self.banks_.values()))
+        parts = [f"{len(bank.groups):,} images of {width}x{height}", self.encoder_.name]
+        parts += [f"{level}: {len(bank):,} x {bank.dim}" for level, bank in self.banks_.items()]
+        if self.calibration_ is not None:
+            rate = self.false_alarm_rate_
+            parts.append(f"threshold {self.threshold_:.4g} at {rate:.2%} false alarms")
+        return f"{type(self).__name__}({', '.join([*parts, str(bank.device)])})"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
+        """For notebooks: a fitted detector is shown by its `repr`, not by its 30 parameters."""
+        if hasattr(self, "banks_"):
+            return {"text/plain": repr(self), "text/html": f"<code>{escape(repr(self))}</code>"}
+        bundle: dict[str, str] = super()._repr_mimebundle_(**options)  # type: ignore[misc]
+        return bundle
+
     def _calibration(self) -> Calibration:
         self._require_fitted()
         if self.calibration_ is None:
@@ -97,3 +129,16 @@ class ThresholdsMixin:
             raise NotFittedError("this PatchSVDD is not fitted yet: call fit or PatchSVDD.load")
         if self.file_ is not None:
             self.file_.check()
+
+
+def _with_a_named_encoder(detector: Any) -> str | None:
+    """scikit-learn's `repr` of a detector whose encoder is a module, by the encoder's name.
+
+    None if the encoder is a name already.
+    """
+    parameters = detector.get_params(deep=False)
+    encoder = parameters["encoder"]
+    if not isinstance(encoder, nn.Module):
+        return None
+    name = getattr(encoder, "name", type(encoder).__name__)
+    return repr(type(detector)(**{**parameters, "encoder": name}))

@@ -46,6 +46,11 @@ class LabelledSet:
     remarks: list[str]
     """Lines for the user: masks that match no image, images without a label."""
 
+    def __repr__(self) -> str:
+        anomalous = sum(image.is_anomalous for image in self.images)
+        good = len(self.images) - anomalous
+        return f"LabelledSet({good:,} good, {anomalous:,} anomalous, {len(self.remarks):,} remarks)"
+
 
 @dataclass(frozen=True)
 class Layout:

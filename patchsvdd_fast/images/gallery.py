@@ -43,6 +43,10 @@ class Gallery:
         if self.pictures is not None and len(self.pictures) != count:
             raise ValueError(f"{count} training images cannot have {len(self.pictures)} pictures")
 
+    def __repr__(self) -> str:
+        pictures = "without" if self.pictures is None else "with"
+        return f"Gallery({len(self.names):,} images, {pictures} pictures)"
+
     def __getstate__(self) -> dict[str, Any]:
         # Pictures of an opened model are views of the file, which cannot be pickled.
         pictures = None if self.pictures is None else tuple(map(bytes, self.pictures))

@@ -190,6 +190,9 @@ class PreparedImage:
     source: Any = None
     """What it was made from: a path, a PIL image or an array."""
 
+    def __repr__(self) -> str:
+        return f"PreparedImage({self.name!r}, {_size_in_words(self.pixels)})"
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -203,6 +206,17 @@ class ImageSet:
     """(height, width) of each before resizing."""
     samples: Samples = UNKNOWN
     """How samples of more than 8 bits were read."""
+
+    def __repr__(self) -> str:
+        count = len(self.names)
+        images = f"{count:,} image{'' if count == 1 else 's'}"
+        return f"ImageSet({images}, {_size_in_words(self.pixels)})"
+
+
+def _size_in_words(pixels: Tensor) -> str:
+    """Of pixels [..., H, W], such as "256x128 pixels, uint8"."""
+    height, width = pixels.shape[-2:]
+    return f"{width}x{height} pixels, {str(pixels.dtype).removeprefix('torch.')}"
 
 
 def prepare_image(

@@ -20,15 +20,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def verdict_in_words(result: ImageResult) -> str:
-    """Such as "anomalous, 3.1 x the threshold, p 0.1 (score 2.4e-09)"."""
-    if result.anomalous is None:
-        return f"score {result.score:.4g}"
-    parts = ["anomalous" if result.anomalous else "normal"]
-    if result.relative_score is not None:
-        parts.append(f"{result.relative_score:.3g} x the threshold")
-    if result.p_value is not None:
-        parts.append(f"p {result.p_value:.3g}")
-    return f"{', '.join(parts)} (score {result.score:.4g})"
+    """`ImageResult.in_words`."""
+    return result.in_words()
 
 
 class Alarms:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.whole import written_whole
+from ..score.image_result import ImageResult
 
 TABLE_FORMATS = ("csv", "jsonl", "parquet")
 """Of the command line; a `Table` is one of the first two, `write_parquet` makes the third."""
@@ -22,6 +23,19 @@ COLUMNS = (
     *("verdict", "level", "unusual", "error"),
 )
 """Columns of the table; JSON lines also have the anomalous regions."""
+
+
+def row_of(result: ImageResult) -> dict[str, Any]:
+    """What the table says of a scored image, by column; columns that stay empty are left out."""
+    row: dict[str, Any] = {"image": result.name, "score": result.score}
+    if result.anomalous is not None:
+        row |= {
+            "relative_score": result.relative_score,
+            "p_value": result.p_value,
+            "threshold": result.threshold,
+            "verdict": "anomalous" if result.anomalous else "normal",
+        }
+    return row | {"level": result.level, "unusual": list(result.unusual)}
 
 
 _AS_PATHS = sys.getfilesystemencodeerrors()  # error handler for names of files that are not UTF-8

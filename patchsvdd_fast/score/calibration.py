@@ -47,6 +47,10 @@ class Calibration:
     """Per level, of an encoder that sees more than its patches: the factors by which maps are
     corrected near the border, [RINGS] float64, see `score.border`; empty for other encoders."""
 
+    def __repr__(self) -> str:
+        low, high = float(self.image_scores[0]), float(self.image_scores[-1])
+        return f"Calibration({self.num_images:,} images, scores {low:.3g} to {high:.3g})"
+
     def tensors(self) -> dict[str, Tensor]:
         """As tensors by name, which `from_tensors` reads back."""
         levels = {f"{_LEVEL}{name}": scores for name, scores in self.level_scores.items()}

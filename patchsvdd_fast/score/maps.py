@@ -37,7 +37,8 @@ class ScoreResult:
     def __repr__(self) -> str:
         count, height, width = next(iter(self.level_maps.values())).shape
         levels = ", ".join(self.level_maps)
-        return f"ScoreResult({count} images, {width}x{height} pixels, {levels}, {self.combination})"
+        images = f"{count:,} image{'' if count == 1 else 's'}"
+        return f"ScoreResult({images}, {width}x{height} pixels, {levels}, {self.combination})"
 
     def item(self) -> NoReturn:
         """Raises TypeError: scikit-learn calls this where it needs one number, and has none."""
@@ -118,7 +119,7 @@ class MapRule:
     """False: a pixel's value is the mean over all patches that cover it, as in the paper. True: it
     is interpolated between the centres of patches, so that the map's maximum is about the largest
     distance: for encoders that see more than their patches."""
-    border: Mapping[str, Tensor] = field(default_factory=dict)
+    border: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Per level: factors that distances near the border are divided by, see `score.border`."""
 
     def map(self, distances: Tensor, level: PatchLevel, image_shape: tuple[int, int]) -> Tensor:

@@ -90,9 +90,28 @@ def highest_place(
 
     Arguments as for `find_regions`; without a calibration the first level explains it.
     """
+    y, x = _peak(result)
+    return _region((x, y, 1, 1), 1, (y, x), result, levels, calibration, names)
+
+
+def level_of_peak(result: ScoreResult, calibration: Calibration | None) -> str:
+    """The level of `highest_place`, by name."""
+    return _level_at(_peak(result), result, calibration)
+
+
+def _peak(result: ScoreResult) -> tuple[int, int]:
+    """(y, x) of the highest pixel of one image's map."""
     anomaly_map = result.anomaly_map[0].numpy()
     y, x = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
-    return _region((int(x), int(y), 1, 1), 1, (int(y), int(x)), result, levels, calibration, names)
+    return int(y), int(x)
+
+
+def _level_at(pixel: tuple[int, int], result: ScoreResult, calibration: Calibration | None) -> str:
+    """The level that raised the alarm at (y, x), see `Region.level`."""
+    values = {name: float(maps[0][pixel]) for name, maps in result.level_maps.items()}
+    if result.combination in values:
+        return result.combination
+    return next(iter(values)) if calibration is None else calibration.level_of_alarm(values)
 
 
 def _region(
@@ -104,11 +123,7 @@ def _region(
     calibration: Calibration | None,
     names: Sequence[str],
 ) -> Region:
-    values = {name: float(maps[0][peak]) for name, maps in result.level_maps.items()}
-    if result.combination in values:
-        name = result.combination
-    else:
-        name = next(iter(values)) if calibration is None else calibration.level_of_alarm(values)
+    name = _level_at(peak, result, calibration)
     level = next(level for level in levels if str(level) == name)
     distances = result.distances[name][0].numpy()  # [I, J]
     i, j = _patch_at(peak, level, distances)

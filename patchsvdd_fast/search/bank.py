@@ -93,9 +93,7 @@ class NormalBank:
         return self._index.rows
 
     def __repr__(self) -> str:
-        metric = "" if self.metric == "euclidean" else f", {self.metric}"
-        clusters = f", {self.num_clusters:,} clusters" if self.num_clusters else ""
-        return f"NormalBank({len(self):,} x {self.dim}, {self.device}{metric}{clusters})"
+        return f"NormalBank({self._index.in_words()})"
 
     @property
     def dim(self) -> int:

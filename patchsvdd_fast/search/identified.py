@@ -42,7 +42,7 @@ class IdentifiedBank:
         return len(self._held[1])
 
     def __repr__(self) -> str:
-        return f"IdentifiedBank({self._held[0]!r})"
+        return f"IdentifiedBank({self._held[0]._index.in_words()})"
 
     @property
     def bank(self) -> NormalBank:

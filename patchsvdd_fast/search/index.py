@@ -145,6 +145,29 @@ class Index(NamedTuple):
         """I * J of the grid."""
         return self.grid[0] * self.grid[1]
 
+    def in_words(self) -> str:
+        """What it holds, without any of its values: such as "5,625 x 64, 9 images, 2.1 MB, cpu"."""
+        parts = [f"{self.rows:,} x {self.data.shape[1]}"]
+        if self.patches_per_image > 1:
+            parts.append(f"{len(self.groups):,} images")
+        if self.patches is not None:
+            parts.append("coreset")
+        if self.clusters is not None:
+            parts.append(f"{len(self.clusters.centroids):,} clusters")
+        elif self.codes is not None:
+            parts.append("codes")
+        if self.metric != "euclidean":
+            parts.append(self.metric)
+        return ", ".join([*parts, _size_in_words(self._bytes()), str(self.data.device)])
+
+    def _bytes(self) -> int:
+        """The memory of all its arrays, also where that is a file's; shared ones count once."""
+        searched = () if self.clusters is None else tuple(self.clusters)
+        coded = [] if self.codes is None else self.codes.tensors()
+        arrays = [self.data, self.appended, self.groups, self.patches, *searched, *coded]
+        sizes = {t.data_ptr(): t.nbytes for t in arrays if isinstance(t, Tensor)}
+        return sum(sizes.values())
+
     def check_file(self) -> None:
         """Raise OSError if the file that it lies in was changed since it was opened."""
         if self.file is not None:
@@ -318,6 +341,15 @@ class Index(NamedTuple):
             return changed._replace(data=segments.data, clusters=segments)
         clusters, stretch = extend_clusters(rows, self.clusters, self.stretch)
         return changed._replace(data=clusters.data, clusters=clusters, stretch=stretch)
+
+
+def _size_in_words(size: float) -> str:
+    """Bytes, such as "2.1 MB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB"
 
 
 def _on_gpu(tensor: Tensor) -> bool:

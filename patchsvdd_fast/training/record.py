@@ -87,6 +87,18 @@ class TrainingRecord:
     """By how much a criterion had to exceed that of the untrained weights for its weights to be
     kept, in points."""
 
+    def __repr__(self) -> str:
+        parts = [f"{self.steps:,} steps in {self.seconds:,.0f} s" if self.steps else "no training"]
+        if self.final_loss is not None:
+            parts.append(f"loss {self.final_loss:.4g}")
+        if self.best_step is not None:
+            parts.append(f"weights of step {self.best_step:,}")
+        if self.qualities:
+            parts.append(f"{len(self.qualities):,} checks")
+        if self.collapsed:
+            parts.append("collapsed")
+        return f"TrainingRecord({', '.join(parts)})"
+
 
 def record_of(values: Mapping[str, Any]) -> TrainingRecord:
     """A record from the JSON object that a file holds of it; older files are understood, too."""

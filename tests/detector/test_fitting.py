@@ -276,7 +276,7 @@ def test_a_search_over_parameters(images, tmp_path):
         with pytest.raises(TypeError, match=message):
             cross_val_score(search.best_estimator_, both, y, cv=train)
     result = search.best_estimator_.score(both[:2])
-    assert repr(result) == "ScoreResult(2 images, 96x96 pixels, K16, K16)"
+    assert repr(result) == "ScoreResult(2 images, 96x96 pixels, K16, K16, 0 anomalous)"
 
 
 class Breaks(Plain):

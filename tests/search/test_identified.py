@@ -145,7 +145,7 @@ def test_a_bank_and_its_copies_change_alone():
     assert len(bank) == len(bank.bank) == 3
     assert bank.ids.tolist() == [5, 6, 7]
     assert bank.to("cpu") is bank
-    assert repr(bank) == "IdentifiedBank(NormalBank(3 x 3, cpu))"
+    assert repr(bank) == "IdentifiedBank(3 x 3, 60 bytes, cpu)"
 
 
 @pytest.mark.parametrize(
