@@ -185,8 +185,7 @@ def score_all(
             _write_pictures(outputs, run, result, detector, coco)
             if page is not None:
                 page.add(report_entry(detector, result, regions))
-            found = [_region(region, result) for region in regions]
-            table.add(row_of(result) | {"regions": found})
+            table.add(row_of(result) | {"regions": [_region(one, result) for one in regions]})
             counts.add(result)
             if line_each:
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)

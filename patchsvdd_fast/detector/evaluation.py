@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..files.categories import Category
+from ..files.folders import report_unreadable
 from ..files.layouts import LabelledImage, LabelledSet
 from ..files.masks import read_mask
 from ..files.whole import written_whole
-from ..images.prepare import UnreadableError, report_unreadable
+from ..images.prepare import UnreadableError
 from ..score import metrics
 from ..score.image_result import ImageResult
 from ..score.maps import combinations_of, combine, scores_of

@@ -23,6 +23,7 @@ from ..score.maps import ScoreResult
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import fitting, normality, parameters, scoring
+from .explanations import ExplanationsMixin
 from .model_file import Model, load_model, save_model
 from .normality import Normality
 from .progress_bars import OnProgress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
 SUFFIXES = {
@@ -125,3 +125,23 @@ def _why(entry: os.DirEntry[str]) -> str:
         return "links that lead nowhere"
     suffix = PurePath(entry.name).suffix.lower()
     return f"files {suffix or 'without a suffix'}, which are not read"
+
+
+def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
+    """Say which of some images could not be read, all at once: by a warning if they are skipped.
+
+    found: why, each naming its file. Raises ValueError unless `skip`, and if none is left.
+    """
+    if not found:
+        return
+    listed = "; ".join(str(error) for error in found)
+    if len(found) == of:
+        raise ValueError(f"none of the {of:,} images can be read: {listed}")
+    if not skip:
+        raise ValueError(
+            f"{len(found):,} of {of:,} images cannot be read (to go on without them: "
+            f"--skip-unreadable, skip_unreadable): {listed}"
+        )
+    warnings.warn(
+        f"left out {len(found):,} of {of:,} images, which cannot be read: {listed}", stacklevel=3
+    )

@@ -47,9 +47,8 @@ class LabelledSet:
     """Lines for the user: masks that match no image, images without a label."""
 
     def __repr__(self) -> str:
-        anomalous = sum(image.is_anomalous for image in self.images)
-        good = len(self.images) - anomalous
-        return f"LabelledSet({good:,} good, {anomalous:,} anomalous, {len(self.remarks):,} remarks)"
+        bad = sum(image.is_anomalous for image in self.images)
+        return f"LabelledSet({len(self.images) - bad:,} good, {bad:,} anomalous)"
 
 
 @dataclass(frozen=True)

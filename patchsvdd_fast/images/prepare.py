@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..files.categories import training_paths
-from ..files.folders import SUFFIXES
+from ..files.folders import SUFFIXES, report_unreadable
 from ..files.pages import (
     check_pages,
     file_and_page,
@@ -345,26 +345,6 @@ def load_image_set(
     report_unreadable(unreadable, len(source), skip_unreadable)
     assert batch is not None
     return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)
-
-
-def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
-    """Say which of some images could not be read, all at once: by a warning if they are skipped.
-
-    found: why, each naming its file. Raises ValueError unless `skip`, and if none is left.
-    """
-    if not found:
-        return
-    listed = "; ".join(str(error) for error in found)
-    if len(found) == of:
-        raise ValueError(f"none of the {of:,} images can be read: {listed}")
-    if not skip:
-        raise ValueError(
-            f"{len(found):,} of {of:,} images cannot be read (to go on without them: "
-            f"--skip-unreadable, skip_unreadable): {listed}"
-        )
-    warnings.warn(
-        f"left out {len(found):,} of {of:,} images, which cannot be read: {listed}", stacklevel=3
-    )
 
 
 def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Parts:
