@@ -47,8 +47,7 @@ class LabelledSet:
     """Lines for the user: masks that match no image, images without a label."""
 
     def __repr__(self) -> str:
-        bad = sum(image.is_anomalous for image in self.images)
-        return f"LabelledSet({len(self.images) - bad:,} good, {bad:,} anomalous)"
+        return f"LabelledSet({len(self.images):,} images)"
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,9 @@ def labelled(
     for mask, image in beside.items():
         matched[image] = (*matched.get(image, ()), mask)
     for name, path in paths.items():
-        defect = name.parts[0] if len(name.parts) > 1 else anomalous.name
-        defect = "anomalous" if defect in ("", GOOD) else defect
-        images.append(LabelledImage(path, defect, matched.get(path, ())))
+        kind = name.parts[0] if len(name.parts) > 1 else anomalous.name
+        kind = "anomalous" if kind in ("", GOOD) else kind
+        images.append(LabelledImage(path, kind, matched.get(path, ())))
     if unmatched:
         remarks.append(f"masks that match no test image: {_names(unmatched, len(found))}")
     without = [image.path for image in images if image.is_anomalous and not image.masks]
@@ -294,15 +293,12 @@ def _is_kolektor(root: Path) -> bool:
 
 
 def _has_masks_beside(folder: Path, ending: str) -> bool:
-    return folder.is_dir() and any(
-        path.stem.endswith(ending) for path in masks_beside(p for p in folder.iterdir())
-    )
+    return folder.is_dir() and any(p.stem.endswith(ending) for p in masks_beside(folder.iterdir()))
 
 
 def _parts_of_kolektor(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if p.name[:3].lower() == "kos" and p.is_dir())
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted(p for p in there if p.name[:3].lower() == "kos" and p.is_dir())
 
 
 def _judged_by_masks(folders: list[Path]) -> LabelledSet:
@@ -317,11 +313,10 @@ def _judged_by_masks(folders: list[Path]) -> LabelledSet:
             if path in beside:
                 continue
             try:
-                is_good = not marks_anything([masks[path]])
+                kind = "defect" if marks_anything([masks[path]]) else GOOD
+                images.append(LabelledImage(path, kind, (masks[path],)))
             except (KeyError, ValueError, OSError):
                 without.append(path)
-            else:
-                images.append(LabelledImage(path, GOOD if is_good else "defect", (masks[path],)))
     line = f"images left out, as no mask tells whether they are good: {_names(without)}"
     return LabelledSet(images, [line] if without else [])
 

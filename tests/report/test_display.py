@@ -86,7 +86,7 @@ def test_reprs_are_one_line_and_hold_no_values(detector, scored, category_folder
         repr(grid.coreset(0.5)): "NormalBank(30 x 8, 3 images, coreset, ",
         repr(NormalBank(torch.rand(2000, 8), clusters=9)): "NormalBank(2,000 x 8, 9 clusters, ",
         repr(IdentifiedBank(NormalBank(torch.rand(5, 8)), np.arange(5))): "IdentifiedBank(5 x 8, ",
-        repr(category.test_set()): "LabelledSet(3 good, 3 anomalous, 0 remarks)",
+        repr(category.test_set()): "LabelledSet(6 images)",
         repr(evaluate_category(detector, category)): (
             "CategoryResult('stripes', 3 good, 3 anomalous; K24: detection 100.0, segmentation "
         ),
