@@ -19,8 +19,6 @@ def lite_model(here, category_folder, tmp_path):
     path = tmp_path / "lite.safetensors"
     done = here("train", category_folder, "-o", path, *LITE)
     assert done.returncode == 0, done.stderr
-    for phase in ("reading", "encoding", "filling banks", "calibrating"):
-        assert phase in done.stdout
     assert f"wrote {path}: efficientnet_lite0, banks of 400 patches" in done.stdout
     assert "training" not in done.stdout.replace("training images", "")
     return path

@@ -338,7 +338,7 @@ def test_reports_of_several_categories_lie_apart(category_folder, tmp_path):
     assert not report.exists()
     run(*given, models)
     pages = sorted(path.relative_to(report).as_posix() for path in report.rglob("*.html"))
-    assert pages == ["second/index.html", "stripes/index.html"]
+    assert pages == ["index.html", "second/index.html", "stripes/index.html"]
 
 
 def test_evaluation_streams_what_score_gives(fitted, category_folder):

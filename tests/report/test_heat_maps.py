@@ -144,7 +144,7 @@ def test_saved_pictures_of_any_shape():
 def test_a_written_heat_map_says_its_scale(picture, tmp_path):
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     result = ImageResult(
-        *("a.png", 2.0, 0.1, 1.0, True, (), pixels, torch.zeros(7)),
+        *("a.png", 2.0, 0.1, 1.0, True, "K24", (), pixels, torch.zeros(7)),
         _scores({"K24": _disc()}, "K24"),
         None,
     )

@@ -35,6 +35,7 @@ def result_of(values, size, threshold=1.0):
         p_value=None,
         threshold=threshold,
         anomalous=threshold is not None and bool(values.max() > threshold),
+        level="K32",
         unusual=(),
         pixels=torch.zeros(3, *values.shape, dtype=torch.uint8),
         statistics=torch.tensor([0, 0, 0, 0, 0, size[1], size[0]], dtype=torch.float64),
