@@ -40,7 +40,7 @@ class ExplanationsMixin(ThresholdsMixin):
         self._require_fitted()
         if self.gallery_ is None:
             return None
-        return self.gallery_.picture(region.match_image, (self.mean_.shape[1], self.mean_.shape[2]))
+        return self.gallery_.picture(region.match_image, self.image_shape())
 
     def _image_names(self) -> tuple[str, ...]:
         return () if self.gallery_ is None else self.gallery_.names

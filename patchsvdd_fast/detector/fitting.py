@@ -43,7 +43,6 @@ from .progress_bars import (
     THRESHOLDS,
     OnProgress,
     OnStep,
-    fit_shown,
 )
 from .scoring import encode, load
 
@@ -65,7 +64,6 @@ def fit_model(
     keeping: Keeping,
     on_step: OnStep,
     on_progress: OnProgress,
-    show_progress: bool = False,
     skip_unreadable: bool = False,
     pages: str = "first",
 ) -> Model | None:
@@ -74,25 +72,11 @@ def fit_model(
     given: resolved parameters. source: the images, as `PatchSVDD` takes them.
     encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
         trained.
-    on_step: called after training steps. show_progress: see `PatchSVDD.fit`, as for `on_progress`.
+    on_step: called after training steps. on_progress: see `PatchSVDD.fit`.
     skip_unreadable, pages: as of `load_image_set`.
 
     Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
     """
-    with fit_shown(show_progress, on_step, on_progress) as told:
-        return _fit_model(given, source, encoder, keeping, *told, skip_unreadable, pages)
-
-
-def _fit_model(
-    given: Parameters,
-    source: Any,
-    encoder: PatchEncoder | None,
-    keeping: Keeping,
-    on_step: OnStep,
-    on_progress: OnProgress,
-    skip_unreadable: bool,
-    pages: str,
-) -> Model | None:
     parameters.check_parameters(given)
     settings = parameters.settings_of(given)
     device = local_device(resolve_device(given["device"]))

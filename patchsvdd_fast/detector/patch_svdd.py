@@ -26,7 +26,7 @@ from . import fitting, normality, parameters, scoring
 from .explanations import ExplanationsMixin
 from .model_file import Model, load_model, save_model
 from .normality import Normality
-from .progress_bars import OnProgress
+from .progress_bars import OnProgress, fit_shown
 
 
 class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
@@ -199,8 +199,8 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         ready = parameters.ready_encoder(self.get_params(), encoder)
         given = parameters.resolved(self.get_params(), ready)
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
-        run = on_step, on_progress, progress, skip_unreadable, pages
-        model = fitting.fit_model(given, X, ready, keeping, *run)
+        with fit_shown(progress, on_step, on_progress) as told:
+            model = fitting.fit_model(given, X, ready, keeping, *told, skip_unreadable, pages)
         if model is not None:  # else the first process has it
             self._use(model)
         return self
@@ -293,10 +293,6 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
     def usual_light(self) -> Tensor | None:
         """The colour that images are matched to, [3] float32; None if they stay as they are."""
         return parameters.usual_light(self.parameters_, self.light_)
-
-    def image_shape(self) -> tuple[int, int]:
-        """(height, width) of the training images as they were encoded, in pixels."""
-        return self.mean_.shape[1], self.mean_.shape[2]
 
     @property
     def num_images(self) -> int:

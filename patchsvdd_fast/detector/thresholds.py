@@ -41,6 +41,10 @@ class ThresholdsMixin:
         """Anomaly maps and image scores; the detector defines it."""
         raise NotImplementedError
 
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the training images as they were encoded, in pixels."""
+        return self.mean_.shape[1], self.mean_.shape[2]
+
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
         """Normality of each image, [N]: the negative image score, higher is more normal."""
         scores: npt.NDArray[np.float32] = -self.score(X).image_scores.numpy()
@@ -102,7 +106,7 @@ class ThresholdsMixin:
     def __repr__(self) -> str:
         if not hasattr(self, "banks_"):
             return _with_a_named_encoder(self) or super().__repr__()
-        height, width = self.mean_.shape[1:]
+        height, width = self.image_shape()
         bank = next(iter(self.banks_.values()))
         parts = [f"{len(bank.groups):,} images of {width}x{height}", self.encoder_.name]
         parts += [f"{level}: {len(bank):,} x {bank.dim}" for level, bank in self.banks_.items()]
