@@ -15,21 +15,12 @@ from patchsvdd_fast.detector.forecast import Progress
 from patchsvdd_fast.detector.progress_bars import AFTER_TRAINING, PHASES
 from patchsvdd_fast.search.bank import NormalBank
 from patchsvdd_fast.training.record import TrainingStep
-
-
-class Clock:
-    """Stands for the module `time`; goes on only when told."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
+from processes import Clock
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    clock = Clock(0.0)
     monkeypatch.setattr(forecast, "time", clock)
     return clock
 

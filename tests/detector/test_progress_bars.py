@@ -2,33 +2,23 @@
 
 import io
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from backbones import Plain
-from conftest import script_environment, texture
+from conftest import texture
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector import progress_bars
 from patchsvdd_fast.detector.progress_bars import FitDisplay, Pace, display
 from patchsvdd_fast.training.record import LevelMetrics, Quality, TrainingStep
-
-
-class Clock:
-    """Stands for the module `time`; goes on only when told."""
-
-    now = 100.0
-
-    def perf_counter(self):
-        return self.now
+from processes import Clock, run_script
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    clock = Clock(100.0)
     monkeypatch.setattr(progress_bars, "time", clock)
     return clock
 
@@ -138,11 +128,5 @@ def test_only_the_first_of_several_processes_shows_anything(images, capsys, monk
 
 def test_an_import_prints_nothing():
     code = "import patchsvdd_fast.detector.patch_svdd, patchsvdd_fast.cli.app"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=script_environment(),
-    )
+    done = run_script("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
