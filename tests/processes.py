@@ -1,10 +1,13 @@
 """Commands and scripts in processes of their own, how they end, their limits; and a clock."""
 
+import functools
 import resource
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from conftest import script_environment
 
@@ -54,6 +57,19 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@functools.cache
+def openvino():
+    """The module, whose `Core` is made once and kept; skips the test where it is missing.
+
+    An engine of OpenVINO gives the thread that makes it a stack for handlers of signals, and unmaps
+    it wherever its last reference ends: in another thread, the first one's next signal would be the
+    end of the process.
+    """
+    module = pytest.importorskip("openvino", reason="needs openvino")
+    module.Core = functools.cache(module.Core)
+    return module
 
 
 class Clock:

@@ -36,6 +36,7 @@ from patchsvdd_fast.report import table
 from patchsvdd_fast.score.image_result import ImageResult
 from patchsvdd_fast.score.regions import Region
 from patchsvdd_fast.training import settings
+from processes import openvino
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -199,7 +200,7 @@ def test_wildcards():
 @pytest.mark.parametrize("page", PAGES)
 def test_examples(page, example_folder):
     if page == "export.md":
-        pytest.importorskip("openvino", reason="needs openvino")
+        openvino()
     shell, namespace, printed = Shell(), {}, ""
     if "train images/good -o model.safetensors" in read(DOCS / page):
         (example_folder / "model.safetensors").unlink()  # which would not be replaced

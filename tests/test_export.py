@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import ROOT, texture
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector.onnx import export_detector
+from processes import openvino
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -62,11 +63,11 @@ def as_the_library_says(detector, path):
     return score, "anomalous" if score > detector.threshold_ else "normal", f"{column},{row}"
 
 
-@pytest.mark.parametrize("openvino", [False, True])
-def test_python(made, monkeypatch, openvino):
+@pytest.mark.parametrize("in_openvino", [False, True])
+def test_python(made, monkeypatch, in_openvino):
     """The second program goes on from the first."""
-    if openvino:
-        pytest.importorskip("openvino", reason="needs openvino")
+    if in_openvino:
+        openvino()
     folder, detector = made
     monkeypatch.chdir(folder)
     score, verdict, place = as_the_library_says(detector, "images/new/spot.png")
@@ -74,7 +75,7 @@ def test_python(made, monkeypatch, openvino):
     namespace = {}
     assert printed_by(IN_ONNXRUNTIME, namespace) == f"{verdict}, {times}, most at {place}\n"
     assert verdict == "anomalous"
-    if openvino:
+    if in_openvino:
         assert printed_by(IN_OPENVINO, namespace) == f"{times}\n"
 
 

@@ -16,6 +16,7 @@ from patchsvdd_fast.detector import onnx as export
 from patchsvdd_fast.detector.onnx import export_detector
 from patchsvdd_fast.encoders import onnx_encoder
 from patchsvdd_fast.score import onnx_scoring
+from processes import openvino
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -44,9 +45,8 @@ def in_onnxruntime(path):
 
 
 def in_openvino(path):
-    openvino = pytest.importorskip("openvino", reason="needs openvino")
     options = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the processor has it
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = openvino().Core().compile_model(path, "CPU", options)
 
     def run(images):
         found = compiled({"images": images})
