@@ -153,7 +153,7 @@ INTERNAL = {
     "images.prepare.name_of": "ImageResult.name",
     "images.prepare.read_deep_samples": "what load_image_set looks at first",
     "files.folders.report_unreadable": "the error or warning of skip_unreadable",
-    "images.prepare.parse_size": "what `image_size` means",
+    "detector.parameters.parse_size": "what `image_size` means",
     "images.samples.DeepSamples": "a type of arguments",
     "images.samples.DEEPEST": "the last of DEPTHS",
     "images.samples.rounded_up": "a part of survey",

@@ -53,8 +53,8 @@ def demo(
                 run.note(path.relative_to(output))
         detector = _detector(steps, seed, device)
         untrained = PatchSVDD(**detector.get_params())
-        fit_with_progress(untrained, category.root, encoder=untrained.untrained_encoder())
-        fit_with_progress(detector, category.root)
+        fit_with_progress(untrained.fit, category.root, encoder=untrained.untrained_encoder())
+        fit_with_progress(detector.fit, category.root)
         model = run.note(Path(MODEL))
         detector.save(model)
 

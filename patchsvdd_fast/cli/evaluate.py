@@ -26,6 +26,7 @@ from .options import (
 from .terminal import console, evaluate_with_progress, print_error, results_table
 
 if TYPE_CHECKING:
+    from ..detector.categories import CategoryDetectors
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
     from ..detector.progress_bars import Display
@@ -45,6 +46,15 @@ def evaluate(
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model file, or a folder of them, <category>.safetensors.")
+    ] = None,
+    one_of_model: Annotated[
+        str | None,
+        typer.Option(
+            "--category",
+            help="With a --model of several (train --together): which one; default: that of the "
+            "folder's name.",
+            show_default=False,
+        ),
     ] = None,
     encoder: Annotated[
         str | None,
@@ -125,10 +135,10 @@ def evaluate(
         from ..detector.patch_svdd import PatchSVDD
         from ..detector.progress_bars import FitDisplay, display
         from ..files.categories import find_categories
-        from .outputs import require_report
+        from .reports import require_report
 
     categories = [_own(own)] if data is None else find_categories(data)
-    _require_models(model, data, len(categories))
+    one_file = _opened(model, device, len(categories), one_of_model)
 
     def folder_of(category: Category) -> Path | None:
         # Its own name, not that of what it links to: two may link to the same.
@@ -139,7 +149,9 @@ def evaluate(
 
     def detector_for(category: Category, bars: Display) -> PatchSVDD:
         if model is not None:
-            return PatchSVDD.load(_file_for(model, category), device=device)
+            if one_file is None:
+                return PatchSVDD.load(_file_for(model, category), device=device)
+            return _detector_for(one_file, one_of_model or category.name)
         detector = PatchSVDD(
             image_size=parse_resize(resize or "256"),
             bit_depth=bit_depth,
@@ -208,13 +220,42 @@ def _made_from(model: Path | None, encoder: str | None, category: Category) -> d
     return {"model" if model else "encoder from": str(made)}
 
 
-def _require_models(model: Path | None, data: Path | None, num_categories: int) -> None:
-    """Raise ValueError for one model of several categories, whose own would not be judged."""
-    if model is not None and not model.is_dir() and num_categories > 1:
-        raise ValueError(
-            f"{model} is one model, but {data} holds {num_categories} categories: give one of "
-            "them, or a folder of models, <category>.safetensors"
-        )
+def _opened(
+    model: Path | None, device: str, num_categories: int, chosen: str | None
+) -> PatchSVDD | CategoryDetectors | None:
+    """The model, if it is one file. Raises ValueError if it cannot judge so many categories.
+
+    chosen: the category in it that judges, if not that of the folder's name.
+    """
+    from ..detector.categories import open_detectors
+    from ..detector.patch_svdd import PatchSVDD
+
+    if chosen is not None and (model is None or model.is_dir() or num_categories > 1):
+        raise ValueError("--category is for one --model file and the images of one category")
+    if model is None or model.is_dir():
+        return None
+    opened = open_detectors(model, device)
+    if isinstance(opened, PatchSVDD):
+        if chosen is not None:
+            raise ValueError(f"{model} has no categories, such as {chosen!r}")
+        if num_categories > 1:
+            raise ValueError(
+                f"{model} is one model, but there are {num_categories} categories: give one of "
+                "them, a folder of models, <category>.safetensors, or a model of several (train "
+                "--together)"
+            )
+    elif chosen is not None:
+        opened.require(chosen)
+    return opened
+
+
+def _detector_for(opened: PatchSVDD | CategoryDetectors, category: str) -> PatchSVDD:
+    from ..detector.patch_svdd import PatchSVDD
+
+    if isinstance(opened, PatchSVDD):
+        return opened
+    opened.require(category)
+    return opened[category]
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:
@@ -264,7 +305,7 @@ def _evaluate(
 ) -> CategoryResult:
     from ..files.categories import in_words
     from ..report.summary import Alarms, broken_promise
-    from .outputs import claimed_report
+    from .reports import claimed_report
 
     tests = category.test_set()
     console.print(in_words(category, tests), soft_wrap=True, markup=False, highlight=False)

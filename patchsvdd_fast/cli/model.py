@@ -15,6 +15,7 @@ from ..files.claims import RunFolder, claimed_file
 from ..report.text import shown
 from .options import (
     SOME_FAILED,
+    CategoryOption,
     DeviceOption,
     ImagesArgument,
     ModelArgument,
@@ -29,6 +30,8 @@ from .options import (
 from .terminal import console, print_error
 
 if TYPE_CHECKING:
+    from ..detector.categories import CategoryDetectors
+    from ..detector.patch_svdd import PatchSVDD
     from ..files.sources import Source
     from ..score.regions import Region
 
@@ -53,7 +56,7 @@ def info(
         from ..ops.backends import describe
 
         if model is not None:
-            from ..detector.model_file import describe as describe_model
+            from ..detector.description import describe as describe_model
 
     table = Table(show_header=False, box=None)
     for name, value in (describe() if model is None else describe_model(model)).items():
@@ -93,6 +96,14 @@ def update(
         Path | None,
         typer.Option(help="Folder of other good images, to use instead of all that the model has."),
     ] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model of several (train --together): which one to change; or, with "
+            "--replace, to add.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     skip_unreadable: SkipOption = False,
     device: DeviceOption = "auto",
@@ -108,14 +119,15 @@ def update(
     overwrite = overwrite or (output.exists() and output.samefile(model))
     require_writable(output, overwrite=overwrite)
     with loading():
+        from ..detector.categories import open_detectors
         from ..detector.patch_svdd import PatchSVDD
         from ..files.sources import require_there
     for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
         require_there(path)
 
     with claimed_file(output, overwrite):
-        detector = PatchSVDD.load(model, device=device)
-        before = detector.num_images
+        opened = open_detectors(model, device)
+        detector, before = _to_change(opened, category, model, is_new=replace is not None)
         if replace is not None:
             detector = detector.refit(replace, skip_unreadable=skip_unreadable)
         if remove:
@@ -125,10 +137,38 @@ def update(
             detector.add(images, skip_unreadable=skip_unreadable)
         for other in merge or []:
             detector.merge(PatchSVDD.load(other, device=device))
-        detector.save(output)
-    _print(f"wrote {output}: {before:,} training images before, {detector.num_images:,} now")
+        if isinstance(opened, PatchSVDD):
+            detector.save(output)
+        else:
+            opened[str(category)] = detector
+            opened.save(output)
+    of = "" if category is None else f" of {category}"
+    _print(f"wrote {output}: {before:,} training images{of} before, {detector.num_images:,} now")
     if detector.calibration_ is not None:
         _print(threshold_in_words(detector))
+
+
+def _to_change(
+    opened: PatchSVDD | CategoryDetectors, category: str | None, model: Path, is_new: bool
+) -> tuple[PatchSVDD, int]:
+    """The detector of a category to change, and its number of images.
+
+    is_new: the category may be a new one; the detector is then another's, to be refitted.
+    """
+    from ..detector.patch_svdd import PatchSVDD
+
+    if isinstance(opened, PatchSVDD):
+        if category is not None:
+            raise ValueError(f"{model} has no categories, such as {category!r}")
+        return opened, opened.num_images
+    if category is None:
+        raise ValueError(
+            f"{model} has several categories, {', '.join(opened)}: --category names one"
+        )
+    if is_new and category not in opened:
+        return next(iter(opened.values())), 0
+    opened.require(category)
+    return opened[category], opened[category].num_images
 
 
 def _all_images(given: list[Path]) -> list[Path]:
@@ -146,6 +186,7 @@ def explain(
         "explanations"
     ),
     false_alarm_rate: RateOption = None,
+    category: CategoryOption = None,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -164,7 +205,7 @@ def explain(
     require_given(images)
     run = RunFolder(output, overwrite=overwrite)
     run.check()
-    detector = PatchSVDD.load(model, device=device)
+    detector = PatchSVDD.load(model, device=device, category=category)
     failed = 0
 
     def note_failure(_: Source, error: Exception) -> None:
@@ -226,6 +267,7 @@ def export(
             **one_of("float32", "float16"),
         ),
     ] = "float32",
+    category: CategoryOption = None,
     encoder_only: Annotated[
         bool,
         typer.Option("--encoder-only", help="Write the encoder alone; the search stays here."),
@@ -245,7 +287,7 @@ def export(
         from ..detector.patch_svdd import PatchSVDD
 
     with claimed_file(output, overwrite):
-        detector = PatchSVDD.load(model, device="cpu")
+        detector = PatchSVDD.load(model, device="cpu", category=category)
         if encoder_only:
             difference = export_encoder(detector, output)
             checked = "its embeddings differ from PyTorch's by {:.1e} at the most"

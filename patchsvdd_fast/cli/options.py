@@ -168,6 +168,14 @@ ImagesArgument = Annotated[
         help='Images, folders, globs in quotes, or "-" for a list of paths on standard input.'
     ),
 ]
+CategoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--category",
+        help="Of a model of several (train --together): which one.",
+        show_default=False,
+    ),
+]
 ModelArgument = Annotated[Path, typer.Argument(help="Model file written by `patchsvdd train`.")]
 
 

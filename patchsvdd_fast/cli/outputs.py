@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..detector.categories import CategoryDetectors, by_category, score_stream
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
-from ..files.claims import RunFolder, claimed_file, require_new
+from ..files.claims import RunFolder, claimed_file
 from ..files.sources import Source
 from ..images.drift import StreamDrift
-from ..report.entries import open_report, report_entry
 from ..report.heat_maps import write_heat_map
-from ..report.html import is_report
 from ..report.map_files import inner_path, write_map
 from ..report.masks import CocoFile, anomalous_pixels, write_mask
 from ..report.summary import Alarms, counted, verdict_in_words
@@ -26,6 +26,7 @@ from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
+from .reports import Reports, detector_of
 from .terminal import ScoringBar, console, print_error, print_warning
 
 _TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
@@ -48,9 +49,9 @@ class Outputs:
         if self.table_format == "parquet":
             require_parquet()
 
-    def require(self, threshold: float | None) -> None:
-        """Raise ValueError if something is asked for that needs a threshold above 0."""
-        if (self.masks or self.coco is not None) and not threshold:
+    def require(self, thresholds: Iterable[float | None]) -> None:
+        """Raise ValueError if something is asked for that needs thresholds above 0."""
+        if (self.masks or self.coco is not None) and not all(thresholds):
             raise ValueError("--masks and --coco need a threshold, which this model has not")
 
     @property
@@ -83,35 +84,13 @@ def _coco_file(path: Path | None, overwrite: bool) -> Iterator[CocoFile | None]:
     console.print(shown(f"regions: {path}"), soft_wrap=True, markup=False)
 
 
-@contextmanager
-def claimed_report(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Within the context this process alone writes the report in a folder, which is made.
-
-    Raises ValueError if there is one that may not be replaced, or a page of somebody else's.
-    """
-    require_report(folder, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed_file(folder / "index.html", overwrite):
-        yield
-
-
-def require_report(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError unless a report may be written to this folder."""
-    page = folder / "index.html"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; a report needs a folder")
-    if not overwrite:
-        require_new(page)
-    elif page.exists() and not is_report(page):
-        raise ValueError(f"{page} is no report of this program: use another folder")
-
-
 def score_all(
-    detector: PatchSVDD,
+    detectors: PatchSVDD | CategoryDetectors,
     sources: Callable[[set[str]], Iterator[Source]],
     outputs: Outputs,
     run: RunFolder,
     *,
+    category: str | None = None,
     false_alarm_rate: float | None,
     resume: bool,
     report: Path | None,
@@ -125,6 +104,8 @@ def score_all(
     sources: called with the paths that have a row already; returns the images to score. Heat maps
         and maps of an earlier run are left out.
     run: what `outputs.claim` gave, not entered yet.
+    category: of several, the one of all images, or "nearest"; None: each image's folder names it,
+        else it is the nearest.
     false_alarm_rate: share of good images that may be called anomalous; None: as in training.
     resume: keep the rows that an earlier run wrote into the table.
     report: folder for an HTML report; overwrite: whether it may hold one.
@@ -132,24 +113,21 @@ def score_all(
     line_each: a line to print at the start, if there is to be a line per image.
     num_images: called with the paths that have a row; how many there are to score, None: unknown.
     """
-    threshold = detector.threshold_or_none(false_alarm_rate)
-    outputs.require(threshold)
+    each = by_category(detectors)
+    thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in each.items()}
+    outputs.require(thresholds.values())
     started, counts = time.perf_counter(), _Counts()
-    drift = None if detector.gallery_ is None else StreamDrift(detector.gallery_.statistics)
+    drifts = {
+        name: StreamDrift(one.gallery_.statistics) for name, one in each.items() if one.gallery_
+    }
     with ExitStack() as stack:
         stack.enter_context(run)
         began_in = run.made_from(outputs.table) or str(Path.cwd())
         path = run.note(Path(outputs.table), began_in)
-        table = stack.enter_context(Table(path, threshold, resume))
+        table = stack.enter_context(Table(path, thresholds, resume))
         _require_same_place(table, began_in)
         coco = stack.enter_context(_coco_file(outputs.coco, overwrite))
-        page = None
-        if report is not None:
-            stack.enter_context(claimed_report(report, overwrite))
-            opened = open_report(
-                report, detector, threshold, false_alarm_rate=false_alarm_rate, facts=facts
-            )
-            page = stack.enter_context(opened)
+        pages = stack.enter_context(Reports(detectors, report, false_alarm_rate, overwrite, facts))
 
         # A line for each image tells enough where bars cannot move.
         bars = (
@@ -168,35 +146,32 @@ def score_all(
             counts.failed += 1
             path, message = source.path, str(error) or type(error).__name__
             table.add({"image": str(path), "error": message})
-            if page is not None:
-                page.add_failure(str(path), message)
+            pages.add_failure(str(path), message)
             bar.advance()
             print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
-            detector.score_stream(
-                to_score(), false_alarm_rate=false_alarm_rate, on_error=note_failure
-            )
+            score_stream(detectors, to_score(), category, false_alarm_rate, note_failure)
         )
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)
         for result in stream:
+            detector = detector_of(detectors, result.category)
             regions = detector.explain(result)
             _write_pictures(outputs, run, result, detector, coco)
-            if page is not None:
-                page.add(report_entry(detector, result, regions))
+            pages.add(result, regions)
             table.add(row_of(result) | {"regions": [_region(one, result) for one in regions]})
             counts.add(result)
             if line_each:
                 console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
+            drift = drifts.get(result.category or "")
             for change in () if drift is None else drift.update(result.statistics):
-                print_warning(change)
+                print_warning(f"{result.category}: {change}" if result.category else change)
             bar.advance()
         if outputs.table_format == "parquet":
-            write_parquet(path, run.note(Path("scores.parquet"), began_in))
-    counts.tell(time.perf_counter() - started, threshold, outputs.folder, with_one=not line_each)
-    if page is not None:
-        console.print(shown(f"report: {page.path}"), soft_wrap=True, markup=False)
+            write_parquet(path, run.note(Path("scores.parquet"), began_in), table.columns)
+    counts.tell(time.perf_counter() - started, outputs.folder, with_one=not line_each)
+    pages.finish()
     return counts.failed
 
 
@@ -218,16 +193,26 @@ class _Counts:
     only: ImageResult | None = None
     """The result, while there is only one."""
 
+    judged: bool = True
+    """Whether there is a threshold to judge each by."""
+    by_category: Counter[str] = field(default_factory=Counter)
+
     def add(self, result: ImageResult) -> None:
         self.only = result if self.scored == 0 else None
         self.scored += 1
         self.alarms.add(result.anomalous, result.unusual)
+        self.judged &= result.anomalous is not None
+        if result.category is not None:
+            self.by_category[result.category] += 1
 
-    def tell(self, seconds: float, threshold: float | None, folder: Path, with_one: bool) -> None:
+    def tell(self, seconds: float, folder: Path, with_one: bool) -> None:
         """Print what was done; with_one: also the result, if there is only one."""
         lines = [] if self.only is None or not with_one else [_line(self.only)]
         parts = [f"scored {counted(self.scored, 'image')} in {seconds:.2f} s"]
-        if threshold is not None:
+        if self.by_category:
+            numbers = (f"{name} {count:,}" for name, count in sorted(self.by_category.items()))
+            parts[0] += f" ({', '.join(numbers)})"
+        if self.judged:
             parts.append(f"{self.alarms.number:,} anomalous")
         if self.failed:
             parts.append(f"{self.failed:,} could not be read")

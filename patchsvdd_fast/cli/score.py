@@ -51,6 +51,16 @@ MasksOption = Annotated[
         "anomalous.",
     ),
 ]
+ChoiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--category",
+        help="Of a model of several (train --together): the category of all images; or nearest, "
+        "for each the one whose normal patches are nearest. Default: the innermost folder in an "
+        "image's path that is called as one, else the nearest.",
+        show_default=False,
+    ),
+]
 FormatOption = Annotated[
     str,
     typer.Option(
@@ -79,6 +89,7 @@ def score(
         Path | None, typer.Option(help="Write an HTML report of these images to this folder.")
     ] = None,
     false_alarm_rate: RateOption = None,
+    category: ChoiceOption = None,
     pages: PagesOption = "first",
     every: Annotated[
         int, typer.Option(help="Of a video, take the first of so many frames, and so on.", min=1)
@@ -101,24 +112,27 @@ def score(
     if coco is not None:
         require_writable(coco, "--coco", overwrite)
     with loading():
-        from ..detector.patch_svdd import PatchSVDD
+        from ..detector.categories import open_detectors, require_category
         from ..files.sources import image_sources, num_images, require_given
-        from .outputs import Outputs, require_report, score_all
+        from .outputs import Outputs, score_all
+        from .reports import require_report
 
     require_given(images)
     outputs = Outputs(output, table_format, heat_maps, maps, masks, coco)
     run = outputs.claim(resume, overwrite)
     if report is not None:
         require_report(report, overwrite)
-    detector = PatchSVDD.load(model, device=device)
+    detectors = open_detectors(model, device)
+    require_category(detectors, category)
     with _ended_by_sigterm():
         failed = score_all(
-            detector,
+            detectors,
             lambda done: (
                 s for s in image_sources(images, sys.stdin, pages, every) if str(s.path) not in done
             ),
             outputs,
             run,
+            category=category,
             false_alarm_rate=false_alarm_rate,
             resume=resume,
             report=report,
@@ -144,6 +158,7 @@ def watch(
     masks: MasksOption = False,
     table_format: FormatOption = "csv",
     false_alarm_rate: RateOption = None,
+    category: ChoiceOption = None,
     interval: Annotated[
         float, typer.Option(help="Seconds between looks into the folder, or frames.", min=0.05)
     ] = 1.0,
@@ -163,13 +178,14 @@ def watch(
     if not is_camera and output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{output} lies in {folder}, which is watched: use another --output")
     with loading():
-        from ..detector.patch_svdd import PatchSVDD
+        from ..detector.categories import open_detectors, require_category
         from ..files.sources import arriving_images, camera_frames
         from .outputs import Outputs, score_all
 
     outputs = Outputs(output, table_format, heat_maps, maps, masks)
     run = outputs.claim(resume=True, overwrite=False)
-    detector = PatchSVDD.load(model, device=device)
+    detectors = open_detectors(model, device)
+    require_category(detectors, category)
 
     def arriving(done: set[str]) -> Iterator[Source]:
         def is_done(path: Path) -> bool:
@@ -181,10 +197,11 @@ def watch(
 
     with _ended_by_sigterm():
         score_all(
-            detector,
+            detectors,
             arriving,
             outputs,
             run,
+            category=category,
             false_alarm_rate=false_alarm_rate,
             resume=True,
             report=None,

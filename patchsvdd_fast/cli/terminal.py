@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -38,15 +37,19 @@ def print_warning(message: str) -> None:
     errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
 
 
+Fitted = TypeVar("Fitted")
+
+
 def fit_with_progress(
-    detector: PatchSVDD,
-    data: Path,
+    fit: Callable[..., Fitted],
+    *images: Any,
     logs: Sequence[Callable[[TrainingStep], None]] = (),
     **fit_options: Any,
-) -> None:
-    """Fit the detector with a bar for each phase; see `progress_bars.FitDisplay`.
+) -> Fitted:
+    """What `fit` returns, with a bar for each phase; see `progress_bars.FitDisplay`.
 
-    logs: called after each training step. fit_options: passed on to `PatchSVDD.fit`.
+    fit: such as `PatchSVDD.fit` of a detector; images, fit_options: what it is called with.
+    logs: called after each training step.
     """
     from ..detector.progress_bars import FitDisplay, display
 
@@ -58,7 +61,7 @@ def fit_with_progress(
                 log(step)
             fit_display.on_step(step)
 
-        detector.fit(data, on_step=on_step, on_progress=fit_display.on_progress, **fit_options)
+        return fit(*images, on_step=on_step, on_progress=fit_display.on_progress, **fit_options)
 
 
 class ScoringBar:

@@ -57,6 +57,14 @@ def train(
             "folder (default: models).",
         ),
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together",
+            help="Of several categories make one model: one encoder for all, and banks and a "
+            "threshold for each. DATA may hold folders of good images, too.",
+        ),
+    ] = False,
     encoder: EncoderOption = None,
     projection: ProjectionOption = None,
     dim: DimOption = None,
@@ -192,14 +200,14 @@ def train(
     if not data.exists():
         raise ValueError(f"{data} does not exist")
     with loading():
+        from ..detector.parameters import parse_size
         from ..detector.patch_svdd import PatchSVDD
         from ..encoders.pretrained import PATCH_SVDD
-        from ..images.prepare import parse_size
         from ..ops.backends import resolve_device
         from ..training.workers import joined_workers, local_device
         from .training_sets import Keeping, train_all, training_sets
 
-    sets = training_sets(data, output, resume, overwrite)
+    sets = training_sets(data, output, resume, overwrite, together)
     target = local_device(resolve_device(device))
     chosen = encoder_parameters(encoder)
     is_trained = chosen["encoder"] == PATCH_SVDD

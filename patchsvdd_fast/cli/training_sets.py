@@ -8,14 +8,23 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from ..detector.categories import CategoryDetectors, open_detectors
 from ..detector.evaluation import CategoryResult
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
 from ..encoders.pretrained import PATCH_SVDD
-from ..files.categories import Category, find_categories, in_words, is_category
+from ..files.categories import (
+    Category,
+    find_categories,
+    folders_of_categories,
+    in_words,
+    is_category,
+)
 from ..files.claims import claimed_file, require_new
+from ..report.text import shown as shown_text
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -34,6 +43,8 @@ class TrainingSet:
 
     data: Path
     output: Path
+    together: dict[str, Path] = field(default_factory=dict)
+    """Folders of the categories in it that are to share an encoder and a file, by name."""
 
     @property
     def checkpoint(self) -> Path:
@@ -64,7 +75,11 @@ class Keeping:
 
 
 def training_sets(
-    data: Path, output: Path | None, resume: bool = False, overwrite: bool = False
+    data: Path,
+    output: Path | None,
+    resume: bool = False,
+    overwrite: bool = False,
+    together: bool = False,
 ) -> list[TrainingSet]:
     """The training sets in a folder: each category that lies in it, else the folder itself.
 
@@ -72,9 +87,15 @@ def training_sets(
         "model.safetensors" or "models" in the working directory.
 
     resume: whether models that are there are gone on with, or done; overwrite: replaced.
+    together: the categories are one set.
 
     Raises ValueError if a model could not be written there.
     """
+    if together:
+        folders = folders_of_categories(data)
+        output = output or Path("model.safetensors")
+        require_writable(output, overwrite=resume or overwrite)
+        return [TrainingSet(data, output, folders)]
     categories: list[Path] = []
     if data.is_dir() and not is_category(data):
         with contextlib.suppress(ValueError):  # none: a folder of good images
@@ -104,47 +125,54 @@ def train_all(
 ) -> int:
     """Train on each set and write its model; returns how many failed.
 
-    Several sets are also evaluated where they have test images. An error then ends the training of
-    one set alone, and logs are files beside the models, in the format of `keeping.log`.
+    Several categories are also evaluated where they have test images. An error in one of several
+    sets then ends its training alone, and logs are files beside the models, in the format of
+    `keeping.log`.
 
     make_detector: returns a new detector for each set.
     """
     results: list[CategoryResult] = []
-    failed = 0
+    failed, several = 0, len(sets) > 1
     for one in sets:
-        if len(sets) > 1:
+        if several:
             console.print(f"[bold]{one.data.name}[/]")
+        made: PatchSVDD | CategoryDetectors | None = None
         try:
             detector = make_detector()
             if keeping.resume and not keeping.overwrite and one.is_done():
                 console.print(f"{one.output} is done already", soft_wrap=True)
-                if len(sets) > 1:
-                    detector = PatchSVDD.load(one.output, device=detector.device)
+                made = open_detectors(one.output, detector.device)
             else:
-                _train_one(one, detector, keeping, several=len(sets) > 1)
+                made = _train_one(one, detector, keeping, several)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if len(sets) == 1 or keeping.workers.count > 1:  # or other processes go on alone
+            if not several or keeping.workers.count > 1:  # or other processes go on alone
                 raise
             errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             failed += 1
-            continue
-        if len(sets) > 1 and keeping.workers.is_first:
-            try:
-                with display(console) as shown:
-                    results.append(
-                        evaluate_with_progress(
-                            shown,
-                            detector,
-                            Category(one.data),
-                            skip_unreadable=keeping.skip_unreadable,
-                        )
-                    )
-            except (ValueError, OSError) as error:  # such as no anomalous image
-                console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
+        if isinstance(made, CategoryDetectors):
+            for name, detector in made.items():
+                results += _evaluated(detector, one.together[name], keeping)
+        elif made is not None and several:
+            results += _evaluated(made, one.data, keeping)
     if results:
         console.print(results_table(results))
     return failed
+
+
+def _evaluated(detector: PatchSVDD, data: Path, keeping: Keeping) -> list[CategoryResult]:
+    """The result for a category, in a list; an empty one if it has no test images."""
+    if not is_category(data):
+        return []
+    try:
+        with display(console) as shown:
+            result = evaluate_with_progress(
+                shown, detector, Category(data), skip_unreadable=keeping.skip_unreadable
+            )
+    except (ValueError, OSError) as error:  # such as no anomalous image
+        console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
+        return []
+    return [result]
 
 
 def _train_one(
@@ -152,10 +180,12 @@ def _train_one(
     detector: PatchSVDD,
     keeping: Keeping,
     several: bool,
-) -> None:
+) -> PatchSVDD | CategoryDetectors | None:
+    """Train, save, and say so; None in all but the first process under torchrun."""
     started = time.perf_counter()
-    if is_category(one.data):
-        console.print(in_words(Category(one.data)), soft_wrap=True, markup=False, highlight=False)
+    for folder in one.together.values() or [one.data]:
+        if is_category(folder):
+            console.print(in_words(Category(folder)), soft_wrap=True, markup=False, highlight=False)
     is_trained = detector.encoder == PATCH_SVDD
     leftover = keeping.workers.is_first and one.checkpoint.exists()
     if leftover and not keeping.resume and is_trained:
@@ -171,18 +201,23 @@ def _train_one(
             # A model beside a checkpoint is the one that was to be replaced when training began.
             replaces = keeping.overwrite or (keeping.resume and one.checkpoint.exists())
             claims.enter_context(claimed_file(one.output, replaces))
-        _fit_and_save(one, detector, keeping, several)
-    if keeping.workers.is_first:
-        _say_what_was_made(detector, one.output, time.perf_counter() - started)
+        made = _fit_and_save(one, detector, keeping, several)
+    if made is not None:
+        _say_what_was_made(made, one.output, time.perf_counter() - started)
+    return made
 
 
-def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, several: bool) -> None:
+def _fit_and_save(
+    one: TrainingSet, detector: PatchSVDD, keeping: Keeping, several: bool
+) -> PatchSVDD | CategoryDetectors | None:
     is_trained = detector.encoder == PATCH_SVDD
+    fit: Callable[..., PatchSVDD | CategoryDetectors | None] = partial(detector.fit, one.data)
+    if one.together:
+        fit = partial(CategoryDetectors.fit, detector, one.together)
     try:
         with ExitStack() as stack:
-            fit_with_progress(
-                detector,
-                one.data,
+            made = fit_with_progress(
+                fit,
                 logs=_open_logs(one, keeping, several, stack),
                 checkpoint=one.checkpoint,
                 checkpoint_minutes=keeping.checkpoint_minutes,
@@ -190,11 +225,11 @@ def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, sever
                 skip_unreadable=keeping.skip_unreadable,
                 pages=keeping.pages,
             )
-        if not keeping.workers.is_first:
-            return
+        if made is None or not keeping.workers.is_first:
+            return None
         with display(console) as shown:
             shown.phase("writing", None, None)
-            _save_or_rescue(detector, one)
+            _save_or_rescue(made, one, is_trained)
             shown.phase("writing", 1.0, None)
     except (KeyboardInterrupt, OSError, RuntimeError):
         if is_trained and one.checkpoint.exists() and keeping.workers.is_first:
@@ -206,6 +241,7 @@ def _fit_and_save(one: TrainingSet, detector: PatchSVDD, keeping: Keeping, sever
         raise
     if is_trained:
         one.checkpoint.unlink(missing_ok=True)
+    return made
 
 
 def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitStack) -> list[Log]:
@@ -226,16 +262,41 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
     return lasting
 
 
-def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> None:
-    record = detector.record_
-    banks = " and ".join(f"{len(bank):,}" for bank in detector.banks_.values())
+def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seconds: float) -> None:
+    categories = {"": fitted} if isinstance(fitted, PatchSVDD) else dict(fitted)
+    detector = next(iter(categories.values()))
     made = detector.encoder_.name
     if made == PATCH_SVDD:
-        made = f"{record.steps:,} training steps"
-    console.print(
-        f"wrote {output}: {made}, banks of {banks} patches, {seconds:.0f} s",
-        soft_wrap=True,
-    )
+        made = f"{detector.record_.steps:,} training steps"
+    banks = _banks_in_words(detector) if len(categories) == 1 else f"{len(categories)} categories"
+    console.print(f"wrote {output}: {made}, {banks}, {seconds:.0f} s", soft_wrap=True)
+    _say_how_it_went(detector)
+    for category, one in categories.items():
+        begin = f"{category}: " if category else ""
+        if category:
+            _print(f"{begin}{one.num_images:,} images, {_banks_in_words(one)}")
+        for level, bank in one.banks_.items():
+            if bank.is_coreset:
+                patches = len(bank.groups) * bank.grid[0] * bank.grid[1]
+                _print(
+                    f"{begin}{level}: {len(bank):,} of {patches:,} patches kept; a distance to the "
+                    f"nearest grows by at most {bank.covering_radius:.4g}"
+                )
+        if one.calibration_ is not None:
+            _print(f"{begin}{threshold_in_words(one)}")
+
+
+def _banks_in_words(detector: PatchSVDD) -> str:
+    return f"banks of {' and '.join(f'{len(bank):,}' for bank in detector.banks_.values())} patches"
+
+
+def _print(line: str) -> None:
+    """Print one line, whatever names in it hold."""
+    console.print(shown_text(line), soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_how_it_went(detector: PatchSVDD) -> None:
+    record = detector.record_
     if detector.samples_.in_words():
         console.print(f"{detector.samples_.in_words()} (--bit-depth, --value-range)")
     if record.collapsed and record.best_step is not None:
@@ -255,24 +316,16 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
                 "points from which on it also helps to find real defects",
                 soft_wrap=True,
             )
-    for level, bank in detector.banks_.items():
-        if bank.is_coreset:
-            patches = len(bank.groups) * bank.grid[0] * bank.grid[1]
-            console.print(
-                f"{level}: {len(bank):,} of {patches:,} patches kept; a distance to the nearest "
-                f"grows by at most {bank.covering_radius:.4g}",
-                soft_wrap=True,
-            )
-    if detector.calibration_ is not None:
-        console.print(threshold_in_words(detector), soft_wrap=True)
 
 
-def _save_or_rescue(detector: PatchSVDD, one: TrainingSet) -> None:
+def _save_or_rescue(
+    detector: PatchSVDD | CategoryDetectors, one: TrainingSet, is_trained: bool
+) -> None:
     """Save the model; if that fails after training, save it to a temporary folder as well."""
     try:
         detector.save(one.output)
     except OSError:
-        if detector.record_.steps:
+        if is_trained:
             rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
             detector.save(rescued)
             errors.print(f"the model is kept in {rescued}", soft_wrap=True)

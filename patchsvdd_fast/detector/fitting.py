@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ..images.light import (
     mean_image,
     mean_of_size,
 )
-from ..images.prepare import ImageSet, evenly_spread
+from ..images.prepare import ImageSet, evenly_spread, survey_images
 from ..images.samples import to_8_bits
 from ..ops.backends import resolve_device
 from ..score.calibration import Calibration, calibrate
@@ -67,9 +68,25 @@ def fit_model(
     skip_unreadable: bool = False,
     pages: str = "first",
 ) -> Model | None:
-    """Train an encoder on good images, or take one, fill the banks, and calibrate.
+    """As `fit_models`, of images that are all of one category."""
+    how = encoder, keeping, on_step, on_progress, skip_unreadable, pages
+    models = fit_models(given, {"": source}, *how)
+    return None if models is None else models[""]
 
-    given: resolved parameters. source: the images, as `PatchSVDD` takes them.
+
+def fit_models(
+    given: Parameters,
+    sources: Mapping[str, Any],
+    encoder: PatchEncoder | None,
+    keeping: Keeping,
+    on_step: OnStep,
+    on_progress: OnProgress,
+    skip_unreadable: bool = False,
+    pages: str = "first",
+) -> dict[str, Model] | None:
+    """Train one encoder on all good images, or take one; fill and calibrate each category's banks.
+
+    given: resolved parameters. sources: each category's images, as `PatchSVDD` takes them.
     encoder: to use as it is, but for a projection that is not fitted yet; None: Patch SVDD's is
         trained.
     on_step: called after training steps. on_progress: see `PatchSVDD.fit`.
@@ -84,13 +101,14 @@ def fit_model(
     if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
-    loaded = load(
-        source, given, progress.phase(READING), skip_unreadable=skip_unreadable, pages=pages
-    )
+    loaded, sets = _load(sources, given, progress.phase(READING), skip_unreadable, pages)
     light = mean_colour(loaded.pixels)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
     mean = _mean_of(given, encoder, images)
+    # Of one category, whose time after training is tried; all take about so many times as long.
+    few = next(iter(sets.values())).pixels
+    forecast = partial(progress.forecast, mean=mean, light=light, images=few, of=len(images))
     record = TrainingRecord()
     if encoder is None:
         encoder = parameters.untrained_encoder(given).to(device)
@@ -100,7 +118,7 @@ def fit_model(
             check.on_progress = progress.check
         header = parameters.to_header(given)
         progress.trains = True
-        progress.forecast(given, encoder.eval(), mean, light, loaded.pixels)
+        forecast(given, encoder.eval())
 
         def after_step(step: TrainingStep) -> None:
             progress.step(step)
@@ -117,24 +135,73 @@ def fit_model(
     if isinstance(encoder, BackboneEncoder) and encoder.needs_fit:
         encoder = _with_projection(encoder, mean, light, given, loaded)
         given = {**given, "embedding_dim": encoder.embedding_dim}
+    if record.best_step != 0:  # else these are the weights that it was tried with
+        forecast(given, encoder)
     # Each of these images is part of the mean image; a new one is not.
     num_in_mean = len(images) if given["mean"] == "pixel" else None
-    if record.best_step != 0:  # else these are the weights that it was tried with
-        progress.forecast(given, encoder, mean, light, loaded.pixels)
-    normal, calibration = filled(
-        given, encoder, mean, light, loaded, num_in_mean, progress=progress
+    models: dict[str, Model] = {}
+    for category, part in sets.items():
+        progress.begin_category(len(part.names))
+        normal, calibration = filled(
+            given, encoder, mean, light, part, num_in_mean, progress=progress
+        )
+        models[category] = Model(
+            dict(given),
+            encoder,
+            mean,
+            light,
+            banks=dict(normal.banks),
+            calibration=calibration,
+            gallery=normal.gallery,
+            record=record,
+            samples=part.samples,
+        )
+        progress.end_category()
+    return models
+
+
+def _load(
+    sources: Mapping[str, Any],
+    given: Parameters,
+    progress: Callable[[float], None] | None,
+    skip_unreadable: bool,
+    pages: str,
+) -> tuple[ImageSet, dict[str, ImageSet]]:
+    """Load the images of all categories: together, and those of each, in the same memory."""
+    samples = None
+    if len(sources) > 1:
+        samples = survey_images(sources.values(), parameters.samples_of(given), pages)
+    sets: dict[str, ImageSet] = {}
+    for number, (category, source) in enumerate(sources.items()):
+        tell = None if progress is None else _share_of(progress, number, len(sources))
+        try:
+            sets[category] = load(source, given, tell, samples, skip_unreadable, pages)
+        except ValueError as error:
+            if not category:
+                raise
+            raise ValueError(f"{category}: {error}") from error
+    if len(sets) == 1:
+        return next(iter(sets.values())), sets
+    sides = {category: one.pixels.shape[-2:] for category, one in sets.items()}
+    if len({*sides.values()}) > 1:
+        found = ", ".join(f"{name} {width}x{height}" for name, (height, width) in sides.items())
+        raise ValueError(f"categories that share an encoder must have images of one size: {found}")
+    every = ImageSet(
+        tuple(f"{category}/{name}" for category, one in sets.items() for name in one.names),
+        torch.cat([one.pixels for one in sets.values()]),
+        tuple(size for one in sets.values() for size in one.original_sizes),
+        next(iter(sets.values())).samples,
     )
-    return Model(
-        dict(given),
-        encoder,
-        mean,
-        light,
-        banks=dict(normal.banks),
-        calibration=calibration,
-        gallery=normal.gallery,
-        record=record,
-        samples=loaded.samples,
-    )
+    parts = every.pixels.split([len(one.names) for one in sets.values()])
+    return every, {
+        category: replace(one, pixels=part)
+        for (category, one), part in zip(sets.items(), parts, strict=True)
+    }
+
+
+def _share_of(progress: Callable[[float], None], part: int, parts: int) -> Callable[[float], None]:
+    """A callback for the share done of one of so many parts of what `progress` tells."""
+    return lambda share: progress((part + share) / parts)
 
 
 def refit_model(before: Model, source: Any, skip_unreadable: bool = False) -> Model:

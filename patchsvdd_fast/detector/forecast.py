@@ -29,6 +29,7 @@ from .progress_bars import (
 )
 from .scoring import encode
 
+_OF_EACH_CATEGORY = AFTER_TRAINING[AFTER_TRAINING.index(ESTIMATING) + 1 :]
 _TRIED, _LEAST_TRIED = 32, 4  # images that the phases to come are tried on: at most, at least
 
 
@@ -48,6 +49,17 @@ class Progress:
         self._phase, self._began = "", 0.0
         self._training_ends: float | None = None  # by `time.perf_counter`
         self._check_began, self._seconds_of_check = 0.0, 0.0
+        self._category, self._to_come = 1, 1  # images: of the category; of it and those to come
+
+    def begin_category(self, num_images: int) -> None:
+        """Expect of this category, and of those to come, times that grow as its images do."""
+        growth = num_images / self._category
+        self.expected = {name: seconds * growth for name, seconds in self.expected.items()}
+        self._category = num_images
+
+    def end_category(self) -> None:
+        """Its images are done."""
+        self._to_come -= self._category
 
     def phase(self, name: str) -> Callable[[float], None] | None:
         """Begin a phase; returns a callback for its share done, or None if nobody listens."""
@@ -90,12 +102,19 @@ class Progress:
         self._report(share, left)
 
     def forecast(
-        self, given: Parameters, encoder: PatchEncoder, mean: Tensor, light: Tensor, images: Tensor
+        self,
+        given: Parameters,
+        encoder: PatchEncoder,
+        mean: Tensor,
+        light: Tensor,
+        images: Tensor,
+        of: int | None = None,
     ) -> None:
         """Try what follows training on a few images, if anybody listens; arguments as of `encode`.
 
-        images: [N, 3, H, W], all of them.
+        images: [N, 3, H, W], all of the first category. of: how many all categories have; None: N.
         """
+        self._category, self._to_come = len(images), of or len(images)
         if self.on_progress is None or len(images) < _LEAST_TRIED:
             return
         report, trial_began = self.phase(ESTIMATING), time.perf_counter()
@@ -136,6 +155,9 @@ class Progress:
         later = [self.expected.get(name) for name in after]
         parts = [seconds for seconds in (left, *later) if seconds is not None]
         whole = sum(parts) if len(parts) == len(later) + 1 and not self.trains else None
+        if whole is not None:
+            of_each = sum(self.expected.get(name, 0.0) for name in _OF_EACH_CATEGORY)
+            whole += of_each * (self._to_come / self._category - 1)
         self.on_progress(self._phase, share, whole)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +23,7 @@ from ..encoders.patch_svdd import load_official_checkpoint
 from ..encoders.pretrained import PATCH_SVDD, rebuilt_encoder
 from ..files import store
 from ..files.store import MappedFile, below, file_of, naming
-from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
-from ..images.light import MEANS
-from ..images.prepare import parse_size
 from ..images.samples import AS_STORED, Samples, samples_from_header
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
@@ -38,6 +34,7 @@ from .parameters import (
     from_header,
     illumination_of,
     new_encoder,
+    parse_size,
     resolved,
     to_header,
     usual_light,
@@ -104,59 +101,118 @@ def differences(one: Model, other: Model) -> list[str]:
 
 def save_model(model: Model, path: str | Path) -> None:
     """Write a model to one file, atomically. Raises OSError."""
+    header, tensors = _shared(model)
+    store.save(path, "detector", tensors | _own(model, ""), header)
+
+
+def save_models(models: Mapping[str, Model], path: str | Path) -> None:
+    """Write models that share encoder, mean and light to one file, atomically. Raises OSError.
+
+    models: by the names of their categories.
+    """
+    header, tensors = _shared(next(iter(models.values())))
+    for number, model in enumerate(models.values()):
+        tensors |= _own(model, prefix_of(number))
+    store.save(path, "detectors", tensors, header | {"categories": list(models)})
+
+
+def _shared(model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What models of several categories have in common: header and tensors."""
+    header = to_header(model.parameters) | {"record": asdict(model.record)}
+    header["samples"] = asdict(model.samples)
+    if model.parameters["encoder"] != PATCH_SVDD:
+        header["encoder"] = model.encoder.settings()
     tensors = encoder_tensors(model.encoder)
-    tensors |= {"mean": model.mean, "light": model.light}
+    return header, tensors | {"mean": model.mean, "light": model.light}
+
+
+def _own(model: Model, prefix: str) -> dict[str, Tensor]:
+    """What one category's model alone has."""
+    tensors: dict[str, Tensor] = {}
     for level, bank in model.banks.items():
         tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
     if model.calibration is not None:
         tensors |= {f"calibration.{k}": v for k, v in model.calibration.tensors().items()}
     if model.gallery is not None:
         tensors |= {f"training.{k}": v for k, v in model.gallery.tensors().items()}
-    header = to_header(model.parameters) | {"record": asdict(model.record)}
-    header["samples"] = asdict(model.samples)
-    if model.parameters["encoder"] != PATCH_SVDD:
-        header["encoder"] = model.encoder.settings()
-    store.save(path, "detector", tensors, header)
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def load_model(
+def prefix_of(number: int) -> str:
+    """What the names of a category's tensors start with, by its place in the header's list."""
+    return f"category.{number}."
+
+
+def load_models(
     path: str | Path,
     device: torch.device,
     defaults: Mapping[str, Any],
     module: nn.Module | None = None,
-) -> Model:
+    only: str | None = None,
+) -> dict[str, Model]:
     """Open a model file; encoder and banks go to the device.
 
     defaults: all parameters of `PatchSVDD` by name, with the values to use where an older file has
         none.
     module: as of `encoder_of`.
+    only: the category to open; None: all.
 
-    Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema;
-    ImportError if its encoder cannot be made here.
+    Returns models by category, which share one encoder; {"": model} of a file without categories.
+
+    Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema, and
+    for a category that it does not have; ImportError if its encoder cannot be made here.
     """
     tensors, header = store.load(path)
     _refuse_bank(path, header)
-    if header["kind"] != "detector":
+    if header["kind"] == "checkpoint":
         raise ValueError(
             f"{path} is a training {header['kind']}, not a fitted detector: finish it with "
             f"`patchsvdd train --encoder {path}`"
         )
     with naming(path):
-        return _model_of(tensors, header, device, defaults, module)
+        prefixes = prefixes_in(header)
+        if only is None:
+            chosen = prefixes
+        elif only in prefixes:
+            chosen = {only: prefixes[only]}
+        else:
+            has = ", ".join(prefixes) if "" not in prefixes else "no categories"
+            raise ValueError(f"{path} has {has}, not {only!r}")
+        encoder = encoder_of(tensors, header, module).to(device)
+        return {
+            category: _model_of(tensors, header, prefix, encoder, device, defaults)
+            for category, prefix in chosen.items()
+        }
+
+
+def prefixes_in(header: Mapping[str, Any]) -> dict[str, str]:
+    """What the names of each category's tensors start with; {"": ""} of a file without categories.
+
+    Raises ValueError.
+    """
+    if header["kind"] != "detectors":
+        return {"": ""}
+    names = header["categories"]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("the categories must be a list of names")
+    if len({*names}) < len(names):
+        raise ValueError("two categories have one name")
+    return {name: prefix_of(number) for number, name in enumerate(names)}
 
 
 def _model_of(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
+    prefix: str,
+    encoder: PatchEncoder,
     device: torch.device,
     defaults: Mapping[str, Any],
-    module: nn.Module | None,
 ) -> Model:
-    parameters = _parameters_in(header)
+    """The model of one category, whose own tensors' names start with the prefix."""
+    parameters = parameters_in(header)
     unknown = parameters.keys() - defaults.keys()
     if unknown:
         raise ValueError(f"it has parameters that no detector has: {', '.join(sorted(unknown))}")
-    encoder = encoder_of(tensors, header, module).to(device)
     parameters = resolved({**defaults, **parameters}, encoder)
     check_parameters(parameters)
     encoder.check_levels(parameters["levels"])
@@ -172,7 +228,7 @@ def _model_of(
         )
     banks: dict[PatchLevel, NormalBank] = {}
     for level in parameters["levels"]:
-        bank = NormalBank.from_state_dict(below(tensors, f"bank.{level}."))
+        bank = NormalBank.from_state_dict(below(tensors, f"{prefix}bank.{level}."))
         _check_bank(bank, level, (height, width), parameters["embedding_dim"])
         banks[level] = bank.to(device)
     counts = {len(bank.groups) for bank in banks.values()}
@@ -184,12 +240,12 @@ def _model_of(
             banks, (height, width), parameters["combination"], reweight=parameters["reweight"]
         )
     else:
-        stored = below(tensors, "calibration.")
+        stored = below(tensors, f"{prefix}calibration.")
         calibration = Calibration.from_tensors(stored) if stored else None
         _check_calibration(
             calibration, {str(level) for level in banks}, count, encoder.surroundings != 0
         )
-    kept = below(tensors, "training.")
+    kept = below(tensors, f"{prefix}training.")
     gallery = Gallery.from_tensors(kept) if kept else None
     if gallery is not None and len(gallery.names) != count:
         raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")
@@ -201,7 +257,7 @@ def _model_of(
     )
 
 
-def _parameters_in(header: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_in(header: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in a file's header, under the names and with the values they have today."""
     parameters = from_header(header)
     if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
@@ -265,7 +321,7 @@ def preparation_of(path: str | Path) -> dict[str, str]:
         return {"illumination": "as_is", "mean": "paper"}
     _, header = store.load(path)
     with naming(path):
-        parameters = _parameters_in(header)
+        parameters = parameters_in(header)
         return {
             "illumination": illumination_of(parameters),
             "mean": parameters.get("mean", "pixel"),
@@ -325,75 +381,3 @@ def _patch_svdd_of(stored: Mapping[str, Tensor], parameters: Mapping[str, Any]) 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in state.items()}
-
-
-def describe(path: str | Path) -> dict[str, str]:
-    """What `patchsvdd info FILE` prints of a model file or checkpoint: values in words, by name.
-
-    Raises ValueError as `files.store.load` does.
-    """
-    tensors, header = store.load(path)
-    with naming(path):
-        return _facts(tensors, header, Path(path).stat().st_size)
-
-
-def _bank_in_words(bank: Mapping[str, Tensor], stride: str) -> str:
-    rows, dim = bank["data"].shape
-    clusters = f", {len(bank['centroids']):,} clusters" if "centroids" in bank else ""
-    coreset = f", covering radius {float(bank['radius']):.4g}" if "radius" in bank else ""
-    return f"{rows:,} x {dim}, {len(bank['groups']):,} images{stride}{clusters}{coreset}"
-
-
-def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
-    facts = {
-        "file": f"{header['kind']}, schema {header['schema_version']}, {size / 2**20:,.1f} MiB",
-        "written by": ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items()),
-    }
-    if header["kind"] == "bank":
-        return facts | {"bank": _bank_in_words(tensors, "")}
-    parameters, record = _parameters_in(header), record_of(header.get("record", {}))
-    facts |= {
-        "encoder": parameters.get("encoder", PATCH_SVDD),
-        "mode": str(parameters.get("mode")),
-        "steps": f"{record.steps or header.get('steps', 0):,}",
-        "images": f"{_sides(tensors['mean'])}, light {parameters.get('illumination')}",
-        "subtracted": MEANS[parameters.get("mean", "pixel")],
-        "joined by": str(parameters.get("combination")),
-    }
-    if parameters["reweight"] is not None:
-        facts["re-weighted"] = f"image scores, by {parameters['reweight']} neighbours"
-    samples = samples_from_header(header).in_words()
-    if samples and "samples" in header:
-        facts["samples"] = samples
-    if parameters["encoding_precision"] != "float32":
-        facts["encoder"] += f", computing in {parameters['encoding_precision']}"
-    if parameters.get("encoder", PATCH_SVDD) != PATCH_SVDD:
-        del facts["mode"], facts["steps"]  # nothing was trained
-    if record.best_step is not None:
-        facts["steps"] += f", weights of step {record.best_step:,} kept"
-    for level in parameters["levels"]:
-        bank = below(tensors, f"bank.{level}.")
-        if bank:
-            facts[f"bank {level}"] = _bank_in_words(bank, f", stride {level.stride}")
-    stored = below(tensors, "calibration.")
-    if stored:
-        calibration = Calibration.from_tensors(stored)
-        rate = max(parameters["contamination"], calibration.smallest_rate)
-        facts["threshold"] = (
-            f"{calibration.threshold(rate):.6g}, exceeded by at most {rate:.2g} of good images"
-        )
-    if below(tensors, "training.names"):
-        gallery = Gallery.from_tensors(below(tensors, "training."))
-        low, high = usual_range(gallery.statistics)
-        facts["usual"] = ", ".join(
-            f"{name} {a:.4g} to {b:.4g}"
-            for name, a, b in zip(STATISTICS, low.tolist(), high.tolist(), strict=True)
-            if b < math.inf
-        )
-        kept = "names" if gallery.pictures is None else "names and pictures"
-        facts["training images"] = f"{kept} of {len(gallery.names):,}"
-    return facts
-
-
-def _sides(mean: Tensor) -> str:
-    return f"{mean.shape[2]}x{mean.shape[1]} pixels"

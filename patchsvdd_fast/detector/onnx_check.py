@@ -137,7 +137,7 @@ def check_scores(
     check_embeddings([embeddings], detector.encoder_, [matched], detector.mean_, list(banks))
     shape = detector.image_shape()
     embeddings = [e.to(b.device) for e, b in zip(embeddings, banks.values(), strict=True)]
-    of_same = scoring.score_encoded(detector._model(), embeddings, shape, banks).image_scores
+    of_same = scoring.score_encoded(detector.model(), embeddings, shape, banks).image_scores
     difference = relative_difference(ours, of_same)
     if storage == "float32" and not difference <= SEARCH_TOLERANCE:
         raise RuntimeError(

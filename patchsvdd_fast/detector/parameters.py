@@ -6,7 +6,7 @@ Parameters are those of `PatchSVDD` by name, as scikit-learn's `get_params` retu
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..encoders.precision import PRECISIONS
 from ..encoders.pretrained import PATCH_SVDD, pretrained_encoder
 from ..images.arrays import CHANNEL_ORDERS
 from ..images.light import ILLUMINATIONS, MEANS
-from ..images.prepare import parse_size
+from ..images.prepare import ImageSize
 from ..images.samples import Samples
 from ..score.maps import check_combination
 from ..score.reweighting import check_reweight
@@ -155,6 +155,23 @@ def settings_of(parameters: Parameters) -> TrainingSettings:
     names = set(TrainingSettings.__dataclass_fields__) & set(parameters)
     given = {name: parameters[name] for name in names}
     return training_settings(surface=parameters["surface"], **given)
+
+
+def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
+    """Bring an `image_size` argument to (height, width) or None. One number means a square.
+
+    Raises ValueError for a size below 1, TypeError for what is no size.
+    """
+    if size is None:
+        return None
+    sides: Any = (size, size) if isinstance(size, numbers.Integral) else size
+    is_pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not is_pair or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise TypeError(f"image_size must be pixels, (height, width) or None, got {size!r}")
+    height, width = map(int, sides)
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size must be positive, got {height}x{width}")
+    return height, width
 
 
 def samples_of(parameters: Parameters) -> Samples:

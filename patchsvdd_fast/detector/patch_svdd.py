@@ -24,7 +24,7 @@ from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import fitting, normality, parameters, scoring
 from .explanations import ExplanationsMixin
-from .model_file import Model, load_model, save_model
+from .model_file import Model, load_models, save_model
 from .normality import Normality
 from .progress_bars import OnProgress, fit_shown
 
@@ -254,7 +254,7 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         skip_unreadable: as of `fit`. Raises ValueError for unusable images; nothing then changes.
         """
         normal = self._normality()
-        images = fitting.load_to_add(X, self._model(), skip_unreadable)
+        images = fitting.load_to_add(X, self.model(), skip_unreadable)
         encoded = self.encode(images.pixels, images.names)
         self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
         return self
@@ -274,7 +274,7 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
         makes such detectors. Raises ValueError if they differ.
         """
-        fitting.require_alike(self._model(), other._model())
+        fitting.require_alike(self.model(), other.model())
         self._take_over(normality.merged(self._normality(), other._normality()))
         return self
 
@@ -285,7 +285,7 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         `fit`: to leave some of those out, use `remove`. skip_unreadable: as of `fit`. Raises
         ValueError for unusable images, and for those of another size unless mean="channel".
         """
-        model = fitting.refit_model(self._model(), X, skip_unreadable)
+        model = fitting.refit_model(self.model(), X, skip_unreadable)
         twin = type(self)(**self.get_params())
         twin._use(model)
         return twin
@@ -310,11 +310,11 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
 
         progress: show how far it is, as `fit` does.
         """
-        return scoring.score_source(self._model(), X, self.threshold_or_none(), progress)
+        return scoring.score_source(self.model(), X, self.threshold_or_none(), progress)
 
     def score_encoded(self, encoded: Sequence[Tensor], shape: tuple[int, int]) -> ScoreResult:
         """As `score`, from embeddings of images of (height, width), as `encode` gives them."""
-        return scoring.score_encoded(self._model(), encoded, shape)
+        return scoring.score_encoded(self.model(), encoded, shape)
 
     def score_stream(
         self,
@@ -337,33 +337,51 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         self._require_fitted()
         threshold = self.threshold_or_none(false_alarm_rate)
         # The model as it is now: later changes of the detector do not reach the stream.
-        return scoring.score_stream(self._model(), sources, threshold, on_error)
+        return scoring.score_stream(self.model(), sources, threshold, on_error)
 
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
-        save_model(self._model(), path)
+        save_model(self.model(), path)
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str = "auto", encoder: nn.Module | None = None
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        encoder: nn.Module | None = None,
+        category: str | None = None,
     ) -> PatchSVDD:
         """Open a detector written by `save`; the file is mapped, not copied.
 
         encoder: for a detector with an encoder of your own, of which the file holds only the
             weights: a module of the same architecture.
+        category: of a file with the detectors of several (`CategoryDetectors.save`), which one.
 
         A file of schema 2 or 3 is calibrated anew each time, which takes a while: `save` it once.
-        Raises ValueError if the file holds no detector, is damaged, or of a newer version.
+        Raises ValueError if the file holds no detector, is damaged, or of a newer version, and
+        unless it has this category.
         """
-        model = load_model(path, resolve_device(device), cls().get_params(), encoder)
+        found = load_models(path, resolve_device(device), cls().get_params(), encoder, category)
+        if category is None and "" not in found:
+            raise ValueError(
+                f"{path} holds detectors of several categories, {', '.join(found)}: name one "
+                "(category, --category), or open all with CategoryDetectors.load"
+            )
+        (model,) = found.values()
+        return cls.of_model(model, device, encoder)
+
+    @classmethod
+    def of_model(cls, model: Model, device: str, encoder: nn.Module | None = None) -> PatchSVDD:
+        """A fitted detector of what it is made of; device, encoder: as of `load`."""
         own = {"device": device} if encoder is None else {"device": device, "encoder": encoder}
         detector = cls(**{**model.parameters, **own})
         detector._use(model)
         return detector
 
-    def _model(self) -> Model:
+    def model(self) -> Model:
+        """What it is made of, as a plain value."""
         self._require_fitted()
         fitted: Mapping[str, Any] = {name: getattr(self, f"{name}_") for name in _FITTED}
         return Model(self.parameters_, **fitted)

@@ -19,7 +19,6 @@ from ..images.prepare import (
     PreparedImage,
     load_image_set,
     name_of,
-    parse_size,
     prepare_image,
 )
 from ..images.samples import Samples
@@ -30,8 +29,18 @@ from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
 from ..search.bank import NormalBank
 from .model_file import Model
-from .parameters import Parameters, channel_order_of, largest_patch, samples_of, usual_light
+from .parameters import (
+    Parameters,
+    channel_order_of,
+    largest_patch,
+    parse_size,
+    samples_of,
+    usual_light,
+)
 from .progress_bars import phases_shown
+
+Search = Callable[[list[PreparedImage], list[Tensor]], list[ImageResult]]
+"""Makes one result per image from images of one size and their embeddings."""
 
 
 def encode(
@@ -143,12 +152,14 @@ def score_stream(
     sources: Iterable[Any],
     threshold: float | None,
     on_error: Callable[[Any, Exception], None] | None,
+    search: Search | None = None,
 ) -> Stream[ImageResult]:
     """Score images in their order; sources, on_error: see `PatchSVDD.score_stream`.
 
     An array or tensor of sources is a batch of images, or one image, as `PatchSVDD.score` takes it.
 
     threshold: image score above which an image is called anomalous; None: no verdicts.
+    search: makes the results of embedded images; None: `results_of` with this model.
 
     Raises TypeError for a single path or PIL image.
     """
@@ -175,10 +186,21 @@ def score_stream(
         embeddings = encode(model.encoder, model.mean, model.light, parameters, pixels, names=names)
         return images, embeddings
 
-    def search(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
-        images, embeddings = embedded
-        height, width = images[0].pixels.shape[1:]
-        scores = score_encoded(model, embeddings, (height, width))
-        return image_results(images, scores, model.calibration, threshold, model.gallery)
+    def found(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
+        if search is None:
+            return results_of(model, threshold, *embedded)
+        return search(*embedded)
 
-    return Stream(sources, read, embed, search, on_error)
+    return Stream(sources, read, embed, found, on_error)
+
+
+def results_of(
+    model: Model,
+    threshold: float | None,
+    images: Sequence[PreparedImage],
+    embeddings: Sequence[Tensor],
+) -> list[ImageResult]:
+    """One result per image, of images of one size; embeddings: as `encode` gives them."""
+    height, width = images[0].pixels.shape[1:]
+    scores = score_encoded(model, embeddings, (height, width))
+    return image_results(images, scores, model.calibration, threshold, model.gallery)

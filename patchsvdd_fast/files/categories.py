@@ -153,6 +153,27 @@ def find_categories(folder: Path) -> list[Category]:
     return categories
 
 
+def folders_of_categories(folder: Path) -> dict[str, Path]:
+    """The folders of good images to train together on, by name: categories, else sub-folders.
+
+    Raises ValueError unless there are at least two.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    inside = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    if is_category(folder):
+        inside = []
+    elif any(map(is_category, inside)):
+        inside = [category.root for category in find_categories(folder)]
+    found = {path.name: path for path in inside if path.is_dir() and any(walk_images(path))}
+    if len(found) < 2:
+        raise ValueError(
+            f"{folder} must hold at least two categories, or folders of good images, to train "
+            f"together on, found {', '.join(found) or 'none'}"
+        )
+    return found
+
+
 def training_paths(folder: Path) -> list[Path]:
     """The good images of a category, or all images below any other folder.
 

@@ -30,7 +30,7 @@ from .whole import remove_leftovers, written_whole
 SCHEMA_VERSION = 5
 _OLDEST_SCHEMA = 2  # that is still read
 _OLDEST_WITH_CHECKSUMS = 4
-_KINDS = ("detector", "checkpoint", "bank")
+_KINDS = ("detector", "detectors", "checkpoint", "bank")
 _HEADER_KEY = "patchsvdd_fast"
 _CHECKSUMS_KEY = "checksums"
 _DTYPES = {  # allowed in models, with their names in files
@@ -45,9 +45,10 @@ _DTYPES = {  # allowed in models, with their names in files
     torch.uint8: "U8",
 }
 # Limits on what is read before it is checked: JSON takes up to thirty times its size when parsed. A
-# model has about a hundred tensors and a header of some kilobytes.
+# model has about a hundred tensors and a header of some kilobytes, and some thirty tensors more for
+# each category.
 _MOST_HEADER_BYTES = 1 << 22
-_MOST_TENSORS = 4096
+_MOST_TENSORS = 1 << 13
 _PART_BYTES = 1 << 22  # bytes per checksum of a part of a tensor; belongs to the format
 _THREADS = 2
 
@@ -105,9 +106,12 @@ def save(
     """Write tensors and a JSON-serialisable header; `kind` is one of `_KINDS`.
 
     The file appears under its name only when it is complete and on disk; after a failure, an older
-    file of that name is as it was. Raises OSError if it cannot be written.
+    file of that name is as it was. Raises OSError if it cannot be written, ValueError for more
+    tensors than `load` takes.
     """
     path = Path(path)
+    if len(tensors) > _MOST_TENSORS:
+        raise ValueError(f"{len(tensors):,} tensors are more than the {_MOST_TENSORS:,} of a file")
     text = json.dumps(
         {
             **header,
@@ -147,7 +151,7 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
                 header = _parsed(path, metadata[_HEADER_KEY])
                 names = file.keys()
                 if len(names) > _MOST_TENSORS:
-                    raise ValueError(f"{len(names)} tensors, a model has a hundred or so")
+                    raise ValueError(f"{len(names):,} tensors, more than {_MOST_TENSORS:,}")
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a model file, or is damaged: {error}") from error

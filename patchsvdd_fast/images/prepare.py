@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,23 +33,6 @@ from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
-
-
-def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
-    """Bring an `image_size` argument to (height, width) or None. One number means a square.
-
-    Raises ValueError for a size below 1, TypeError for what is no size.
-    """
-    if size is None:
-        return None
-    sides: Any = (size, size) if isinstance(size, numbers.Integral) else size
-    is_pair = isinstance(sides, Sequence) and len(sides) == 2
-    if not is_pair or not all(isinstance(side, numbers.Integral) for side in sides):
-        raise TypeError(f"image_size must be pixels, (height, width) or None, got {size!r}")
-    height, width = map(int, sides)
-    if height < 1 or width < 1:
-        raise ValueError(f"image_size must be positive, got {height}x{width}")
-    return height, width
 
 
 def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
@@ -294,6 +276,59 @@ def load_image_set(
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
     """
+    items, folder = _items_of(source, pages)
+    samples = _surveyed(items, given) if samples is None else samples
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    unreadable: list[Exception] = []
+    tell = progress or (lambda _: None)
+    batch: Tensor | None = None
+    for index, item in enumerate(items):
+        try:
+            name = name_of(item, index)
+            image = prepare_image(item, name, size, smallest, samples, channel_order)
+        except (OSError, UnreadableError) as error:
+            if len(items) == 1:
+                raise
+            unreadable.append(error)
+            tell((index + 1) / len(items))
+            continue
+        if batch is None:
+            batch = image.pixels.new_empty(len(items), *image.pixels.shape)
+        if image.pixels.shape != batch.shape[1:]:
+            height, width = image.pixels.shape[1:]
+            raise ValueError(
+                f"images must all have one size unless they are resized: {names[0]} has "
+                f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
+            )
+        batch[len(names)] = image.pixels
+        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
+        sizes.append(image.original_size)
+        tell((index + 1) / len(items))
+    report_unreadable(unreadable, len(items), skip_unreadable)
+    assert batch is not None
+    return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)
+
+
+def survey_images(
+    sources: Iterable[Any], given: Samples = UNKNOWN, pages: str = "first"
+) -> Samples:
+    """How samples of more than 8 bits are to be read so that it suits the images of all sources.
+
+    sources: each as of `load_image_set`. Fractions are kept if any image has more than 8 bits.
+    """
+    return _surveyed([item for source in sources for item in _items_of(source, pages)[0]], given)
+
+
+def _surveyed(items: Sequence[Any], given: Samples) -> Samples:
+    samples = survey(map(read_deep_samples, items), given)
+    if any(is_array(item) and has_fractions(item) for item in items):
+        samples = replace(samples, fractions=True)
+    return samples
+
+
+def _items_of(source: Any, pages: str) -> tuple[Sequence[Any], Path | None]:
+    """The images of a source, not read yet; and the folder they are in, if that was given."""
     folder: Path | None = None
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -311,40 +346,7 @@ def load_image_set(
     check_pages(pages)
     if pages == "all" and not is_array(source):
         source = with_every_page(source)
-    if samples is None:
-        samples = survey(map(read_deep_samples, source), given)
-        if any(is_array(item) and has_fractions(item) for item in source):
-            samples = replace(samples, fractions=True)
-    names: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    unreadable: list[Exception] = []
-    tell = progress or (lambda _: None)
-    batch: Tensor | None = None
-    for index, item in enumerate(source):
-        try:
-            name = name_of(item, index)
-            image = prepare_image(item, name, size, smallest, samples, channel_order)
-        except (OSError, UnreadableError) as error:
-            if len(source) == 1:
-                raise
-            unreadable.append(error)
-            tell((index + 1) / len(source))
-            continue
-        if batch is None:
-            batch = image.pixels.new_empty(len(source), *image.pixels.shape)
-        if image.pixels.shape != batch.shape[1:]:
-            height, width = image.pixels.shape[1:]
-            raise ValueError(
-                f"images must all have one size unless they are resized: {names[0]} has "
-                f"{batch.shape[3]}x{batch.shape[2]} pixels, {image.name} has {width}x{height}"
-            )
-        batch[len(names)] = image.pixels
-        names.append(image.name if folder is None else item.relative_to(folder).as_posix())
-        sizes.append(image.original_size)
-        tell((index + 1) / len(source))
-    report_unreadable(unreadable, len(source), skip_unreadable)
-    assert batch is not None
-    return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)
+    return source, folder
 
 
 def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,19 +24,54 @@ def write_start_page(
     results: of each category, by the name of the folder in `folder` with its report. failed: why
     others have none, by category. data: what was evaluated, in words. Raises OSError.
     """
-    rows = "".join(_row(name, result) for name, result in results.items())
-    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in _HEADINGS)
+    return _write_page(
+        folder,
+        f"{data}: {len(results)} categories",
+        "AUROC and AUPRO in percent; missed and false alarms at each model's threshold.",
+        _HEADINGS,
+        [_row(name, result) for name, result in results.items()],
+        [*failed.items()],
+    )
+
+
+def write_scores_page(
+    folder: Path, counts: Mapping[str, tuple[int, int]], failed: Sequence[tuple[str, str]]
+) -> Path:
+    """As `write_start_page`, of images without labels.
+
+    counts: images and anomalous ones of each category, by the name of the folder with its report.
+    failed: images that could not be read, and why.
+    """
+    rows = [
+        _linked_row(name, name, (f"{images:,}", f"{anomalous:,}"))
+        for name, (images, anomalous) in sorted(counts.items())
+    ]
+    note = "Each image was compared with the normal images of its category."
+    headings = ("category", "images", "anomalous")
+    return _write_page(folder, "Anomaly scores", note, headings, rows, failed)
+
+
+def _write_page(
+    folder: Path,
+    title: str,
+    note: str,
+    headings: Sequence[str],
+    rows: Sequence[str],
+    failed: Sequence[tuple[str, str]],
+) -> Path:
+    """rows: HTML. All else is text."""
+    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in headings)
     head, style, policy = page_parts()
-    title = html_text(f"{data}: {len(results)} categories")
+    title = html_text(title)
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         partial.write_text(
             head.replace("{{policy}}", policy).replace("{{title}}", title)
             + f"<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-            "<p>AUROC and AUPRO in percent; missed and false alarms at each model's threshold.</p>"
+            f"<p>{html_text(note)}</p>"
             f'<div class="table start"><table><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>\n{failures_section(list(failed.items()))}\n"
+            f"<tbody>{''.join(rows)}</tbody></table></div>\n{failures_section(list(failed))}\n"
             f'<p class="soft">patchsvdd_fast {html_text(__version__)}</p>\n</body>\n</html>\n',
             encoding="utf-8",
         )
@@ -56,7 +91,12 @@ def _row(folder: str, result: CategoryResult) -> str:
         "-" if reached is None else f"{reached.missed:,} of {reached.num_anomalous:,}",
         "-" if reached is None else f"{reached.false_alarms:,} of {reached.num_good:,}",
     ]
-    link = f'<a href="{quote(folder)}/index.html">{html_text(result.category)}</a>'
+    return _linked_row(folder, result.category, cells)
+
+
+def _linked_row(folder: str, name: str, cells: Iterable[str]) -> str:
+    """A row of HTML: a link to the report in the folder, then cells of text."""
+    link = f'<a href="{quote(folder)}/index.html">{html_text(name)}</a>'
     return (
         f'<tr><th scope="row">{link}</th>'
         + "".join(f"<td>{html_text(cell)}</td>" for cell in cells)

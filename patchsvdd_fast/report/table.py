@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ COLUMNS = (
     *("verdict", "level", "unusual", "error"),
 )
 """Columns of the table; JSON lines also have the anomalous regions."""
+CATEGORY = "category"
+"""A last column, where images are of several categories."""
 
 
 def row_of(result: ImageResult) -> dict[str, Any]:
@@ -35,7 +37,8 @@ def row_of(result: ImageResult) -> dict[str, Any]:
             "threshold": result.threshold,
             "verdict": "anomalous" if result.anomalous else "normal",
         }
-    return row | {"level": result.level, "unusual": list(result.unusual)}
+    row |= {"level": result.level, "unusual": list(result.unusual)}
+    return row if result.category is None else row | {CATEGORY: result.category}
 
 
 _AS_PATHS = sys.getfilesystemencodeerrors()  # error handler for names of files that are not UTF-8
@@ -46,21 +49,30 @@ class Table:
     """A table of scored images in a file that is complete after each row.
 
     path: NAME.csv or NAME.jsonl.
-    threshold: of this run; a table with another threshold is not continued.
+    threshold: of this run, or that of each category; a table with others is not continued.
     resume: keep the rows that are there, except those with an error and an incomplete last one;
         else the file is written anew.
 
     Raises ValueError if a file to continue is no such table, OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, threshold: float | None, resume: bool = False) -> None:
-        self.path, self._threshold = path, _cell(threshold)
+    def __init__(
+        self,
+        path: Path,
+        threshold: float | Mapping[str, float | None] | None,
+        resume: bool = False,
+    ) -> None:
+        of_each = threshold if isinstance(threshold, Mapping) else {"": threshold}
+        self.path = path
+        self._thresholds = {category: _cell(value) for category, value in of_each.items()}
+        self.columns = COLUMNS if "" in of_each else (*COLUMNS, CATEGORY)
+        """Names of its columns, in their order."""
         self._is_csv = path.suffix == ".csv"
         self.done: set[str] = set()
         """Paths of the images that have a row already."""
         with written_whole(path) as partial, partial.open("wb") as file:
             if self._is_csv:
-                file.write(self._line(dict(zip(COLUMNS, COLUMNS, strict=True))))
+                file.write(self._line(dict(zip(self.columns, self.columns, strict=True))))
             if resume and path.exists():
                 for row in self._kept_rows():
                     file.write(self._line(row))
@@ -98,8 +110,8 @@ class Table:
         if not self._is_csv:
             return json.dumps(row).encode() + b"\n"
         text = io.StringIO(newline="")
-        cells = {column: _cell(row.get(column)) for column in COLUMNS}
-        for column in ("image", "error"):
+        cells = {column: _cell(row.get(column)) for column in self.columns}
+        for column in cells.keys() & {"image", "error", CATEGORY}:
             cells[column] = _no_formula(cells[column])
         csv.writer(text).writerow(cells.values())
         return text.getvalue().encode("utf-8", _AS_PATHS)
@@ -110,33 +122,33 @@ class Table:
             if row.get("error"):
                 continue
             threshold = _cell(row.get("threshold"))
-            if threshold != self._threshold:
+            ours = self._thresholds.get(row.get(CATEGORY) or "", "none for its category")
+            if threshold != ours:
                 raise ValueError(
                     f"{self.path} was written with threshold {threshold or 'none'}, this run has "
-                    f"{self._threshold or 'none'}: another model or rate; use another --output"
+                    f"{ours or 'none'}: another model or rate; use another --output"
                 )
             self.done.add(str(Path(row["image"])))
             yield row
+
+    def _csv_rows(self, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+        reader = csv.DictReader(lines)
+        if tuple(reader.fieldnames or self.columns) != self.columns:
+            raise ValueError("it has other columns")
+        # Half a row with a line break inside looks whole, but is too short.
+        return (row for row in reader if None not in row.values())
 
     def _earlier_rows(self) -> Iterator[dict[str, Any]]:
         with self.path.open("rb") as file:
             # A killed run may have left half a line.
             lines = (line.decode("utf-8", _AS_PATHS) for line in file if line.endswith(b"\n"))
             try:
-                for row in _csv_rows(lines) if self._is_csv else map(json.loads, lines):
+                for row in self._csv_rows(lines) if self._is_csv else map(json.loads, lines):
                     if not isinstance(row.get("image"), str):
                         raise ValueError("a row names no image")
                     yield row
             except (ValueError, AttributeError, csv.Error) as error:
                 raise ValueError(f"{self.path} is not a table to go on with: {error}") from error
-
-
-def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(lines)
-    if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
-        raise ValueError("it has other columns")
-    # Half a row with a line break inside looks whole, but is too short.
-    return (row for row in reader if None not in row.values())
 
 
 def _cell(value: Any) -> str:
@@ -155,15 +167,15 @@ def _no_formula(text: str) -> str:
     return f"./{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def write_parquet(source: Path, path: Path) -> None:
-    """Turn a .jsonl table into a Parquet file, some rows at a time.
+def write_parquet(source: Path, path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Turn a .jsonl table with these columns into a Parquet file, some rows at a time.
 
     Raises ImportError without pyarrow (`pip install pyarrow`), OSError.
     """
     pyarrow, parquet = _pyarrow()
     figures = ("score", "relative_score", "p_value", "threshold")
     numbers = dict.fromkeys(figures, pyarrow.float64())
-    schema = pyarrow.schema([(name, numbers.get(name, pyarrow.string())) for name in COLUMNS])
+    schema = pyarrow.schema([(name, numbers.get(name, pyarrow.string())) for name in columns])
     with (
         written_whole(path) as partial,
         source.open(encoding="utf-8") as lines,
@@ -178,7 +190,7 @@ def write_parquet(source: Path, path: Path) -> None:
 
         for line in lines:
             row = json.loads(line)
-            texts = (name for name in COLUMNS if name not in numbers)
+            texts = (name for name in columns if name not in numbers)
             rows.append(
                 {name: row.get(name) for name in numbers}
                 | {name: _printable(_cell(row.get(name))) for name in texts}

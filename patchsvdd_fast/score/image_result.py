@@ -58,6 +58,8 @@ class ImageResult:
     source: Any = field(repr=False)
     """What was given: a path, a PIL image or an array, which lives as long as the result. None for
     an image of `ScoredImages`."""
+    category: str | None = None
+    """The category whose normal patches it was compared with; None with a single one."""
 
     def __repr__(self) -> str:
         return f"ImageResult({self.name!r}, {self.in_words()})"
@@ -66,10 +68,12 @@ class ImageResult:
         return str(_displays().html_of_image(self))
 
     def in_words(self) -> str:
-        """Such as "anomalous, 3.1 x the threshold, p 0.1 (score 2.4e-09)"."""
+        """Such as "anomalous, 3.1 x the threshold, p 0.1 (score 2.4e-09)"; with its category, if
+        there are several, before it."""
+        of = "" if self.category is None else f"{self.category}: "
         if self.anomalous is None:
-            return f"score {self.score:.4g}"
-        parts = ["anomalous" if self.anomalous else "normal"]
+            return f"{of}score {self.score:.4g}"
+        parts = [f"{of}{'anomalous' if self.anomalous else 'normal'}"]
         if self.relative_score is not None:
             parts.append(f"{self.relative_score:.3g} x the threshold")
         if self.p_value is not None:

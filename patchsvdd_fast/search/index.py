@@ -23,7 +23,7 @@ from ..ops.gpu_bank import SegmentArrays
 from ..ops.radius import Within, within_in_bank
 from ..ops.search import nearest_in_bank, normalised
 from .centroids import can_be_clustered
-from .cpu_choice import choose_codes, lay_out, suit_axes
+from .cpu_choice import can_be_coded, choose_codes, lay_out, suit_axes
 from .cpu_clusters import extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
 
@@ -332,7 +332,7 @@ class Index(NamedTuple):
         if anew or not can_be_clustered(rows):
             return self.laid_out(rows)
         changed = self._replace(data=rows, appended=None, codes=None)
-        if self.codes is not None:
+        if self.codes is not None and can_be_coded(rows):
             return changed._replace(codes=encode_rows(rows, self.codes.leading_axes))
         if self.clusters is None:
             return changed.coded()

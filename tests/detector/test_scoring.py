@@ -8,8 +8,8 @@ from PIL import Image
 from backbones import Plain
 from conftest import texture
 from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.detector.description import describe
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.detector.model_file import describe
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.images.samples import AS_STORED, UNKNOWN, Samples, to_8_bits

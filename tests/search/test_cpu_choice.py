@@ -223,3 +223,22 @@ def test_queries_that_leading_axes_rule_nothing_out_for_find_the_canonical_answe
     queries = torch.cat([decaying(500, 176, seed=1).flip(1), decaying(300, 176, seed=2)])
     for ours, theirs in zip(bank.nearest(queries), nearest(queries, rows), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize("kept", [70, 1030])
+def test_a_bank_that_has_become_small_is_saved_and_opened(monkeypatch, tmp_path, kept, leads):
+    """Few rows have no codes, whatever the bank had before."""
+    if leads:
+        prefer_leading_axes(monkeypatch)
+    else:
+        monkeypatch.setattr(cpu_choice, "leading_axes", lambda *_: None)
+    rows, queries = decaying(1100, 200), decaying(50, 200, seed=1)
+    bank = NormalBank(rows, clusters=0)
+    assert (bank._index.codes.leading_axes is not None) == leads
+    bank.remove(torch.arange(kept, 1100))
+    assert (bank._index.codes is not None) == (kept == 1030)
+    bank.save(tmp_path / "bank.safetensors")
+    opened = NormalBank.open(tmp_path / "bank.safetensors")
+    for ours, theirs in zip(opened.nearest(queries), nearest(queries, rows[:kept]), strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,262 @@
+"""Detectors of several categories that share one encoder, in one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..files.store import naming
+from ..images.prepare import PreparedImage
+from ..ops.backends import resolve_device
+from ..score.image_result import ImageResult
+from ..score.stream import Stream
+from ..training.record import TrainingStep
+from . import fitting, parameters, scoring
+from .model_file import differences, load_models, save_models
+from .patch_svdd import PatchSVDD
+from .progress_bars import OnProgress, fit_shown
+
+NEAREST = "nearest"
+"""Stands for the category whose normal patches an image's are nearest to."""
+
+
+class CategoryDetectors(Mapping[str, PatchSVDD]):
+    """A detector for each of several categories, such as products; all share one encoder.
+
+    Each has banks and a threshold of its own. An image is embedded once, whichever category it is
+    compared with, so the encoder, the mean image and the light that images are matched to are those
+    of all categories together.
+
+    A mapping from a category's name to its `PatchSVDD`, which can do all that others can, and be
+    replaced or added to by assignment: ``detectors["new"] = detectors["old"].refit("images/new")``.
+
+    detectors: by category, at least one. Raises ValueError if they embed patches differently.
+    """
+
+    def __init__(self, detectors: Mapping[str, PatchSVDD]) -> None:
+        if not detectors:
+            raise ValueError("no categories given")
+        self._detectors: dict[str, PatchSVDD] = {}
+        for category, detector in detectors.items():
+            self[category] = detector
+
+    @classmethod
+    def fit(
+        cls,
+        detector: PatchSVDD,
+        X: Mapping[str, Any],  # noqa: N803 (scikit-learn's name)
+        *,
+        encoder: nn.Module | None = None,
+        on_step: Callable[[TrainingStep], None] | None = None,
+        on_progress: OnProgress = None,
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_minutes: float = 5.0,
+        resume: bool = False,
+        skip_unreadable: bool = False,
+        pages: str = "first",
+    ) -> CategoryDetectors | None:
+        """Train one encoder on the good images of all categories, or take one, and fill all banks.
+
+        detector: not fitted; its parameters are those of all. X: each category's images, by its
+        name, as `PatchSVDD.fit` takes them; all of one size once they are resized.
+
+        The rest is as of `PatchSVDD.fit`, and so is what is raised. None in all but the first
+        process under torchrun.
+        """
+        _check_names(X)
+        given = detector.get_params()
+        ready = parameters.ready_encoder(given, encoder)
+        keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
+        with fit_shown(progress, on_step, on_progress) as told:
+            models = fitting.fit_models(
+                *(parameters.resolved(given, ready), X, ready, keeping, *told),
+                *(skip_unreadable, pages),
+            )
+        if models is None:
+            return None
+        return cls(
+            {name: PatchSVDD.of_model(model, given["device"]) for name, model in models.items()}
+        )
+
+    # --- as a mapping -----------------------------------------------------------------------------
+
+    def __getitem__(self, category: str) -> PatchSVDD:
+        return self._detectors[category]
+
+    def __setitem__(self, category: str, detector: PatchSVDD) -> None:
+        """Replace a category's detector, or add one. Raises ValueError if it embeds differently."""
+        _check_names([category])
+        others = [one for name, one in self.items() if name != category]
+        if others and (differing := differences(others[0].model(), detector.model())):
+            raise ValueError(
+                f"all categories share one encoder, but that of {category} differs in "
+                f"{', '.join(differing)}; `refit` of one that is here makes one that does not"
+            )
+        self._detectors[category] = detector
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._detectors)
+
+    def __len__(self) -> int:
+        return len(self._detectors)
+
+    def __repr__(self) -> str:
+        name = self._any.encoder_.name
+        images = ", ".join(f"{name}: {one.num_images:,} images" for name, one in self.items())
+        return f"CategoryDetectors({name}, {images})"
+
+    @property
+    def _any(self) -> PatchSVDD:
+        return next(iter(self.values()))
+
+    # --- scoring ----------------------------------------------------------------------------------
+
+    def score_stream(
+        self,
+        sources: Iterable[Any],
+        *,
+        category: str | Callable[[Any], str | None] | None = None,
+        false_alarm_rate: float | None = None,
+        on_error: Callable[[Any, Exception], None] | None = None,
+    ) -> Stream[ImageResult]:
+        """Score images one after another; each result names the `category` it was compared with.
+
+        category: the one of all images; or called with each of the sources, for its category, or
+            None for the nearest; or "nearest" for all. None: `category_of_path`, of paths, else the
+            nearest. That is the category with the lowest mean of the anomaly map; finding it takes
+            a search in the banks of all.
+        sources, false_alarm_rate, on_error: as of `PatchSVDD.score_stream`.
+
+        Raises ValueError for a category that is not here.
+        """
+        choose = self._choice(category)
+        models = {name: one.model() for name, one in self.items()}
+        thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in self.items()}
+
+        def results_in(
+            name: str, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]
+        ) -> list[ImageResult]:
+            found = scoring.results_of(models[name], thresholds[name], images, embeddings)
+            return [replace(result, category=name) for result in found]
+
+        def search(images: list[PreparedImage], embeddings: list[Tensor]) -> list[ImageResult]:
+            chosen = [choose(image.source) for image in images]
+            for name in filter(None, chosen):
+                self.require(name)
+            candidates: list[list[ImageResult]] = [[] for _ in images]
+            for name in models:
+                some = [number for number, its in enumerate(chosen) if its in (None, name)]
+                if some:
+                    of_some = [values[some] for values in embeddings]
+                    found = results_in(name, [images[number] for number in some], of_some)
+                    for number, result in zip(some, found, strict=True):
+                        candidates[number].append(result)
+            return [min(results, key=_mean_of_map) for results in candidates]
+
+        shared = next(iter(models.values()))
+        return scoring.score_stream(shared, sources, None, on_error, search)
+
+    def category_of_path(self, path: Any) -> str | None:
+        """The innermost folder in a path that is called as a category; None if there is none."""
+        if not isinstance(path, str | os.PathLike):
+            return None
+        folders = Path(os.path.abspath(path)).parent.parts  # noqa: PTH100 (follows no links)
+        return next((folder for folder in reversed(folders) if folder in self), None)
+
+    def _choice(
+        self, category: str | Callable[[Any], str | None] | None
+    ) -> Callable[[Any], str | None]:
+        if category is None:
+            return self.category_of_path
+        if callable(category):
+            return category
+        if category == NEAREST and NEAREST not in self:
+            return lambda _: None
+        self.require(category)
+        return lambda _: category
+
+    def require(self, category: str) -> None:
+        """Raise ValueError for a category that is not here."""
+        if category not in self:
+            raise ValueError(f"no category {category!r}, only {', '.join(self)}")
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write all detectors to one safetensors file, the encoder once. Raises OSError.
+
+        `PatchSVDD.load` opens one of them. Raises ValueError for too many categories (hundreds).
+        """
+        save_models({name: one.model() for name, one in self.items()}, path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str = "auto", encoder: nn.Module | None = None
+    ) -> CategoryDetectors:
+        """Open what `save` wrote; the file is mapped, not copied.
+
+        encoder, and what is raised: as of `PatchSVDD.load`; ValueError also for a file that holds
+        the detector of a single category.
+        """
+        opened = open_detectors(path, device, encoder)
+        if isinstance(opened, PatchSVDD):
+            raise ValueError(f"{path} holds a single detector: open it with PatchSVDD.load")
+        return opened
+
+
+def open_detectors(
+    path: str | Path, device: str = "auto", encoder: nn.Module | None = None
+) -> PatchSVDD | CategoryDetectors:
+    """Open a model file of either kind; arguments and errors as of `PatchSVDD.load`."""
+    models = load_models(path, resolve_device(device), PatchSVDD().get_params(), encoder)
+    detectors = {name: PatchSVDD.of_model(model, device, encoder) for name, model in models.items()}
+    if "" in detectors:
+        return detectors[""]
+    with naming(path):
+        return CategoryDetectors(detectors)
+
+
+def by_category(opened: PatchSVDD | CategoryDetectors) -> dict[str, PatchSVDD]:
+    """The detectors by category; a single one as that of ""."""
+    return {"": opened} if isinstance(opened, PatchSVDD) else dict(opened)
+
+
+def score_stream(
+    opened: PatchSVDD | CategoryDetectors,
+    sources: Iterable[Any],
+    category: str | None,
+    false_alarm_rate: float | None,
+    on_error: Callable[[Any, Exception], None],
+) -> Stream[ImageResult]:
+    """`score_stream` of either kind; category: see `CategoryDetectors.score_stream`."""
+    how: dict[str, Any] = {"false_alarm_rate": false_alarm_rate, "on_error": on_error}
+    if isinstance(opened, CategoryDetectors):
+        how["category"] = category
+    return opened.score_stream(sources, **how)
+
+
+def require_category(opened: PatchSVDD | CategoryDetectors, category: str | None) -> None:
+    """Raise ValueError for a category that `CategoryDetectors.score_stream` would not take."""
+    if category is None:
+        return
+    if isinstance(opened, PatchSVDD):
+        raise ValueError(f"the model has no categories, such as {category!r}")
+    if category != NEAREST:
+        opened.require(category)
+
+
+def _mean_of_map(result: ImageResult) -> float:
+    return float(result.anomaly_map.double().mean())
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for what cannot be a category's name."""
+    for name in names:
+        if not isinstance(name, str) or not name or name != name.strip() or "/" in name:
+            raise ValueError(f"a category needs a name, without slashes, got {name!r}")

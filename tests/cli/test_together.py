@@ -1,0 +1,221 @@
+"""`train --together`, and the commands with a model of several categories."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import texture
+from patchsvdd_fast import PatchSVDD
+from patchsvdd_fast.detector.categories import CategoryDetectors, open_detectors
+from processes import one_line_error
+
+FAST = [
+    *("--mode", "dense", "--resize", "96", "--steps", "2", "--check-every", "0"),
+    *("--initialization", "kaiming", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def data(category_folder, tmp_path):
+    """Two categories: one of stripes, the other brighter and coarser."""
+    for name in ("fine", "coarse"):
+        shutil.copytree(category_folder, tmp_path / "data" / name)
+    for path in (tmp_path / "data/coarse").rglob("*.png"):
+        if "ground_truth" not in path.parts:
+            image = Image.open(path).crop((0, 0, 48, 48)).resize((96, 96))
+            image.point(lambda value: value // 2 + 120).save(path)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model(data, tmp_path, here):
+    path = tmp_path / "both.safetensors"
+    done = here("train", data, "--together", "-o", path, *FAST)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        r"fine: layout MVTec AD, 4 images to train on",
+        r"wrote \S+: 2 training steps, 2 categories, \d+ s",
+        r"coarse: 4 images, banks of 36 and 1,156 patches",
+        r"fine: threshold on the image score: \S+, exceeded by at most 0.2 of good images",
+    ):
+        assert re.search(line, done.stdout), done.stdout
+    assert re.search(r"coarse +│ 3\+3 .*fine +│ 3\+3 .*mean +│ 6\+6 ", done.stdout, re.DOTALL)
+    return path
+
+
+def rows_of(folder):
+    with (folder / "scores.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_score_says_which_category_it_compared_with(model, data, tmp_path, here):
+    out, report = tmp_path / "scores", tmp_path / "report"
+    images = (data / "fine/test", data / "coarse/test")
+    done = here("score", model, *images, "-o", out, "--report", report, "--maps", "png")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"scored 12 images in \S+ s \(coarse 6, fine 6\), \d+ anomalous", done.stdout)
+    assert f"report: {report / 'index.html'}" in done.stdout.replace("\n", "")
+    rows = rows_of(out)
+    assert len(rows) == 12
+    detectors = CategoryDetectors.load(model, "cpu")
+    for row in rows:
+        folder = "fine" if "/fine/" in row["image"] else "coarse"
+        assert row["category"] == folder
+        result = next(detectors[folder].score_stream([row["image"]]))
+        assert float(row["score"]) == result.score
+        assert float(row["threshold"]) == result.threshold
+    start = (report / "index.html").read_text()
+    for name in ("fine", "coarse"):
+        assert f'<a href="{name}/index.html">{name}</a></th><td>6</td>' in start
+        page = (report / name / "index.html").read_text()
+        assert page.count(f"data/{name}/test") >= 6
+
+    again = here("score", model, *images, "-o", out, "--resume")
+    assert again.stdout.startswith("scored 0 images")
+    other = here("score", model, data, "-o", out, "--resume", "--false-alarm-rate", "0.5")
+    assert "was written with threshold" in one_line_error(other)
+    assert rows_of(out) == rows
+    done = here("score", model, data / "fine/test/spot/0.png", "-o", tmp_path / "one")
+    assert re.search(r"spot/0.png +fine: anomalous, ", done.stdout)
+
+
+def test_the_category_may_be_given_or_found(model, data, tmp_path, here):
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for name in ("fine", "coarse"):
+        shutil.copy(data / name / "test/good/0.png", loose / f"{name}.png")
+
+    def categories(*options):
+        folder = tmp_path / f"scores{len(list(tmp_path.iterdir()))}"
+        done = here("score", model, loose, "-o", folder, "--format", "jsonl", *options)
+        assert done.returncode == 0, done.stderr
+        lines = (folder / "scores.jsonl").read_text().splitlines()
+        return {row["image"].split("/")[-1]: row["category"] for row in map(json.loads, lines)}
+
+    assert categories() == {"fine.png": "fine", "coarse.png": "coarse"}
+    assert categories("--category", "coarse") == {"fine.png": "coarse", "coarse.png": "coarse"}
+    refused = here("score", model, loose, "-o", tmp_path / "none", "--category", "third")
+    assert one_line_error(refused) == "error: no category 'third', only coarse, fine"
+    assert not (tmp_path / "none/scores.csv").exists()
+
+
+def test_parquet_has_the_category(model, data, tmp_path, here):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    done = here("score", model, data / "fine/test", "-o", tmp_path / "p", "--format", "parquet")
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(tmp_path / "p/scores.parquet")
+    assert table.column("category").to_pylist() == ["fine"] * 6
+
+
+def test_commands_for_one_category(model, data, tmp_path, here):
+    spot = data / "coarse/test/spot/0.png"
+    for command in (
+        ("explain", model, spot, "-o", tmp_path / "why"),
+        ("export", model, "-o", tmp_path / "detector.onnx"),
+        ("update", model, "--remove", "0"),
+    ):
+        message = one_line_error(here(*command))
+        assert "several categories, coarse, fine" in message and "--category" in message
+    done = here("explain", model, spot, "-o", tmp_path / "why", "--category", "coarse")
+    assert done.returncode == 0, done.stderr
+    assert "nearest at distance" in done.stdout
+    info = here("info", model).stdout
+    assert "coarse: bank K64" in info and "fine: threshold" in info
+
+    done = here("update", model, "--remove", "0", "--category", "fine")
+    assert "4 training images of fine before, 3 now" in done.stdout
+    new = tmp_path / "new"
+    new.mkdir()
+    for number in range(3):
+        Image.fromarray(texture(np.random.default_rng(number))).save(new / f"{number}.png")
+    done = here("update", model, "--replace", new, "--category", "third")
+    assert "0 training images of third before, 3 now" in done.stdout
+    changed = open_detectors(model, "cpu")
+    assert {name: one.num_images for name, one in changed.items()} == {
+        **{"coarse": 4, "fine": 3, "third": 3}
+    }
+    missing = here("update", model, "--remove", "0", "--category", "fourth")
+    assert "no category 'fourth', only coarse, fine, third" in one_line_error(missing)
+
+
+def test_evaluate_takes_each_categorys_own(model, data, tmp_path, here):
+    done = here("evaluate", data, "--model", model, "--json", tmp_path / "all.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert [result["category"] for result in results] == ["coarse", "fine"]
+    good, bad = data / "fine/test/good", data / "fine/test/spot"
+    folders = ("evaluate", "--normal", good, "--anomalous", bad, "--model", model)
+    assert "no category 'spot', only coarse, fine" in one_line_error(here(*folders))
+    done = here(*folders, "--category", "fine", "--json", tmp_path / "own.json")
+    assert done.returncode == 0, done.stderr
+    (own,) = json.loads((tmp_path / "own.json").read_text())["results"]
+    (fine,) = (result for result in results if result["category"] == "fine")
+    for combination, values in fine["percent"].items():
+        assert own["percent"][combination]["detection"] == values["detection"]
+    several = here("evaluate", data, "--model", model, "--category", "fine")
+    assert "images of one category" in one_line_error(several)
+
+
+def test_a_single_model_has_no_categories(ready_model, data, tmp_path, here):
+    image = data / "fine/test/spot/0.png"
+    for command in (
+        ("score", ready_model, image, "-o", tmp_path / "s", "--category", "fine"),
+        ("evaluate", data / "fine", "--model", ready_model, "--category", "fine"),
+        ("explain", ready_model, image, "-o", tmp_path / "e", "--category", "fine"),
+        ("update", ready_model, "--remove", "0", "-o", tmp_path / "u", "--category", "fine"),
+    ):
+        assert "no categories" in one_line_error(here(*command)), command
+    assert not (tmp_path / "u").exists()
+
+
+def test_folders_of_good_images_are_categories_too(data, tmp_path, here):
+    plain = tmp_path / "plain"
+    for name in ("one", "two"):
+        shutil.copytree(data / "fine/train/good", plain / name)
+    (plain / "empty").mkdir()
+    model = tmp_path / "plain.safetensors"
+    done = here("train", plain, "--together", "-o", model, *FAST)
+    assert done.returncode == 0, done.stderr
+    assert "det. AUROC" not in done.stdout  # nothing to test on
+    assert list(CategoryDetectors.load(model, "cpu")) == ["one", "two"]
+    again = here("train", plain, "--together", "-o", model, *FAST)
+    assert "exists" in one_line_error(again)
+    done = here("train", plain, "--together", "-o", model, *FAST, "--resume")
+    assert "is done already" in done.stdout
+    for folder in (plain / "one", data / "fine"):
+        message = one_line_error(here("train", folder, "--together", "-o", tmp_path / "x", *FAST))
+        assert "must hold at least two categories, or folders of good images" in message
+    shutil.copytree(data / "fine/test/spot", plain / "two/bad")
+    done = here("train", plain, "--together", "-o", tmp_path / "x", *FAST)
+    assert "two: " in one_line_error(done) or "holds a folder bad" in one_line_error(done)
+
+
+def test_training_together_goes_on_after_an_interrupt(data, tmp_path, here, monkeypatch):
+    """The checkpoint is that of the one training, and the result the same as in one go."""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    assert here("train", data, "--together", "-o", whole, *FAST).returncode == 0
+    fit = CategoryDetectors.fit.__func__
+
+    def interrupted(cls, *given, on_step, **options):
+        def stop(step):
+            on_step(step)
+            raise KeyboardInterrupt
+
+        return fit(cls, *given, on_step=stop, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CategoryDetectors, "fit", classmethod(interrupted))
+        assert here("train", data, "--together", "-o", parts, *FAST).returncode == 130
+    assert (tmp_path / "parts.safetensors.checkpoint").exists()
+    done = here("train", data, "--together", "-o", parts, *FAST, "--resume")
+    assert "going on from" in done.stdout
+    one, other = (CategoryDetectors.load(path, "cpu") for path in (whole, parts))
+    assert {name: made.threshold_ for name, made in one.items()} == {
+        name: made.threshold_ for name, made in other.items()
+    }
+    assert isinstance(other["fine"], PatchSVDD)
