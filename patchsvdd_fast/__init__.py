@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .detector.categories import CategoryDetectors
     from .detector.patch_svdd import PatchSVDD
     from .encoders.levels import PatchLevel
     from .encoders.patch_svdd import HierarchicalEncoder, load_official_checkpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "CategoryDetectors": "detector.categories",
     "HierarchicalEncoder": "encoders.patch_svdd",
     "NormalBank": "score",
     "PatchLevel": "encoders.levels",
@@ -38,6 +40,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "CategoryDetectors",
     "HierarchicalEncoder",
     "NormalBank",
     "PatchLevel",
