@@ -75,6 +75,7 @@ INTERNAL = {
     # --- rooms and modules ---
     "cli": "the command line, which command-line.md describes",
     "detector.fitting": "what PatchSVDD.fit does",
+    "detector.changes": "methods of PatchSVDD",
     "detector.forecast": "how long PatchSVDD.fit says it will take",
     "detector.progress_bars": "what PatchSVDD.fit tells its on_progress, and how that is shown",
     "detector.normality": "what PatchSVDD.add, remove, merge and refit do",

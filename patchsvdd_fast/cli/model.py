@@ -129,14 +129,15 @@ def update(
         opened = open_detectors(model, device)
         detector, before = _to_change(opened, category, model, is_new=replace is not None)
         if replace is not None:
-            detector = detector.refit(replace, skip_unreadable=skip_unreadable)
+            detector = detector.refit(replace, skip_unreadable=skip_unreadable, progress=True)
         if remove:
-            detector.remove([int(name) if name.isdecimal() else name for name in remove])
+            names = [int(name) if name.isdecimal() else name for name in remove]
+            detector.remove(names, progress=True)
         if add:
             images = add[0] if len(add) == 1 else _all_images(add)
-            detector.add(images, skip_unreadable=skip_unreadable)
+            detector.add(images, skip_unreadable=skip_unreadable, progress=True)
         for other in merge or []:
-            detector.merge(PatchSVDD.load(other, device=device))
+            detector.merge(PatchSVDD.load(other, device=device), progress=True)
         if isinstance(opened, PatchSVDD):
             detector.save(output)
         else:
@@ -285,9 +286,11 @@ def export(
     with loading():
         from ..detector.onnx import export_detector, export_encoder
         from ..detector.patch_svdd import PatchSVDD
+        from ..detector.progress_bars import display
 
-    with claimed_file(output, overwrite):
+    with claimed_file(output, overwrite), display(console) as bars:
         detector = PatchSVDD.load(model, device="cpu", category=category)
+        bars.phase("exporting", None, None)
         if encoder_only:
             difference = export_encoder(detector, output)
             checked = "its embeddings differ from PyTorch's by {:.1e} at the most"
@@ -296,6 +299,7 @@ def export(
                 detector, output, false_alarm_rate=false_alarm_rate, storage=storage
             )
             checked = "its image scores are within {:.1e}, relative, of the detector's"
+        bars.phase("exporting", 1.0, None)
     if difference is None:
         checked = "not checked: onnxruntime is not installed"
     _print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB; {checked.format(difference)}")

@@ -204,22 +204,30 @@ def _share_of(progress: Callable[[float], None], part: int, parts: int) -> Calla
     return lambda share: progress((part + share) / parts)
 
 
-def refit_model(before: Model, source: Any, skip_unreadable: bool = False) -> Model:
+def refit_model(
+    before: Model, source: Any, skip_unreadable: bool = False, on_progress: OnProgress = None
+) -> Model:
     """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
-    given = before.parameters
-    images = load(source, given, samples=before.samples, skip_unreadable=skip_unreadable)
+    given, encoder, light = before.parameters, before.encoder, before.light
+    progress = Progress(on_progress)
+    images = load(source, given, progress.phase(READING), before.samples, skip_unreadable)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
-    normal, calibration = filled(given, before.encoder, mean, before.light, images)
+    progress.forecast(given, encoder, mean, light, images.pixels)
+    normal, calibration = filled(given, encoder, mean, light, images, progress=progress)
     if given["mean"] == "pixel":
         normality.warn_of_repeats(normal.gallery, before.gallery)
     banks, gallery = normal
     return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
 
 
-def load_to_add(source: Any, model: Model, skip_unreadable: bool = False) -> ImageSet:
+def load_to_add(
+    source: Any,
+    model: Model,
+    skip_unreadable: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> ImageSet:
     """Load images to add to a model. Raises ValueError if they are of another size than its own."""
-    given, samples = model.parameters, model.samples
-    images = load(source, given, samples=samples, skip_unreadable=skip_unreadable)
+    images = load(source, model.parameters, progress, model.samples, skip_unreadable)
     (height, width), found = model.mean.shape[1:], images.pixels.shape
     if found[2:] != (height, width):
         raise ValueError(

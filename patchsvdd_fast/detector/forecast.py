@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .progress_bars import (
     THRESHOLDS,
     TRAINING,
     OnProgress,
+    fit_shown,
 )
 from .scoring import encode
 
@@ -159,6 +161,19 @@ class Progress:
             of_each = sum(self.expected.get(name, 0.0) for name in _OF_EACH_CATEGORY)
             whole += of_each * (self._to_come / self._category - 1)
         self.on_progress(self._phase, share, whole)
+
+
+@contextmanager
+def changes_shown(wanted: bool) -> Iterator[Progress]:
+    """Within the context, the progress of a change of banks that ends with their calibration.
+
+    wanted: False: it is not shown. How long thresholds take, after the calibration's searches, is
+    left out of the time that is told.
+    """
+    with fit_shown(wanted, None, None) as (_, on_progress):
+        progress = Progress(on_progress)
+        progress.expected[THRESHOLDS] = 0.0
+        yield progress
 
 
 def _seconds_of_search(

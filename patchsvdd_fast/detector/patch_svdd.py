@@ -22,14 +22,13 @@ from ..score.image_result import ImageResult, ScoredImages
 from ..score.maps import ScoreResult
 from ..score.stream import Stream
 from ..training.record import TrainingStep
-from . import fitting, normality, parameters, scoring
-from .explanations import ExplanationsMixin
+from . import fitting, parameters, scoring
+from .changes import ChangesMixin
 from .model_file import Model, load_models, save_model
-from .normality import Normality
 from .progress_bars import OnProgress, fit_shown
 
 
-class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
     """Patch SVDD (Yi & Yoon 2020) with exact nearest-neighbour scoring.
 
     Parameters:
@@ -238,54 +237,7 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
         # All at once, so that Ctrl-C cannot leave a half of it.
         self.__dict__.update({f"{name}_": getattr(model, name) for name in _FITTED})
 
-    def _take_over(self, normal: Normality) -> None:
-        """Calibrate these banks and score against them from now on; a failure changes nothing."""
-        given, shape = self.parameters_, self.image_shape()
-        calibration = fitting.calibrated(given, self.encoder_, normal, shape)
-        banks, gallery = normal
-        self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
-
-    # --- changing what is normal ------------------------------------------------------------------
-
-    def add(self, X: Any, *, skip_unreadable: bool = False) -> PatchSVDD:  # noqa: N803
-        """Add good images to the banks and calibrate anew; encoder, mean and light stay.
-
-        X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
-        skip_unreadable: as of `fit`. Raises ValueError for unusable images; nothing then changes.
-        """
-        normal = self._normality()
-        images = fitting.load_to_add(X, self.model(), skip_unreadable)
-        encoded = self.encode(images.pixels, images.names)
-        self._take_over(normality.with_images(normal, images, encoded, self.keep_images))
-        return self
-
-    def remove(self, images: Sequence[str | Path | int]) -> PatchSVDD:
-        """Take training images out of the banks, by name or number, and calibrate anew.
-
-        Names are those of `gallery_`, or their last part if only one image has it. Raises
-        ValueError for an image that is not there, and if none would be left.
-        """
-        self._take_over(normality.without_images(self._normality(), images))
-        return self
-
-    def merge(self, other: PatchSVDD) -> PatchSVDD:
-        """Add the training images of a detector with the same encoder, and calibrate anew.
-
-        Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
-        makes such detectors. Raises ValueError if they differ.
-        """
-        fitting.require_alike(self.model(), other.model())
-        self._take_over(normality.merged(self._normality(), other._normality()))
-        return self
-
-    def refit(self, X: Any, *, skip_unreadable: bool = False) -> PatchSVDD:  # noqa: N803
-        """A new detector with this one's encoder, mean and light, whose banks hold other images.
-
-        For the same product on another line, say; the two can be merged. X must not hold images of
-        `fit`: to leave some of those out, use `remove`. skip_unreadable: as of `fit`. Raises
-        ValueError for unusable images, and for those of another size unless mean="channel".
-        """
-        model = fitting.refit_model(self.model(), X, skip_unreadable)
+    def _twin(self, model: Model) -> PatchSVDD:
         twin = type(self)(**self.get_params())
         twin._use(model)
         return twin
@@ -293,15 +245,6 @@ class PatchSVDD(ExplanationsMixin, OutlierMixin, BaseEstimator):  # type: ignore
     def usual_light(self) -> Tensor | None:
         """The colour that images are matched to, [3] float32; None if they stay as they are."""
         return parameters.usual_light(self.parameters_, self.light_)
-
-    @property
-    def num_images(self) -> int:
-        """How many training images the banks hold."""
-        return self._normality().num_images
-
-    def _normality(self) -> Normality:
-        self._require_fitted()
-        return Normality(self.banks_, self.gallery_)
 
     # --- scoring ----------------------------------------------------------------------------------
 

@@ -116,6 +116,29 @@ def test_fit_and_score_show_their_progress_if_asked_to(images, capsys, monkeypat
     assert capsys.readouterr() == ("", "")
 
 
+def test_changes_of_banks_show_their_progress_if_asked_to(images, capsys, monkeypatch):
+    monkeypatch.setattr(progress_bars, "_LINE_EVERY", 0.0)
+    detector = PatchSVDD(encoder=Plain(), image_size=96).fit(images)
+    other = detector.refit(images[:4])
+    capsys.readouterr()
+    after = ("calibrating", "setting thresholds")
+    for change, names in (
+        (lambda **how: detector.add(images[:1], **how), ("reading", "encoding", *after)),
+        (lambda **how: detector.remove([0], **how), after),
+        (lambda **how: detector.merge(other, **how), after),
+        (
+            lambda **how: detector.refit(images[:4], **how),
+            ("reading", "estimating", "encoding", "filling banks", *after),
+        ),
+    ):
+        change()
+        assert capsys.readouterr() == ("", "")
+        change(progress=True)
+        shown = capsys.readouterr().out
+        found = [line.split("  ")[0] for line in shown.splitlines() if "  100%" in line]
+        assert tuple(dict.fromkeys(found)) == names
+
+
 def test_only_the_first_of_several_processes_shows_anything(images, capsys, monkeypatch):
     monkeypatch.setattr(progress_bars, "_LINE_EVERY", 0.0)
     with progress_bars.fit_shown(True, None, None) as (_, on_progress):

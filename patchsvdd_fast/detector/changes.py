@@ -1,0 +1,109 @@
+"""Changing which images a detector takes as normal, without training anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import fitting, normality, scoring
+from .explanations import ExplanationsMixin
+from .forecast import Progress, changes_shown
+from .model_file import Model
+from .normality import Normality
+from .progress_bars import ENCODING, READING, fit_shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ChangesMixin(ExplanationsMixin):
+    """Other training images, for a detector that defines `model` and `_twin`."""
+
+    def model(self) -> Model:
+        """What it is made of, as a plain value."""
+        raise NotImplementedError
+
+    def _twin(self, model: Model) -> Self:
+        """A detector with these parameters, made of another model."""
+        raise NotImplementedError
+
+    def add(
+        self,
+        X: Any,  # noqa: N803
+        *,
+        skip_unreadable: bool = False,
+        progress: bool = False,
+    ) -> Self:
+        """Add good images to the banks and calibrate anew; encoder, mean and light stay.
+
+        X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
+        skip_unreadable, progress: as of `fit`. Raises ValueError for unusable images; nothing then
+        changes.
+        """
+        before, model = self._normality(), self.model()
+        given = model.parameters
+        with changes_shown(progress) as told:
+            images = fitting.load_to_add(X, model, skip_unreadable, told.phase(READING))
+            how = model.encoder, model.mean, model.light, given
+            encoding = told.phase(ENCODING)
+            encoded = scoring.encode(*how, images.pixels, None, encoding, images.names)
+            more = normality.with_images(before, images, encoded, given["keep_images"])
+            self._take_over(more, told)
+        return self
+
+    def remove(self, images: Sequence[str | Path | int], *, progress: bool = False) -> Self:
+        """Take training images out of the banks, by name or number, and calibrate anew.
+
+        Names are those of `gallery_`, or their last part if only one image has it. progress: as of
+        `fit`. Raises ValueError for an image that is not there, and if none would be left.
+        """
+        fewer = normality.without_images(self._normality(), images)
+        with changes_shown(progress) as told:
+            self._take_over(fewer, told)
+        return self
+
+    def merge(self, other: ChangesMixin, *, progress: bool = False) -> Self:
+        """Add the training images of a detector with the same encoder, and calibrate anew.
+
+        Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
+        makes such detectors. progress: as of `fit`. Raises ValueError if they differ.
+        """
+        fitting.require_alike(self.model(), other.model())
+        more = normality.merged(self._normality(), other._normality())
+        with changes_shown(progress) as told:
+            self._take_over(more, told)
+        return self
+
+    def refit(
+        self,
+        X: Any,  # noqa: N803
+        *,
+        skip_unreadable: bool = False,
+        progress: bool = False,
+    ) -> Self:
+        """A new detector with this one's encoder, mean and light, whose banks hold other images.
+
+        For the same product on another line, say; the two can be merged. X must not hold images of
+        `fit`: to leave some of those out, use `remove`. skip_unreadable, progress: as of `fit`.
+        Raises ValueError for unusable images, and for those of another size unless mean="channel".
+        """
+        with fit_shown(progress, None, None) as (_, on_progress):
+            model = fitting.refit_model(self.model(), X, skip_unreadable, on_progress)
+        return self._twin(model)
+
+    @property
+    def num_images(self) -> int:
+        """How many training images the banks hold."""
+        return self._normality().num_images
+
+    def _normality(self) -> Normality:
+        self._require_fitted()
+        return Normality(self.banks_, self.gallery_)
+
+    def _take_over(self, normal: Normality, progress: Progress) -> None:
+        """Calibrate these banks and score against them from now on; a failure changes nothing."""
+        given, shape = self.model().parameters, self.image_shape()
+        calibration = fitting.calibrated(given, self.encoder_, normal, shape, progress)
+        banks, gallery = normal
+        self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)
