@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..detector.categories import CategoryDetectors, open_detectors
+from ..detector.categories import CategoryDetectors, by_category, open_detectors
 from ..detector.evaluation import CategoryResult
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
@@ -229,7 +229,7 @@ def _fit_and_save(
             return None
         with display(console) as shown:
             shown.phase("writing", None, None)
-            _save_or_rescue(made, one, is_trained)
+            _save_or_rescue(made, one)
             shown.phase("writing", 1.0, None)
     except (KeyboardInterrupt, OSError, RuntimeError):
         if is_trained and one.checkpoint.exists() and keeping.workers.is_first:
@@ -263,7 +263,7 @@ def _open_logs(one: TrainingSet, keeping: Keeping, several: bool, stack: ExitSta
 
 
 def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seconds: float) -> None:
-    categories = {"": fitted} if isinstance(fitted, PatchSVDD) else dict(fitted)
+    categories = by_category(fitted)
     detector = next(iter(categories.values()))
     made = detector.encoder_.name
     if made == PATCH_SVDD:
@@ -318,15 +318,13 @@ def _say_how_it_went(detector: PatchSVDD) -> None:
             )
 
 
-def _save_or_rescue(
-    detector: PatchSVDD | CategoryDetectors, one: TrainingSet, is_trained: bool
-) -> None:
+def _save_or_rescue(fitted: PatchSVDD | CategoryDetectors, one: TrainingSet) -> None:
     """Save the model; if that fails after training, save it to a temporary folder as well."""
     try:
-        detector.save(one.output)
+        fitted.save(one.output)
     except OSError:
-        if is_trained:
+        if next(iter(by_category(fitted).values())).record_.steps:
             rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
-            detector.save(rescued)
+            fitted.save(rescued)
             errors.print(f"the model is kept in {rescued}", soft_wrap=True)
         raise
