@@ -94,7 +94,7 @@ def labelled(
     remarks: list[str] = []
     skipped = Skipped()
     good = list(_apart(normal, skipped)[0].values()) if normal.is_dir() else []
-    images = [LabelledImage(path, GOOD) for path in _without_masks(good)]
+    images = [LabelledImage(path, GOOD) for path in _without_masks(normal, good)]
     paths, found = _apart(anomalous, skipped)
     apart = {*masks, *([anomalous / normal_name] if normal_name else [])}
     paths = {inside: path for inside, path in paths.items() if apart.isdisjoint(path.parents)}
@@ -151,9 +151,14 @@ def _names(paths: list[Path], of: int | None = None) -> str:
     return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
 
 
-def _without_masks(paths: list[Path]) -> list[Path]:
-    beside = masks_beside(paths)
-    return [path for path in paths if path not in beside]
+def _without_masks(folder: Path, paths: list[Path]) -> list[Path]:
+    """Of images below a folder, those that are no masks by their names or their folders'."""
+    masks = {*masks_beside(paths)}
+    for path in paths:
+        inside = path.relative_to(folder).parts[:-1]
+        if any(part.lower() in _MASK_FOLDERS for part in inside):
+            masks.add(path)
+    return [path for path in paths if path not in masks]
 
 
 # --- layouts of folders ---------------------------------------------------------------------------
@@ -178,12 +183,13 @@ def _of_folders(
         return labelled(folder / good, folder, (root / _MASKS,), good)
 
     def validation_images(root: Path) -> list[Path]:
-        folder, skipped = root / validation, Skipped()
-        if not validation or not folder.is_dir():
-            return []
-        paths = list(walk_images(folder, skipped))
-        skipped.warn(folder)
-        return _without_masks(paths)
+        folder = root / validation
+        there = validation and folder.is_dir() and any(walk_images(folder))
+        return _without_masks(folder, find_images(folder)) if there else []
+
+    def train_images(root: Path) -> list[Path]:
+        folder = root / "train" / good
+        return _without_masks(folder, find_images(folder))
 
     parts = {
         "train": f"train/{good}",
@@ -191,14 +197,7 @@ def _of_folders(
         "test": f"{test}/{good}, {test}/{bad}",
         "masks": masks,
     }
-    return Layout(
-        name,
-        parts,
-        matches,
-        lambda root: _without_masks(find_images(root / "train" / good)),
-        validation_images,
-        test_images,
-    )
+    return Layout(name, parts, matches, train_images, validation_images, test_images)
 
 
 def _has(root: Path, *folders: str) -> bool:

@@ -13,6 +13,7 @@ from data_sets import (
     btad,
     kolektor_sdd2,
     mvtec_ad,
+    mvtec_ad_2,
     mvtec_ad_2_renamed,
     noise_images,
     visa,
@@ -133,6 +134,17 @@ def test_masks_beside_images_are_not_trained_on(images, tmp_path):
     with pytest.warns(UserWarning, match=r"not trained on.*: 2 in .* such as 1_GT\.png"):
         found = training_paths(tmp_path)
     assert [path.name for path in found] == ["0.png", "1.png", "2.png", "3_label.png"]
+
+
+def test_masks_among_good_images_of_a_category_are_not_trained_on(images, tmp_path):
+    category = Category(tmp_path)
+    mvtec_ad_2(tmp_path, images)
+    before = training_paths(tmp_path), category.validation_paths()
+    assert all(before)
+    for part in ("train", "validation"):
+        for name in ("masks/000.png", "deeper/ground_truth/000.png", "000_regular_mask.png"):
+            write(tmp_path / part / "good" / name, images["masks"][0])
+    assert (training_paths(tmp_path), category.validation_paths()) == before
 
 
 def test_what_systems_leave_behind_is_passed_over(images, expected, recwarn, tmp_path):
