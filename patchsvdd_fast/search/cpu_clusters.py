@@ -71,10 +71,9 @@ def build_clusters(
     mean, basis, stretch = principal_axes(known or spectrum(embeddings, generator))
     projected, errors = project(embeddings, mean, basis, stretch)
     centroids = find_centroids(projected, num_clusters, generator)
-    arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
+    packed = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
-    release_memory()
-    return arrays, stretch
+    return _sorted(packed), stretch
 
 
 def cost_in_clusters(
@@ -124,7 +123,8 @@ def extend_clusters(
     packed = _pack(
         embeddings, arrays.mean, arrays.basis, stretch, projected, errors, arrays.centroids
     )
-    return packed, stretch
+    del projected, errors
+    return _sorted(packed), stretch
 
 
 def suit_clusters(embeddings: Tensor, arrays: ClusterArrays, stretch: float) -> bool:
@@ -212,7 +212,10 @@ def _pack(
     errors: Tensor,
     centroids: Tensor,
 ) -> ClusterArrays:
-    """Assign every row to its nearest centroid and lay the rows out cluster by cluster."""
+    """Assign every row to its nearest centroid, and make what is kept beside the rows.
+
+    The rows themselves, `data`, are still in the order of their numbers, see `_sorted`.
+    """
     dim = embeddings.shape[1]
     order, radii, centroids, counts = sort_into_clusters(projected, centroids, _ROWS_AT_ONCE)
     blocks = -(-counts // LANES)
@@ -221,7 +224,7 @@ def _pack(
     count = len(centroids)
     arrays = link_clusters(
         ClusterArrays(
-            data=embeddings[order],
+            data=embeddings,
             ids=order,
             starts=_offsets(counts),
             blocks=_offsets(blocks),
@@ -241,6 +244,12 @@ def _pack(
     )
     pack_clusters(arrays, stretch, projected, errors, radii)
     return arrays
+
+
+def _sorted(packed: ClusterArrays) -> ClusterArrays:
+    """With the rows laid out cluster by cluster, once their projections take no memory any more."""
+    release_memory()
+    return packed._replace(data=packed.data[packed.ids])
 
 
 def _offsets(counts: Tensor) -> Tensor:
