@@ -364,8 +364,10 @@ class Search {
   // Compares the whole codes of the rows that passed by their leading ones, for one query.
   static void screen_passed(void* context, int64_t i, int64_t row, uint64_t mask) {
     auto& screening = *static_cast<Screening*>(context);
-    for (int b = 0; b < kTileBlocks && row >= screening.half; ++b) {
-      screening.passed += (mask >> (b * kLanes) & 0xffff) != 0;
+    if (row >= screening.half) {
+      for (int b = 0; b < kTileBlocks; ++b) {
+        screening.passed += (mask >> (b * kLanes) & 0xffff) != 0;
+      }
     }
     const QueryCodes& whole = screening.scratch->whole;
     const int64_t packs = screening.search->packs_;

@@ -213,6 +213,7 @@ def project(
     mean: [D], subtracted first. basis: [D, A], or [0, A] to subtract only the mean. stretch: an
     upper bound on the norm of the basis.
     """
+    embeddings = embeddings.contiguous()
     projected, errors = floats(len(embeddings), basis.shape[1]), floats(len(embeddings))
     _native.cpu.project(
         projection=native_projection(mean, basis, stretch),

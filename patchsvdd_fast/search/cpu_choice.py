@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,7 @@ _MOST_ABOUT = 4096  # rows that are left out about a query whose image is not kn
 _REPEATS = 3  # of what is timed; the fastest counts
 _LONG_ENOUGH = 0.1  # seconds; what took so long in all is not timed again
 _HOPELESS = 2  # times what another search takes
-_FORESEEN_OF_RUN = 16  # queries of each run by which the cost of clusters is foreseen
-# Clusters that would cost more, as a share of brute force, are not made: where nothing could be
-# skipped they took more than twice the time of codes, which see all rows once for all queries.
-_TOO_COSTLY = 0.6
+_FORESEEN_OF_RUN = 32  # queries of each run by which the cost of clusters is foreseen
 # New images' patches lie farther from the bank than its own rows do: queries of a trial are rows
 # moved away from their nearest by this share of the distance.
 _MOVED_AWAY = 0.5
@@ -64,19 +62,18 @@ def lay_out(
     if num_clusters is not None and wanted > 0:
         return build_clusters(embeddings, wanted, seed)
     survey = _Survey(embeddings, seed, groups)
-    codes = survey.codes() if keeps_codes else None
-    if wanted == 0 or survey.cost_in_clusters(wanted) > _TOO_COSTLY:
-        return codes
+    coded = survey.codes() if keeps_codes else _Coded()
+    if wanted == 0 or survey.cost_in_clusters(wanted) * _WORTHWHILE > coded.share:
+        return coded.codes
     trial = survey.trial
-    without = trial.seconds(trial.rows) if codes is None else trial.seconds_of_codes(codes)
-    # Codes are made again, which is fast, rather than kept in memory while clusters are built.
-    codes_again = None if codes is None else partial(encode_rows, embeddings, codes.leading_axes)
-    del codes
+    without = coded.seconds
+    if coded.codes is None:
+        without = trial.seconds(trial.rows)
+    elif without is None:
+        without = trial.seconds_of_codes(coded.codes)
     arrays, stretch = build_clusters(embeddings, wanted, seed, survey.spectrum)
     clustered = trial.seconds(lambda: trial.clusters(arrays, stretch), rival=without)
-    if clustered * _WORTHWHILE < without:
-        return arrays, stretch
-    return None if codes_again is None else codes_again()
+    return (arrays, stretch) if clustered * _WORTHWHILE < without else coded.codes
 
 
 def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | None:
@@ -84,13 +81,23 @@ def choose_codes(embeddings: Tensor, seed: int, groups: Groups) -> CodedRows | N
 
     Arguments as for `lay_out`.
     """
-    return _Survey(embeddings, seed, groups).codes()
+    return _Survey(embeddings, seed, groups).codes().codes
 
 
 def can_be_coded(embeddings: Tensor) -> bool:
     """Whether codes of embeddings [M, D] are of use."""
     rows, dim = embeddings.shape
     return rows >= _LEAST_CODED and LEAST_DIMS <= dim <= MOST_DIMS
+
+
+class _Coded(NamedTuple):
+    """The codes that were chosen for a bank, and what a trial by them took, if it was timed."""
+
+    codes: CodedRows | None = None
+    """None: there are none."""
+    seconds: float | None = None
+    share: float = 1.0
+    """What a trial took, as a share of one by codes without leading axes."""
 
 
 class _Survey:
@@ -110,23 +117,24 @@ class _Survey:
         """Queries to try searches with."""
         return _Trial(self.embeddings, self.groups, self.generator)
 
-    def codes(self) -> CodedRows | None:
+    def codes(self) -> _Coded:
         """What `choose_codes` returns."""
         if not can_be_coded(self.embeddings):
-            return None
+            return _Coded()
         leading = None
         if self.embeddings.shape[1] >= _LEAST_LEADING and can_be_clustered(self.embeddings):
             leading = leading_axes(self.spectrum, self.generator)
         plain = encode_rows(self.embeddings)
         if leading is None:
-            return plain
+            return _Coded(plain)
         coded = encode_rows(self.embeddings, leading)
         without = self.trial.seconds_of_codes(plain)
-        pays = self.trial.seconds_of_codes(coded, rival=without) * _WORTHWHILE < without
-        return coded if pays else plain
+        seconds = self.trial.seconds_of_codes(coded, rival=without)
+        pays = seconds * _WORTHWHILE < without
+        return _Coded(coded, seconds, seconds / without) if pays else _Coded(plain, without)
 
     def cost_in_clusters(self, num_clusters: int) -> float:
-        """About what a search in so many clusters costs, as a share of brute force."""
+        """About what a search in so many clusters costs at least, as a share of one by codes."""
         some = slice(None, None, _TRIAL_RUN // _FORESEEN_OF_RUN)
         queries, distances = self.trial.queries[some], self.trial.distances[some]
         return cost_in_clusters(

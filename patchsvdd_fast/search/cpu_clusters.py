@@ -38,6 +38,13 @@ _VARIANCE_LEFT_OUT = 0.015  # share that the projection may leave out
 _MOST_OFF_AXES, _MOST_SPREAD = 0.1, 4.0
 _ROWS_AT_ONCE = 131_072  # when assigning rows to centroids
 _ROWS_PER_CLUSTER = 16  # of the sample by which the cost of a search is foreseen
+# What searches take, in the time that one dimension of a pair of codes takes brute force, which
+# compares many queries at a time. Fitted to times on AVX-512 of real features and of drawn ones
+# with 16 to 768 dimensions, at their lower end: clusters take this or longer.
+_PAIR_OF_CODES = 16  # for a pair, besides its dimensions
+_PAIR_IN_CLUSTERS, _DIMENSION_IN_CLUSTERS = 56, 1.4
+_RESCORED_DIMENSION = 60  # of a row that passes by its codes in clusters, unless many do
+_MOST_RESCORING = 0.25  # of brute force; many rows lie side by side, or are left to brute force
 
 
 class Spectrum(NamedTuple):
@@ -64,10 +71,9 @@ def build_clusters(
     mean, basis, stretch = principal_axes(known or spectrum(embeddings, generator))
     projected, errors = project(embeddings, mean, basis, stretch)
     centroids = find_centroids(projected, num_clusters, generator)
-    arrays = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
+    packed = _pack(embeddings, mean, basis, stretch, projected, errors, centroids)
     del projected, errors
-    release_memory()
-    return arrays, stretch
+    return _sorted(packed), stretch
 
 
 def cost_in_clusters(
@@ -78,9 +84,10 @@ def cost_in_clusters(
     distances: Tensor,
     generator: torch.Generator,
 ) -> float:
-    """About what a search in clusters would compute, as a share of brute force, by a sample.
+    """About what a search in clusters would take at least, as a share of one by codes, by a sample.
 
-    It is the share of the bank that no bound rules out, times that of the axes that are compared.
+    It follows from the shares of the bank that no bound rules out, and that are rescored, if each
+    query's bound is the distance to its nearest row from the start.
 
     embeddings: [M, D], num_clusters: as for `build_clusters`. queries: [Q, D] float32, and
     distances: [Q] float32, to their nearest rows. generator: of the sample.
@@ -99,8 +106,13 @@ def cost_in_clusters(
     annulus = (to_own - radii).abs()
     half_plane = (to_own.square() - closest[:, None].square()) / (2 * gaps)  # 0 / 0: not ruled out
     ruled_out = (annulus > distances[:, None]) | (half_plane > distances[:, None])
-    compared = basis.shape[1] / embeddings.shape[1] if len(basis) else 1.0
-    return float((~ruled_out).double().mean()) * compared
+    compared = 1 - ruled_out.double().mean(dim=1)  # [Q], as shares of the rows
+    rescored = (torch.cdist(asked, rows) <= distances[:, None]).double().mean(dim=1)
+    dim = embeddings.shape[1]
+    by_codes, rescoring = dim + _PAIR_OF_CODES, dim * _RESCORED_DIMENSION
+    pair = _PAIR_IN_CLUSTERS + _DIMENSION_IN_CLUSTERS * rows.shape[1]
+    costs = compared * pair + (rescored * rescoring).clamp(max=_MOST_RESCORING * by_codes)
+    return float(costs.mean()) / by_codes
 
 
 def extend_clusters(
@@ -111,7 +123,8 @@ def extend_clusters(
     packed = _pack(
         embeddings, arrays.mean, arrays.basis, stretch, projected, errors, arrays.centroids
     )
-    return packed, stretch
+    del projected, errors
+    return _sorted(packed), stretch
 
 
 def suit_clusters(embeddings: Tensor, arrays: ClusterArrays, stretch: float) -> bool:
@@ -199,7 +212,10 @@ def _pack(
     errors: Tensor,
     centroids: Tensor,
 ) -> ClusterArrays:
-    """Assign every row to its nearest centroid and lay the rows out cluster by cluster."""
+    """Assign every row to its nearest centroid, and make what is kept beside the rows.
+
+    The rows themselves, `data`, are still in the order of their numbers, see `_sorted`.
+    """
     dim = embeddings.shape[1]
     order, radii, centroids, counts = sort_into_clusters(projected, centroids, _ROWS_AT_ONCE)
     blocks = -(-counts // LANES)
@@ -208,7 +224,7 @@ def _pack(
     count = len(centroids)
     arrays = link_clusters(
         ClusterArrays(
-            data=embeddings[order],
+            data=embeddings,
             ids=order,
             starts=_offsets(counts),
             blocks=_offsets(blocks),
@@ -228,6 +244,12 @@ def _pack(
     )
     pack_clusters(arrays, stretch, projected, errors, radii)
     return arrays
+
+
+def _sorted(packed: ClusterArrays) -> ClusterArrays:
+    """With the rows laid out cluster by cluster, once their projections take no memory any more."""
+    release_memory()
+    return packed._replace(data=packed.data[packed.ids])
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -133,6 +133,27 @@ def test_clusters_are_made_only_where_they_may_pay(monkeypatch, spread, kept):
         assert bank.num_clusters == 0
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.95, True), (0.3, False)])
+def test_clusters_have_to_beat_leading_axes_and_no_search_is_timed_twice(monkeypatch, share, kept):
+    """The faster codes are, the fewer clusters are worth a trial."""
+    rows = decaying(6000, 176)
+    timed, made = [], []
+
+    def seconds(trial, codes, rival=None):
+        timed.append(codes.leading is not None)
+        return share if codes.leading is not None else 1.0
+
+    monkeypatch.setattr(cpu_choice._Trial, "seconds_of_codes", seconds)
+    monkeypatch.setattr(cpu_choice._Survey, "cost_in_clusters", lambda *_: 0.5)
+    build = cpu_choice.build_clusters
+    monkeypatch.setattr(
+        cpu_choice, "build_clusters", lambda *given: made.append(1) or build(*given)
+    )
+    cpu_choice.lay_out(rows, None, 0, NO_GROUPS, keeps_codes=True)
+    assert timed == [False, True]
+    assert (len(made) == 1) == kept
+
+
 def test_a_search_is_timed_as_often_as_it_helps(monkeypatch):
     trial = cpu_choice._Trial(torch.randn(600, 8), NO_GROUPS, torch.Generator().manual_seed(0))
     clock = iter([0.0, 5e-3, 1.0, 1.001, 2.0, 2.002, 3.0, 3.004, 4.0, 4.2, 5.0, 5.005])
