@@ -60,7 +60,7 @@ def demo(
 
         def write(image: LabelledImage, result: ImageResult) -> None:
             path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
-            height, width = result.anomaly_map.shape
+            width, height = result.original_picture.size
             mask = mask_of(image, (height, width))
             write_heat_map(path, result, mask)
             regions = detector.explain(result)

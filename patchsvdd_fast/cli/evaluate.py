@@ -311,7 +311,7 @@ def _evaluate_with_report(
 
         def add(image: LabelledImage, result: ImageResult) -> None:
             on_result(image, result)
-            height, width = result.anomaly_map.shape
+            width, height = result.original_picture.size
             try:
                 mask = mask_of(image, (height, width))
             except (ValueError, OSError):  # said at the end, with the category's figures
@@ -319,7 +319,9 @@ def _evaluate_with_report(
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        evaluated = evaluate_with_progress(bars, detector, category, add, tests, skip_unreadable)
+        evaluated = evaluate_with_progress(
+            bars, detector, category, add, tests, skip_unreadable, keep_originals=True
+        )
         page.close(evaluated.percent)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated

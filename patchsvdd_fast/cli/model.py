@@ -174,7 +174,10 @@ def explain(
 
     sources = image_sources(images, sys.stdin)
     stream = detector.score_stream(
-        sources, false_alarm_rate=false_alarm_rate, on_error=note_failure
+        sources,
+        false_alarm_rate=false_alarm_rate,
+        on_error=note_failure,
+        keep_originals=True,
     )
     with run, stream:
         for result in stream:
@@ -186,7 +189,10 @@ def explain(
             for number, region in enumerate(shown_regions, start=1):
                 path = run.place(inner_path(result.source.inner, f"-{number}.png"), image)
                 match = detector.match_picture(region)
-                picture = side_by_side(result.picture, region, match, result.map_threshold)
+                height, width = result.anomaly_map.shape
+                picture = side_by_side(
+                    result.original_picture, region, match, result.map_threshold, (height, width)
+                )
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
                 _print(f"  {_in_words(region, result.map_threshold)}; {path}")

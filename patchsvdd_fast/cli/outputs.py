@@ -175,7 +175,10 @@ def score_all(
 
         stream = stack.enter_context(
             detector.score_stream(
-                to_score(), false_alarm_rate=false_alarm_rate, on_error=note_failure
+                to_score(),
+                false_alarm_rate=false_alarm_rate,
+                on_error=note_failure,
+                keep_originals=outputs.heat_maps or page is not None,
             )
         )
         if line_each:

@@ -99,6 +99,7 @@ def evaluate_with_progress(
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
     tests: LabelledSet | None = None,
     skip_unreadable: bool = False,
+    keep_originals: bool = False,
 ) -> CategoryResult:
     """As `evaluate_category`, with a bar for scoring the test images and one for the metrics."""
     from ..detector.evaluation import evaluate_category
@@ -113,7 +114,7 @@ def evaluate_with_progress(
         if scoring.is_full:
             bars.phase("measuring", None, None)
 
-    result = evaluate_category(detector, category, count, tests, skip_unreadable)
+    result = evaluate_category(detector, category, count, tests, skip_unreadable, keep_originals)
     bars.phase("measuring", 1.0, None)
     return result
 

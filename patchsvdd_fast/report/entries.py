@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
@@ -76,11 +77,14 @@ def report_entry(
 
     regions: those of `detector.explain`, the most anomalous first; the first 20 are shown.
     label: "good" or the defect's name; None if unknown.
-    mask: bool [H, W], True where anomalous; None if unknown.
+    mask: bool [H, W] of any size, True where anomalous; None if unknown.
     """
+    picture = result.original_picture
+    if mask is not None and mask.shape != (picture.height, picture.width):
+        mask = np.asarray(Image.fromarray(mask).resize(picture.size))
     return ReportEntry(
         name=result.name,
-        picture=result.picture,
+        picture=picture,
         heat=scale_map(smooth_map(result.scores), result.map_threshold),
         score=result.score,
         p_value=result.p_value,
