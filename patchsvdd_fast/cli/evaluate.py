@@ -182,6 +182,9 @@ def evaluate(
         raise typer.Exit(1)
 
 
+_VALIDATION = "false alarms in validation"  # a figure of a report
+
+
 class Pages(NamedTuple):
     """A report to be written."""
 
@@ -322,7 +325,8 @@ def _evaluate_with_report(
         evaluated = evaluate_with_progress(
             bars, detector, category, add, tests, skip_unreadable, keep_originals=True
         )
-        page.close(evaluated.percent)
+        alarms = evaluated.validation_alarms
+        page.close(evaluated.percent, {_VALIDATION: alarms} if alarms else None)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.claims import RunFolder, claimed_file
+from ..files.folders import counted
 from ..report.text import shown
 from .options import (
     SOME_FAILED,
@@ -126,7 +127,9 @@ def update(
         for other in merge or []:
             detector.merge(PatchSVDD.load(other, device=device))
         detector.save(output)
-    _print(f"wrote {output}: {before:,} training images before, {detector.num_images:,} now")
+    _print(
+        f"wrote {output}: {counted(before, 'training image')} before, {detector.num_images:,} now"
+    )
     if detector.calibration_ is not None:
         _print(threshold_in_words(detector))
 
@@ -197,7 +200,7 @@ def explain(
                     picture.save(partial, format="PNG")
                 _print(f"  {_in_words(region, result.map_threshold)}; {path}")
             if len(regions) > _MOST_PICTURES:
-                _print(f"  and {len(regions) - _MOST_PICTURES:,} less anomalous regions")
+                _print(f"  and {counted(len(regions) - _MOST_PICTURES, 'less anomalous region')}")
     if failed:
         raise typer.Exit(SOME_FAILED)
 

@@ -14,6 +14,7 @@ from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
 from ..files.claims import RunFolder, claimed_file, require_new
+from ..files.folders import counted
 from ..files.sources import Source
 from ..images.drift import StreamDrift
 from ..report.entries import open_report, report_entry
@@ -21,7 +22,7 @@ from ..report.heat_maps import write_heat_map
 from ..report.html import is_report
 from ..report.map_files import inner_path, write_map
 from ..report.masks import CocoFile, anomalous_pixels, write_mask
-from ..report.summary import Alarms, counted, verdict_in_words
+from ..report.summary import Alarms, verdict_in_words
 from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative

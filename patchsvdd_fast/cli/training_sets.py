@@ -16,6 +16,7 @@ from ..detector.progress_bars import display
 from ..encoders.pretrained import PATCH_SVDD
 from ..files.categories import Category, find_categories, in_words, is_category
 from ..files.claims import claimed_file, require_new
+from ..files.folders import counted
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -231,7 +232,7 @@ def _say_what_was_made(detector: PatchSVDD, output: Path, seconds: float) -> Non
     banks = " and ".join(f"{len(bank):,}" for bank in detector.banks_.values())
     made = detector.encoder_.name
     if made == PATCH_SVDD:
-        made = f"{record.steps:,} training steps"
+        made = counted(record.steps, "training step")
     console.print(
         f"wrote {output}: {made}, banks of {banks} patches, {seconds:.0f} s",
         soft_wrap=True,

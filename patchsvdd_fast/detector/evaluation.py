@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.categories import Category
-from ..files.folders import report_unreadable
+from ..files.folders import counted, report_unreadable
 from ..files.layouts import LabelledImage, LabelledSet
 from ..files.masks import read_mask
 from ..files.whole import written_whole
@@ -85,6 +85,13 @@ class CategoryResult:
     """How many of those score above the detector's threshold; None without them, and for a
     detector that has no threshold."""
 
+    @property
+    def validation_alarms(self) -> str | None:
+        """`num_false_alarms` in words, "2 of 50"; None if it is None."""
+        if self.num_false_alarms is None:
+            return None
+        return f"{self.num_false_alarms:,} of {self.num_validation:,}"
+
     def __repr__(self) -> str:
         combination, percent = list(self.percent.items())[-1]  # "mult", or the only level
         figures = [f"{name} {value:.1f}" for name, value in percent.items() if value is not None]
@@ -92,7 +99,9 @@ class CategoryResult:
         parts.append(f"{combination}: {', '.join(figures)}")
         if self.at_threshold is not None:
             reached = self.at_threshold
-            parts.append(f"{reached.missed:,} missed, {reached.false_alarms:,} false alarms")
+            parts.append(
+                f"{reached.missed:,} missed, {counted(reached.false_alarms, 'false alarm')}"
+            )
         return f"CategoryResult({self.category!r}, {'; '.join(parts)})"
 
 

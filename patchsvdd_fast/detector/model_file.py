@@ -23,6 +23,7 @@ from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.patch_svdd import load_official_checkpoint
 from ..encoders.pretrained import PATCH_SVDD, rebuilt_encoder
 from ..files import store
+from ..files.folders import counted
 from ..files.store import MappedFile, below, file_of, naming
 from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
@@ -338,10 +339,10 @@ def describe(path: str | Path) -> dict[str, str]:
 
 
 def _bank_in_words(bank: Mapping[str, Tensor], stride: str) -> str:
-    rows, dim = bank["data"].shape
-    clusters = f", {len(bank['centroids']):,} clusters" if "centroids" in bank else ""
+    rows, dim, images = *bank["data"].shape, counted(len(bank["groups"]), "image")
+    clusters = f", {counted(len(bank['centroids']), 'cluster')}" if "centroids" in bank else ""
     coreset = f", covering radius {float(bank['radius']):.4g}" if "radius" in bank else ""
-    return f"{rows:,} x {dim}, {len(bank['groups']):,} images{stride}{clusters}{coreset}"
+    return f"{rows:,} x {dim}, {images}{stride}{clusters}{coreset}"
 
 
 def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
@@ -361,7 +362,7 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         "joined by": str(parameters.get("combination")),
     }
     if parameters["reweight"] is not None:
-        facts["re-weighted"] = f"image scores, by {parameters['reweight']} neighbours"
+        facts["re-weighted"] = f"image scores, by {counted(parameters['reweight'], 'neighbour')}"
     samples = samples_from_header(header).in_words()
     if samples and "samples" in header:
         facts["samples"] = samples

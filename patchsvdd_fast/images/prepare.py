@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..files.categories import training_paths
-from ..files.folders import SUFFIXES, report_unreadable
+from ..files.folders import SUFFIXES, counted, report_unreadable
 from ..files.pages import (
     check_pages,
     file_and_page,
@@ -204,9 +204,7 @@ class ImageSet:
     """How samples of more than 8 bits were read."""
 
     def __repr__(self) -> str:
-        count = len(self.names)
-        images = f"{count:,} image{'' if count == 1 else 's'}"
-        return f"ImageSet({images}, {_size_in_words(self.pixels)})"
+        return f"ImageSet({counted(len(self.names), 'image')}, {_size_in_words(self.pixels)})"
 
 
 def _size_in_words(pixels: Tensor) -> str:

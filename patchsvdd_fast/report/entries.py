@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
+from ..files.folders import counted
 from ..score.image_result import ImageResult
 from ..score.regions import Region
 from .heat_maps import scale_map, smooth_map
@@ -51,7 +52,7 @@ def open_report(
     if len(levels) > 1:
         facts["maps are joined by"] = str(detector.parameters_["combination"])
     if detector.reweight is not None:
-        facts["image scores are re-weighted by"] = f"{detector.reweight} neighbours"
+        facts["image scores are re-weighted by"] = counted(detector.reweight, "neighbour")
     scores: list[float] = []
     promised = None
     if detector.calibration_ is not None:

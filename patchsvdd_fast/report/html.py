@@ -195,14 +195,16 @@ class ReportWriter:
         self._require_open()
         self._failures.append((name, message))
 
-    def close(self, metrics: Metrics | None = None) -> Path:
+    def close(
+        self, metrics: Metrics | None = None, more_figures: Mapping[str, str] | None = None
+    ) -> Path:
         """Write the page with all that was added, and return its path; a second call does nothing.
 
-        metrics: shown as a table. Raises OSError.
+        metrics: shown as a table. more_figures: for the head of the page, by name. Raises OSError.
         """
         if self._pictures.closed:
             return self.path
-        head, tail = _template(self._values(metrics))
+        head, tail = _template(self._values(metrics, more_figures or {}))
         with self._pictures, written_whole(self.path) as partial, partial.open("wb") as file:
             file.write(head)
             self._pictures.seek(0)
@@ -227,7 +229,7 @@ class ReportWriter:
         block = f'<script type="application/json" id="{name}">{_json(payload)}</script>\n'
         self._pictures.write(block.encode())
 
-    def _values(self, metrics: Metrics | None) -> dict[str, str]:
+    def _values(self, metrics: Metrics | None, more_figures: Mapping[str, str]) -> dict[str, str]:
         """Texts for the placeholders of page.html."""
         tables = dict(self._tables)
         if metrics:
@@ -244,9 +246,10 @@ class ReportWriter:
             "hasNotes": any(entry.has_notes for entry in entries),
             "threshold": self._threshold,
         }
+        head = {**figures(entries, len(self._failures), self._threshold), **more_figures}
         return {
             "title": html_text(self._title),
-            "figures": definitions(figures(entries, len(self._failures), self._threshold)),
+            "figures": definitions(head),
             "facts": definitions(self._facts),
             "remarks": "".join(f"<p>{html_text(line)}</p>" for line in self._remarks()),
             "charts": charts(

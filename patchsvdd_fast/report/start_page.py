@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from .. import __version__
 from ..detector.evaluation import CategoryResult
+from ..files.folders import counted
 from ..files.whole import written_whole
 from ..score.metrics import METRICS
 from .html import page_parts
@@ -24,10 +25,14 @@ def write_start_page(
     results: of each category, by the name of the folder in `folder` with its report. failed: why
     others have none, by category. data: what was evaluated, in words. Raises OSError.
     """
-    rows = "".join(_row(name, result) for name, result in results.items())
-    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in _HEADINGS)
+    headings = list(_HEADINGS)
+    has_validation = any(result.num_validation for result in results.values())
+    if has_validation:
+        headings.append("in validation")
+    rows = "".join(_row(name, result, has_validation) for name, result in results.items())
+    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in headings)
     head, style, policy = page_parts()
-    title = html_text(f"{data}: {len(results)} categories")
+    title = html_text(f"{data}: {counted(len(results), 'category', 'categories')}")
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
@@ -43,8 +48,11 @@ def write_start_page(
     return path
 
 
-def _row(folder: str, result: CategoryResult) -> str:
-    """The category's figures; of several levels those of the product of their maps."""
+def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
+    """The category's figures; of several levels those of the product of their maps.
+
+    has_validation: whether there is a column for false alarms on images for validation.
+    """
     *_, combination = result.percent
     metrics = [result.percent[combination].get(metric) for metric in METRICS]
     reached = result.at_threshold
@@ -55,6 +63,7 @@ def _row(folder: str, result: CategoryResult) -> str:
         *("-" if value is None else f"{value:.1f}" for value in metrics),
         "-" if reached is None else f"{reached.missed:,} of {reached.num_anomalous:,}",
         "-" if reached is None else f"{reached.false_alarms:,} of {reached.num_good:,}",
+        *([result.validation_alarms or "-"] if has_validation else []),
     ]
     link = f'<a href="{quote(folder)}/index.html">{html_text(result.category)}</a>'
     return (

@@ -389,6 +389,15 @@ def test_a_row_for_each_label(tmp_path):
     assert "By label" not in _Page(unlabelled).text
 
 
+def test_further_figures_stand_at_the_head(tmp_path):
+    with ReportWriter(tmp_path, "Title", {}, 5.0) as writer:
+        writer.add(_good())
+        writer.close(None, {"false alarms in <validation>": "2 of 50"})
+    source = writer.path.read_text(encoding="utf-8")
+    assert "<dt>false alarms in &lt;validation&gt;</dt><dd>2 of 50</dd>" in source
+    assert source.index("2 of 50") < source.index("<main>")
+
+
 def test_roc_curve_and_what_the_threshold_reaches(tmp_path):
     scores = [(1.0, "good"), (2.0, "good"), (4.0, "good"), (9.0, "good"), (3.0, "a"), (8.0, "b")]
     entries = [
