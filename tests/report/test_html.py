@@ -654,6 +654,10 @@ def test_on_paper_all_images_or_the_opened_one(opened, tmp_path):
     page.emulate_media(media="print")
     assert not page.locator(".tools").is_visible() and not page.locator("#threshold").is_visible()
     assert page.pdf().startswith(b"%PDF")
+    page.set_viewport_size({"width": 690, "height": 1000})  # A4 between its margins
+    columns = "getComputedStyle(document.querySelector('.overview')).gridTemplateColumns"
+    assert len(page.evaluate(columns).split()) == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".card .thumb").count() == 5
     page.evaluate("dispatchEvent(new Event('afterprint'))")
