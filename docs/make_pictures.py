@@ -41,7 +41,7 @@ def main() -> None:
         save(heat_map_of(results[0], category, SHOWN[0]), "heat-map.jpg")
         (region, *_) = detector.explain(results[1])
         hole, match = results[1], detector.match_picture(region)
-        save(side_by_side(hole.picture, region, match, hole.map_threshold), "match.jpg")
+        save(side_by_side(hole.original_picture, region, match, hole.map_threshold), "match.jpg")
         save(gallery(results, category), "gallery.jpg")
         model = Path(folder) / "model.safetensors"
         detector.save(model)
@@ -51,7 +51,7 @@ def main() -> None:
 def heat_map_of(result: ImageResult, category: Category, name: str) -> Image.Image:
     """The picture that `patchsvdd demo` saves of a result."""
     return heat_map_picture(
-        *(result.picture, smooth_map(result.scores), result.map_threshold),
+        *(result.original_picture, smooth_map(result.scores), result.map_threshold),
         *(f"cloth/test/{name}.png", verdict_in_words(result), result.anomalous),
         mask_of(category, name),
     )
@@ -64,8 +64,8 @@ def gallery(results: Sequence[ImageResult], category: Category) -> Image.Image:
     for column, (result, name) in enumerate(zip(results, SHOWN, strict=True)):
         values = smooth_map(result.scores)
         mask = mask_of(category, name)
-        overlay = heat_map_overlay(result.picture, values, result.map_threshold, mask)
-        for row, picture in enumerate((result.picture, overlay)):
+        overlay = heat_map_overlay(result.original_picture, values, result.map_threshold, mask)
+        for row, picture in enumerate((result.original_picture, overlay)):
             place = column * (side + gap), row * (side + gap)
             sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
     return sheet

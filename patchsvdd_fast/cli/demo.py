@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..files.claims import RunFolder
+from ..files.folders import counted
 from .options import DeviceOption, OverwriteOption, loading
 from .terminal import console, evaluate_with_progress, fit_with_progress, results_table
 
@@ -42,7 +43,6 @@ def demo(
         from ..images import sample_cloth
         from ..report.entries import open_report, report_entry
         from ..report.heat_maps import write_heat_map
-        from ..report.summary import counted
 
     with RunFolder(output, ("sample", MODEL, HEAT_MAPS, REPORT), overwrite=overwrite) as run:
         console.print(f"making a sample of good and defective cloth in {output}", soft_wrap=True)
@@ -60,7 +60,7 @@ def demo(
 
         def write(image: LabelledImage, result: ImageResult) -> None:
             path = run.place(Path(HEAT_MAPS, f"{image.defect}_{image.path.stem}.png"))
-            height, width = result.anomaly_map.shape
+            width, height = result.original_picture.size
             mask = mask_of(image, (height, width))
             write_heat_map(path, result, mask)
             regions = detector.explain(result)

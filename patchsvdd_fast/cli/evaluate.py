@@ -194,6 +194,9 @@ def evaluate(
         raise typer.Exit(1)
 
 
+_VALIDATION = "false alarms in validation"  # a figure of a report
+
+
 class Pages(NamedTuple):
     """A report to be written."""
 
@@ -352,7 +355,7 @@ def _evaluate_with_report(
 
         def add(image: LabelledImage, result: ImageResult) -> None:
             on_result(image, result)
-            height, width = result.anomaly_map.shape
+            width, height = result.original_picture.size
             try:
                 mask = mask_of(image, (height, width))
             except (ValueError, OSError):  # said at the end, with the category's figures
@@ -360,8 +363,11 @@ def _evaluate_with_report(
             regions = detector.explain(result)
             page.add(report_entry(detector, result, regions, image.defect, mask))
 
-        evaluated = evaluate_with_progress(bars, detector, category, add, tests, skip_unreadable)
-        page.close(evaluated.percent)
+        evaluated = evaluate_with_progress(
+            bars, detector, category, add, tests, skip_unreadable, keep_originals=True
+        )
+        alarms = evaluated.validation_alarms
+        page.close(evaluated.percent, {_VALIDATION: alarms} if alarms else None)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     return evaluated
 

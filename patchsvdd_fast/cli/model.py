@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.claims import RunFolder, claimed_file
+from ..files.folders import counted
 from ..report.text import shown
 from .options import (
     SOME_FAILED,
@@ -144,7 +145,9 @@ def update(
             opened[str(category)] = detector
             opened.save(output)
     of = "" if category is None else f" of {category}"
-    _print(f"wrote {output}: {before:,} training images{of} before, {detector.num_images:,} now")
+    _print(
+        f"wrote {output}: {counted(before, 'training image')}{of} before, {detector.num_images:,} now"
+    )
     if detector.calibration_ is not None:
         _print(threshold_in_words(detector))
 
@@ -216,7 +219,10 @@ def explain(
 
     sources = image_sources(images, sys.stdin)
     stream = detector.score_stream(
-        sources, false_alarm_rate=false_alarm_rate, on_error=note_failure
+        sources,
+        false_alarm_rate=false_alarm_rate,
+        on_error=note_failure,
+        keep_originals=True,
     )
     with run, stream:
         for result in stream:
@@ -228,12 +234,15 @@ def explain(
             for number, region in enumerate(shown_regions, start=1):
                 path = run.place(inner_path(result.source.inner, f"-{number}.png"), image)
                 match = detector.match_picture(region)
-                picture = side_by_side(result.picture, region, match, result.map_threshold)
+                height, width = result.anomaly_map.shape
+                picture = side_by_side(
+                    result.original_picture, region, match, result.map_threshold, (height, width)
+                )
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
                 _print(f"  {_in_words(region, result.map_threshold)}; {path}")
             if len(regions) > _MOST_PICTURES:
-                _print(f"  and {len(regions) - _MOST_PICTURES:,} less anomalous regions")
+                _print(f"  and {counted(len(regions) - _MOST_PICTURES, 'less anomalous region')}")
     if failed:
         raise typer.Exit(SOME_FAILED)
 

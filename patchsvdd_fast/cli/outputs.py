@@ -16,12 +16,13 @@ from ..detector.categories import CategoryDetectors, by_category, score_stream
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
 from ..files.claims import RunFolder, claimed_file
+from ..files.folders import counted
 from ..files.sources import Source
 from ..images.drift import StreamDrift
 from ..report.heat_maps import write_heat_map
 from ..report.map_files import inner_path, write_map
 from ..report.masks import CocoFile, anomalous_pixels, write_mask
-from ..report.summary import Alarms, counted, verdict_in_words
+from ..report.summary import Alarms, verdict_in_words
 from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
@@ -151,7 +152,14 @@ def score_all(
             print_error(message if str(path) in message else f"{path}: {message}")
 
         stream = stack.enter_context(
-            score_stream(detectors, to_score(), category, false_alarm_rate, note_failure)
+            score_stream(
+                detectors,
+                to_score(),
+                category,
+                false_alarm_rate=false_alarm_rate,
+                on_error=note_failure,
+                keep_originals=outputs.heat_maps or report is not None,
+            )
         )
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from ..files.folders import counted
 from ..report.text import shown
 
 if TYPE_CHECKING:
@@ -85,8 +86,12 @@ class ScoringBar:
         rate = self._done / (time.perf_counter() - self._began)
         share = min(1.0, self._done / self._total) if self._total else None
         left = None if share is None else self._pace.left(share)
-        of_total = "" if share is None else f" of {self._total:,}"
-        note = f"{self._done:,}{of_total} images, {rate:.1f} a second"
+        number = (
+            f"{self._done:,} of {counted(self._total, 'image')}"
+            if self._total
+            else counted(self._done, "image")
+        )
+        note = f"{number}, {rate:.1f} a second"
         self._bars.phase("scoring", share, left, note)
 
     @property
@@ -102,6 +107,7 @@ def evaluate_with_progress(
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
     tests: LabelledSet | None = None,
     skip_unreadable: bool = False,
+    keep_originals: bool = False,
 ) -> CategoryResult:
     """As `evaluate_category`, with a bar for scoring the test images and one for the metrics."""
     from ..detector.evaluation import evaluate_category
@@ -116,7 +122,7 @@ def evaluate_with_progress(
         if scoring.is_full:
             bars.phase("measuring", None, None)
 
-    result = evaluate_category(detector, category, count, tests, skip_unreadable)
+    result = evaluate_category(detector, category, count, tests, skip_unreadable, keep_originals)
     bars.phase("measuring", 1.0, None)
     return result
 
@@ -152,12 +158,6 @@ def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> 
             values = [result.percent[combination][metric] for metric in METRICS]
             cells.append("\n".join("-" if value is None else f"{value:.1f}" for value in values))
         if has_validation:
-            cells.append(_false_alarms(result))
+            cells.append(result.validation_alarms or "-")
         table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", labels, *cells)
     return table
-
-
-def _false_alarms(result: CategoryResult) -> str:
-    if result.num_false_alarms is None:
-        return "-"
-    return f"{result.num_false_alarms:,} of {result.num_validation:,}"

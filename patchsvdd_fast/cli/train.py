@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files.folders import counted
 from ..training.interrupts import Terminated
 from .options import (
     TERMINATED,
@@ -316,8 +317,9 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
             "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
         )
         return "faithful"
+    threads = counted(torch.get_num_threads(), "thread")
     _say_once(
-        f"no GPU: training in mode dense on {torch.get_num_threads()} threads{lasting} "
+        f"no GPU: training in mode dense on {threads}{lasting} "
         "(--mode faithful is the paper's protocol, a day or more here)"
     )
     return "dense"

@@ -24,6 +24,7 @@ from ..files.categories import (
     is_category,
 )
 from ..files.claims import claimed_file, require_new
+from ..files.folders import counted
 from ..report.text import shown as shown_text
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
@@ -267,14 +268,14 @@ def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seco
     detector = next(iter(categories.values()))
     made = detector.encoder_.name
     if made == PATCH_SVDD:
-        made = f"{detector.record_.steps:,} training steps"
+        made = counted(detector.record_.steps, "training step")
     banks = _banks_in_words(detector) if len(categories) == 1 else f"{len(categories)} categories"
     console.print(f"wrote {output}: {made}, {banks}, {seconds:.0f} s", soft_wrap=True)
     _say_how_it_went(detector)
     for category, one in categories.items():
         begin = f"{category}: " if category else ""
         if category:
-            _print(f"{begin}{one.num_images:,} images, {_banks_in_words(one)}")
+            _print(f"{begin}{counted(one.num_images, 'image')}, {_banks_in_words(one)}")
         for level, bank in one.banks_.items():
             if bank.is_coreset:
                 patches = len(bank.groups) * bank.grid[0] * bank.grid[1]

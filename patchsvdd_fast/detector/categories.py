@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..files.folders import counted
 from ..files.store import naming
 from ..images.prepare import PreparedImage
 from ..ops.backends import resolve_device
@@ -108,7 +109,9 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
 
     def __repr__(self) -> str:
         name = self._any.encoder_.name
-        images = ", ".join(f"{name}: {one.num_images:,} images" for name, one in self.items())
+        images = ", ".join(
+            f"{name}: {counted(one.num_images, 'image')}" for name, one in self.items()
+        )
         return f"CategoryDetectors({name}, {images})"
 
     @property
@@ -124,6 +127,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         category: str | Callable[[Any], str | None] | None = None,
         false_alarm_rate: float | None = None,
         on_error: Callable[[Any, Exception], None] | None = None,
+        keep_originals: bool = False,
     ) -> Stream[ImageResult]:
         """Score images one after another; each result names the `category` it was compared with.
 
@@ -131,7 +135,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
             None for the nearest; or "nearest" for all. None: `category_of_path`, of paths, else the
             nearest. That is the category with the lowest mean of the anomaly map; finding it takes
             a search in the banks of all.
-        sources, false_alarm_rate, on_error: as of `PatchSVDD.score_stream`.
+        sources, false_alarm_rate, on_error, keep_originals: as of `PatchSVDD.score_stream`.
 
         Raises ValueError for a category that is not here.
         """
@@ -160,7 +164,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
             return [min(results, key=_mean_of_map) for results in candidates]
 
         shared = next(iter(models.values()))
-        return scoring.score_stream(shared, sources, None, on_error, search)
+        return scoring.score_stream(shared, sources, None, on_error, keep_originals, search)
 
     def category_of_path(self, path: Any) -> str | None:
         """The innermost folder in a path that is called as a category; None if there is none."""
@@ -231,14 +235,12 @@ def score_stream(
     opened: PatchSVDD | CategoryDetectors,
     sources: Iterable[Any],
     category: str | None,
-    false_alarm_rate: float | None,
-    on_error: Callable[[Any, Exception], None],
+    **options: Any,
 ) -> Stream[ImageResult]:
-    """`score_stream` of either kind; category: see `CategoryDetectors.score_stream`."""
-    how: dict[str, Any] = {"false_alarm_rate": false_alarm_rate, "on_error": on_error}
+    """`score_stream` of either kind; category, options: see `CategoryDetectors.score_stream`."""
     if isinstance(opened, CategoryDetectors):
-        how["category"] = category
-    return opened.score_stream(sources, **how)
+        options["category"] = category
+    return opened.score_stream(sources, **options)
 
 
 def require_category(opened: PatchSVDD | CategoryDetectors, category: str | None) -> None:

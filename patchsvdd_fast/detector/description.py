@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..encoders.pretrained import PATCH_SVDD
 from ..files import store
+from ..files.folders import counted
 from ..files.store import below, naming
 from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
@@ -32,10 +33,10 @@ def describe(path: str | Path) -> dict[str, str]:
 
 
 def _bank_in_words(bank: Mapping[str, Tensor], stride: str) -> str:
-    rows, dim = bank["data"].shape
-    clusters = f", {len(bank['centroids']):,} clusters" if "centroids" in bank else ""
+    rows, dim, images = *bank["data"].shape, counted(len(bank["groups"]), "image")
+    clusters = f", {counted(len(bank['centroids']), 'cluster')}" if "centroids" in bank else ""
     coreset = f", covering radius {float(bank['radius']):.4g}" if "radius" in bank else ""
-    return f"{rows:,} x {dim}, {len(bank['groups']):,} images{stride}{clusters}{coreset}"
+    return f"{rows:,} x {dim}, {images}{stride}{clusters}{coreset}"
 
 
 def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) -> dict[str, str]:
@@ -55,7 +56,7 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         "joined by": str(parameters.get("combination")),
     }
     if parameters["reweight"] is not None:
-        facts["re-weighted"] = f"image scores, by {parameters['reweight']} neighbours"
+        facts["re-weighted"] = f"image scores, by {counted(parameters['reweight'], 'neighbour')}"
     samples = samples_from_header(header).in_words()
     if samples and "samples" in header:
         facts["samples"] = samples

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.categories import Category
-from ..files.folders import report_unreadable
+from ..files.folders import counted, report_unreadable
 from ..files.layouts import LabelledImage, LabelledSet
 from ..files.masks import read_mask
 from ..files.whole import written_whole
@@ -85,6 +85,13 @@ class CategoryResult:
     """How many of those score above the detector's threshold; None without them, and for a
     detector that has no threshold."""
 
+    @property
+    def validation_alarms(self) -> str | None:
+        """`num_false_alarms` in words, "2 of 50"; None if it is None."""
+        if self.num_false_alarms is None:
+            return None
+        return f"{self.num_false_alarms:,} of {self.num_validation:,}"
+
     def __repr__(self) -> str:
         combination, percent = list(self.percent.items())[-1]  # "mult", or the only level
         figures = [f"{name} {value:.1f}" for name, value in percent.items() if value is not None]
@@ -92,7 +99,9 @@ class CategoryResult:
         parts.append(f"{combination}: {', '.join(figures)}")
         if self.at_threshold is not None:
             reached = self.at_threshold
-            parts.append(f"{reached.missed:,} missed, {reached.false_alarms:,} false alarms")
+            parts.append(
+                f"{reached.missed:,} missed, {counted(reached.false_alarms, 'false alarm')}"
+            )
         return f"CategoryResult({self.category!r}, {'; '.join(parts)})"
 
 
@@ -102,6 +111,7 @@ def evaluate_category(
     on_result: Callable[[LabelledImage, ImageResult], None] | None = None,
     test_set: LabelledSet | None = None,
     skip_unreadable: bool = False,
+    keep_originals: bool = False,
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
@@ -111,6 +121,7 @@ def evaluate_category(
     on_result: called with each test image and its result, as soon as it is scored.
     test_set: what `category.test_set()` gave; None: it is called.
     skip_unreadable: leave out images that cannot be read, with a warning that lists them.
+    keep_originals: as for `PatchSVDD.score_stream`, for what `on_result` draws.
 
     Masks that cannot be used end nothing: segmentation is left out, with the reason. Warns of masks
     that match no image, and of masks that mark nothing. Raises ValueError unless there are both
@@ -127,7 +138,8 @@ def evaluate_category(
     weights: list[Tensor] = []  # of re-weighted scores
     verdicts: list[tuple[float, bool | None]] = []
     left = iter(tests)
-    for result in _results(detector, [image.path for image in tests], skip_unreadable):
+    paths = [image.path for image in tests]
+    for result in _results(detector, paths, skip_unreadable, keep_originals):
         image = next(one for one in left if one.path == result.source)
         readable.append(image)
         verdicts.append((result.score, result.anomalous))
@@ -199,7 +211,10 @@ def _at_threshold(
 
 
 def _results(
-    detector: PatchSVDD, paths: Sequence[Path], skip_unreadable: bool
+    detector: PatchSVDD,
+    paths: Sequence[Path],
+    skip_unreadable: bool,
+    keep_originals: bool = False,
 ) -> Iterator[ImageResult]:
     """Score files in their order; those that cannot be read are reported at the end."""
     unreadable: list[Exception] = []
@@ -209,7 +224,8 @@ def _results(
             raise error
         unreadable.append(error)
 
-    with detector.score_stream(paths, on_error=note) as stream:
+    stream = detector.score_stream(paths, on_error=note, keep_originals=keep_originals)
+    with stream:
         yield from stream
     report_unreadable(unreadable, len(paths), skip_unreadable)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..files.folders import counted
 from ..training.interrupts import telling_interrupts
 from ..training.record import TrainingStep
 
@@ -106,8 +107,10 @@ class FitDisplay:
         """Show a step of training, after `on_progress` has told its share."""
         share, left = self._reported
         self._steps_shown += 1
-        if self._steps_shown == _TIMED_STEPS and left is not None:
-            self._shown.say(f"{step.total_steps:,} steps, about {_duration(left)} to go in all")
+        if self._steps_shown == _TIMED_STEPS and left is not None and step.total_steps:
+            self._shown.say(
+                f"{counted(step.total_steps, 'step')}, about {_duration(left)} to go in all"
+            )
         if step.quality is not None:
             self._checked = f"  defects {step.quality.criterion:.1f}"
         figures = [f"loss {self._smooth('loss', step.loss):.3g}"]

@@ -152,9 +152,10 @@ def score_stream(
     sources: Iterable[Any],
     threshold: float | None,
     on_error: Callable[[Any, Exception], None] | None,
+    keep_originals: bool = False,
     search: Search | None = None,
 ) -> Stream[ImageResult]:
-    """Score images in their order; sources, on_error: see `PatchSVDD.score_stream`.
+    """Score images in their order; sources, on_error, keep_originals: see `PatchSVDD.score_stream`.
 
     An array or tensor of sources is a batch of images, or one image, as `PatchSVDD.score` takes it.
 
@@ -175,7 +176,8 @@ def score_stream(
     order = channel_order_of(parameters)
 
     def read(item: Any, number: int) -> PreparedImage:
-        image = prepare_image(item, name_of(item, number), size, smallest, model.samples, order)
+        name = name_of(item, number)
+        image = prepare_image(item, name, size, smallest, model.samples, order, keep_originals)
         # Raises for an image of another size than can be encoded.
         mean_of_size(model.mean, parameters["mean"], *image.pixels.shape[-2:])
         return image

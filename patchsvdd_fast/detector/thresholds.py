@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
+from ..files.folders import counted
 from ..files.store import MappedFile
 from ..score.calibration import Calibration
 from ..score.maps import ScoreResult
@@ -108,7 +109,7 @@ class ThresholdsMixin:
             return _with_a_named_encoder(self) or super().__repr__()
         height, width = self.image_shape()
         bank = next(iter(self.banks_.values()))
-        parts = [f"{len(bank.groups):,} images of {width}x{height}", self.encoder_.name]
+        parts = [f"{counted(len(bank.groups), 'image')} of {width}x{height}", self.encoder_.name]
         parts += [f"{level}: {len(bank):,} x {bank.dim}" for level, bank in self.banks_.items()]
         if self.calibration_ is not None:
             rate = self.false_alarm_rate_

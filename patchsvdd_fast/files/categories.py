@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .folders import find_images, is_hidden, walk_images
+from .folders import counted, find_images, is_hidden, walk_images
 from .layouts import (
     LAYOUTS,
     MVTEC_AD,
@@ -221,7 +221,7 @@ def in_words(category: Category, tests: LabelledSet | None = None) -> str:
     aside = len(category.validation_paths())
     if tests is None:
         rest = f", {aside:,} of validation kept aside" if aside else ""
-        return f"{begin}, {len(category.train_paths()):,} images to train on{rest}"
+        return f"{begin}, {counted(len(category.train_paths()), 'image')} to train on{rest}"
     bad = [image for image in tests.images if image.is_anomalous]
     masked = sum(bool(image.masks) for image in bad)
     return (

@@ -127,6 +127,11 @@ def _why(entry: os.DirEntry[str]) -> str:
     return f"files {suffix or 'without a suffix'}, which are not read"
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, such as "1 image" and "1,200 images"; plural: None: with an "s"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
     """Say which of some images could not be read, all at once: by a warning if they are skipped.
 
@@ -136,10 +141,10 @@ def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
         return
     listed = "; ".join(str(error) for error in found)
     if len(found) == of:
-        raise ValueError(f"none of the {of:,} images can be read: {listed}")
+        raise ValueError(f"none of the {counted(of, 'image')} can be read: {listed}")
     if not skip:
         raise ValueError(
-            f"{len(found):,} of {of:,} images cannot be read (to go on without them: "
+            f"{len(found):,} of {counted(of, 'image')} cannot be read (to go on without them: "
             f"--skip-unreadable, skip_unreadable): {listed}"
         )
     warnings.warn(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from .folders import SUFFIXES, Skipped, find_images, walk_images
+from .folders import SUFFIXES, Skipped, counted, find_images, walk_images
 from .masks import marks_anything, masks_beside, matched_masks
 
 GOOD = "good"
@@ -47,7 +47,7 @@ class LabelledSet:
     """Lines for the user: masks that match no image, images without a label."""
 
     def __repr__(self) -> str:
-        return f"LabelledSet({len(self.images):,} images)"
+        return f"LabelledSet({counted(len(self.images), 'image')})"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from torch import Tensor
 
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
+Parts = list[Image.Image]
+"""An image while it is prepared: one of 8-bit RGB, or of more bits its one or three channels, each
+of floating-point samples in 0 to 255."""
+
 CHANNEL_ORDERS = ("rgb", "bgr")
 """How the colours of arrays are ordered; OpenCV's are "bgr"."""
 
@@ -165,3 +169,34 @@ def _scaled(array: npt.NDArray[Any], name: str) -> Samples:
     else:
         remedy = "divide it by its largest possible value"
     raise ValueError(f"{name} must be floats in 0 to 1, got {low:.4g} to {high:.4g}: {remedy}")
+
+
+def parts_of(values: npt.NDArray[Any], fractions: bool) -> Parts:
+    """An image [H, W], [H, W, 3] or [H, W, 4] of values 0 to 255, rounded unless `fractions`."""
+    if values.dtype != np.uint8 and not fractions:
+        values = np.rint(values).astype(np.uint8)
+    if values.dtype == np.uint8:
+        return [Image.fromarray(values).convert("RGB")]
+    channels = np.atleast_3d(values)[..., :3].astype(np.float32)
+    return [
+        Image.fromarray(np.ascontiguousarray(channels[..., number]))
+        for number in range(channels.shape[2])
+    ]
+
+
+def rgb_picture(parts: Parts, side: int) -> Image.Image:
+    """The image as 8-bit RGB, shrunk to `side` pixels on its longer side if it is larger.
+
+    It may be the image of `parts` itself.
+    """
+    width, height = parts[0].size
+    shrink = max(1.0, max(width, height) / side)
+    if shrink > 1:
+        small = max(1, round(width / shrink)), max(1, round(height / shrink))
+        parts = [part.resize(small, reducing_gap=2.0) for part in parts]
+    if parts[0].mode == "RGB":
+        return parts[0]
+    channels = [
+        Image.fromarray(np.rint(np.asarray(part).clip(0, 255)).astype(np.uint8)) for part in parts
+    ]
+    return Image.merge("RGB", channels * (3 // len(channels)))

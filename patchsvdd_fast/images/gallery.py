@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files.folders import counted
 from .drift import STATISTICS, image_statistics
 from .prepare import ImageSet
 from .samples import to_8_bits
@@ -45,7 +46,7 @@ class Gallery:
 
     def __repr__(self) -> str:
         pictures = "without" if self.pictures is None else "with"
-        return f"Gallery({len(self.names):,} images, {pictures} pictures)"
+        return f"Gallery({counted(len(self.names), 'image')}, {pictures} pictures)"
 
     def __getstate__(self) -> dict[str, Any]:
         # Pictures of an opened model are views of the file, which cannot be pickled.

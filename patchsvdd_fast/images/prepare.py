@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..files.categories import training_paths
-from ..files.folders import SUFFIXES, report_unreadable
+from ..files.folders import SUFFIXES, counted, report_unreadable
 from ..files.pages import (
     check_pages,
     file_and_page,
@@ -27,7 +27,15 @@ from ..files.pages import (
     with_every_page,
 )
 from ..files.sources import Source
-from .arrays import has_fractions, image_of_array, images_of_batch, is_array
+from .arrays import (
+    Parts,
+    has_fractions,
+    image_of_array,
+    images_of_batch,
+    is_array,
+    parts_of,
+    rgb_picture,
+)
 from .deep_files import deep_samples, warn_of_lost_bits
 from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
@@ -43,6 +51,9 @@ def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
 class UnreadableError(ValueError):
     """A file or PIL image cannot be read; the message names it."""
 
+
+ORIGINAL_SIDE = 1024
+"""Most pixels on the longer side of `PreparedImage.original`."""
 
 _CODECS = {"WebP": "webp", "AVIF": "avif", "JPEG 2000": "jpg_2000"}  # that Pillow may lack
 _ORIENTATION = 0x0112  # of EXIF
@@ -64,12 +75,7 @@ def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Im
     return image
 
 
-_Parts = list[Image.Image]
-"""An image while it is prepared: one of 8-bit RGB, or of more bits its one or three channels, each
-of floating-point samples in 0 to 255."""
-
-
-def _read_parts(path: str | os.PathLike[str], samples: Samples) -> _Parts:
+def _read_parts(path: str | os.PathLike[str], samples: Samples) -> Parts:
     """Read an image file, upright, as `read_image` does; keep fractions if `samples` says so."""
     name = os.fspath(path)
     with _naming(name), _opened(name) as (image, file):
@@ -81,23 +87,10 @@ def _read_parts(path: str | os.PathLike[str], samples: Samples) -> _Parts:
         image.load()
         if deep is None:
             return [ImageOps.exif_transpose(image).convert("RGB")]
-        parts = _parts_of(scaled(deep, samples, name), samples.fractions)
+        parts = parts_of(scaled(deep, samples, name), samples.fractions)
         for part in parts:
             part.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
         return [ImageOps.exif_transpose(part) for part in parts]
-
-
-def _parts_of(values: npt.NDArray[Any], fractions: bool) -> _Parts:
-    """An image [H, W], [H, W, 3] or [H, W, 4] of values 0 to 255, rounded unless `fractions`."""
-    if values.dtype != np.uint8 and not fractions:
-        values = np.rint(values).astype(np.uint8)
-    if values.dtype == np.uint8:
-        return [Image.fromarray(values).convert("RGB")]
-    channels = np.atleast_3d(values)[..., :3].astype(np.float32)
-    return [
-        Image.fromarray(np.ascontiguousarray(channels[..., number]))
-        for number in range(channels.shape[2])
-    ]
 
 
 def read_deep_samples(item: Any) -> DeepSamples | None:
@@ -171,6 +164,9 @@ class PreparedImage:
     """(height, width) before resizing."""
     source: Any = None
     """What it was made from: a path, a PIL image or an array."""
+    original: Image.Image | None = None
+    """The image before resizing, 8-bit RGB, shrunk to `ORIGINAL_SIDE` pixels on its longer side if
+    it is larger; None if it was not asked for."""
 
     def __repr__(self) -> str:
         return f"PreparedImage({self.name!r}, {_size_in_words(self.pixels)})"
@@ -190,9 +186,7 @@ class ImageSet:
     """How samples of more than 8 bits were read."""
 
     def __repr__(self) -> str:
-        count = len(self.names)
-        images = f"{count:,} image{'' if count == 1 else 's'}"
-        return f"ImageSet({images}, {_size_in_words(self.pixels)})"
+        return f"ImageSet({counted(len(self.names), 'image')}, {_size_in_words(self.pixels)})"
 
 
 def _size_in_words(pixels: Tensor) -> str:
@@ -208,6 +202,7 @@ def prepare_image(
     smallest: int,
     samples: Samples = AS_STORED,
     channel_order: str = "rgb",
+    keep_original: bool = False,
 ) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
@@ -218,6 +213,7 @@ def prepare_image(
     samples: how files' and PIL images' samples of more than 8 bits are read, and whether they and
         those of arrays are rounded to 8 bits.
     channel_order: of arrays and tensors, "rgb" or "bgr".
+    keep_original: whether `PreparedImage.original` is wanted.
 
     Raises ValueError, TypeError or OSError naming the image.
     """
@@ -227,6 +223,7 @@ def prepare_image(
         raise ValueError(
             f"{name} has {width}x{height} pixels, less than one patch of {smallest}x{smallest}"
         )
+    picture = rgb_picture(parts, ORIGINAL_SIDE) if keep_original else None
     if size is not None:
         parts = [part.resize((size[1], size[0])) for part in parts]
     if parts[0].mode == "RGB":
@@ -236,7 +233,7 @@ def prepare_image(
         # Of floating-point samples, bicubic resizing leaves 0 to 255 at edges.
         channels = np.stack([np.asarray(part) for part in parts]).clip(0, 255)
         pixels = torch.from_numpy(channels).expand(3, -1, -1).contiguous()
-    return PreparedImage(name, pixels, original, item)
+    return PreparedImage(name, pixels, original, item, picture)
 
 
 def name_of(item: Any, number: int) -> str:
@@ -349,7 +346,7 @@ def _items_of(source: Any, pages: str) -> tuple[Sequence[Any], Path | None]:
     return source, folder
 
 
-def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Parts:
+def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> Parts:
     if isinstance(item, Source) and item.image is not None:
         return [item.image]
     if isinstance(item, str | os.PathLike):
@@ -360,7 +357,7 @@ def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> _Pa
         except Exception as error:  # Pillow decodes an opened file only now
             raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return _parts_of(image_of_array(item, name, channel_order), samples.fractions)
+        return parts_of(image_of_array(item, name, channel_order), samples.fractions)
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )
@@ -383,9 +380,9 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _parts_of_opened(image: Image.Image, samples: Samples, name: str) -> _Parts:
+def _parts_of_opened(image: Image.Image, samples: Samples, name: str) -> Parts:
     deep = deep_samples(image, None)
     if deep is None:
         warn_of_lost_bits(image, name)
         return [image.convert("RGB")]
-    return _parts_of(scaled(deep, samples, name), samples.fractions)
+    return parts_of(scaled(deep, samples, name), samples.fractions)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..score.image_result import ImageResult, ScoredImages
-from .heat_maps import heat_map_overlay
+from .heat_maps import heat_map_overlay, smooth_map
 from .pictures import jpeg_text
 from .table import COLUMNS, row_of
 from .text import html_text, shown
@@ -60,7 +60,8 @@ def _picture(result: ImageResult, side: int) -> str:
 
 
 def _overlay(result: ImageResult) -> Image.Image:
-    return heat_map_overlay(result.picture, result.anomaly_map.numpy(), result.map_threshold)
+    picture, values = result.original_picture, smooth_map(result.scores)
+    return heat_map_overlay(picture, values, result.map_threshold)
 
 
 def plot_image(result: ImageResult, axes: Axes | None = None) -> Axes:

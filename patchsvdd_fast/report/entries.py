@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from .. import __version__
 from ..detector.patch_svdd import PatchSVDD
+from ..files.folders import counted
 from ..score.image_result import ImageResult
 from ..score.regions import Region
 from .heat_maps import scale_map, smooth_map
@@ -50,7 +52,7 @@ def open_report(
     if len(levels) > 1:
         facts["maps are joined by"] = str(detector.parameters_["combination"])
     if detector.reweight is not None:
-        facts["image scores are re-weighted by"] = f"{detector.reweight} neighbours"
+        facts["image scores are re-weighted by"] = counted(detector.reweight, "neighbour")
     scores: list[float] = []
     promised = None
     if detector.calibration_ is not None:
@@ -76,11 +78,14 @@ def report_entry(
 
     regions: those of `detector.explain`, the most anomalous first; the first 20 are shown.
     label: "good" or the defect's name; None if unknown.
-    mask: bool [H, W], True where anomalous; None if unknown.
+    mask: bool [H, W] of any size, True where anomalous; None if unknown.
     """
+    picture = result.original_picture
+    if mask is not None and mask.shape != (picture.height, picture.width):
+        mask = np.asarray(Image.fromarray(mask).resize(picture.size))
     return ReportEntry(
         name=result.name,
-        picture=result.picture,
+        picture=picture,
         heat=scale_map(smooth_map(result.scores), result.map_threshold),
         score=result.score,
         p_value=result.p_value,

@@ -34,12 +34,16 @@ from ..score.image_result import relative
 from ..score.regions import Region
 from .charts import charts
 from .figures import ListedImage, Metrics, figures, label_rows, metric_rows
-from .pictures import contour_path, heat_text, jpeg_text, outline_path, scale_text
+from .pictures import contour_path, heat_at, heat_text, jpeg_text, outline_path, scale_text
 from .summary import Alarms, broken_promise
 from .text import definitions, failures_section, html_text, shown, table
 
 GENERATOR = b'<meta name="generator" content="patchsvdd_fast">'
 """What tells a report from other pages, near its beginning."""
+
+
+PICTURE_SIDE = 768
+"""Most pixels on the longer side of a picture in a report."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ class ReportEntry:
     name: str
     """To show; may hold anything."""
     picture: Image.Image
-    """The image, [H, W] pixels."""
+    """The image, of any size."""
     heat: npt.NDArray[np.float32]
-    """The map scaled to [0, 1], [H, W]; see `heat_maps.scale_map`."""
+    """The map scaled to [0, 1], see `heat_maps.scale_map`: [H, W], the pixels that positions in
+    `findings` are given in."""
     score: float
     """The image score."""
     p_value: float | None
@@ -71,7 +76,7 @@ class ReportEntry:
     label: str | None
     """"good" or the defect's name; None where labels are unknown."""
     mask: npt.NDArray[np.bool_] | None
-    """[H, W], True where anomalous; None if unknown."""
+    """As large as the picture, True where anomalous; None if unknown."""
     findings: Sequence[Finding] = ()
     """Its anomalous regions, in the order to show them."""
     notes: Sequence[str] = ()
@@ -100,8 +105,8 @@ class ReportWriter:
     promised: share of good images that may exceed it; None if nothing is promised.
     good_scores: image scores of the calibration, [N].
     tables: further tables by caption, each a row of headings and then its rows.
-    picture_side: larger pictures are shrunk to this many pixels on the longer side, heat maps to
-        half of it.
+    picture_side: larger pictures of images that are called or labelled anomalous are shrunk to
+        this many pixels on the longer side, others to half of it, heat maps to half of theirs.
 
     Raises ValueError if `folder` is a file or a number is not finite, OSError if nothing can be
     written there.
@@ -115,7 +120,7 @@ class ReportWriter:
         threshold: float | None,
         good_scores: Sequence[float] = (),
         tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
-        picture_side: int = 320,
+        picture_side: int = PICTURE_SIDE,
         promised: float | None = None,
     ) -> None:
         if folder.exists() and not folder.is_dir():
@@ -162,13 +167,17 @@ class ReportWriter:
         """
         self._require_open()
         _check(entry)
-        width, height = entry.picture.size
-        has_threshold = entry.map_threshold is not None
+        size, has_threshold = entry.picture.size, entry.map_threshold is not None
+        height, width = entry.heat.shape
+        is_looked_at = entry.anomalous or entry.label not in (None, "good")
+        side = self._side if is_looked_at else max(1, self._side // 2)
+        heat = heat_at(entry.heat, size, side)
         payload = {
-            "size": [width, height],
-            "picture": jpeg_text(entry.picture, self._side),
-            "heat": heat_text(entry.heat, self._side, has_threshold),
-            "contour": contour_path(entry.heat, self._side) if has_threshold else "",
+            "size": size,
+            "mapSize": [width, height],
+            "picture": jpeg_text(entry.picture, side),
+            "heat": heat_text(heat, has_threshold),
+            "contour": contour_path(heat, size) if has_threshold else "",
             "mask": "" if entry.mask is None else outline_path(entry.mask),
             "notes": [shown(note) for note in entry.notes],
             "findings": [
@@ -186,14 +195,16 @@ class ReportWriter:
         self._require_open()
         self._failures.append((name, message))
 
-    def close(self, metrics: Metrics | None = None) -> Path:
+    def close(
+        self, metrics: Metrics | None = None, more_figures: Mapping[str, str] | None = None
+    ) -> Path:
         """Write the page with all that was added, and return its path; a second call does nothing.
 
-        metrics: shown as a table. Raises OSError.
+        metrics: shown as a table. more_figures: for the head of the page, by name. Raises OSError.
         """
         if self._pictures.closed:
             return self.path
-        head, tail = _template(self._values(metrics))
+        head, tail = _template(self._values(metrics, more_figures or {}))
         with self._pictures, written_whole(self.path) as partial, partial.open("wb") as file:
             file.write(head)
             self._pictures.seek(0)
@@ -218,7 +229,7 @@ class ReportWriter:
         block = f'<script type="application/json" id="{name}">{_json(payload)}</script>\n'
         self._pictures.write(block.encode())
 
-    def _values(self, metrics: Metrics | None) -> dict[str, str]:
+    def _values(self, metrics: Metrics | None, more_figures: Mapping[str, str]) -> dict[str, str]:
         """Texts for the placeholders of page.html."""
         tables = dict(self._tables)
         if metrics:
@@ -235,9 +246,10 @@ class ReportWriter:
             "hasNotes": any(entry.has_notes for entry in entries),
             "threshold": self._threshold,
         }
+        head = {**figures(entries, len(self._failures), self._threshold), **more_figures}
         return {
             "title": html_text(self._title),
-            "figures": definitions(figures(entries, len(self._failures), self._threshold)),
+            "figures": definitions(head),
             "facts": definitions(self._facts),
             "remarks": "".join(f"<p>{html_text(line)}</p>" for line in self._remarks()),
             "charts": charts(
@@ -279,11 +291,8 @@ def _check(entry: ReportEntry) -> None:
     _require_finite(f"score of {where}", entry.score)
     if entry.p_value is not None and not 0 <= entry.p_value <= 1:
         raise ValueError(f"p_value of {where} must lie between 0 and 1, got {entry.p_value}")
-    if entry.heat.shape != (height, width):
-        raise ValueError(
-            f"heat of {where} must have shape [{height}, {width}] as its picture, "
-            f"got {list(entry.heat.shape)}"
-        )
+    if entry.heat.ndim != 2 or not entry.heat.size:
+        raise ValueError(f"heat of {where} must have shape [H, W], got {list(entry.heat.shape)}")
     if not ((entry.heat >= 0) & (entry.heat <= 1)).all():
         raise ValueError(
             f"heat of {where} must lie between 0 and 1, got {entry.heat.min()} to "

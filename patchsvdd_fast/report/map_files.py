@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -67,6 +70,26 @@ def write_map(
             if threshold is not None:
                 text.add_text(MAP_THRESHOLD, repr(threshold))
             Image.fromarray(steps.astype(np.uint16)).save(partial, format="PNG", pnginfo=text)
+
+
+def png_bytes(pixels: npt.NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
+    """An RGB picture [H, W, 3] as a PNG file, in less than half of Pillow's time.
+
+    Pillow tries each of PNG's filters on each row; here all rows are differences from the row above
+    (filter 2). text: values by their keys, in Latin-1.
+    """
+    height, width, _ = pixels.shape
+    rows = pixels.reshape(height, 3 * width)
+    filtered = np.full((height, 1 + 3 * width), 2, np.uint8)
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
+    chunks += [(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items()]
+    chunks += [(b"IDAT", zlib.compress(filtered.tobytes(), 1)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def inner_path(name: PurePath, suffix: str) -> Path:

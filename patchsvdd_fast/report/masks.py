@@ -18,12 +18,6 @@ Mask = npt.NDArray[np.bool_]
 """[H, W], True where a pixel is anomalous."""
 
 
-def own_size(result: ImageResult) -> tuple[int, int]:
-    """(height, width) in pixels of the image before it was resized."""
-    width, height = (int(side) for side in result.statistics[-2:])
-    return height, width
-
-
 def anomalous_pixels(result: ImageResult) -> Mask:
     """The mask of an image at its own size: where its map exceeds the threshold.
 
@@ -34,7 +28,7 @@ def anomalous_pixels(result: ImageResult) -> Mask:
     threshold = result.map_threshold
     if threshold is None:
         raise ValueError("masks need a threshold, which needs at least two training images")
-    height, width = own_size(result)
+    height, width = result.original_size
     values = result.anomaly_map.numpy()
     resized = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
     mask = np.asarray(resized) > threshold

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .heat_maps import colour_scale, opacity_scale
+from .heat_maps import colour_scale, map_at, opacity_scale
 
 _JPEG_QUALITY = 80
 _MOST_PIECES = 3_000  # of a contour
@@ -26,28 +26,32 @@ def _opacity(has_threshold: bool) -> bytes:
 def jpeg_text(picture: Image.Image, side: int) -> str:
     """The picture as JPEG in base64, shrunk to `side` pixels on its longer side if it is larger."""
     small = picture.convert("RGB")
-    small.thumbnail((side, side))
+    small.thumbnail((side, side), reducing_gap=2.0)
     buffer = io.BytesIO()
     # Colours are not subsampled: patches are shown enlarged, and a defect may be a stain alone.
     small.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def heat_text(heat: npt.NDArray[np.float32], side: int, has_threshold: bool) -> str:
-    """A map [H, W] in [0, 1] in colours, as PNG in base64; `side` is that of the picture below it.
+def heat_at(
+    heat: npt.NDArray[np.float32], size: tuple[int, int], side: int
+) -> npt.NDArray[np.float32]:
+    """A map [H, W] in the proportions of a picture, to lie over it.
+
+    size: (width, height) of the picture, which is shrunk to `side` pixels on its longer side; half
+        of that is enough for a map, which is smooth.
+    """
+    shrink = max(1.0, max(size) / max(1, side // 2))
+    width, height = (max(1, round(length / shrink)) for length in size)
+    return np.clip(map_at(heat.astype(np.float32), (width, height)), 0, 1)
+
+
+def heat_text(heat: npt.NDArray[np.float32], has_threshold: bool) -> str:
+    """A map [H, W] in [0, 1] in colours, as PNG in base64.
 
     has_threshold: whether 0.5 is the threshold, below which nothing is seen.
     """
-    return _png_text(_heat_image(_shrunk(heat, side), has_threshold))
-
-
-def _shrunk(heat: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
-    """Half as large as the picture: maps are smooth, as patches are much larger than two pixels."""
-    height, width = heat.shape
-    shrink = max(1.0, max(height, width) / max(1, side // 2))
-    size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
-    small = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return np.array(small)
+    return _png_text(_heat_image(heat, has_threshold))
 
 
 def _heat_image(heat: npt.NDArray[np.float32], has_threshold: bool) -> Image.Image:
@@ -62,18 +66,17 @@ def scale_text(has_threshold: bool) -> str:
     return _png_text(_heat_image(_HEAT_LEVELS[None], has_threshold))
 
 
-def contour_path(heat: npt.NDArray[np.float32], side: int) -> str:
-    """Where a map [H, W] in [0, 1] crosses 0.5, as an SVG path of straight pieces, in its pixels.
+def contour_path(small: npt.NDArray[np.float32], size: tuple[int, int]) -> str:
+    """Where a map [H, W] in [0, 1] crosses 0.5, as an SVG path of straight pieces.
 
-    By marching squares over the map as `heat_text` shrinks it; lines are open at the border. ""
-    where they would be so many that they hide the image.
+    By marching squares; lines are open at the border. "" where they would be so many that they hide
+    the image. size: (width, height) of the picture in whose pixels the path is.
     """
-    small = _shrunk(heat, side)
     rows, columns = small.shape
     above = small > 0.5
     if min(rows, columns) < 2 or not above.any():
         return ""
-    scale = np.array([heat.shape[1] / columns, heat.shape[0] / rows])
+    scale = np.array([size[0] / columns, size[1] / rows])
     corners = [(0, 0), (1, 0), (1, 1), (0, 1)]  # (x, y) of a cell's corners, clockwise
     cut = [above[y : rows - 1 + y, x : columns - 1 + x] for x, y in corners]
     mixed = np.any(cut, axis=0) & ~np.all(cut, axis=0)

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from .. import __version__
 from ..detector.evaluation import CategoryResult
+from ..files.folders import counted
 from ..files.whole import written_whole
 from ..score.metrics import METRICS
 from .html import page_parts
@@ -24,12 +25,16 @@ def write_start_page(
     results: of each category, by the name of the folder in `folder` with its report. failed: why
     others have none, by category. data: what was evaluated, in words. Raises OSError.
     """
+    headings = list(_HEADINGS)
+    has_validation = any(result.num_validation for result in results.values())
+    if has_validation:
+        headings.append("in validation")
     return _write_page(
         folder,
-        f"{data}: {len(results)} categories",
+        f"{data}: {counted(len(results), 'category', 'categories')}",
         "AUROC and AUPRO in percent; missed and false alarms at each model's threshold.",
-        _HEADINGS,
-        [_row(name, result) for name, result in results.items()],
+        headings,
+        [_row(name, result, has_validation) for name, result in results.items()],
         [*failed.items()],
     )
 
@@ -78,8 +83,11 @@ def _write_page(
     return path
 
 
-def _row(folder: str, result: CategoryResult) -> str:
-    """The category's figures; of several levels those of the product of their maps."""
+def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
+    """The category's figures; of several levels those of the product of their maps.
+
+    has_validation: whether there is a column for false alarms on images for validation.
+    """
     *_, combination = result.percent
     metrics = [result.percent[combination].get(metric) for metric in METRICS]
     reached = result.at_threshold
@@ -90,6 +98,7 @@ def _row(folder: str, result: CategoryResult) -> str:
         *("-" if value is None else f"{value:.1f}" for value in metrics),
         "-" if reached is None else f"{reached.missed:,} of {reached.num_anomalous:,}",
         "-" if reached is None else f"{reached.false_alarms:,} of {reached.num_good:,}",
+        *([result.validation_alarms or "-"] if has_validation else []),
     ]
     return _linked_row(folder, result.category, cells)
 

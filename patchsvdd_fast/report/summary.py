@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from ..files.folders import counted
 from ..score.image_result import ImageResult
 
 _RARE = 0.01  # probability below which more false alarms than promised are no chance
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as "1 image" and "1,200 images"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def verdict_in_words(result: ImageResult) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.levels import PatchLevel
+from ..files.folders import counted
 from ..search.bank import NormalBank
 from .border import RINGS, border_factors, corrected, ring_means
 from .maps import MapRule, check_combination, combine, scores_of
@@ -49,7 +50,7 @@ class Calibration:
 
     def __repr__(self) -> str:
         low, high = float(self.image_scores[0]), float(self.image_scores[-1])
-        return f"Calibration({self.num_images:,} images, scores {low:.3g} to {high:.3g})"
+        return f"Calibration({counted(self.num_images, 'image')}, scores {low:.3g} to {high:.3g})"
 
     def tensors(self) -> dict[str, Tensor]:
         """As tensors by name, which `from_tensors` reads back."""
@@ -148,7 +149,7 @@ class Calibration:
             raise ValueError(f"a false-alarm rate must lie between 0 and 1, got {rate:g}")
         if rate < self.smallest_rate * (1 - 1e-9):
             raise ValueError(
-                f"{self.num_images} training images can promise a false-alarm rate of "
+                f"{counted(self.num_images, 'training image')} can promise a false-alarm rate of "
                 f"{self.smallest_rate:.2%} at the lowest, not of {rate:.2%}: that takes "
                 f"{math.ceil(1 / rate - 1e-9) - 1}"
             )

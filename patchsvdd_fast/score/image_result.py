@@ -60,6 +60,9 @@ class ImageResult:
     an image of `ScoredImages`."""
     category: str | None = None
     """The category whose normal patches it was compared with; None with a single one."""
+    original: Image.Image | None = field(default=None, repr=False)
+    """The image before it was resized, at most 1,024 pixels a side, if the stream kept it (see
+    `PatchSVDD.score_stream`); else None. `original_picture` is always there."""
 
     def __repr__(self) -> str:
         return f"ImageResult({self.name!r}, {self.in_words()})"
@@ -116,6 +119,23 @@ class ImageResult:
     def picture(self) -> Image.Image:
         """The `pixels` as a PIL image of 8 bits."""
         return Image.fromarray(to_8_bits(self.pixels).permute(1, 2, 0).contiguous().numpy())
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the image before it was resized."""
+        width, height = (int(side) for side in self.statistics[-2:])
+        return height, width
+
+    @property
+    def original_picture(self) -> Image.Image:
+        """The image to look at, 8-bit RGB: `original`; where that was not kept, `picture` in the
+        proportions that the image had before it was resized, as large on its longer side."""
+        if self.original is not None:
+            return self.original
+        picture, (height, width) = self.picture, self.original_size
+        scale = max(picture.size) / max(height, width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return picture if size == picture.size else picture.resize(size)
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,4 +250,5 @@ def _result(
         statistics=statistics,
         scores=scores,
         source=image.source,
+        original=image.original,
     )

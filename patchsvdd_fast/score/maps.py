@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.levels import PatchLevel
+from ..files.folders import counted
 from ..ops import score_map
 from ..search.bank import NormalBank
 from .border import corrected
@@ -37,7 +38,7 @@ class ScoreResult:
     def __repr__(self) -> str:
         count, height, width = next(iter(self.level_maps.values())).shape
         levels = ", ".join(self.level_maps)
-        images = f"{count:,} image{'' if count == 1 else 's'}"
+        images = counted(count, "image")
         return f"ScoreResult({images}, {width}x{height} pixels, {levels}, {self.combination})"
 
     def item(self) -> NoReturn:

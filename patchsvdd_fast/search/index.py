@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files.folders import counted
 from ..files.store import MappedFile
 from ..ops.checks import (
     NO_GROUPS,
@@ -149,11 +150,11 @@ class Index(NamedTuple):
         """What it holds, without any of its values: such as "5,625 x 64, 9 images, 2.1 MB, cpu"."""
         parts = [f"{self.rows:,} x {self.data.shape[1]}"]
         if self.patches_per_image > 1:
-            parts.append(f"{len(self.groups):,} images")
+            parts.append(counted(len(self.groups), "image"))
         if self.patches is not None:
             parts.append("coreset")
         if self.clusters is not None:
-            parts.append(f"{len(self.clusters.centroids):,} clusters")
+            parts.append(counted(len(self.clusters.centroids), "cluster"))
         elif self.codes is not None:
             parts.append("codes")
         if self.metric != "euclidean":

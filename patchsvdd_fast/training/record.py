@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.folders import counted
+
 
 @dataclass(frozen=True)
 class LevelMetrics:
@@ -88,13 +90,17 @@ class TrainingRecord:
     kept, in points."""
 
     def __repr__(self) -> str:
-        parts = [f"{self.steps:,} steps in {self.seconds:,.0f} s" if self.steps else "no training"]
+        parts = [
+            f"{counted(self.steps, 'step')} in {self.seconds:,.0f} s"
+            if self.steps
+            else "no training"
+        ]
         if self.final_loss is not None:
             parts.append(f"loss {self.final_loss:.4g}")
         if self.best_step is not None:
             parts.append(f"weights of step {self.best_step:,}")
         if self.qualities:
-            parts.append(f"{len(self.qualities):,} checks")
+            parts.append(counted(len(self.qualities), "check"))
         if self.collapsed:
             parts.append("collapsed")
         return f"TrainingRecord({', '.join(parts)})"

@@ -109,6 +109,13 @@ def test_false_alarms_are_counted_among_validation_images(evaluated, tmp_path, m
         "-",
         *[f"{alarms + 4} of 7"] * 2,  # of loco, and of the mean
     ]
+    report = tmp_path / "report"
+    evaluated(tmp_path / "all", "--report", report)
+    told = f"{alarms + 4} of 7"
+    page = (report / "loco/index.html").read_text()
+    assert f"<dt>false alarms in validation</dt><dd>{told}</dd>" in page
+    assert "in validation" not in (report / "ad/index.html").read_text()
+    assert f"<td>{told}</td></tr>" in (report / "index.html").read_text()
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "all/ad").rename(tmp_path / "all/a_name_of_many_letters_1")
     done, _ = evaluated(tmp_path / "all")

@@ -286,7 +286,7 @@ def test_explain_shows_defects_beside_what_is_normal(model, fitted, category_fol
             path = out / "root" / f"{result.name.removesuffix('.png').lstrip('/')}-{number}.png"
             assert f"; {path}\n" in output
             with Image.open(path) as picture:
-                assert picture.size == (1064, 310)
+                assert picture.size == (1576, 438)
         shown += len(regions)
     assert len(list(out.rglob("*.png"))) == shown
     assert "damaged.png" in output
@@ -388,7 +388,7 @@ def test_earlier_files_are_explained_and_reported(model, category_folder, tmp_pa
     output = run("explain", model, spot, "-o", tmp_path / "out")
     assert re.search(r"nearest at distance \S+ is image \d ", output)
     with Image.open(tmp_path / "out/0-1.png") as picture:
-        assert picture.size == (2 * 256 + 3 * 8, 310)  # there is no picture of the match
+        assert picture.size == (2 * 384 + 3 * 8, 438)  # there is no picture of the match
     run("evaluate", category_folder, "--model", model, "--report", tmp_path / "report")
     assert (tmp_path / "report/index.html").is_file()
 

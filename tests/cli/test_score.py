@@ -126,6 +126,19 @@ def test_scores_are_the_detectors(here, ready_model, tmp_path):
             assert row["regions"][0]["peak"] == row["score"]
 
 
+def test_pictures_show_images_at_their_own_pixels(here, ready_model, tmp_path):
+    image = np.random.default_rng(0).integers(60, 200, (200, 400, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    output, report = tmp_path / "out", tmp_path / "report"
+    done = here("score", ready_model, tmp_path / "wide.png", "-o", output, "--report", report)
+    assert done.returncode == 0, done.stderr
+    with Image.open(output / "heat-maps" / "wide.png") as picture:
+        pixels = np.asarray(picture)
+    assert any((pixels[y : y + 200, 8:408] == image).all() for y in range(100))
+    page = (report / "index.html").read_text()
+    assert '"size":[400,200],"mapSize":[96,96]' in page
+
+
 ODD_NAMES = (
     'new\nline, "quoted".png',
     os.fsdecode(b"no \xff\xfe text.png"),

@@ -13,6 +13,7 @@ from PIL import AvifImagePlugin, Image, WebPImagePlugin, features
 from patchsvdd_fast.files.folders import SUFFIXES, find_images
 from patchsvdd_fast.files.sources import Source
 from patchsvdd_fast.images.prepare import (
+    ORIGINAL_SIDE,
     UnreadableError,
     load_image_set,
     load_images,
@@ -20,6 +21,7 @@ from patchsvdd_fast.images.prepare import (
     prepare_image,
     read_image,
 )
+from patchsvdd_fast.images.samples import Samples
 
 RAMP = np.linspace(0, 255, 80 * 70).astype(np.uint8).reshape(80, 70)
 COLOUR = np.stack([RAMP, RAMP.T.reshape(80, 70), 255 - RAMP], axis=-1)
@@ -304,6 +306,27 @@ def test_prepared_images(tmp_path):
     assert torch.equal(prepare_image(alpha, "", None, 1).pixels, kept.pixels)
     turned = prepare_image(COLOUR[::-2, ::-1], "", None, 1).pixels
     assert torch.equal(turned, torch.from_numpy(COLOUR[::-2, ::-1].copy()).permute(2, 0, 1))
+
+
+def test_an_image_is_kept_as_it_was_up_to_a_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (120, 200, 3), dtype=np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    kept = prepare_image(tmp_path / "small.png", "small", (64, 64), 32, keep_original=True)
+    assert np.array_equal(kept.original, small)
+    plain = prepare_image(tmp_path / "small.png", "small", (64, 64), 32)
+    assert plain.original is None and torch.equal(plain.pixels, kept.pixels)
+    large = np.zeros((1500, 3000, 3), np.uint8)
+    large[:, 1500:] = 200, 100, 0
+    kept = prepare_image(large, "large", (64, 64), 32, keep_original=True)
+    assert kept.original.size == (ORIGINAL_SIDE, ORIGINAL_SIDE // 2) == (1024, 512)
+    assert kept.original.getpixel((900, 400)) == (200, 100, 0)
+    deep = np.full((50, 2000), 40_000, np.uint16)  # of one channel, with fractions
+    samples = Samples(bit_depth=16, fractions=True)
+    kept = prepare_image(deep, "deep", None, 32, samples, keep_original=True)
+    assert kept.pixels.dtype == torch.float32
+    assert kept.original.mode == "RGB" and kept.original.size == (1024, 26)
+    assert kept.original.getpixel((9, 9)) == (156, 156, 156)
 
 
 def test_images_that_cannot_be_prepared_are_named(tmp_path):

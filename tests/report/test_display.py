@@ -18,6 +18,7 @@ from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.cli.app import main
 from patchsvdd_fast.detector.evaluation import evaluate_category
 from patchsvdd_fast.files.categories import Category
+from patchsvdd_fast.files.layouts import LabelledImage, LabelledSet
 from patchsvdd_fast.images.prepare import prepare_image
 from patchsvdd_fast.report.display import to_pandas
 from patchsvdd_fast.report.table import COLUMNS
@@ -121,6 +122,15 @@ def test_one_training_image_gives_no_verdicts():
     assert "threshold" not in repr(detector)
     assert repr(scored) == "ScoreResult(1 image, 96x96 pixels, K24, mult)"
     assert repr(scored[0]).startswith("ImageResult('image 0', score ")
+    assert repr(scored.images) == "ImageSet(1 image, 96x96 pixels, uint8)"
+    assert repr(detector).startswith("PatchSVDD(1 image of 96x96, ")
+    assert repr(detector.gallery_) == "Gallery(1 image, with pictures)"
+    assert repr(NormalBank(torch.rand(1, 2, 2, 8))).startswith("NormalBank(4 x 8, 1 image, ")
+    assert (
+        repr(LabelledSet([LabelledImage(Path("a.png"), "good", ())], [])) == "LabelledSet(1 image)"
+    )
+    record = TrainingRecord(steps=1, seconds=2.0, qualities=[(1, 50.0)])
+    assert repr(record) == "TrainingRecord(1 step in 2 s, 1 check)"
     assert "score" in scored._repr_html_()
 
 

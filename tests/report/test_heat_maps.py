@@ -1,5 +1,7 @@
 """Heat maps: colours, scale, overlay."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,13 @@ from patchsvdd_fast.report.heat_maps import (
     colour_scale,
     heat_map_overlay,
     heat_map_picture,
+    map_at,
     opacity_scale,
     scale_map,
     smooth_map,
     write_heat_map,
 )
-from patchsvdd_fast.report.map_files import MAP_THRESHOLD
+from patchsvdd_fast.report.map_files import MAP_THRESHOLD, png_bytes
 from patchsvdd_fast.score.image_result import ImageResult
 from patchsvdd_fast.score.maps import ScoreResult
 from processes import largest_file
@@ -112,6 +115,42 @@ def test_smooth_and_constant_maps_stay():
         assert np.array_equal(smooth_map(_scores({"K24": values}, "K24")), values)
 
 
+@pytest.mark.parametrize("size", [(320, 240), (97, 31), (40, 30), (7, 300)])
+def test_a_map_at_another_size_is_smooth_and_keeps_its_maximum(size):
+    values = _disc()
+    resized = map_at(values, size)
+    assert resized.shape == size[::-1] and resized.dtype == np.float32
+    assert resized.max() == pytest.approx(values.max(), rel=1e-6)
+    assert resized.min() >= 0
+    place = np.unravel_index(resized.argmax(), resized.shape)
+    middle = [(at + 0.5) / length for at, length in zip(place, resized.shape, strict=True)]
+    assert middle == pytest.approx([30.5 / 60, 40.5 / 80], abs=0.04)
+    if size == (320, 240):  # four times as large: steps are a quarter as high
+        assert abs(np.diff(resized, axis=1)).max() < 0.4 * abs(np.diff(values, axis=1)).max()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (64, 33)])
+def test_png_files_hold_what_was_given(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(png_bytes(pixels, {"a.key": "1e-09"}))) as image:
+        assert image.mode == "RGB" and image.text == {"a.key": "1e-09"}
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_heat_map_has_the_images_own_pixels_and_proportions():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(60, 200, size=(300, 700, 3), dtype=np.uint8))
+    values = np.zeros((64, 64), np.float32)  # of the image resized to a square
+    values[16:24, 48:56] = 2.0
+    pixels = np.asarray(heat_map_picture(image, values, 1.0))
+    lefts = range(8, pixels.shape[1] - 700, 708)
+    (top,) = {y for y in range(8, 250) if (pixels[y : y + 300, 8:708] == image).all()}
+    mask = pixels[top : top + 300, lefts[3] : lefts[3] + 700, 0] == 255
+    rows, columns = mask.nonzero()
+    assert (rows.mean() + 0.5) / 300 == pytest.approx(20 / 64, abs=0.01)
+    assert (columns.mean() + 0.5) / 700 == pytest.approx(52 / 64, abs=0.01)
+
+
 def test_a_saved_picture_shows_image_heat_map_map_and_mask(picture):
     large = picture.resize((320, 240), Image.Resampling.NEAREST)
     saved = heat_map_picture(large, _disc(), 1.0, "a/b.png", "anomalous", True)
@@ -144,7 +183,7 @@ def test_saved_pictures_of_any_shape():
 def test_a_written_heat_map_says_its_scale(picture, tmp_path):
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     result = ImageResult(
-        *("a.png", 2.0, 0.1, 1.0, True, "K24", (), pixels, torch.zeros(7)),
+        *("a.png", 2.0, 0.1, 1.0, True, "K24", (), pixels, torch.tensor([0.0, 0, 0, 0, 0, 80, 60])),
         _scores({"K24": _disc()}, "K24"),
         None,
     )

@@ -274,7 +274,7 @@ def test_no_labels_and_no_threshold(tmp_path):
         ({"score": float("-inf")}, "score of spot/0.png must be finite, got -inf"),
         ({"p_value": 1.5}, "p_value of spot/0.png must lie between 0 and 1, got 1.5"),
         ({"p_value": float("nan")}, "must lie between 0 and 1, got nan"),
-        ({"heat": _heat(95)}, r"heat of .* shape \[96, 96\] as its picture, got \[95, 95\]"),
+        ({"heat": np.zeros((0, 3), np.float32)}, r"heat of .* shape \[H, W\], got \[0, 3\]"),
         ({"heat": 2 * _heat()}, "heat of .* between 0 and 1, got .* to 1.99"),
         ({"heat": np.full((SIDE, SIDE), np.nan)}, "heat of .* between 0 and 1, got nan"),
         ({"mask": np.zeros((1, 2), bool)}, r"mask of .* shape \[96, 96\] .* got \[1, 2\]"),
@@ -324,14 +324,34 @@ def test_pictures_are_shrunk_and_training_images_stored_once(tmp_path):
     entries = [
         _entry("wide", picture=wide, heat=heat, mask=None, findings=[_finding(), _finding()]),
         _entry("small", findings=[_finding(), other]),
+        _good("normal", picture=wide, heat=heat),
+        _good("missed", picture=wide, heat=heat, label="spot"),
     ]
     data = _Page(_write(tmp_path, entries, picture_side=200)).data
     assert [name for name in data if name.startswith("match")] == ["match-0"]
     assert [f["matchPicture"] for f in data["entry-1"]["findings"]] == [0, None]
-    assert data["entry-0"]["size"] == [800, 400]  # positions stay in the map's pixels
+    assert data["entry-0"]["size"] == data["entry-0"]["mapSize"] == [800, 400]
     assert _decoded(data["entry-0"]["picture"]).size == (200, 100)
     assert _decoded(data["entry-0"]["heat"]).size == (100, 50)
     assert _decoded(data["entry-1"]["picture"]).size == (SIDE, SIDE)
+    assert _decoded(data["entry-2"]["picture"]).size == (100, 50)  # who looks at good images?
+    assert _decoded(data["entry-2"]["heat"]).size == (50, 25)
+    assert _decoded(data["entry-3"]["picture"]).size == (200, 100)
+
+
+def test_a_picture_may_be_larger_than_its_map(tmp_path):
+    wide = Image.new("RGB", (600, 300))
+    mask = np.zeros((300, 600), bool)
+    mask[100:150, 200:300] = True
+    data = _Page(_write(tmp_path, [_entry(picture=wide, mask=mask, map_threshold=1.0)])).data
+    entry = data["entry-0"]
+    assert entry["size"] == [600, 300] and entry["mapSize"] == [SIDE, SIDE]
+    assert _decoded(entry["picture"]).size == (600, 300)
+    assert _decoded(entry["heat"]).size == (384, 192)
+    assert entry["mask"].startswith("M200 100h100")
+    ends = np.array(re.findall(r"([\d.]+) ([\d.]+)", entry["contour"]), float)
+    middle = (ends.min(axis=0) + ends.max(axis=0)) / 2
+    assert middle == pytest.approx([0.4 * 600, 0.5 * 300], abs=6)
 
 
 def test_pictures_do_not_stay_in_memory(tmp_path):
@@ -367,6 +387,15 @@ def test_a_row_for_each_label(tmp_path):
         assert f'<tr><th scope="row">{label}</th>{row}</tr>' in source
     unlabelled = _write(tmp_path / "unlabelled", [_entry(label=None)])
     assert "By label" not in _Page(unlabelled).text
+
+
+def test_further_figures_stand_at_the_head(tmp_path):
+    with ReportWriter(tmp_path, "Title", {}, 5.0) as writer:
+        writer.add(_good())
+        writer.close(None, {"false alarms in <validation>": "2 of 50"})
+    source = writer.path.read_text(encoding="utf-8")
+    assert "<dt>false alarms in &lt;validation&gt;</dt><dd>2 of 50</dd>" in source
+    assert source.index("2 of 50") < source.index("<main>")
 
 
 def test_roc_curve_and_what_the_threshold_reaches(tmp_path):
@@ -604,11 +633,31 @@ def test_the_image_can_be_enlarged_and_moved(opened, tmp_path):
     assert view() == [0, 0, SIDE, SIDE]
 
 
+def test_positions_of_the_map_are_shown_in_the_picture(opened, tmp_path):
+    wide = Image.new("RGB", (4 * SIDE, 2 * SIDE), (90, 120, 150))
+    page = opened(_write(tmp_path, [_entry(picture=wide, mask=None)]))
+    page.locator(".card").first.click()
+    box = page.locator("#stage .box .line").first.evaluate(
+        "r => ['x', 'y', 'width', 'height'].map((name) => Number(r.getAttribute(name)))"
+    )
+    assert box == [4 * 20, 2 * 30, 4 * 30, 2 * 25]
+    assert page.locator("#stage").get_attribute("viewBox") == f"0 0 {4 * SIDE} {2 * SIDE}"
+    views = page.locator("#match svg").evaluate_all(
+        "all => all.map(s => s.getAttribute('viewBox'))"
+    )
+    assert views == ["64 56 128 64", "32 80 128 64", f"0 0 {4 * SIDE} {2 * SIDE}"]
+    assert f"x 16, y 28, 32 pixels wide, of {SIDE}×{SIDE}" in page.inner_text("#match")
+
+
 def test_on_paper_all_images_or_the_opened_one(opened, tmp_path):
     page = opened(_mixed(tmp_path))
     page.emulate_media(media="print")
     assert not page.locator(".tools").is_visible() and not page.locator("#threshold").is_visible()
     assert page.pdf().startswith(b"%PDF")
+    page.set_viewport_size({"width": 690, "height": 1000})  # A4 between its margins
+    columns = "getComputedStyle(document.querySelector('.overview')).gridTemplateColumns"
+    assert len(page.evaluate(columns).split()) == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".card .thumb").count() == 5
     page.evaluate("dispatchEvent(new Event('afterprint'))")

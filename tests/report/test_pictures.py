@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from patchsvdd_fast.report.heat_maps import colour_scale
-from patchsvdd_fast.report.pictures import contour_path, heat_text, outline_path
+from patchsvdd_fast.report.pictures import contour_path, heat_at, heat_text, outline_path
 
 
 def _decoded(text):
@@ -19,7 +19,7 @@ def _decoded(text):
 @pytest.mark.parametrize("has_threshold", [True, False])
 def test_heat_is_coloured_and_the_more_opaque_the_hotter(has_threshold):
     heat = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (8, 1))
-    image = _decoded(heat_text(heat, 128, has_threshold)).convert("RGBA")
+    image = _decoded(heat_text(heat, has_threshold)).convert("RGBA")
     colours = np.asarray(image).astype(int)
     steps = abs(np.diff(colour_scale(np.linspace(0, 1, 49, dtype=np.float32)).astype(int), axis=0))
     assert (abs(colours[..., :3] - colour_scale(heat)) <= steps.max(axis=0)).all()
@@ -32,7 +32,7 @@ def test_heat_is_coloured_and_the_more_opaque_the_hotter(has_threshold):
 def test_a_contour_runs_where_a_map_crosses_the_middle():
     y, x = np.mgrid[:80, :120]
     heat = np.clip(1 - np.hypot(x - 60.5, y - 30.5) / 40, 0, 1).astype(np.float32)
-    path = contour_path(heat, side=120)
+    path = contour_path(heat_at(heat, (120, 80), 120), (120, 80))
     pieces = np.array(re.findall(r"M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)", path), float)
     ends = pieces.reshape(-1, 2)
     assert len(ends) > 40
@@ -40,10 +40,22 @@ def test_a_contour_runs_where_a_map_crosses_the_middle():
     assert (abs(distance - 20) < 1).all()
     _, counts = np.unique(ends.round(1), axis=0, return_counts=True)
     assert (counts % 2 == 0).all()  # a closed line
-    assert contour_path(np.full((80, 120), 0.4, np.float32), 120) == ""
-    assert contour_path(np.ones((1, 1), np.float32), 120) == ""
+    assert contour_path(np.full((80, 120), 0.4, np.float32), (120, 80)) == ""
+    assert contour_path(np.ones((1, 1), np.float32), (120, 120)) == ""
     noise = np.random.default_rng(0).random((400, 400)).astype(np.float32)
-    assert contour_path(noise, 800) == ""
+    assert contour_path(noise, (800, 800)) == ""
+
+
+def test_a_map_lies_over_its_picture_in_its_proportions():
+    heat = np.zeros((32, 32), np.float32)
+    heat[8:12, 20:28] = 1
+    assert heat_at(heat, (600, 300), 400).shape == (100, 200)
+    assert heat_at(heat, (60, 30), 400).shape == (30, 60)
+    assert heat_at(heat, (4000, 1), 400).shape == (1, 200)
+    path = contour_path(heat_at(heat, (600, 300), 400), (600, 300))
+    ends = np.array(re.findall(r"([\d.]+) ([\d.]+)", path), float)
+    middle = (ends.min(axis=0) + ends.max(axis=0)) / 2
+    assert middle == pytest.approx([600 * 24 / 32, 300 * 10 / 32], abs=4)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])

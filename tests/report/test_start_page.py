@@ -1,6 +1,7 @@
 """The page that leads to the reports of several categories."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_it_links_to_the_reports(tmp_path):
     ]
     assert "&lt;b&gt;" in source and "<b>" not in source and "no &lt;images&gt;" in source
     assert "my/data: 2 categories" in source and "{{" not in source
+
+
+def test_images_for_validation_have_a_column(tmp_path):
+    results = {
+        "a": replace(_result("a"), num_validation=50, num_false_alarms=2),
+        "b": _result("b"),
+    }
+    source = write_start_page(tmp_path, results, {}, "data").read_text(encoding="utf-8")
+    assert '<th scope="col">in validation</th>' in source
+    assert re.findall(r"<td>([^<]*)</td></tr>", source) == ["2 of 50", "-"]
+    one = write_start_page(tmp_path, {"b": _result("b")}, {"a": "no"}, "data").read_text()
+    assert "data: 1 category<" in one and "in validation" not in one
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

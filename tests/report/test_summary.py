@@ -2,7 +2,8 @@
 
 import pytest
 
-from patchsvdd_fast.report.summary import Alarms, broken_promise, counted
+from patchsvdd_fast.files.folders import counted
+from patchsvdd_fast.report.summary import Alarms, broken_promise
 
 
 def test_alarms_on_unusual_images_are_counted_with_what_differs():

@@ -596,6 +596,18 @@ def test_scores_are_those_of_score(detector, tmp_path):
     assert {result.anomalous for result in results} == {True, False}
 
 
+def test_results_keep_images_as_they_were_if_asked(detector):
+    wide = np.random.default_rng(5).integers(0, 256, (150, 300, 3), dtype=np.uint8)
+    with detector.score_stream([wide], keep_originals=True) as stream:
+        (kept,) = stream
+    with detector.score_stream([wide]) as stream:
+        (plain,) = stream
+    assert np.array_equal(kept.original, wide) and kept.original_picture is kept.original
+    assert plain.original is None and plain.original_size == kept.original_size == (150, 300)
+    assert plain.picture.size == (96, 96) and plain.original_picture.size == (96, 48)
+    assert plain.score == kept.score
+
+
 def test_a_false_alarm_rate_sets_the_threshold(detector):
     picture = texture(np.random.default_rng(2))
     (score,) = detector.score([picture]).image_scores.tolist()
