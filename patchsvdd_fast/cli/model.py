@@ -144,10 +144,8 @@ def update(
         else:
             opened[str(category)] = detector
             opened.save(output)
-    of = "" if category is None else f" of {category}"
-    _print(
-        f"wrote {output}: {counted(before, 'training image')}{of} before, {detector.num_images:,} now"
-    )
+    had = counted(before, "training image") + ("" if category is None else f" of {category}")
+    _print(f"wrote {output}: {had} before, {detector.num_images:,} now")
     if detector.calibration_ is not None:
         _print(threshold_in_words(detector))
 
