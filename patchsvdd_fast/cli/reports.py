@@ -106,7 +106,7 @@ class Reports:
         if isinstance(self._detectors, PatchSVDD):
             path = self._page(None).path
         else:
-            path = write_scores_page(self._folder, self._counts, self._failures)
+            path = write_scores_page(self._folder, self._counts, self._failures, self._facts or {})
         console.print(shown(f"report: {path}"), soft_wrap=True, markup=False)
 
     def _page(self, category: str | None) -> ReportWriter:

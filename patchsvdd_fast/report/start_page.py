@@ -40,18 +40,22 @@ def write_start_page(
 
 
 def write_scores_page(
-    folder: Path, counts: Mapping[str, tuple[int, int]], failed: Sequence[tuple[str, str]]
+    folder: Path,
+    counts: Mapping[str, tuple[int, int]],
+    failed: Sequence[tuple[str, str]],
+    facts: Mapping[str, str],
 ) -> Path:
     """As `write_start_page`, of images without labels.
 
     counts: images and anomalous ones of each category, by the name of the folder with its report.
-    failed: images that could not be read, and why.
+    failed: images that could not be read, and why. facts: what to say of them all, values by name.
     """
     rows = [
         _linked_row(name, name, (f"{images:,}", f"{anomalous:,}"))
         for name, (images, anomalous) in sorted(counts.items())
     ]
-    note = "Each image was compared with the normal images of its category."
+    told = "".join(f" {name.capitalize()}: {value}." for name, value in facts.items())
+    note = f"Each image was compared with the normal images of its category.{told}"
     headings = ("category", "images", "anomalous")
     return _write_page(folder, "Anomaly scores", note, headings, rows, failed)
 

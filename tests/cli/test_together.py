@@ -70,6 +70,7 @@ def test_score_says_which_category_it_compared_with(model, data, tmp_path, here)
         assert float(row["score"]) == result.score
         assert float(row["threshold"]) == result.threshold
     start = (report / "index.html").read_text()
+    assert f"Model: {model}. Images: {images[0]} {images[1]}." in start
     for name in ("fine", "coarse"):
         assert f'<a href="{name}/index.html">{name}</a></th><td>6</td>' in start
         page = (report / name / "index.html").read_text()
