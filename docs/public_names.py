@@ -152,6 +152,7 @@ INTERNAL = {
     "images.prepare.evenly_spread": "which images are tried, set aside or fitted to",
     "images.prepare.name_of": "ImageResult.name",
     "images.prepare.read_deep_samples": "what load_image_set looks at first",
+    "files.folders.counted": "words of messages, such as 1 image and 2 images",
     "files.folders.report_unreadable": "the error or warning of skip_unreadable",
     "images.prepare.parse_size": "what `image_size` means",
     "images.samples.DeepSamples": "a type of arguments",
