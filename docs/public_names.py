@@ -193,6 +193,8 @@ INTERNAL = {
     "score.stream.Encoded": "a type of arguments",
     "score.stream.Result": "a type of results",
     "search.coreset.as_count": "what the size of a coreset means",
+    "search.coreset.is_screened": "for the forecast of a fit's time",
+    "score.calibration.pixel_step": "for the forecast of a fit's time",
     "training.record.record_of": "what reads a TrainingRecord from a file",
     "training.record.warn_of_collapse": "what warns with a CollapseWarning",
 }

@@ -98,7 +98,7 @@ def _show_pretrained(category: Category, seed: int, device: str) -> None:
         console.print(encoder_hint(), soft_wrap=True, markup=False)
         return
     detector = PatchSVDD(encoder=DEFAULT_PRETRAINED, seed=seed, device=device)
-    fit_with_progress(detector, category.root)
+    fit_with_progress(detector.fit, category.root)
     result = _result(detector, category, DEFAULT_PRETRAINED)
     console.print(results_table([result], with_mean=False))  # its levels are others
 

@@ -10,11 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.prepare import evenly_spread
+from ..ops.backends import use_method
+from ..score.calibration import pixel_step
 from ..score.encoding import NotFiniteError, banks_of
 from ..score.maps import MapRule, combine, scores_of
 from ..search.bank import NormalBank
+from ..search.coreset import as_count, is_screened
 from ..training.record import TrainingStep
 from .parameters import Parameters
 from .progress_bars import (
@@ -131,21 +135,19 @@ class Progress:
             return  # encoding all of them will name the image
         self.expected[ENCODING] = (time.perf_counter() - began) * len(images) / count
         report(0.4)
-        began = time.perf_counter()
-        banks = banks_of(given["levels"], encoded, given["seed"], given["coreset"])
-        growth = len(images) / count
-        # The rows of a coreset are compared with all patches, and both grow.
-        growth **= 1 if given["coreset"] is None else 2
-        self.expected[FILLING] = (time.perf_counter() - began) * growth
-        report(0.6)
-        fewer = [values[: max(1, count // 4)].contiguous() for values in encoded]
-        few = banks_of(given["levels"], fewer, given["seed"], given["coreset"])
-        self.expected[CALIBRATING] = len(images) * sum(
-            _seconds_of_search(values, few[level], bank, len(images))
-            for values, (level, bank) in zip(encoded, banks.items(), strict=True)
-        )
+        filling, searching = 0.0, 0.0
+        for level, values in zip(given["levels"], encoded, strict=True):
+            if given["coreset"] is None:
+                seconds = _seconds_of_bank(values, given["seed"], len(images))
+            else:
+                seconds = _seconds_of_coreset(level, values, given, len(images))
+            filling += seconds[0]
+            searching += seconds[1]
+        self.expected[FILLING] = filling
+        self.expected[CALIBRATING] = len(images) * searching
+        report(0.8)
         shape = images.shape[2], images.shape[3]
-        self.expected[THRESHOLDS] = len(images) * _seconds_of_maps(encoder, given, encoded, shape)
+        self.expected[THRESHOLDS] = _seconds_of_maps(encoder, given, encoded, shape, len(images))
         self.expected[ESTIMATING] = time.perf_counter() - trial_began
         report(1.0)
 
@@ -176,6 +178,56 @@ def changes_shown(wanted: bool) -> Iterator[Progress]:
         yield progress
 
 
+def _seconds_of_bank(embeddings: Tensor, seed: int, num_images: int) -> tuple[float, float]:
+    """Expected time to fill a bank with so many images, and to search all patches of one.
+
+    embeddings: [M, I, J, D], of some images.
+    """
+    began = time.perf_counter()
+    bank = NormalBank(embeddings, seed=seed)
+    filling = (time.perf_counter() - began) * num_images / len(embeddings)
+    few = NormalBank(_quarter(embeddings), seed=seed)
+    return filling, _seconds_of_search(embeddings, few, bank, num_images)
+
+
+def _seconds_of_coreset(
+    level: PatchLevel, embeddings: Tensor, given: Parameters, num_images: int
+) -> tuple[float, float]:
+    """As `_seconds_of_bank`, for a coreset: a share of all rows.
+
+    The choice is taken to grow with the number of images, and its square: rows that are chosen are
+    compared with all. A search takes about as long in any rows that are as many.
+    """
+    seed, share = given["seed"], given["coreset"]
+
+    def seconds(some: Tensor) -> float:
+        began = time.perf_counter()
+        banks_of([level], [some], seed, share)
+        return time.perf_counter() - began
+
+    count, few = len(embeddings), _quarter(embeddings)
+    patches, dim = embeddings[0, ..., 0].numel(), embeddings.shape[-1]
+    rows = num_images * patches
+    wanted = as_count(share, rows)
+    with use_method("screened" if is_screened(rows, dim, wanted) else "auto"):
+        seconds(few)  # loads libraries
+        less, more = seconds(few) / len(few), seconds(embeddings) / count  # per image
+    growth = min(max(0.0, more - less) / (count - len(few)), more / count)
+    filling = num_images * (more + growth * (num_images - count))
+
+    spread = evenly_spread(count * patches, min(wanted, count * patches))
+    picked = torch.from_numpy(spread).to(embeddings.device)
+    sample = NormalBank(
+        embeddings.flatten(0, 2)[picked].contiguous(), groups=picked // patches, seed=seed
+    )
+    return filling, _timed(embeddings, sample) * wanted / len(sample)
+
+
+def _quarter(embeddings: Tensor) -> Tensor:
+    """Those of a quarter of the images, at least one."""
+    return embeddings[: max(1, len(embeddings) // 4)].contiguous()
+
+
 def _seconds_of_search(
     embeddings: Tensor, few: NormalBank, bank: NormalBank, num_images: int
 ) -> float:
@@ -198,13 +250,17 @@ def _seconds_of_search(
 
 
 def _seconds_of_maps(
-    encoder: PatchEncoder, given: Parameters, encoded: Sequence[Tensor], shape: tuple[int, int]
+    encoder: PatchEncoder,
+    given: Parameters,
+    encoded: Sequence[Tensor],
+    shape: tuple[int, int],
+    num_images: int,
 ) -> float:
-    """Expected time that a calibration takes per image after its searches, as `calibrate` does it.
+    """Expected time that a calibration takes after its searches, as `calibrate` does it.
 
     encoded: embeddings [N, I, J, D] per level, N >= 2. shape: (height, width) in pixels.
     """
-    rule, seconds = MapRule(interpolate=encoder.surroundings != 0), math.inf
+    rule, making, sorting = MapRule(interpolate=encoder.surroundings != 0), math.inf, math.inf
     some = [values[:2, ..., 0].abs() for values in encoded]  # stand for distances
     for _ in range(2):  # the first loads libraries
         began = time.perf_counter()
@@ -215,9 +271,15 @@ def _seconds_of_maps(
         combined = combine(maps, given["combination"])
         for level_map in (*maps.values(), combined):
             scores_of(level_map)
-        combined.flatten().double().sort()
-        seconds = min(seconds, (time.perf_counter() - began) / 2)
-    return seconds
+        pixels = combined.flatten().double()
+        made = time.perf_counter()
+        pixels.sort()
+        making = min(making, made - began)
+        sorting = min(sorting, time.perf_counter() - made)
+    step = pixel_step(num_images, shape)
+    sorted_at_once = num_images * -(-shape[0] // step) * -(-shape[1] // step)
+    growth = sorted_at_once * math.log(sorted_at_once) / (len(pixels) * math.log(len(pixels)))
+    return making / 2 * num_images + sorting * growth
 
 
 def _timed(embeddings: Tensor, bank: NormalBank) -> float:

@@ -155,6 +155,11 @@ class Calibration:
             )
 
 
+def pixel_step(num_images: int, image_shape: tuple[int, int]) -> int:
+    """The step between the pixels of so many maps (height, width) that thresholds are set by."""
+    return max(1, math.isqrt(num_images * image_shape[0] * image_shape[1] // _MOST_PIXELS))
+
+
 def calibrate(
     banks: Mapping[PatchLevel, NormalBank],
     image_shape: tuple[int, int],
@@ -199,7 +204,7 @@ def calibrate(
             distances[name] = corrected(values, border_factors(others))  # by [N, RINGS]
     maps_made = begin_maps()
     rule = MapRule(interpolate=sees_surroundings)
-    step = max(1, math.isqrt(num_images * image_shape[0] * image_shape[1] // _MOST_PIXELS))
+    step = pixel_step(num_images, image_shape)
     scores: dict[str, list[Tensor]] = {}
     pixels, highest = [], []
     for some in torch.arange(num_images).split(at_once):

@@ -228,8 +228,8 @@ def banks_of(
             if progress is not None:
                 progress((number + share) / len(encoded))
 
-        whole = NormalBank(values, clusters=0)
-        banks[level] = whole.coreset(float(coreset), seed=seed, progress=report)
+        whole = NormalBank(values, clusters=0, keep_codes=False)  # it is never searched
+        banks[level] = whole.coreset(float(coreset), seed=seed, keep_codes=True, progress=report)
     return banks
 
 

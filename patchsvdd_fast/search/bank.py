@@ -226,6 +226,7 @@ class NormalBank:
         *,
         seed: int = 0,
         clusters: int | None = None,
+        keep_codes: bool | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> NormalBank:
         """A bank of few of the rows, chosen so that no other row is far from them.
@@ -234,7 +235,7 @@ class NormalBank:
 
         size: how many rows, an integer; or a share of them, a float above 0, up to 1.0.
         seed: of the first row and of the clustering.
-        clusters: of the new bank, as of `NormalBank`.
+        clusters, keep_codes: of the new bank, as of `NormalBank`; None for codes: as of this one.
         progress: called now and then with the share done, 0 to 1.
 
         Rows are numbered anew, in their order here. Groups, grid and `source` are those of this
@@ -254,6 +255,7 @@ class NormalBank:
                 patches=patches,
                 wanted_clusters=clusters,
                 seed=seed,
+                keeps_codes=index.keeps_codes if keep_codes is None else bool(keep_codes),
                 radius=index.radius + chosen.radius,
             ).laid_out(rows[kept])
         )

@@ -96,10 +96,15 @@ def select_coreset(
     return Coreset(*coreset_on_gpu(values, first, count, progress))
 
 
+def is_screened(rows: int, dim: int, count: int) -> bool:
+    """Whether a choice of `count` of so many rows on the CPU is made with a screen, if possible."""
+    return rows * dim * count >= _SMALLEST
+
+
 def _screen(embeddings: Tensor, count: int, generator: torch.Generator) -> Screen | None:
     """The screen of embeddings [M, D] on the CPU; None where it is of no use or not possible."""
     method = search_method.get()
-    few = embeddings.numel() * count < _SMALLEST and method != "screened"
+    few = not is_screened(len(embeddings), embeddings.shape[1], count) and method != "screened"
     if method == "plain" or few or not can_be_clustered(embeddings):
         return None
     mean, basis, stretch = principal_axes(spectrum(embeddings, generator), _LEFT_OUT)

@@ -13,6 +13,7 @@ from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.detector import forecast
 from patchsvdd_fast.detector.forecast import Progress
 from patchsvdd_fast.detector.progress_bars import AFTER_TRAINING, PHASES
+from patchsvdd_fast.ops.backends import search_method
 from patchsvdd_fast.search.bank import NormalBank
 from patchsvdd_fast.training.record import TrainingStep
 from processes import Clock
@@ -103,6 +104,32 @@ def test_searches_grow_with_the_bank(monkeypatch):
     sixteenth = forecast._seconds_of_search(embeddings, few, clustered, 8)
     assert sixteenth == pytest.approx(2.0)
     assert 2.0 < forecast._seconds_of_search(embeddings, few, clustered, 100) < 1 + 100 / 8
+
+
+@pytest.mark.parametrize(("few", "many", "expected"), [(1.0, 16.0, 625), (1, 4, 25), (1, 64, 2500)])
+def test_the_choice_of_a_coreset_grows_as_it_did_in_the_trial(
+    clock, monkeypatch, few, many, expected
+):
+    """Between the number of images and its square; searches take what such a bank's take."""
+    embeddings = torch.randn(8, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    methods = []
+
+    def banks(levels, encoded, seed, share):
+        methods.append(search_method.get())
+        clock.now += few if len(encoded[0]) == 2 else many
+        return {}
+
+    monkeypatch.setattr(forecast, "banks_of", banks)
+    monkeypatch.setattr(forecast, "_timed", lambda _, bank: float(len(bank)))
+    given = {"seed": 0, "coreset": 0.1}
+    filling, searching = forecast._seconds_of_coreset(None, embeddings, given, 50)
+    assert filling == pytest.approx(expected)
+    assert searching == pytest.approx(45)  # rows: a tenth of 50 x 9
+    _, searching = forecast._seconds_of_coreset(None, embeddings, given, 1000)
+    assert searching == pytest.approx(900)  # as 72 rows of the trial take, in proportion
+    assert set(methods) == {"auto"}
+    forecast._seconds_of_coreset(None, embeddings, given, 200_000)
+    assert methods[-1] == "screened"  # as the choice of so many will be
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awkward import KINDS, awkward
-from patchsvdd_fast import nearest, ops
+from patchsvdd_fast import NormalBank, nearest, ops
 from patchsvdd_fast.ops import reference
 from patchsvdd_fast.ops.cpu_bank import project
 from patchsvdd_fast.search import coreset
@@ -303,3 +303,13 @@ def test_it_can_be_interrupted(method):
     with ops.use_method(method), pytest.raises(KeyboardInterrupt):
         select_coreset(embeddings, 60_000)
     assert time.monotonic() - sent[0] < 2
+
+
+@pytest.mark.parametrize(
+    ("of_whole", "of_coreset", "kept"),
+    [(False, True, True), (True, None, True), (False, None, False), (True, False, False)],
+)
+def test_a_coreset_keeps_codes_as_asked(of_whole, of_coreset, kept):
+    whole = NormalBank(torch.randn(3000, 8), clusters=0, keep_codes=of_whole)
+    bank = whole.coreset(2000, clusters=0, keep_codes=of_coreset)
+    assert (bank._index.codes is not None) == kept

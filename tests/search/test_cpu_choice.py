@@ -1,5 +1,7 @@
 """What a bank on the CPU is searched by is decided by trials; the answers are the same."""
 
+import time
+
 import pytest
 import torch
 
@@ -149,9 +151,20 @@ def test_clusters_have_to_beat_leading_axes_and_no_search_is_timed_twice(monkeyp
     monkeypatch.setattr(
         cpu_choice, "build_clusters", lambda *given: made.append(1) or build(*given)
     )
+    monkeypatch.setattr(cpu_choice._Trial, "clusters", lambda *_: time.sleep(1.1))  # they lose
     cpu_choice.lay_out(rows, None, 0, NO_GROUPS, keeps_codes=True)
     assert timed == [False, True]
     assert (len(made) == 1) == kept
+
+
+def test_codes_that_clusters_seem_to_beat_are_timed_again(monkeypatch):
+    """A machine that was busy while codes were timed must not bring a bank slow clusters."""
+    times = iter([10.0, 10.0, 1e-9])
+    monkeypatch.setattr(cpu_choice._Trial, "seconds_of_codes", lambda *_, **__: next(times))
+    monkeypatch.setattr(cpu_choice._Survey, "cost_in_clusters", lambda *_: 0.5)
+    found = cpu_choice.lay_out(decaying(6000, 176), None, 0, NO_GROUPS, keeps_codes=True)
+    assert isinstance(found, cpu_choice.CodedRows)
+    assert next(times, None) is None
 
 
 def test_a_search_is_timed_as_often_as_it_helps(monkeypatch):
