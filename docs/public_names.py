@@ -65,6 +65,7 @@ PUBLIC = (
     "search.identified",
     "search.larger_than_card",
     "search.neighbors",
+    "search.sharded",
     "training.log",
     "training.record",
     "training.settings",

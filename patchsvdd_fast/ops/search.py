@@ -43,7 +43,7 @@ from .search_kernels import (
 # Torch ops cannot take a `Groups` or an `_Options`, so they take their fields one by one.
 _OPTIONS = (
     "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1, "
-    "Tensor? appended=None, int? k=None, bool cosine=False"
+    "Tensor? appended=None, int? k=None, bool cosine=False, bool finished=True"
 )
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64; [Q, k] where k is given
 
@@ -67,6 +67,7 @@ class _Options(NamedTuple):
     appended: Tensor | None = None  # [T, D]: more rows of the bank, whose numbers follow
     k: int | None = None  # neighbours; None: one, without an axis for it
     cosine: bool = False  # half of the squared distances, instead of their roots
+    finished: bool = True  # else a `Found`, for a search that goes on elsewhere
 
     def checked_groups(self, queries: Tensor, bank: Tensor) -> Groups:
         """Check all arguments of a search (ValueError, TypeError); its groups, contiguous."""
@@ -101,7 +102,9 @@ def _found(
         first_row = bank.shape[0]
         behind = groups.behind(first_row)  # the bank holds whole images
         search_rows(found, queries, options.appended, behind, first_row=first_row)
-    return found.finish(options.k, options.cosine)
+    if options.finished:
+        return found.finish(options.k, options.cosine)
+    return (found.squared[:, 0], found.rows[:, 0]) if options.k is None else (*found,)
 
 
 # --- nearest: brute force -------------------------------------------------------------------------
@@ -349,16 +352,17 @@ def nearest_in_bank(
     k: int | None = None,
     appended: Tensor | None = None,
     cosine: bool = False,
+    finished: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, in a bank [M, D], plain, with codes, or clustered on the CPU or on a GPU.
 
     queries: [Q, D] float32. bank: finite, which is not checked. stretch: for a bank clustered on
     the CPU, an upper bound on the norm of its projection. appended: [T, D], more rows of the bank,
     whose numbers follow; also finite. cosine: queries and bank are normalised, and distances are to
-    be cosine distances.
+    be cosine distances. finished: False: squared distances and rows as a `Found` has them.
     """
     op = torch.ops.patchsvdd_fast
-    options = _Options(*groups, appended, k, cosine)
+    options = _Options(*groups, appended, k, cosine, finished)
     with reporting_to(progress):
         if isinstance(bank, Tensor):
             return op.nearest(queries, bank, *options, bank_is_finite=True)

@@ -18,14 +18,15 @@ from .gpu_bank import SegmentArrays, as_cuda
 MOST_NEIGHBOURS = 32
 """The largest k (kMostNeighbours in csrc/params.h)."""
 
-_NO_ROW = 2**63 - 1  # kNoRow in csrc/params.h
+NO_ROW = 2**63 - 1
+"""In a `Found`, of no row; kNoRow in csrc/params.h."""
 
 
 class Found(NamedTuple):
     """The nearest rows of each query so far: a search starts from them and improves them in place.
 
     So the parts of a bank are searched one after the other, each with the bounds that those before
-    have found. Ascending by canonical squared distance, then by row; infinity and `_NO_ROW` where
+    have found. Ascending by canonical squared distance, then by row; infinity and `NO_ROW` where
     there is none yet. Distances would not do: unequal squared distances may have equal roots.
     """
 
@@ -40,7 +41,7 @@ class Found(NamedTuple):
         shape = (queries.shape[0], k or 1)
         return cls(
             queries.new_full(shape, torch.inf),
-            torch.full(shape, _NO_ROW, dtype=torch.int64, device=queries.device),
+            torch.full(shape, NO_ROW, dtype=torch.int64, device=queries.device),
         )
 
     def finish(self, k: int | None, cosine: bool = False) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ class Found(NamedTuple):
                 _native.cpu.finish_cosine_search(**arrays, context=context)
             else:
                 self.squared.mul_(0.5)
-                self.rows.masked_fill_(self.rows == _NO_ROW, -1)
+                self.rows.masked_fill_(self.rows == NO_ROW, -1)
         if k is None:
             return self.squared.view(-1), self.rows.view(-1)
         return self.squared, self.rows

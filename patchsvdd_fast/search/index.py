@@ -247,8 +247,9 @@ class Index(NamedTuple):
         query_groups: Tensor | None,
         k: int | None,
         progress: Callable[[float], None] | None,
+        finished: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """`nearest` for queries [Q, D] as `asked` gives them; their groups [Q], or None."""
+        """`nearest_in_bank` for queries [Q, D] as `asked` gives them; their groups [Q], or None."""
         return nearest_in_bank(
             queries,
             self._layout,
@@ -258,6 +259,7 @@ class Index(NamedTuple):
             k=k,
             appended=self.appended,
             cosine=self.metric == "cosine",
+            finished=finished,
         )
 
     def within(
