@@ -107,19 +107,13 @@ class Index(NamedTuple):
 
     def laid_out(self, rows: Tensor) -> Index:
         """With these rows [M, D], clustered anew if that pays or was asked for; all else stays."""
-        plain = self._replace(
-            data=rows,
-            appended=None,
-            clusters=None,
-            codes=None,
-            stretch=1.0,
-            tried_rows=len(rows),
-        )
+        none = {"appended": None, "clusters": None, "codes": None}
+        plain = self._replace(data=rows, stretch=1.0, tried_rows=len(rows), **none)
         if _on_gpu(rows):
             segments = build_segments(rows, self.wanted_clusters, self.seed)
-            return (
-                plain if segments is None else plain._replace(data=segments.data, clusters=segments)
-            )
+            if segments is None:
+                return plain
+            return plain._replace(data=segments.data, clusters=segments)
         found = lay_out(
             rows, self.wanted_clusters, self.seed, plain.excluding(None), self.keeps_codes
         )
