@@ -107,7 +107,7 @@ class Index(NamedTuple):
 
     def laid_out(self, rows: Tensor) -> Index:
         """With these rows [M, D], clustered anew if that pays or was asked for; all else stays."""
-        none = {"appended": None, "clusters": None, "codes": None}
+        none: dict[str, Any] = {"appended": None, "clusters": None, "codes": None}
         plain = self._replace(data=rows, stretch=1.0, tried_rows=len(rows), **none)
         if _on_gpu(rows):
             segments = build_segments(rows, self.wanted_clusters, self.seed)
