@@ -38,6 +38,11 @@ def pytest_configure():
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long property and training tests")
     parser.addoption(
+        "--write-outputs",
+        action="store_true",
+        help="of test_docs.py: train as long as by default, and write what is printed into docs/",
+    )
+    parser.addoption(
         "--gpu-device",
         default="cuda",
         help="device of tests/gpu; cpu tries the tests themselves where there is no card",

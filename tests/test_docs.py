@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import html
 import importlib
 import io
 import re
-import shlex
 import shutil
 import socket
-import subprocess
-import sys
-import threading
-import time
 import warnings
 from dataclasses import fields
 
@@ -26,6 +20,7 @@ from PIL import Image
 
 from backbones import Plain
 from conftest import ROOT, texture
+from consoles import Shell, looks_like, run_console
 from patchsvdd_fast import NormalBank, PatchSVDD
 from patchsvdd_fast.cli import app as cli
 from patchsvdd_fast.cli import terminal
@@ -41,7 +36,7 @@ from processes import openvino
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIDE = 128
-LONGEST_WAIT = 30  # seconds, for what is to be there before Ctrl-C
+DENSE = settings._RECIPES["modes"]["dense"]  # how training is by default
 
 # export.md is run without OpenVINO, too, by test_export.py, which compares what it computes;
 # onnx.md is run by detector/test_onnx.py, which also compares what it computes; serving.md by
@@ -63,8 +58,14 @@ def write_text(path, text):
     path.write_text(text, encoding="utf-8")
 
 
+@pytest.fixture(scope="session")
+def write_outputs(pytestconfig):
+    """Whether the pages are to show what the examples print now, after real trainings."""
+    return pytestconfig.getoption("--write-outputs")
+
+
 @pytest.fixture(scope="module")
-def example_files(tmp_path_factory):
+def example_files(tmp_path_factory, write_outputs):
     """What the examples find in the folder they run in: images, two categories and a model."""
     root = tmp_path_factory.mktemp("examples")
     rng = np.random.default_rng(0)
@@ -96,7 +97,8 @@ def example_files(tmp_path_factory):
             write(root / f"mvtec/{category}/test/spot/{i:03}.png", spotted())
             write(root / f"mvtec/{category}/ground_truth/spot/{i:03}_mask.png", mask)
     detector = PatchSVDD(mode="dense", image_size=SIDE, device="cpu")
-    detector.fit(root / "images/good", encoder=detector.untrained_encoder())
+    encoder = None if write_outputs else detector.untrained_encoder()
+    detector.fit(root / "images/good", encoder=encoder)
     detector.save(root / "model.safetensors")
     return root
 
@@ -106,14 +108,18 @@ def example_folder(example_files, tmp_path, monkeypatch):
     """The working directory of one page's examples, on a CPU, with trainings of two steps."""
     folder = shutil.copytree(example_files, tmp_path / "work")
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(
-        settings._RECIPES["modes"],
-        "dense",
-        settings._RECIPES["modes"]["dense"] | {"steps": 2, "batch_size": 1},
-    )
+    two_steps = DENSE | {"steps": 2, "batch_size": 1}
+    monkeypatch.setitem(settings._RECIPES["modes"], "dense", two_steps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(terminal.console, "width", 80)
     return folder
+
+
+def write_blocks(page, texts):
+    """Put these texts in the place of those of a page's blocks."""
+    renewed = iter(texts)
+    text = BLOCK.sub(lambda found: f"```{found[1]}\n{next(renewed)}```", read(DOCS / page))
+    write_text(DOCS / page, text)
 
 
 def blocks(page):
@@ -124,91 +130,31 @@ def blocks(page):
     ]
 
 
-def looks_like(shown, printed):
-    """Whether it is what a page shows, where "..." stands for anything."""
-    parts = (re.escape(part) for part in _trimmed(shown).split("..."))
-    return re.fullmatch(".*?".join(parts), _trimmed(printed), re.DOTALL) is not None
-
-
-def _trimmed(text):
-    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
-
-
-class Shell:
-    """Runs the lines of a console; `patchsvdd` in this process, which has PyTorch loaded."""
-
-    status = 0
-
-    def run(self, command, shown):
-        """Returns what the command prints; `shown` may hold "^C" where it is interrupted."""
-        if command == "echo $?":
-            status, self.status = self.status, 0
-            return f"{status}\n"
-        assert self.status == 0, f"exit status {self.status} before: {command}"
-        *before, last = command.split(" | ")
-        if not last.startswith("patchsvdd "):
-            return _bash(command)
-        output = io.StringIO()
-        with contextlib.ExitStack() as stack:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(sys, "argv", shlex.split(last))
-            given = _bash(before[0]) if before else ""
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
-            patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-            stack.enter_context(contextlib.redirect_stdout(output))
-            stack.enter_context(contextlib.redirect_stderr(output))
-            if "^C" in shown:
-                ended = threading.Event()
-                stack.callback(ended.set)
-                arguments = shown.partition("^C")[0], output, ended
-                threading.Thread(target=_interrupt_after, args=arguments, daemon=True).start()
-            exits = stack.enter_context(pytest.raises(SystemExit))
-            cli.main()
-        self.status = exits.value.code
-        return output.getvalue()
-
-
-def _bash(command):
-    return subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def _interrupt_after(shown, output, ended):
-    deadline = time.monotonic() + LONGEST_WAIT
-    while not ended.wait(0.05):
-        if looks_like(shown, output.getvalue()) or time.monotonic() > deadline:
-            _thread.interrupt_main()
-            break
-
-
-def run_console(shell, block):
-    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-        command, _, shown = part.partition("\n")
-        printed = shell.run(command, shown)
-        shown = shown.replace("^C", "")
-        assert looks_like(shown, printed), f"$ {command}\n{printed}\nis not\n{shown}"
-
-
-def test_wildcards():
-    assert looks_like("wrote ..., 3 images\n", "wrote scores.csv, 3 images  \n")
-    assert looks_like("a\n...\nd", "a\nb\nc\nd")
-    assert not looks_like("wrote ..., 3 images", "wrote scores.csv, 4 images")
-    assert not looks_like("normal", "normal\nanomalous")
+def test_texts_of_blocks_are_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "DOCS", tmp_path)
+    page = "Words 1\n\n```{}\n$ echo 1\n{}\n```\n\n```sh\nls 1\n```\n\n```text\n1\n```\nend 1\n"
+    write_text(tmp_path / "page.md", page.format("console", "1"))
+    first, second = (text for _, _, text in blocks("page.md"))
+    write_blocks("page.md", [first.replace("\n1", "\n2"), second])
+    assert read(tmp_path / "page.md") == page.format("console", "2")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_examples(page, example_folder):
+def test_examples(page, example_folder, write_outputs, monkeypatch):
     if page == "export.md":
         openvino()
-    shell, namespace, printed = Shell(), {}, ""
+    shell, namespace, printed, renewed = Shell(), {}, "", []
     if "train images/good -o model.safetensors" in read(DOCS / page):
         (example_folder / "model.safetensors").unlink()  # which would not be replaced
     for kind, line, text in blocks(page):
+        renewed.append(text)
         if "patchsvdd demo" in text:  # takes minutes
             continue
         if kind == "console":
-            run_console(shell, text)
+            with monkeypatch.context() as patch:
+                if write_outputs:
+                    patch.setitem(settings._RECIPES["modes"], "dense", DENSE)
+                renewed[-1] = run_console(shell, text)
         elif kind == "python":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
@@ -217,14 +163,19 @@ def test_examples(page, example_folder):
         else:
             assert looks_like(text, printed), f"{page}:{line}:\n{printed}\nis not\n{text}"
     assert shell.status == 0
+    if write_outputs:
+        write_blocks(page, renewed)
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, monkeypatch):
+def test_demo(tmp_path, monkeypatch, write_outputs):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(terminal.console, "width", 80)
-    (demo,) = (text for _, _, text in blocks("command-line.md") if "patchsvdd demo" in text)
-    run_console(Shell(), demo)
+    texts = [text for _, _, text in blocks("command-line.md")]
+    (place,) = (place for place, text in enumerate(texts) if "patchsvdd demo" in text)
+    texts[place] = run_console(Shell(), texts[place])
+    if write_outputs:
+        write_blocks("command-line.md", texts)
 
 
 def test_file_format_has_every_tensor(example_folder):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files.folders import counted
+from ..files.folders import counted
 from ..training.interrupts import Terminated
 from .options import (
     TERMINATED,
@@ -317,6 +318,7 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
             "protocol, which may take days without a GPU (--minutes or --steps end it sooner)"
         )
         return "faithful"
+    threads = counted(torch.get_num_threads(), "thread")
     threads = counted(torch.get_num_threads(), "thread")
     _say_once(
         f"no GPU: training in mode dense on {threads}{lasting} "
