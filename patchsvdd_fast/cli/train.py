@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files.folders import counted
-from ..files.folders import counted
 from ..training.interrupts import Terminated
 from .options import (
     TERMINATED,
