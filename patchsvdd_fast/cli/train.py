@@ -318,7 +318,6 @@ def _mode_for(device: torch.device, size: ImageSize, lasting: str) -> str:
         )
         return "faithful"
     threads = counted(torch.get_num_threads(), "thread")
-    threads = counted(torch.get_num_threads(), "thread")
     _say_once(
         f"no GPU: training in mode dense on {threads}{lasting} "
         "(--mode faithful is the paper's protocol, a day or more here)"
