@@ -285,7 +285,7 @@ def test_images_of_another_size_are_explained(training, defective):
     assert detector.match_picture(region).size == (SIDE, SIDE)
     assert result.unusual[-1] == "wider than the training images (width 288, usual 96)"
     picture = side_by_side(result.picture, region, detector.match_picture(region))
-    assert picture.size == (4 * 256 + 5 * 8, 256 + 2 * 8 + 38)  # words above
+    assert picture.size == (4 * 384 + 5 * 8, 384 + 2 * 8 + 38)  # words above
 
 
 # --- pictures -------------------------------------------------------------------------------------
