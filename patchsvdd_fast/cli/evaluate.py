@@ -151,7 +151,7 @@ def evaluate(
         if model is not None:
             if one_file is None:
                 return PatchSVDD.load(_file_for(model, category), device=device)
-            return _detector_for(one_file, one_of_model or category.name)
+            return _detector_for(one_file, one_of_model, category)
         detector = PatchSVDD(
             image_size=parse_resize(resize or "256"),
             bit_depth=bit_depth,
@@ -252,13 +252,18 @@ def _opened(
     return opened
 
 
-def _detector_for(opened: PatchSVDD | CategoryDetectors, category: str) -> PatchSVDD:
+def _detector_for(
+    opened: PatchSVDD | CategoryDetectors, chosen: str | None, category: Category
+) -> PatchSVDD:
     from ..detector.patch_svdd import PatchSVDD
 
     if isinstance(opened, PatchSVDD):
         return opened
-    opened.require(category)
-    return opened[category]
+    # The folder's own name, as in training, not that of what it links to.
+    own = category.root.name
+    name = chosen or (category.name if own in ("", "..") else own)
+    opened.require(name)
+    return opened[name]
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:

@@ -31,8 +31,15 @@ def claimed_report(folder: Path, overwrite: bool) -> Iterator[None]:
         yield
 
 
-def require_report(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError unless a report may be written to this folder."""
+def require_report(
+    folder: Path,
+    overwrite: bool,
+    detectors: PatchSVDD | CategoryDetectors | None = None,
+) -> None:
+    """Raise ValueError unless a report may be written to this folder; of several, to each."""
+    if isinstance(detectors, CategoryDetectors):
+        for category in detectors:
+            require_report(folder / category, overwrite)
     page = folder / "index.html"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a report needs a folder")

@@ -124,6 +124,8 @@ def score(
         require_report(report, overwrite)
     detectors = open_detectors(model, device)
     require_category(detectors, category)
+    if report is not None:
+        require_report(report, overwrite, detectors)
     with _ended_by_sigterm():
         failed = score_all(
             detectors,

@@ -143,6 +143,7 @@ def train_all(
             if keeping.resume and not keeping.overwrite and one.is_done():
                 console.print(f"{one.output} is done already", soft_wrap=True)
                 made = open_detectors(one.output, detector.device)
+                _require_same(one, made)
             else:
                 made = _train_one(one, detector, keeping, several)
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
@@ -159,6 +160,17 @@ def train_all(
     if results:
         console.print(results_table(results))
     return failed
+
+
+def _require_same(one: TrainingSet, made: PatchSVDD | CategoryDetectors) -> None:
+    """Raise ValueError if a model that is done is not of the categories of a set."""
+    has = [] if isinstance(made, PatchSVDD) else sorted(made)
+    if has != sorted(one.together):
+        held = f"of {', '.join(has)}" if has else "of a single category"
+        raise ValueError(
+            f"{one.output} is a model {held}, so it cannot be gone on with: --overwrite trains a "
+            "new one, `patchsvdd update --category NAME --replace DIR` adds a category"
+        )
 
 
 def _evaluated(detector: PatchSVDD, data: Path, keeping: Keeping) -> list[CategoryResult]:

@@ -18,7 +18,7 @@ from ..score.image_result import ImageResult
 from ..score.stream import Stream
 from ..training.record import TrainingStep
 from . import fitting, parameters, scoring
-from .model_file import differences, load_models, save_models
+from .model_file import Model, differences, load_models, save_models
 from .patch_svdd import PatchSVDD
 from .progress_bars import OnProgress, fit_shown
 
@@ -93,12 +93,10 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
     def __setitem__(self, category: str, detector: PatchSVDD) -> None:
         """Replace a category's detector, or add one. Raises ValueError if it embeds differently."""
         _check_names([category])
-        others = [one for name, one in self.items() if name != category]
-        if others and (differing := differences(others[0].model(), detector.model())):
-            raise ValueError(
-                f"all categories share one encoder, but that of {category} differs in "
-                f"{', '.join(differing)}; `refit` of one that is here makes one that does not"
-            )
+        for name, one in self.items():
+            if name != category:
+                _require_shared(one.model(), detector.model(), category)
+                break
         self._detectors[category] = detector
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +138,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         Raises ValueError for a category that is not here.
         """
         choose = self._choice(category)
-        models = {name: one.model() for name, one in self.items()}
+        models = self._models()
         thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in self.items()}
 
         def results_in(
@@ -190,6 +188,14 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         if category not in self:
             raise ValueError(f"no category {category!r}, only {', '.join(self)}")
 
+    def _models(self) -> dict[str, Model]:
+        """What the detectors are made of now. Raises ValueError if they no longer share it."""
+        models = {name: one.model() for name, one in self.items()}
+        first, *others = models
+        for name in others:
+            _require_shared(models[first], models[name], name)
+        return models
+
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -197,7 +203,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
 
         `PatchSVDD.load` opens one of them. Raises ValueError for too many categories (hundreds).
         """
-        save_models({name: one.model() for name, one in self.items()}, path)
+        save_models(self._models(), path)
 
     @classmethod
     def load(
@@ -257,8 +263,25 @@ def _mean_of_map(result: ImageResult) -> float:
     return float(result.anomaly_map.double().mean())
 
 
+def _require_shared(one: Model, other: Model, category: str) -> None:
+    """Raise ValueError unless two models of categories embed alike and have the same parameters."""
+    mine, theirs = one.parameters, other.parameters
+    differing = differences(one, other)
+    differing += [name for name in mine if name != "device" and mine[name] != theirs[name]]
+    if differing:
+        raise ValueError(
+            "all categories share one encoder and its parameters, but those of "
+            f"{category} differ in {', '.join(dict.fromkeys(differing))}; `refit` of another "
+            "detector that is here makes one that fits"
+        )
+
+
 def _check_names(names: Iterable[str]) -> None:
-    """Raise ValueError for what cannot be a category's name."""
+    """Raise ValueError for what cannot be a category's name, which is a folder's in reports."""
     for name in names:
-        if not isinstance(name, str) or not name or name != name.strip() or "/" in name:
-            raise ValueError(f"a category needs a name, without slashes, got {name!r}")
+        usable = isinstance(name, str) and name == name.strip() and name.isprintable()
+        if not usable or name in ("", ".", "..", "index.html") or {*"/\\"} & {*name}:
+            raise ValueError(
+                "a category's name must be that of a folder, without slashes and spaces around it, "
+                f"got {name!r}"
+            )

@@ -79,7 +79,7 @@ def differences(one: Model, other: Model) -> list[str]:
         differing.append("levels or embedding_dim")
     else:
         ours, others = one.encoder.state_dict(), other.encoder.state_dict()
-        if (
+        if one.encoder is not other.encoder and (
             one.encoder.settings() != other.encoder.settings()
             or ours.keys() != others.keys()
             or not all(torch.equal(ours[name].cpu(), others[name].cpu()) for name in ours)

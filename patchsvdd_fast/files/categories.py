@@ -154,18 +154,21 @@ def find_categories(folder: Path) -> list[Category]:
 
 
 def folders_of_categories(folder: Path) -> dict[str, Path]:
-    """The folders of good images to train together on, by name: categories, else sub-folders.
+    """The folders of good images to train together on, by name: categories, or plain folders.
 
-    Raises ValueError unless there are at least two.
+    Raises ValueError unless there are at least two, and if a folder's name tells of other images.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     inside = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
     if is_category(folder):
         inside = []
-    elif any(map(is_category, inside)):
-        inside = [category.root for category in find_categories(folder)]
     found = {path.name: path for path in inside if path.is_dir() and any(walk_images(path))}
+    if telling := [name for name in found if _tells(name)]:
+        raise ValueError(
+            f"{folder} holds a folder {telling[0]}, which would be trained on as a category of "
+            "good images: name a folder that holds good images alone, or categories"
+        )
     if len(found) < 2:
         raise ValueError(
             f"{folder} must hold at least two categories, or folders of good images, to train "

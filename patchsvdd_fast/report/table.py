@@ -122,7 +122,8 @@ class Table:
             if row.get("error"):
                 continue
             threshold = _cell(row.get("threshold"))
-            ours = self._thresholds.get(row.get(CATEGORY) or "", "none for its category")
+            category = (row.get(CATEGORY) or "").removeprefix("./")  # of `_no_formula`
+            ours = self._thresholds.get(category, "none for its category")
             if threshold != ours:
                 raise ValueError(
                     f"{self.path} was written with threshold {threshold or 'none'}, this run has "

@@ -191,9 +191,64 @@ def test_folders_of_good_images_are_categories_too(data, tmp_path, here):
     for folder in (plain / "one", data / "fine"):
         message = one_line_error(here("train", folder, "--together", "-o", tmp_path / "x", *FAST))
         assert "must hold at least two categories, or folders of good images" in message
-    shutil.copytree(data / "fine/test/spot", plain / "two/bad")
-    done = here("train", plain, "--together", "-o", tmp_path / "x", *FAST)
-    assert "two: " in one_line_error(done) or "holds a folder bad" in one_line_error(done)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(data, mixed)
+    shutil.copytree(data / "fine/train/good", mixed / "plain")
+    done = here("train", mixed, "--together", "-o", tmp_path / "mixed.st", *FAST)
+    assert list(open_detectors(tmp_path / "mixed.st", "cpu")) == ["coarse", "fine", "plain"]
+
+
+def test_folders_of_other_images_are_no_categories(data, tmp_path, here):
+    for names in (("good", "bad"), ("train", "test", "ground_truth")):
+        folder = tmp_path / names[-1]
+        for name in names:
+            shutil.copytree(data / "fine/test/spot", folder / "all" / name)
+        message = one_line_error(here("train", folder / "all", "--together", "-o", tmp_path / "x"))
+        assert "would be trained on as a category of good images" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_cannot_be_gone_on_with_is_said(model, data, ready_model, tmp_path, here):
+    shutil.copytree(data / "fine", data / "third")
+    for output in (model, ready_model):
+        done = here("train", data, "--together", "-o", output, *FAST, "--resume")
+        assert "cannot be gone on with: --overwrite trains a new one" in one_line_error(done)
+    done = here("train", data / "fine", "-o", model, *FAST, "--resume")
+    assert f"{model} is a model of coarse, fine" in one_line_error(done)
+
+
+def test_links_to_categories_keep_their_names(data, tmp_path, here):
+    links, model = tmp_path / "links", tmp_path / "links.st"
+    links.mkdir()
+    for name in ("fine", "coarse"):
+        (links / f"my_{name}").symlink_to(data / name)
+    assert here("train", links, "--together", "-o", model, *FAST).returncode == 0
+    done = here("evaluate", links, "--model", model)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reports_in_the_way_are_found_before_anything_is_scored(model, data, tmp_path, here):
+    out, report = tmp_path / "scores", tmp_path / "report"
+    assert here("score", model, data / "fine/test", "-o", out).returncode == 0
+    before = rows_of(out)
+    (report / "coarse").mkdir(parents=True)
+    (report / "coarse/index.html").write_text("mine")
+    for option in ("--overwrite", "--resume"):
+        done = here("score", model, data, "-o", out, "--report", report, option)
+        assert "coarse/index.html" in one_line_error(done)
+    assert rows_of(out) == before
+    assert (report / "coarse/index.html").read_text() == "mine"
+
+
+def test_names_that_spreadsheets_would_take_for_formulas(data, tmp_path, here):
+    for name in ("fine", "coarse"):
+        (data / name).rename(data / f"-{name}")
+    model, out = tmp_path / "odd.st", tmp_path / "scores"
+    assert here("train", data, "--together", "-o", model, *FAST).returncode == 0
+    for option in ((), ("--resume",)):
+        done = here("score", model, data / "-fine/test", "-o", out, *option)
+        assert done.returncode == 0, done.stderr
+    assert {row["category"] for row in rows_of(out)} == {"./-fine"}
 
 
 def test_training_together_goes_on_after_an_interrupt(data, tmp_path, here, monkeypatch):

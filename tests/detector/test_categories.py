@@ -200,6 +200,7 @@ def test_the_two_kinds_of_files_are_told_apart(frozen, tmp_path):
         (["fine", 3], "must be a list of names"),
         (["fine", "fine"], "two categories have one name"),
         (["fine", "a/b"], "without slashes"),
+        (["fine", ".."], "must be that of a folder"),
         (["fine", "coarse", "third"], "damaged"),
     ],
 )
@@ -228,13 +229,30 @@ def test_categories_are_replaced_and_added(frozen):
     assert [one.num_images for one in frozen.values()] == [before + 1, 4, 4]
     images = "fine: 6 images, coarse: 4 images, third: 4 images"
     assert repr(frozen) == f"CategoryDetectors(own, {images})"
-    with pytest.raises(ValueError, match=r"that of other differs in encoder; `refit`"):
+    with pytest.raises(ValueError, match=r"those of other differ in encoder; `refit`"):
         frozen["other"] = PatchSVDD(**FROZEN | {"encoder": Plain(seed=1)}).fit(FINE)
-    for name in ("", "a/b", " a", 3):
-        with pytest.raises(ValueError, match="a category needs a name"):
+    for name in ("", "a/b", " a", 3, "..", ".", "a\\b", "a\nb", "index.html"):
+        with pytest.raises(ValueError, match="a category's name must be that of a folder"):
             frozen[name] = frozen["fine"]
     with pytest.raises(ValueError, match="no categories given"):
         CategoryDetectors({})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda one: one.set_params(contamination=0.5), "contamination"),
+        (lambda one: one.set_params(channel_order="bgr"), "channel_order"),
+        (lambda one: one.set_params(encoder=Plain(seed=1)).fit(COARSE), "encoder"),
+    ],
+)
+def test_a_category_that_has_become_another_is_refused(frozen, tmp_path, change, named):
+    """What is shared is that of the first: others would be scored, and saved, with it silently."""
+    change(frozen["coarse"])
+    for use in (lambda: frozen.score_stream(FINE), lambda: frozen.save(tmp_path / "model")):
+        with pytest.raises(ValueError, match=f"those of coarse differ in .*{named}"):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_of_two_sizes_are_refused_unless_resized():
