@@ -233,9 +233,10 @@ def _opened(
     from ..detector.categories import open_detectors
     from ..detector.patch_svdd import PatchSVDD
 
-    if chosen is not None and (model is None or model.is_dir() or num_categories > 1):
+    no_file = model is None or model.is_dir()
+    if chosen is not None and (no_file or num_categories > 1):
         raise ValueError("--category is for one --model file and the images of one category")
-    if model is None or model.is_dir():
+    if model is None or no_file:
         return None
     opened = open_detectors(model, device)
     if isinstance(opened, PatchSVDD):
@@ -243,27 +244,24 @@ def _opened(
             raise ValueError(f"{model} has no categories, such as {chosen!r}")
         if num_categories > 1:
             raise ValueError(
-                f"{model} is one model, but there are {num_categories} categories: give one of "
-                "them, a folder of models, <category>.safetensors, or a model of several (train "
-                "--together)"
+                f"{model} is one model, but there are {num_categories} categories: give a folder "
+                "of models, <category>.safetensors, or a model of several (train --together)"
             )
     elif chosen is not None:
         opened.require(chosen)
     return opened
 
 
-def _detector_for(
-    opened: PatchSVDD | CategoryDetectors, chosen: str | None, category: Category
-) -> PatchSVDD:
-    from ..detector.patch_svdd import PatchSVDD
+def _detector_for(opened: Any, chosen: str | None, category: Category) -> PatchSVDD:
+    from ..detector.categories import by_category
 
-    if isinstance(opened, PatchSVDD):
-        return opened
+    if "" in (found := by_category(opened)):  # of a single category
+        return found[""]
     # The folder's own name, as in training, not that of what it links to.
     own = category.root.name
     name = chosen or (category.name if own in ("", "..") else own)
     opened.require(name)
-    return opened[name]
+    return found[name]
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:

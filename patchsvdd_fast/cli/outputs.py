@@ -117,7 +117,8 @@ def score_all(
     each = by_category(detectors)
     thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in each.items()}
     outputs.require(thresholds.values())
-    started, counts = time.perf_counter(), _Counts()
+    judged = any(threshold is not None for threshold in thresholds.values())
+    started, counts = time.perf_counter(), _Counts(judged=judged)
     drifts = {
         name: StreamDrift(one.gallery_.statistics) for name, one in each.items() if one.gallery_
     }
@@ -201,15 +202,14 @@ class _Counts:
     only: ImageResult | None = None
     """The result, while there is only one."""
 
-    judged: bool = True
-    """Whether there is a threshold to judge each by."""
+    judged: bool = False
+    """Whether there is a threshold to judge any by."""
     by_category: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: ImageResult) -> None:
         self.only = result if self.scored == 0 else None
         self.scored += 1
         self.alarms.add(result.anomalous, result.unusual)
-        self.judged &= result.anomalous is not None
         if result.category is not None:
             self.by_category[result.category] += 1
 

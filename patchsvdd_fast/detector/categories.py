@@ -33,8 +33,9 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
     compared with, so the encoder, the mean image and the light that images are matched to are those
     of all categories together.
 
-    A mapping from a category's name to its `PatchSVDD`, which can do all that others can, and be
-    replaced or added to by assignment: ``detectors["new"] = detectors["old"].refit("images/new")``.
+    A mapping from a category's name to its `PatchSVDD`. Encoder and parameters have to stay the
+    same in all; a detector can be replaced, or one added, by assignment:
+    ``detectors["new"] = detectors["old"].refit("images/new")``.
 
     detectors: by category, at least one. Raises ValueError if they embed patches differently.
     """
@@ -70,6 +71,11 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         The rest is as of `PatchSVDD.fit`, and so is what is raised. None in all but the first
         process under torchrun.
         """
+        if not isinstance(X, Mapping) or not X:
+            raise TypeError(
+                "X must map at least one category's name to its images, got "
+                f"{'none' if isinstance(X, Mapping) else type(X).__name__}"
+            )
         _check_names(X)
         given = detector.get_params()
         ready = parameters.ready_encoder(given, encoder)
@@ -149,8 +155,10 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
 
         def search(images: list[PreparedImage], embeddings: list[Tensor]) -> list[ImageResult]:
             chosen = [choose(image.source) for image in images]
-            for name in filter(None, chosen):
-                self.require(name)
+            for name in chosen:
+                if name is not None and name not in models:
+                    self.require(name)
+                    raise ValueError(f"the category {name!r} was added after the stream began")
             candidates: list[list[ImageResult]] = [[] for _ in images]
             for name in models:
                 some = [number for number, its in enumerate(chosen) if its in (None, name)]

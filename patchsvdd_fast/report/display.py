@@ -16,7 +16,7 @@ from PIL import Image
 from ..score.image_result import ImageResult, ScoredImages
 from .heat_maps import heat_map_overlay, smooth_map
 from .pictures import jpeg_text
-from .table import COLUMNS, row_of
+from .table import CATEGORY, COLUMNS, row_of
 from .text import html_text, shown
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def to_pandas(results: Iterable[ImageResult]) -> DataFrame:
     rows = [row_of(result) for result in results]
     for row in rows:
         row["unusual"] = "; ".join(row["unusual"]) or None
-    return pandas.DataFrame(rows, columns=list(COLUMNS))
+    columns = [*COLUMNS, *([CATEGORY] if any(CATEGORY in row for row in rows) else [])]
+    return pandas.DataFrame(rows, columns=columns)
 
 
 def _pandas() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -109,7 +110,7 @@ def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
 
 def _linked_row(folder: str, name: str, cells: Iterable[str]) -> str:
     """A row of HTML: a link to the report in the folder, then cells of text."""
-    link = f'<a href="{quote(folder)}/index.html">{html_text(name)}</a>'
+    link = f'<a href="{quote(os.fsencode(folder))}/index.html">{html_text(name)}</a>'
     return (
         f'<tr><th scope="row">{link}</th>'
         + "".join(f"<td>{html_text(cell)}</td>" for cell in cells)

@@ -238,6 +238,27 @@ def test_categories_are_replaced_and_added(frozen):
         CategoryDetectors({})
 
 
+def test_bad_images_are_refused_in_words():
+    for images, got in (({}, "none"), ("a folder", "str"), ([FINE], "list")):
+        with pytest.raises(TypeError, match=f"map at least one category's name .* got {got}"):
+            CategoryDetectors.fit(PatchSVDD(**FROZEN), images)
+
+
+def test_a_category_added_while_streaming_is_named(frozen):
+    stream = frozen.score_stream(FINE[:1], category=lambda image: "late")
+    frozen["late"] = frozen["fine"]
+    with stream, pytest.raises(ValueError, match="'late' was added after the stream began"):
+        next(stream)
+
+
+def test_a_table_in_pandas_has_the_category(frozen):
+    pytest.importorskip("pandas")
+    (result,) = frozen.score_stream(FINE[:1], category="fine")
+    assert result.to_pandas()["category"].tolist() == ["fine"]
+    (alone,) = frozen["fine"].score_stream(FINE[:1])
+    assert "category" not in alone.to_pandas()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
