@@ -118,6 +118,9 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         )
         return f"CategoryDetectors({name}, {images})"
 
+    def __copy__(self) -> CategoryDetectors:
+        return CategoryDetectors(self)
+
     @property
     def _any(self) -> PatchSVDD:
         return next(iter(self.values()))

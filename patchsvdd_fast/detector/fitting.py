@@ -107,7 +107,7 @@ def fit_models(
     images = match_illumination(loaded.pixels, usual)
     mean = _mean_of(given, encoder, images)
     # Of one category, whose time after training is tried; all take about so many times as long.
-    few = next(iter(sets.values())).pixels
+    few = max(sets.values(), key=lambda one: len(one.names)).pixels
     forecast = partial(progress.forecast, mean=mean, light=light, images=few, of=len(images))
     record = TrainingRecord()
     if encoder is None:

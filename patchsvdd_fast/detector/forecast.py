@@ -118,7 +118,7 @@ class Progress:
     ) -> None:
         """Try what follows training on a few images, if anybody listens; arguments as of `encode`.
 
-        images: [N, 3, H, W], all of the first category. of: how many all categories have; None: N.
+        images: [N, 3, H, W], all of one category. of: how many all categories have; None: N.
         """
         self._category, self._to_come = len(images), of or len(images)
         if self.on_progress is None or len(images) < _LEAST_TRIED:

@@ -1,5 +1,6 @@
 """Detectors of several categories with one encoder: each is what it would be alone."""
 
+import copy
 import json
 
 import numpy as np
@@ -236,6 +237,23 @@ def test_categories_are_replaced_and_added(frozen):
             frozen[name] = frozen["fine"]
     with pytest.raises(ValueError, match="no categories given"):
         CategoryDetectors({})
+
+
+def test_a_copy_has_categories_of_its_own(frozen):
+    other = copy.copy(frozen)
+    other["third"] = other["fine"].refit(COARSE)
+    assert list(frozen) == ["fine", "coarse"]
+    assert other["fine"] is frozen["fine"]
+
+
+def test_time_is_told_where_the_first_category_is_small():
+    told = []
+    CategoryDetectors.fit(
+        PatchSVDD(**FROZEN),
+        {"few": COARSE[:2], "fine": FINE},
+        on_progress=lambda name, share, left: told.append((name, left)),
+    )
+    assert all(left is not None for name, left in told if name == "encoding")
 
 
 def test_bad_images_are_refused_in_words():
