@@ -180,7 +180,7 @@ def score_all(
         if outputs.table_format == "parquet":
             write_parquet(path, run.note(Path("scores.parquet"), began_in), table.columns)
     counts.tell(time.perf_counter() - started, outputs.folder, with_one=not line_each)
-    pages.finish()
+    pages.tell()
     return counts.failed
 
 

@@ -85,6 +85,9 @@ class Reports:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        ended = kind is None or issubclass(kind, KeyboardInterrupt)
+        if ended and self._folder is not None and not isinstance(self._detectors, PatchSVDD):
+            write_scores_page(self._folder, self._counts, self._failures, self._facts or {})
         self._stack.__exit__(kind, error, trace)
 
     def add(self, result: ImageResult, regions: Sequence[Region]) -> None:
@@ -106,15 +109,11 @@ class Reports:
         else:
             self._failures.append((name, reason))
 
-    def finish(self) -> None:
-        """Write what leads to the pages, once they are complete, and say where it is."""
-        if self._folder is None:
-            return
-        if isinstance(self._detectors, PatchSVDD):
-            path = self._page(None).path
-        else:
-            path = write_scores_page(self._folder, self._counts, self._failures, self._facts or {})
-        console.print(shown(f"report: {path}"), soft_wrap=True, markup=False)
+    def tell(self) -> None:
+        """Say where the page, or that which leads to the others, is."""
+        if self._folder is not None:
+            path = self._folder / "index.html"
+            console.print(shown(f"report: {path}"), soft_wrap=True, markup=False)
 
     def _page(self, category: str | None) -> ReportWriter:
         if category not in self._pages:
