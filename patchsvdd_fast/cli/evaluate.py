@@ -230,7 +230,7 @@ def _opened(
 
     chosen: the category in it that judges, if not that of the folder's name.
     """
-    from ..detector.categories import open_detectors
+    from ..detector.categories import open_detectors, require_category
     from ..detector.patch_svdd import PatchSVDD
 
     no_file = model is None or model.is_dir()
@@ -239,29 +239,27 @@ def _opened(
     if model is None or no_file:
         return None
     opened = open_detectors(model, device)
-    if isinstance(opened, PatchSVDD):
-        if chosen is not None:
-            raise ValueError(f"{model} has no categories, such as {chosen!r}")
-        if num_categories > 1:
-            raise ValueError(
-                f"{model} is one model, but there are {num_categories} categories: give a folder "
-                "of models, <category>.safetensors, or a model of several (train --together)"
-            )
-    elif chosen is not None:
-        opened.require(chosen)
+    require_category(opened, chosen)
+    if isinstance(opened, PatchSVDD) and num_categories > 1:
+        raise ValueError(
+            f"{model} is one model, but there are {num_categories} categories: give a folder "
+            "of models, <category>.safetensors, or a model of several (train --together)"
+        )
     return opened
 
 
-def _detector_for(opened: Any, chosen: str | None, category: Category) -> PatchSVDD:
-    from ..detector.categories import by_category
+def _detector_for(
+    opened: PatchSVDD | CategoryDetectors, chosen: str | None, category: Category
+) -> PatchSVDD:
+    from ..detector.patch_svdd import PatchSVDD
 
-    if "" in (found := by_category(opened)):  # of a single category
-        return found[""]
+    if isinstance(opened, PatchSVDD):
+        return opened
     # The folder's own name, as in training, not that of what it links to.
     own = category.root.name
     name = chosen or (category.name if own in ("", "..") else own)
     opened.require(name)
-    return found[name]
+    return opened[name]
 
 
 def _check_folders(data: Path | None, own: dict[str, Path | None], needs_train: bool) -> None:

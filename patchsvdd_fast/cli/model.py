@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ..files.claims import RunFolder, claimed_file
 from ..files.folders import counted
-from ..report.text import shown
 from .options import (
     SOME_FAILED,
     CategoryOption,
@@ -28,7 +27,7 @@ from .options import (
     require_writable,
     threshold_in_words,
 )
-from .terminal import console, print_error
+from .terminal import console, print_error, print_line
 
 if TYPE_CHECKING:
     from ..detector.categories import CategoryDetectors
@@ -69,10 +68,10 @@ def _print_layouts() -> None:
     from ..files.layouts import LAYOUTS
 
     for layout in LAYOUTS:
-        _print(layout.name)
+        print_line(layout.name)
         for part, where in layout.parts.items():
             if where:
-                _print(f"  {part:<10}  {where}")
+                print_line(f"  {part:<10}  {where}")
 
 
 def update(
@@ -145,9 +144,9 @@ def update(
             opened[str(category)] = detector
             opened.save(output)
     had = counted(before, "training image") + ("" if category is None else f" of {category}")
-    _print(f"wrote {output}: {had} before, {detector.num_images:,} now")
+    print_line(f"wrote {output}: {had} before, {detector.num_images:,} now")
     if detector.calibration_ is not None:
-        _print(threshold_in_words(detector))
+        print_line(threshold_in_words(detector))
 
 
 def _to_change(
@@ -157,11 +156,11 @@ def _to_change(
 
     is_new: the category may be a new one; the detector is then another's, to be refitted.
     """
+    from ..detector.categories import require_category
     from ..detector.patch_svdd import PatchSVDD
 
     if isinstance(opened, PatchSVDD):
-        if category is not None:
-            raise ValueError(f"{model} has no categories, such as {category!r}")
+        require_category(opened, category)
         return opened, opened.num_images
     if category is None:
         raise ValueError(
@@ -226,7 +225,7 @@ def explain(
         for result in stream:
             regions = detector.explain(result)
             lower = "" if result.anomalous or result.anomalous is None else "; its highest place is"
-            _print(f"{result.name}: {verdict_in_words(result)}{lower}")
+            print_line(f"{result.name}: {verdict_in_words(result)}{lower}")
             image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
             shown_regions = regions[:_MOST_PICTURES] or [detector.highest_place(result)]
             for number, region in enumerate(shown_regions, start=1):
@@ -238,9 +237,11 @@ def explain(
                 )
                 with written_whole(path) as partial:
                     picture.save(partial, format="PNG")
-                _print(f"  {_in_words(region, result.map_threshold)}; {path}")
+                print_line(f"  {_in_words(region, result.map_threshold)}; {path}")
             if len(regions) > _MOST_PICTURES:
-                _print(f"  and {counted(len(regions) - _MOST_PICTURES, 'less anomalous region')}")
+                print_line(
+                    f"  and {counted(len(regions) - _MOST_PICTURES, 'less anomalous region')}"
+                )
     if failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -309,11 +310,8 @@ def export(
         bars.phase("exporting", 1.0, None)
     if difference is None:
         checked = "not checked: onnxruntime is not installed"
-    _print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB; {checked.format(difference)}")
+    print_line(
+        f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB; {checked.format(difference)}"
+    )
     if not encoder_only and detector.calibration_ is not None:
-        _print(threshold_in_words(detector, false_alarm_rate))
-
-
-def _print(line: str) -> None:
-    """Print one line, whatever names in it hold."""
-    console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
+        print_line(threshold_in_words(detector, false_alarm_rate))

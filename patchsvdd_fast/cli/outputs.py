@@ -27,7 +27,7 @@ from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
-from .reports import Reports, detector_of
+from .reports import Reports
 from .terminal import ScoringBar, console, print_error, print_warning
 
 _TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
@@ -165,7 +165,7 @@ def score_all(
         if line_each:
             console.print(shown(line_each), soft_wrap=True, markup=False)
         for result in stream:
-            detector = detector_of(detectors, result.category)
+            detector = each[result.category or ""]
             regions = detector.explain(result)
             _write_pictures(outputs, run, result, detector, coco)
             pages.add(result, regions)

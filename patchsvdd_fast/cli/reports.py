@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from ..detector.categories import CategoryDetectors
+from ..detector.categories import CategoryDetectors, by_category
 from ..detector.patch_svdd import PatchSVDD
 from ..files.claims import claimed_file, require_new
 from ..report.entries import open_report, report_entry
@@ -65,7 +65,8 @@ class Reports:
         overwrite: bool,
         facts: Mapping[str, str] | None,
     ) -> None:
-        self._detectors, self._folder, self._overwrite = detectors, folder, overwrite
+        self._detectors, self._folder, self._overwrite = by_category(detectors), folder, overwrite
+        self._several = "" not in self._detectors
         self._rate, self._facts = false_alarm_rate, facts
         self._pages: dict[str | None, ReportWriter] = {}
         self._counts: dict[str, tuple[int, int]] = {}
@@ -75,7 +76,7 @@ class Reports:
     def __enter__(self) -> Reports:
         if self._folder is not None:
             self._stack.enter_context(claimed_report(self._folder, self._overwrite))
-            if isinstance(self._detectors, PatchSVDD):
+            if not self._several:
                 self._page(None)
         return self
 
@@ -86,7 +87,7 @@ class Reports:
         trace: TracebackType | None,
     ) -> None:
         ended = kind is None or issubclass(kind, KeyboardInterrupt)
-        if ended and self._folder is not None and not isinstance(self._detectors, PatchSVDD):
+        if ended and self._folder is not None and self._several:
             write_scores_page(self._folder, self._counts, self._failures, self._facts or {})
         self._stack.__exit__(kind, error, trace)
 
@@ -95,7 +96,7 @@ class Reports:
         if self._folder is None:
             return
         page = self._page(result.category)
-        page.add(report_entry(detector_of(self._detectors, result.category), result, regions))
+        page.add(report_entry(self._detectors[result.category or ""], result, regions))
         if result.category is not None:
             images, anomalous = self._counts.get(result.category, (0, 0))
             self._counts[result.category] = images + 1, anomalous + bool(result.anomalous)
@@ -104,7 +105,7 @@ class Reports:
         """Show an image that could not be read."""
         if self._folder is None:
             return
-        if isinstance(self._detectors, PatchSVDD):
+        if not self._several:
             self._page(None).add_failure(name, reason)
         else:
             self._failures.append((name, reason))
@@ -122,16 +123,8 @@ class Reports:
             if category is not None:
                 folder, title = folder / category, category
                 self._stack.enter_context(claimed_report(folder, self._overwrite))
-            detector = detector_of(self._detectors, category)
+            detector = self._detectors[category or ""]
             threshold = detector.threshold_or_none(self._rate)
             page = open_report(folder, detector, threshold, title, self._rate, self._facts)
             self._pages[category] = self._stack.enter_context(page)
         return self._pages[category]
-
-
-def detector_of(detectors: PatchSVDD | CategoryDetectors, category: str | None) -> PatchSVDD:
-    """The detector of a result's category; None: there is only one."""
-    if isinstance(detectors, PatchSVDD):
-        return detectors
-    assert category is not None
-    return detectors[category]

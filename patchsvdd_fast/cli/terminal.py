@@ -32,6 +32,11 @@ def print_error(message: str) -> None:
     errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_line(message: str) -> None:
+    """Print one line, whatever names in it hold."""
+    console.print(shown(message), soft_wrap=True, markup=False, highlight=False)
+
+
 def print_warning(message: str) -> None:
     """As `print_error`, for what does not end the run."""
     errors.print("[bold yellow]warning:[/] ", end="")

@@ -25,7 +25,6 @@ from ..files.categories import (
 )
 from ..files.claims import claimed_file, require_new
 from ..files.folders import counted
-from ..report.text import shown as shown_text
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -34,6 +33,7 @@ from .terminal import (
     errors,
     evaluate_with_progress,
     fit_with_progress,
+    print_line,
     results_table,
 )
 
@@ -287,25 +287,20 @@ def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seco
     for category, one in categories.items():
         begin = f"{category}: " if category else ""
         if category:
-            _print(f"{begin}{counted(one.num_images, 'image')}, {_banks_in_words(one)}")
+            print_line(f"{begin}{counted(one.num_images, 'image')}, {_banks_in_words(one)}")
         for level, bank in one.banks_.items():
             if bank.is_coreset:
                 patches = len(bank.groups) * bank.grid[0] * bank.grid[1]
-                _print(
+                print_line(
                     f"{begin}{level}: {len(bank):,} of {patches:,} patches kept; a distance to the "
                     f"nearest grows by at most {bank.covering_radius:.4g}"
                 )
         if one.calibration_ is not None:
-            _print(f"{begin}{threshold_in_words(one)}")
+            print_line(f"{begin}{threshold_in_words(one)}")
 
 
 def _banks_in_words(detector: PatchSVDD) -> str:
     return f"banks of {' and '.join(f'{len(bank):,}' for bank in detector.banks_.values())} patches"
-
-
-def _print(line: str) -> None:
-    """Print one line, whatever names in it hold."""
-    console.print(shown_text(line), soft_wrap=True, markup=False, highlight=False)
 
 
 def _say_how_it_went(detector: PatchSVDD) -> None:

@@ -17,10 +17,10 @@ from ..ops.backends import resolve_device
 from ..score.image_result import ImageResult
 from ..score.stream import Stream
 from ..training.record import TrainingStep
-from . import fitting, parameters, scoring
+from . import fitting, scoring
 from .model_file import Model, differences, load_models, save_models
 from .patch_svdd import PatchSVDD
-from .progress_bars import OnProgress, fit_shown
+from .progress_bars import OnProgress
 
 NEAREST = "nearest"
 """Stands for the category whose normal patches an image's are nearest to."""
@@ -78,13 +78,9 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
             )
         _check_names(X)
         given = detector.get_params()
-        ready = parameters.ready_encoder(given, encoder)
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
-        with fit_shown(progress, on_step, on_progress) as told:
-            models = fitting.fit_models(
-                *(parameters.resolved(given, ready), X, ready, keeping, *told),
-                *(skip_unreadable, pages),
-            )
+        how = encoder, keeping, on_step, on_progress, progress, skip_unreadable, pages
+        models = fitting.fit_given(given, X, *how)
         if models is None:
             return None
         return cls(
@@ -112,18 +108,12 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         return len(self._detectors)
 
     def __repr__(self) -> str:
-        name = self._any.encoder_.name
-        images = ", ".join(
-            f"{name}: {counted(one.num_images, 'image')}" for name, one in self.items()
-        )
-        return f"CategoryDetectors({name}, {images})"
+        parts = [next(iter(self.values())).encoder_.name]
+        parts += [f"{name}: {counted(one.num_images, 'image')}" for name, one in self.items()]
+        return f"CategoryDetectors({', '.join(parts)})"
 
     def __copy__(self) -> CategoryDetectors:
         return CategoryDetectors(self)
-
-    @property
-    def _any(self) -> PatchSVDD:
-        return next(iter(self.values()))
 
     # --- scoring ----------------------------------------------------------------------------------
 

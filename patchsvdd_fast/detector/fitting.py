@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..encoders.backbone import BackboneEncoder
 from ..encoders.patch_encoder import PatchEncoder
@@ -44,6 +44,7 @@ from .progress_bars import (
     THRESHOLDS,
     OnProgress,
     OnStep,
+    fit_shown,
 )
 from .scoring import encode, load
 
@@ -58,20 +59,25 @@ class Keeping(NamedTuple):
     resume: bool = False
 
 
-def fit_model(
+def fit_given(
     given: Parameters,
-    source: Any,
-    encoder: PatchEncoder | None,
+    sources: Mapping[str, Any],
+    encoder: nn.Module | None,
     keeping: Keeping,
     on_step: OnStep,
     on_progress: OnProgress,
-    skip_unreadable: bool = False,
-    pages: str = "first",
-) -> Model | None:
-    """As `fit_models`, of images that are all of one category."""
-    how = encoder, keeping, on_step, on_progress, skip_unreadable, pages
-    models = fit_models(given, {"": source}, *how)
-    return None if models is None else models[""]
+    progress: bool,
+    skip_unreadable: bool,
+    pages: str,
+) -> dict[str, Model] | None:
+    """As `fit_models`, of parameters as they were given; see `PatchSVDD.fit`.
+
+    encoder: instead of the parameter `encoder`. progress: show it, besides telling it.
+    """
+    ready = parameters.ready_encoder(given, encoder)
+    resolved = parameters.resolved(given, ready)
+    with fit_shown(progress, on_step, on_progress) as told:
+        return fit_models(resolved, sources, ready, keeping, *told, skip_unreadable, pages)
 
 
 def fit_models(

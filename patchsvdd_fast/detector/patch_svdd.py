@@ -25,7 +25,7 @@ from ..training.record import TrainingStep
 from . import fitting, parameters, scoring
 from .changes import ChangesMixin
 from .model_file import Model, load_models, save_model
-from .progress_bars import OnProgress, fit_shown
+from .progress_bars import OnProgress
 
 
 class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
@@ -195,13 +195,11 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         and for a checkpoint of another run; FloatingPointError if the loss does not stay finite.
         Warns (CollapseWarning) if all embeddings are (nearly) the same.
         """
-        ready = parameters.ready_encoder(self.get_params(), encoder)
-        given = parameters.resolved(self.get_params(), ready)
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
-        with fit_shown(progress, on_step, on_progress) as told:
-            model = fitting.fit_model(given, X, ready, keeping, *told, skip_unreadable, pages)
-        if model is not None:  # else the first process has it
-            self._use(model)
+        how = encoder, keeping, on_step, on_progress, progress, skip_unreadable, pages
+        models = fitting.fit_given(self.get_params(), {"": X}, *how)
+        if models is not None:  # else the first process has it
+            self._use(models[""])
         return self
 
     def untrained_encoder(self) -> HierarchicalEncoder:

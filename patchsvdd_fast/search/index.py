@@ -29,8 +29,7 @@ from .cpu_clusters import extend_clusters, suit_clusters
 from .gpu_clusters import build_segments, segments_about
 
 _GROWTH = 2  # beyond this factor since clusters were made or tried, they are made or tried anew
-# Rows that were added are searched one by one, without clusters or codes, until they are more than
-# _FEW_ROWS and than this share of the others.
+# Added rows are searched plainly until they are more than _FEW_ROWS and this share of the others.
 _FEW_ROWS = 1024
 _SHARE_BESIDE_CLUSTERS, _SHARE_BESIDE_ROWS = 1 / 64, 1 / 8
 
@@ -210,30 +209,9 @@ class Index(NamedTuple):
     def asked(
         self, queries: Any, exclude_same_group: Any
     ) -> tuple[Tensor, torch.Size, Tensor | None]:
-        """Queries as users give them [..., D]: [Q, D], their shape [...], and their groups [Q].
-
-        exclude_same_group: [...], or the first axes of it, or None. Raises ValueError, TypeError.
-        """
+        """`asked` of this bank."""
         self.check_file()
-        dim = self.data.shape[1]
-        given = as_vectors("queries", queries)
-        if given.ndim < 1 or given.shape[-1] != dim:
-            raise ValueError(
-                f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
-            )
-        shape = given.shape[:-1]
-        groups = None
-        if exclude_same_group is not None:
-            groups = as_numbers("exclude_same_group", exclude_same_group)
-            if groups.shape != shape[: groups.ndim]:
-                raise ValueError(
-                    f"exclude_same_group must have shape {list(shape)} to match the queries, "
-                    f"got {list(groups.shape)}"
-                )
-            missing = (1,) * (len(shape) - groups.ndim)
-            groups = groups.view(*groups.shape, *missing).expand(shape).flatten()
-        flat = given.reshape(-1, dim)
-        return normalised("queries", flat) if self.metric == "cosine" else flat, shape, groups
+        return asked(queries, exclude_same_group, self.data.shape[1], self.metric)
 
     def nearest(
         self,
@@ -347,6 +325,33 @@ def _size_in_words(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} GB"
+
+
+def asked(
+    queries: Any, exclude_same_group: Any, dim: int, metric: str
+) -> tuple[Tensor, torch.Size, Tensor | None]:
+    """Queries as users give them [..., D]: [Q, D], their shape [...], and their groups [Q].
+
+    exclude_same_group: [...], or the first axes of it, or None. Raises ValueError, TypeError.
+    """
+    given = as_vectors("queries", queries)
+    if given.ndim < 1 or given.shape[-1] != dim:
+        raise ValueError(
+            f"queries must have shape [..., {dim}] to match the bank, got {list(given.shape)}"
+        )
+    shape = given.shape[:-1]
+    groups = None
+    if exclude_same_group is not None:
+        groups = as_numbers("exclude_same_group", exclude_same_group)
+        if groups.shape != shape[: groups.ndim]:
+            raise ValueError(
+                f"exclude_same_group must have shape {list(shape)} to match the queries, "
+                f"got {list(groups.shape)}"
+            )
+        missing = (1,) * (len(shape) - groups.ndim)
+        groups = groups.view(*groups.shape, *missing).expand(shape).flatten()
+    flat = given.reshape(-1, dim)
+    return normalised("queries", flat) if metric == "cosine" else flat, shape, groups
 
 
 def _on_gpu(tensor: Tensor) -> bool:

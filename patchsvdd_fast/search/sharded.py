@@ -10,9 +10,10 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from ..ops.checks import FloatArray, IntArray, as_vectors, check_finite_rows, like_input
-from ..ops.search import as_neighbours, normalised
+from ..ops.search import as_neighbours
 from ..ops.search_kernels import NO_ROW, Found
 from .bank import NormalBank
+from .index import asked
 
 _MOST_PACKED = 2**32 - 1  # rows, whose numbers fit into 64 bits beside a squared distance
 
@@ -83,7 +84,7 @@ class ShardedBank:
         except (ValueError, TypeError) as failed:
             error = str(failed)
         _raise_first([part.error for part in self._told(_Part(error))])
-        self._is_cosine = options.get("metric") == "cosine"
+        self._metric = options.get("metric", "euclidean")
 
     def _told(self, part: _Part) -> list[_Part]:
         """What every process tells, by rank."""
@@ -142,7 +143,7 @@ class ShardedBank:
         self._agree_on(error, flat)
         assert found is not None
         best = self._best_of_all(found) if k is None else self._best_k_of_all(found, k)
-        distances, rows = best.finish(k, self._is_cosine)
+        distances, rows = best.finish(k, self._metric == "cosine")
         wanted = shape if k is None else (*shape, k)
         return like_input(queries, distances.view(wanted), rows.view(wanted))
 
@@ -152,14 +153,7 @@ class ShardedBank:
         """As `Index.asked`, also without rows."""
         if self._bank is not None:
             return self._bank._index.asked(queries, exclude_same_group)
-        flat = as_vectors("queries", queries)
-        if flat.ndim < 1 or flat.shape[-1] != self._dim:
-            raise ValueError(
-                f"queries must have shape [..., {self._dim}] to match the bank, "
-                f"got {list(flat.shape)}"
-            )
-        shape, flat = flat.shape[:-1], flat.reshape(-1, self._dim)
-        return (normalised("queries", flat) if self._is_cosine else flat), shape, None
+        return asked(queries, exclude_same_group, self._dim, self._metric)
 
     def _found_here(self, queries: Tensor, groups: Tensor | None, k: int | None) -> Found:
         """What this process finds for queries [Q, D], with the row numbers of all."""
