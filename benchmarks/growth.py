@@ -84,7 +84,8 @@ def table(records: list[dict[str, Any]]) -> str:
         for name in names:
             found = of_bank.get(name)
             micros = 1e6 * found["seconds"] / found["queries"] if found else math.nan
-            cells.append(f"{micros:,.3g} ({found['build_seconds']:.1f})" if found else "-")
+            digits = ",.0f" if micros >= 100 else ".3g"
+            cells.append(f"{micros:{digits}} ({found['build_seconds']:.1f})" if found else "-")
         flat = of_bank.get("FAISS IndexFlatL2")
         ratio = f"{flat['ours_faster']:.1f}" if flat else "-"
         lists = of_bank.get("FAISS IVF4096, nprobe 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -153,15 +154,18 @@ def build_native(folder, target, *options):
     import pybind11
 
     build = ROOT / "build" / folder
+    build.mkdir(parents=True, exist_ok=True)
     configure = [
         *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DPATCHSVDD_CUDA=OFF"),
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
         *options,
     ]
-    for command in (configure, ["cmake", "--build", str(build), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (build / ".lock").open("w") as lock:  # of several processes of tests one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(build), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return build
 
 
