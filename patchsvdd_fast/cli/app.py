@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from . import demo, evaluate, model, score, train
+from . import demo, evaluate, model, score, train, update
 from .options import INTERRUPTED, TERMINATED
 from .terminal import console, errors, print_error, print_warning
 
@@ -31,7 +31,7 @@ for command in (
     score.watch,
     evaluate.evaluate,
     model.explain,
-    model.update,
+    update.update,
     model.info,
     model.export,
     demo.demo,

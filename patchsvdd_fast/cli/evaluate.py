@@ -184,7 +184,7 @@ def evaluate(
                 failed[category.name] = str(error)
     _show(list(results.values()))
     if report is not None and len(categories) > 1:
-        _write_start_page(report, results, failed, str(data))
+        _write_start_page(report, overwrite, results, failed, str(data))
     if json_path is not None:
         with claimed_file(json_path, overwrite):
             write_json([*results.values()], json_path, version=__version__, failed=failed)
@@ -258,7 +258,8 @@ def _detector_for(
     # The folder's own name, as in training, not that of what it links to.
     own = category.root.name
     name = chosen or (category.name if own in ("", "..") else own)
-    opened.require(name)
+    if name not in opened:
+        raise ValueError(f"no category {name!r}, only {', '.join(opened)}: --category names one")
     return opened[name]
 
 
@@ -295,12 +296,13 @@ def _show(results: Sequence[CategoryResult]) -> None:
             console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def _write_start_page(
-    folder: Path, results: dict[str, CategoryResult], failed: dict[str, str], data: str
-) -> None:
+def _write_start_page(folder: Path, overwrite: bool, *of_page: Any) -> None:
+    """of_page: what `write_start_page` takes besides the folder."""
     from ..report.start_page import write_start_page
+    from .reports import claimed_report
 
-    page = write_start_page(folder, results, failed, data)
+    with claimed_report(folder, overwrite):
+        page = write_start_page(folder, *of_page)
     console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)
 
 

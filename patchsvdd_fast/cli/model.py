@@ -1,4 +1,4 @@
-"""`patchsvdd info`, `update`, `explain` and `export`: commands for one model file."""
+"""`patchsvdd info`, `explain` and `export`: commands for one model file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from .options import (
     ModelArgument,
     OverwriteOption,
     RateOption,
-    SkipOption,
     loading,
     one_of,
     require_writable,
@@ -30,8 +29,6 @@ from .options import (
 from .terminal import console, print_error, print_line
 
 if TYPE_CHECKING:
-    from ..detector.categories import CategoryDetectors
-    from ..detector.patch_svdd import PatchSVDD
     from ..files.sources import Source
     from ..score.regions import Region
 
@@ -72,112 +69,6 @@ def _print_layouts() -> None:
         for part, where in layout.parts.items():
             if where:
                 print_line(f"  {part:<10}  {where}")
-
-
-def update(
-    model: ModelArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Model file to write; default: MODEL itself."),
-    ] = None,
-    remove: Annotated[
-        list[str] | None,
-        typer.Option(help="Training image to take out, by name or number; may be repeated."),
-    ] = None,
-    add: Annotated[
-        list[Path] | None,
-        typer.Option(help="Good image or folder of them to add; may be repeated."),
-    ] = None,
-    merge: Annotated[
-        list[Path] | None,
-        typer.Option(help="Model with the same encoder, whose images to add; may be repeated."),
-    ] = None,
-    replace: Annotated[
-        Path | None,
-        typer.Option(help="Folder of other good images, to use instead of all that the model has."),
-    ] = None,
-    category: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a model of several (train --together): which one to change; or, with "
-            "--replace, to add.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: OverwriteOption = False,
-    skip_unreadable: SkipOption = False,
-    device: DeviceOption = "auto",
-) -> None:
-    """Change which images a model takes as normal, without training; calibrates anew.
-
-    Changes are made in this order: --replace, --remove, --add, --merge. `patchsvdd info MODEL` says
-    how many images there are. Without --output MODEL itself is changed.
-    """
-    if not (remove or add or merge or replace):
-        raise typer.BadParameter("give at least one of --replace, --remove, --add and --merge")
-    output = output or model
-    overwrite = overwrite or (output.exists() and output.samefile(model))
-    require_writable(output, overwrite=overwrite)
-    with loading():
-        from ..detector.categories import open_detectors
-        from ..detector.patch_svdd import PatchSVDD
-        from ..files.sources import require_there
-    for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
-        require_there(path)
-
-    with claimed_file(output, overwrite):
-        opened = open_detectors(model, device)
-        detector, before = _to_change(opened, category, model, is_new=replace is not None)
-        if replace is not None:
-            detector = detector.refit(replace, skip_unreadable=skip_unreadable, progress=True)
-        if remove:
-            names = [int(name) if name.isdecimal() else name for name in remove]
-            detector.remove(names, progress=True)
-        if add:
-            images = add[0] if len(add) == 1 else _all_images(add)
-            detector.add(images, skip_unreadable=skip_unreadable, progress=True)
-        for other in merge or []:
-            detector.merge(PatchSVDD.load(other, device=device), progress=True)
-        if isinstance(opened, PatchSVDD):
-            detector.save(output)
-        else:
-            opened[str(category)] = detector
-            opened.save(output)
-    had = counted(before, "training image") + ("" if category is None else f" of {category}")
-    print_line(f"wrote {output}: {had} before, {detector.num_images:,} now")
-    if detector.calibration_ is not None:
-        print_line(threshold_in_words(detector))
-
-
-def _to_change(
-    opened: PatchSVDD | CategoryDetectors, category: str | None, model: Path, is_new: bool
-) -> tuple[PatchSVDD, int]:
-    """The detector of a category to change, and its number of images.
-
-    is_new: the category may be a new one; the detector is then another's, to be refitted.
-    """
-    from ..detector.categories import require_category
-    from ..detector.patch_svdd import PatchSVDD
-
-    if isinstance(opened, PatchSVDD):
-        require_category(opened, category)
-        return opened, opened.num_images
-    if category is None:
-        raise ValueError(
-            f"{model} has several categories, {', '.join(opened)}: --category names one"
-        )
-    if is_new and category not in opened:
-        return next(iter(opened.values())), 0
-    opened.require(category)
-    return opened[category], opened[category].num_images
-
-
-def _all_images(given: list[Path]) -> list[Path]:
-    from ..files.categories import training_paths
-
-    return [
-        image for path in given for image in (training_paths(path) if path.is_dir() else [path])
-    ]
 
 
 def explain(
@@ -292,12 +183,16 @@ def export(
     output = output or Path("encoder.onnx" if encoder_only else "detector.onnx")
     require_writable(output, overwrite=overwrite)
     with loading():
+        from ..detector.categories import by_category, open_detectors
         from ..detector.onnx import export_detector, export_encoder
         from ..detector.patch_svdd import PatchSVDD
         from ..detector.progress_bars import display
 
     with claimed_file(output, overwrite), display(console) as bars:
-        detector = PatchSVDD.load(model, device="cpu", category=category)
+        if encoder_only and category is None:  # which all have in common
+            detector = next(iter(by_category(open_detectors(model, "cpu")).values()))
+        else:
+            detector = PatchSVDD.load(model, device="cpu", category=category)
         bars.phase("exporting", None, None)
         if encoder_only:
             difference = export_encoder(detector, output)

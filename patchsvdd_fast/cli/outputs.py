@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..detector.categories import CategoryDetectors, by_category, score_stream
+from ..detector.categories import CategoryDetectors, by_category, score_stream, thresholds_of
 from ..detector.patch_svdd import PatchSVDD
 from ..detector.progress_bars import display
 from ..files.claims import RunFolder, claimed_file
@@ -50,10 +50,12 @@ class Outputs:
         if self.table_format == "parquet":
             require_parquet()
 
-    def require(self, thresholds: Iterable[float | None]) -> None:
+    def require(self, thresholds: Mapping[str, float | None]) -> None:
         """Raise ValueError if something is asked for that needs thresholds above 0."""
-        if (self.masks or self.coco is not None) and not all(thresholds):
-            raise ValueError("--masks and --coco need a threshold, which this model has not")
+        lacking = ", ".join(name for name, threshold in thresholds.items() if not threshold)
+        if (self.masks or self.coco is not None) and not all(thresholds.values()):
+            which = f"{lacking} of this model" if lacking else "this model"
+            raise ValueError(f"--masks and --coco need a threshold, which {which} has not")
 
     @property
     def table(self) -> str:
@@ -73,15 +75,22 @@ class Outputs:
 
 
 @contextmanager
-def _coco_file(path: Path | None, overwrite: bool) -> Iterator[CocoFile | None]:
-    """What collects regions within the context, to be written to the path; None without one."""
+def _coco_file(path: Path | None, overwrite: bool, table: Table) -> Iterator[CocoFile | None]:
+    """What collects regions within the context, to be written to the path; None without one.
+
+    It goes on with those of images that have a row already.
+    """
     if path is None:
         yield None
         return
-    with claimed_file(path, overwrite):
-        coco = CocoFile()
-        yield coco
-        coco.write(path, __version__)
+    with claimed_file(path, overwrite or bool(table.done)):
+        coco = CocoFile(path, table.done)
+        try:
+            yield coco
+        except BaseException:
+            coco.close()
+            raise
+        coco.write(__version__)
     console.print(shown(f"regions: {path}"), soft_wrap=True, markup=False)
 
 
@@ -115,8 +124,8 @@ def score_all(
     num_images: called with the paths that have a row; how many there are to score, None: unknown.
     """
     each = by_category(detectors)
-    thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in each.items()}
-    outputs.require(thresholds.values())
+    thresholds = thresholds_of(each, false_alarm_rate)
+    outputs.require(thresholds)
     judged = any(threshold is not None for threshold in thresholds.values())
     started, counts = time.perf_counter(), _Counts(judged=judged)
     drifts = {
@@ -124,11 +133,12 @@ def score_all(
     }
     with ExitStack() as stack:
         stack.enter_context(run)
-        began_in = run.made_from(outputs.table) or str(Path.cwd())
-        path = run.note(Path(outputs.table), began_in)
+        here = "\0".join([str(Path.cwd()), *([] if category is None else [category])])
+        began = run.made_from(outputs.table) or here
+        path = run.note(Path(outputs.table), began)
         table = stack.enter_context(Table(path, thresholds, resume))
-        _require_same_place(table, began_in)
-        coco = stack.enter_context(_coco_file(outputs.coco, overwrite))
+        _require_same_run(table, began, category)
+        coco = stack.enter_context(_coco_file(outputs.coco, overwrite, table))
         pages = stack.enter_context(Reports(detectors, report, false_alarm_rate, overwrite, facts))
 
         # A line for each image tells enough where bars cannot move.
@@ -178,14 +188,24 @@ def score_all(
                 print_warning(f"{result.category}: {change}" if result.category else change)
             bar.advance()
         if outputs.table_format == "parquet":
-            write_parquet(path, run.note(Path("scores.parquet"), began_in), table.columns)
+            write_parquet(path, run.note(Path("scores.parquet"), began), table.columns)
     counts.tell(time.perf_counter() - started, outputs.folder, with_one=not line_each)
     pages.tell()
     return counts.failed
 
 
-def _require_same_place(table: Table, began_in: str) -> None:
-    """Raise ValueError if rows name images by paths that mean others in this working folder."""
+def _require_same_run(table: Table, began: str, category: str | None) -> None:
+    """Raise ValueError if rows name images by paths that mean others in this working folder.
+
+    And if they were compared with another choice of category. began: the folder and, after a NUL,
+    the choice of the run that began the table.
+    """
+    began_in, _, chosen = began.partition("\0")
+    if table.done and chosen != (category or ""):
+        raise ValueError(
+            f"{table.path} was begun with{f' --category {chosen}' if chosen else 'out --category'}"
+            ": go on so, or use another --output"
+        )
     relative = next((name for name in table.done if not Path(name).is_absolute()), None)
     if relative is not None and began_in != str(Path.cwd()):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +12,7 @@ from ..detector.patch_svdd import PatchSVDD
 from ..files.claims import claimed_file, require_new
 from ..report.entries import open_report, report_entry
 from ..report.html import ReportWriter, is_report
-from ..report.start_page import write_scores_page
+from ..report.start_page import linked_folders, write_scores_page
 from ..report.text import shown
 from ..score.image_result import ImageResult
 from ..score.regions import Region
@@ -23,12 +23,21 @@ from .terminal import console
 def claimed_report(folder: Path, overwrite: bool) -> Iterator[None]:
     """Within the context this process alone writes the report in a folder, which is made.
 
-    Raises ValueError if there is one that may not be replaced, or a page of somebody else's.
+    Afterwards the reports of categories are gone that an earlier start page led to, and this one
+    does not. Raises ValueError if there is one that may not be replaced, or a page of somebody
+    else's.
     """
     require_report(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with claimed_file(folder / "index.html", overwrite):
+        earlier = linked_folders(folder / "index.html")
         yield
+        for stale in earlier - linked_folders(folder / "index.html"):
+            report = stale / "index.html"
+            if report.exists() and is_report(report):
+                report.unlink()
+                with suppress(OSError):  # there is something else in it
+                    stale.rmdir()
 
 
 def require_report(

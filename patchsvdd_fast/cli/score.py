@@ -107,10 +107,8 @@ def score(
     """
     if resume and overwrite:
         raise typer.BadParameter("give either --resume or --overwrite")
-    if resume and coco is not None:
-        raise typer.BadParameter("--coco has all images of one run: give it without --resume")
     if coco is not None:
-        require_writable(coco, "--coco", overwrite)
+        require_writable(coco, "--coco", overwrite or resume)
     with loading():
         from ..detector.categories import open_detectors, require_category
         from ..files.sources import image_sources, num_images, require_given

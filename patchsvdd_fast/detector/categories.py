@@ -34,7 +34,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
     of all categories together.
 
     A mapping from a category's name to its `PatchSVDD`. Encoder and parameters have to stay the
-    same in all; a detector can be replaced, or one added, by assignment:
+    same in all; a detector can be replaced, or one added, by assignment, and taken out by ``del``:
     ``detectors["new"] = detectors["old"].refit("images/new")``.
 
     detectors: by category, at least one. Raises ValueError if they embed patches differently.
@@ -76,7 +76,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
                 "X must map at least one category's name to its images, got "
                 f"{'none' if isinstance(X, Mapping) else type(X).__name__}"
             )
-        _check_names(X)
+        check_names(X)
         given = detector.get_params()
         keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
         how = encoder, keeping, on_step, on_progress, progress, skip_unreadable, pages
@@ -94,12 +94,19 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
 
     def __setitem__(self, category: str, detector: PatchSVDD) -> None:
         """Replace a category's detector, or add one. Raises ValueError if it embeds differently."""
-        _check_names([category])
+        check_names([category])
         for name, one in self.items():
             if name != category:
                 _require_shared(one.model(), detector.model(), category)
                 break
         self._detectors[category] = detector
+
+    def __delitem__(self, category: str) -> None:
+        """Take a category out. Raises ValueError for the only one, and for one that is not here."""
+        self.require(category)
+        if len(self) == 1:
+            raise ValueError(f"{category} is the only category, so it cannot be taken out")
+        del self._detectors[category]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._detectors)
@@ -114,6 +121,23 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
 
     def __copy__(self) -> CategoryDetectors:
         return CategoryDetectors(self)
+
+    def merge(self, other: CategoryDetectors, *, progress: bool = False) -> CategoryDetectors:
+        """Add the training images of another's categories to those of the same names.
+
+        Categories that are only there are added. progress: as of `PatchSVDD.fit`. Raises ValueError
+        unless all embed alike; nothing then changes.
+        """
+        own, theirs = self._models(), other._models()
+        first = next(iter(own.values()))
+        for category, model in theirs.items():
+            _require_shared(first, model, category)
+        for category, detector in other.items():
+            if category in self:
+                self[category].merge(detector, progress=progress)
+            else:
+                self[category] = detector
+        return self
 
     # --- scoring ----------------------------------------------------------------------------------
 
@@ -138,7 +162,7 @@ class CategoryDetectors(Mapping[str, PatchSVDD]):
         """
         choose = self._choice(category)
         models = self._models()
-        thresholds = {name: one.threshold_or_none(false_alarm_rate) for name, one in self.items()}
+        thresholds = thresholds_of(self, false_alarm_rate)
 
         def results_in(
             name: str, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]
@@ -238,6 +262,17 @@ def by_category(opened: PatchSVDD | CategoryDetectors) -> dict[str, PatchSVDD]:
     return {"": opened} if isinstance(opened, PatchSVDD) else dict(opened)
 
 
+def thresholds_of(
+    opened: Mapping[str, PatchSVDD], false_alarm_rate: float | None
+) -> dict[str, float | None]:
+    """The threshold of each category at a rate; None: at its own. Raises ValueError, naming one."""
+    thresholds = {}
+    for category, detector in opened.items():
+        with fitting.in_category(category):
+            thresholds[category] = detector.threshold_or_none(false_alarm_rate)
+    return thresholds
+
+
 def score_stream(
     opened: PatchSVDD | CategoryDetectors,
     sources: Iterable[Any],
@@ -266,6 +301,12 @@ def _mean_of_map(result: ImageResult) -> float:
 
 def _require_shared(one: Model, other: Model, category: str) -> None:
     """Raise ValueError unless two models of categories embed alike and have the same parameters."""
+    sides, its_sides = (f"{model.mean.shape[2]}x{model.mean.shape[1]}" for model in (one, other))
+    if its_sides != sides:
+        raise ValueError(
+            f"all categories share a size of images, {sides} pixels, but those of {category} have "
+            f"{its_sides}: resize them"
+        )
     mine, theirs = one.parameters, other.parameters
     differing = differences(one, other)
     differing += [name for name in mine if name != "device" and mine[name] != theirs[name]]
@@ -277,7 +318,7 @@ def _require_shared(one: Model, other: Model, category: str) -> None:
         )
 
 
-def _check_names(names: Iterable[str]) -> None:
+def check_names(names: Iterable[str]) -> None:
     """Raise ValueError for what cannot be a category's name, which is a folder's in reports."""
     for name in names:
         usable = isinstance(name, str) and name == name.strip() and name.isprintable()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def fit_models(
     for category, part in sets.items():
         progress.begin_category(len(part.names))
         normal, calibration = filled(
-            given, encoder, mean, light, part, num_in_mean, progress=progress
+            given, encoder, mean, light, part, num_in_mean, progress=progress, category=category
         )
         models[category] = Model(
             dict(given),
@@ -174,18 +175,27 @@ def _load(
     pages: str,
 ) -> tuple[ImageSet, dict[str, ImageSet]]:
     """Load the images of all categories: together, and those of each, in the same memory."""
-    samples = None
+    samples, unsurveyed = None, None
     if len(sources) > 1:
-        samples = survey_images(sources.values(), parameters.samples_of(given), pages)
+        try:
+            samples = survey_images(sources.values(), parameters.samples_of(given), pages)
+        except (ValueError, TypeError, OSError) as error:
+            unsurveyed = error  # told below with its category, unless it is of all together
     sets: dict[str, ImageSet] = {}
+    failed: list[str] = []
     for number, (category, source) in enumerate(sources.items()):
         tell = None if progress is None else _share_of(progress, number, len(sources))
         try:
-            sets[category] = load(source, given, tell, samples, skip_unreadable, pages)
-        except ValueError as error:
-            if not category:
+            with in_category(category):
+                sets[category] = load(source, given, tell, samples, skip_unreadable, pages)
+        except ValueError as error:  # the others may have faults, too: all are told at once
+            if len(sources) == 1:
                 raise
-            raise ValueError(f"{category}: {error}") from error
+            failed.append(str(error))
+    if failed:
+        raise ValueError("\n".join(failed))
+    if unsurveyed is not None:
+        raise unsurveyed
     if len(sets) == 1:
         return next(iter(sets.values())), sets
     sides = {category: one.pixels.shape[-2:] for category, one in sets.items()}
@@ -203,6 +213,19 @@ def _load(
         category: replace(one, pixels=part)
         for (category, one), part in zip(sets.items(), parts, strict=True)
     }
+
+
+@contextlib.contextmanager
+def in_category(category: str) -> Iterator[None]:
+    """Within the context, errors name the category; "": they stay as they are."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        if not category:
+            raise
+        kinds = (TypeError, OSError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{category}: {error}") from error
 
 
 def _share_of(progress: Callable[[float], None], part: int, parts: int) -> Callable[[float], None]:
@@ -262,8 +285,12 @@ def filled(
     num_in_mean: int | None = None,
     *,
     progress: Progress | None = None,
+    category: str = "",
 ) -> tuple[Normality, Calibration | None]:
-    """New banks and a gallery of these images, and their calibration; arguments as of `encode`."""
+    """New banks and a gallery of these images, and their calibration; arguments as of `encode`.
+
+    category: of these images, for warnings.
+    """
     progress = progress or Progress()
     encoding = progress.phase(ENCODING)
     encoded = encode(
@@ -282,7 +309,7 @@ def filled(
     if filling is not None:
         filling(1.0)
     shape = mean.shape[1], mean.shape[2]
-    return normal, calibrated(given, encoder, normal, shape, progress, encoded)
+    return normal, calibrated(given, encoder, normal, shape, progress, encoded, category)
 
 
 def calibrated(
@@ -292,10 +319,12 @@ def calibrated(
     image_shape: tuple[int, int],
     progress: Progress | None = None,
     embeddings: Sequence[Tensor] | None = None,
+    category: str = "",
 ) -> Calibration | None:
     """The calibration of banks; warns of training images that are there twice.
 
     embeddings: of all their patches, see `calibrate`; None: the banks hold them.
+    category: of these images, for the warning.
     """
     progress = progress or Progress()
     calibrating = progress.phase(CALIBRATING)
@@ -309,7 +338,7 @@ def calibrated(
         given["reweight"],
         lambda: progress.phase(THRESHOLDS),
     )
-    normality.warn_of_twins(normal.gallery, calibration)
+    normality.warn_of_twins(normal.gallery, calibration, category)
     return calibration
 
 

@@ -155,7 +155,7 @@ def load_models(
     defaults: all parameters of `PatchSVDD` by name, with the values to use where an older file has
         none.
     module: as of `encoder_of`.
-    only: the category to open; None: all.
+    only: the category to open; None: all; "": the file must have none.
 
     Returns models by category, which share one encoder; {"": model} of a file without categories.
 
@@ -175,6 +175,11 @@ def load_models(
             chosen = prefixes
         elif only in prefixes:
             chosen = {only: prefixes[only]}
+        elif only == "":
+            raise ValueError(
+                f"{path} holds detectors of several categories, {', '.join(prefixes)}: name one "
+                "(category, --category), or open all with CategoryDetectors.load"
+            )
         else:
             has = ", ".join(prefixes) if "" not in prefixes else "no categories"
             raise ValueError(f"{path} has {has}, not {only!r}")

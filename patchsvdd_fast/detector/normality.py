@@ -108,7 +108,9 @@ def merged(one: Normality, other: Normality) -> Normality:
     return Normality(banks, gallery)
 
 
-def warn_of_twins(gallery: Gallery | None, calibration: Calibration | None) -> None:
+def warn_of_twins(
+    gallery: Gallery | None, calibration: Calibration | None, category: str = ""
+) -> None:
     """Warn of training images that are there twice, which makes thresholds too low."""
     # The embeddings of twins may differ: with mean="pixel" an image of `fit` had the mean of the
     # others subtracted, but not one that was added later. So figures are compared as well.
@@ -116,9 +118,10 @@ def warn_of_twins(gallery: Gallery | None, calibration: Calibration | None) -> N
     if calibration is not None:
         twice = max(twice, int((calibration.image_scores == 0).sum()))
     if twice:
+        whose = category and f"{category}: "
         warnings.warn(
-            f"{twice} training images look exactly like others, as if they were there twice: "
-            "they score next to nothing, and thresholds are too low for new images",
+            f"{whose}{twice} training images look exactly like others, as if they were there "
+            "twice: they score next to nothing, and thresholds are too low for new images",
             stacklevel=4,
         )
 

@@ -307,13 +307,8 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         Raises ValueError if the file holds no detector, is damaged, or of a newer version, and
         unless it has this category.
         """
-        found = load_models(path, resolve_device(device), cls().get_params(), encoder, category)
-        if category is None and "" not in found:
-            raise ValueError(
-                f"{path} holds detectors of several categories, {', '.join(found)}: name one "
-                "(category, --category), or open all with CategoryDetectors.load"
-            )
-        (model,) = found.values()
+        target, only = resolve_device(device), category or ""
+        (model,) = load_models(path, target, cls().get_params(), encoder, only).values()
         return cls.of_model(model, device, encoder)
 
     @classmethod

@@ -263,7 +263,10 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
             f"{schema}, this version reads up to {SCHEMA_VERSION})"
         )
     if header["kind"] not in _KINDS:
-        raise ValueError(f"kind must be one of {_KINDS}, got {header['kind'][:40]!r}")
+        raise ValueError(
+            f"{path} holds a {header['kind'][:40]!r}, which this version does not know: it was "
+            "written by a newer patchsvdd_fast, or is damaged"
+        )
     return header
 
 

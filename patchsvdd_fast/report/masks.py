@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from ..files.folders import counted
 from ..files.whole import written_whole
 from ..score.image_result import ImageResult
 
@@ -50,20 +52,47 @@ class CocoFile:
 
     Its annotations are the connected parts of `anomalous_pixels`. Their `score` is the highest
     value of the map in them, as a multiple of the threshold; `segmentation` is a run-length
-    encoding, uncompressed, column by column. The only category is "anomaly".
+    encoding, uncompressed, column by column. Their category is "anomaly"; for a model of several
+    categories it is that of the image, with "anomaly" as its supercategory.
+
+    path: of the file. Meanwhile a hidden file beside it, `.NAME.rows`, has a line for each image.
+    kept: names of images to keep of those that an earlier run wrote, which may have been killed.
+
+    Raises ValueError if they are to be kept of a file that no such run wrote, or are not all there;
+    OSError.
     """
 
-    def __init__(self) -> None:
-        self._images: list[dict[str, Any]] = []
-        self._annotations: list[dict[str, Any]] = []
+    def __init__(self, path: Path, kept: AbstractSet[str] = frozenset()) -> None:
+        self._path, self._rows = path, path.with_name(f".{path.name}.rows")
+        earlier = self._earlier() if kept else []
+        self._images = [image for image in earlier if image["file_name"] in kept]
+        lacking = sorted(kept - {image["file_name"] for image in self._images})
+        if lacking:
+            few = f"{counted(len(lacking), 'image')} of the earlier run, such as {lacking[0]}"
+            raise ValueError(f"{path} lacks the regions of {few}: use another --output")
+        with written_whole(self._rows) as partial:
+            partial.write_bytes(b"".join(map(_line, self._images)))
+        self._file = self._rows.open("ab", buffering=0)
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """What an earlier run collected; [] if there was none."""
+        if self._rows.exists():  # of a run that did not end
+            lines = self._rows.read_bytes().split(b"\n")[:-1]  # half a line is left out
+            return [json.loads(line) for line in lines]
+        if not self._path.exists():
+            return []
+        try:
+            return _images_in(json.loads(self._path.read_text(encoding="utf-8")))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self._path} is no COCO file of this program") from error
 
     def add(self, result: ImageResult, mask: Mask) -> None:
-        """Add an image and its regions; mask: of `anomalous_pixels`."""
+        """Add an image and its regions; mask: of `anomalous_pixels`. Raises OSError."""
         height, width = mask.shape
-        image = len(self._images) + 1
-        self._images.append(
-            {"id": image, "file_name": result.name, "width": width, "height": height}
-        )
+        annotations: list[dict[str, Any]] = []
+        image = {"file_name": result.name, "width": width, "height": height}
+        if result.category is not None:
+            image["category"] = result.category
         labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
         resized = Image.fromarray(result.anomaly_map.numpy()).resize((width, height))
         threshold = result.map_threshold or 1.0
@@ -71,11 +100,8 @@ class CocoFile:
             inside = labels == number
             rows, columns = window
             peak = float(np.asarray(resized)[inside].max())
-            self._annotations.append(
+            annotations.append(
                 {
-                    "id": len(self._annotations) + 1,
-                    "image_id": image,
-                    "category_id": 1,
                     "bbox": [
                         columns.start,
                         rows.start,
@@ -88,18 +114,54 @@ class CocoFile:
                     "score": round(peak / threshold, 6),
                 }
             )
+        self._images.append(image | {"annotations": annotations})
+        self._file.write(_line(self._images[-1]))
 
-    def write(self, path: Path, version: str) -> None:
+    def close(self) -> None:
+        """Write no more; what is there can be gone on with."""
+        self._file.close()
+
+    def write(self, version: str) -> None:
         """Write the file; version: of this package. Raises OSError."""
+        found = {image.get("category", "anomaly") for image in self._images}
+        categories = {name: number for number, name in enumerate(sorted(found) or ["anomaly"], 1)}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, image in enumerate(self._images, start=1):
+            images.append({"id": number, **image})
+            of_image = images[-1].pop("annotations")
+            category = categories[image.get("category", "anomaly")]
+            for one in of_image:
+                owner = {"image_id": number, "category_id": category}
+                annotations.append({"id": len(annotations) + 1, **owner, **one})
         content = {
             "info": {"description": "anomalous regions", "version": f"patchsvdd_fast {version}"},
             "licenses": [],
-            "images": self._images,
-            "annotations": self._annotations,
-            "categories": [{"id": 1, "name": "anomaly", "supercategory": "anomaly"}],
+            "images": images,
+            "annotations": annotations,
+            "categories": [
+                {"id": number, "name": name, "supercategory": "anomaly"}
+                for name, number in categories.items()
+            ],
         }
-        with written_whole(path) as partial:
+        with written_whole(self._path) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
+        self.close()
+        self._rows.unlink(missing_ok=True)
+
+
+def _images_in(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The images of a COCO file, each with its annotations, all without numbers."""
+    images = {image.pop("id"): image | {"annotations": []} for image in content["images"]}
+    for annotation in content["annotations"]:
+        image = images[annotation.pop("image_id")]
+        del annotation["id"], annotation["category_id"]
+        image["annotations"].append(annotation)
+    return list(images.values())
+
+
+def _line(image: dict[str, Any]) -> bytes:
+    return json.dumps(image).encode() + b"\n"
 
 
 def run_lengths(mask: Mask) -> list[int]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from .. import __version__
 from ..detector.evaluation import CategoryResult
 from ..files.folders import counted
 from ..files.whole import written_whole
 from ..score.metrics import METRICS
-from .html import page_parts
+from .html import is_report, page_parts
 from .text import failures_section, html_text
 
+_LINK = '<th scope="row"><a href="{}/index.html">'
 _HEADINGS = ("category", "good", "anomalous", "map", *METRICS.values(), "missed", "false alarms")
 
 
@@ -59,6 +61,14 @@ def write_scores_page(
     note = f"Each image was compared with the normal images of its category.{told}"
     headings = ("category", "images", "anomalous")
     return _write_page(folder, "Anomaly scores", note, headings, rows, failed)
+
+
+def linked_folders(page: Path) -> set[Path]:
+    """The folders of the reports that such a page, `folder`/index.html, links to, if it is one."""
+    if not (page.exists() and is_report(page)):
+        return set()
+    links = re.findall(_LINK.format(r'([^"/]+)'), page.read_text(encoding="utf-8"))
+    return {page.parent / unquote(link) for link in links} - {page.parent / "..", page.parent}
 
 
 def _write_page(
@@ -110,9 +120,9 @@ def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
 
 def _linked_row(folder: str, name: str, cells: Iterable[str]) -> str:
     """A row of HTML: a link to the report in the folder, then cells of text."""
-    link = f'<a href="{quote(os.fsencode(folder))}/index.html">{html_text(name)}</a>'
+    link = _LINK.format(quote(os.fsencode(folder)))
     return (
-        f'<tr><th scope="row">{link}</th>'
+        f"<tr>{link}{html_text(name)}</a></th>"
         + "".join(f"<td>{html_text(cell)}</td>" for cell in cells)
         + "</tr>"
     )

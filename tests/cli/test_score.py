@@ -553,8 +553,21 @@ def test_a_file_of_regions_is_neither_replaced_nor_halved(here, ready_model, tmp
     regions.write_text("mine")
     common = ("score", ready_model, images, "-o", tmp_path / "out", "--coco", regions)
     assert "exists already" in here(*common).stderr
-    done = here(*common, "--resume")
-    assert done.returncode == 2
-    assert "without --resume" in done.stderr
-    assert regions.read_text() == "mine"
     assert not (tmp_path / "out").exists()
+    assert "exists already" in one_line_error(here(*common, "--resume"))
+    assert regions.read_text() == "mine"
+
+
+def test_regions_are_gone_on_with(here, ready_model, tmp_path):
+    images = image_folder(tmp_path / "images", ["a.png", "b.png"])
+    regions = tmp_path / "regions.json"
+    common = ("score", ready_model, "-o", tmp_path / "out", "--coco", regions)
+    assert here(*common, images / "a.png").returncode == 0
+    done = here(*common, images, "--resume")
+    assert done.stdout.startswith("scored 1 images") or "scored 1 image " in done.stdout
+    content = json.loads(regions.read_text())
+    assert [Path(image["file_name"]).name for image in content["images"]] == ["a.png", "b.png"]
+    assert content["annotations"]
+    regions.unlink()
+    done = here(*common, images, "--resume")
+    assert "lacks the regions of 2 images of the earlier run, such as" in one_line_error(done)

@@ -48,6 +48,10 @@ def model(data, tmp_path, here):
     return path
 
 
+def new_images(count):
+    return [texture(np.random.default_rng(number)) for number in range(count)]
+
+
 def rows_of(folder):
     with (folder / "scores.csv").open() as file:
         return list(csv.DictReader(file))
@@ -118,10 +122,14 @@ def test_commands_for_one_category(model, data, tmp_path, here):
     for command in (
         ("explain", model, spot, "-o", tmp_path / "why"),
         ("export", model, "-o", tmp_path / "detector.onnx"),
+        (
+            *("evaluate", "--normal", data / "fine/test/good", "--model", model),
+            *("--anomalous", data / "fine/test/spot"),
+        ),
         ("update", model, "--remove", "0"),
     ):
         message = one_line_error(here(*command))
-        assert "several categories, coarse, fine" in message and "--category" in message
+        assert "coarse, fine" in message and "--category" in message
     done = here("explain", model, spot, "-o", tmp_path / "why", "--category", "coarse")
     assert done.returncode == 0, done.stderr
     assert "nearest at distance" in done.stdout
@@ -132,16 +140,81 @@ def test_commands_for_one_category(model, data, tmp_path, here):
     assert "4 training images of fine before, 3 now" in done.stdout
     new = tmp_path / "new"
     new.mkdir()
-    for number in range(3):
-        Image.fromarray(texture(np.random.default_rng(number))).save(new / f"{number}.png")
+    for number, pixels in enumerate(new_images(3)):
+        Image.fromarray(pixels).save(new / f"{number}.png")
     done = here("update", model, "--replace", new, "--category", "third")
     assert "0 training images of third before, 3 now" in done.stdout
     changed = open_detectors(model, "cpu")
     assert {name: one.num_images for name, one in changed.items()} == {
         **{"coarse": 4, "fine": 3, "third": 3}
     }
+    done = here("export", model, "--encoder-only", "-o", tmp_path / "encoder.onnx")
+    assert done.returncode == 0, done.stderr
+    refused = here("update", model, "--replace", tmp_path, "--category", "a/b")
+    assert "a category's name must be that of a folder" in one_line_error(refused)
     missing = here("update", model, "--remove", "0", "--category", "fourth")
     assert "no category 'fourth', only coarse, fine, third" in one_line_error(missing)
+
+
+def test_models_of_several_are_merged(model, data, tmp_path, here):
+    detectors = CategoryDetectors.load(model, "cpu")
+    line2 = CategoryDetectors(
+        {"fine": detectors["fine"].refit(new_images(3)), "third": detectors["coarse"]}
+    )
+    line2.save(tmp_path / "line2.safetensors")
+
+    def update(*options):
+        output = ("-o", tmp_path / "out.safetensors", "--overwrite")
+        return here("update", model, "--merge", tmp_path / "line2.safetensors", *output, *options)
+
+    done = update()
+    assert done.returncode == 0, done.stderr
+    assert "4 training images of fine before, 7 now" in done.stdout
+    assert "0 training images of third before, 4 now" in done.stdout
+    merged = CategoryDetectors.load(tmp_path / "out.safetensors", "cpu")
+    assert {name: one.num_images for name, one in merged.items()} == {
+        **{"coarse": 4, "fine": 7, "third": 4}
+    }
+    done = update("--category", "coarse", "--merge-category", "fine", "--remove-category", "fine")
+    assert done.returncode == 0, done.stderr
+    assert "without fine\n4 training images of coarse before, 7 now" in done.stdout
+    message = one_line_error(update("--category", "coarse"))
+    assert "has several categories, fine, third: --merge-category names one" in message
+    for names in (("coarse", "fine"), ("none",)):
+        options = [word for name in names for word in ("--remove-category", name)]
+        message = one_line_error(here("update", model, *options))
+        assert "only" in message
+    assert CategoryDetectors.load(model, "cpu").keys() == {"coarse", "fine"}
+
+
+def test_going_on_keeps_the_choice_and_reports_none_of_another_run(model, data, tmp_path, here):
+    out, report = tmp_path / "scores", tmp_path / "report"
+    spot = data / "coarse/test/spot"
+    chosen = ("score", model, "-o", out, "--category", "coarse")
+    assert here(*chosen, spot / "0.png").returncode == 0
+    message = one_line_error(here("score", model, "-o", out, "--resume", spot))
+    assert "was begun with --category coarse: go on so" in message
+    assert "scored 2 images" in here(*chosen, spot, "--resume").stdout
+
+    everything = ("score", model, "-o", out, "--report", report, "--overwrite")
+    assert here(*everything, data / "fine/test/spot", spot).returncode == 0
+    mine = report / "mine/index.html"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert here(*everything, spot).returncode == 0
+    assert sorted(path.name for path in report.iterdir()) == ["coarse", "index.html", "mine"]
+
+
+def test_what_a_category_lacks_is_said(model, data, tmp_path, here):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(data / "fine/test/good/0.png", one)
+    assert here("update", model, "--replace", one, "--category", "only").returncode == 0
+    spot = data / "fine/test/spot/0.png"
+    done = here("score", model, spot, "-o", tmp_path / "none", "--masks")
+    assert "which only of this model has not" in one_line_error(done)
+    done = here("score", model, spot, "-o", tmp_path / "none", "--false-alarm-rate", "0.1")
+    assert one_line_error(done).startswith("error: coarse: 4 training images can promise")
 
 
 def test_evaluate_takes_each_categorys_own(model, data, tmp_path, here):

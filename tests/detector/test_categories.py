@@ -306,6 +306,42 @@ def test_images_of_two_sizes_are_refused_unless_resized():
 def test_errors_name_the_category():
     with pytest.raises(ValueError, match=r"^coarse: image 0 has 12x12 pixels, less than one patch"):
         CategoryDetectors.fit(PatchSVDD(**FROZEN), {"fine": FINE, "coarse": COARSE[:, :12, :12]})
+    faulty = {"fine": FINE[:, :12, :12], "coarse": COARSE[:, :12, :12]}
+    with pytest.raises(ValueError, match=r"(?s)^fine: image 0 .*\ncoarse: image 0 "):
+        CategoryDetectors.fit(PatchSVDD(**FROZEN), faulty)
+    with pytest.raises(TypeError, match=r"^coarse: "):
+        CategoryDetectors.fit(PatchSVDD(**FROZEN), {"fine": FINE, "coarse": 5})
+    with pytest.raises(FileNotFoundError, match=r"^coarse: .*nowhere"):
+        CategoryDetectors.fit(PatchSVDD(**FROZEN), {"fine": FINE, "coarse": "nowhere"})
+    twins = [*COARSE, COARSE[0]]
+    with pytest.warns(UserWarning, match=r"^coarse: 2 training images look exactly like others"):
+        CategoryDetectors.fit(PatchSVDD(**FROZEN), {"fine": FINE, "coarse": twins})
+
+
+def test_categories_are_taken_out(frozen):
+    both = copy.copy(frozen)
+    with pytest.raises(ValueError, match="no category 'third', only fine, coarse"):
+        del both["third"]
+    del both["fine"]
+    assert [*both] == ["coarse"]
+    with pytest.raises(ValueError, match="coarse is the only category"):
+        del both["coarse"]
+
+
+def test_a_category_of_another_size_is_told_so(frozen):
+    larger = PatchSVDD(**FROZEN | {"image_size": 128}).fit(FINE)
+    with pytest.raises(
+        ValueError, match="96x96 pixels, but those of new have 128x128: resize them"
+    ):
+        copy.copy(frozen)["new"] = larger
+
+
+def test_merged_categories_must_fit(frozen):
+    other = CategoryDetectors({"fine": PatchSVDD(**FROZEN | {"seed": 7}).fit(FINE)})
+    before = {name: one.num_images for name, one in frozen.items()}
+    with pytest.raises(ValueError, match="fine differ in seed"):
+        frozen.merge(other)
+    assert {name: one.num_images for name, one in frozen.items()} == before
 
 
 def test_samples_are_read_alike_in_all_categories(tmp_path):

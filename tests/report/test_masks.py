@@ -1,6 +1,7 @@
 """Masks at an image's own size, and annotations in the format of COCO."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,10 +87,10 @@ def test_regions_are_written_as_coco_has_them(tmp_path):
     values = np.zeros((10, 12), dtype=np.float32)
     values[1:4, 2:6] = 2.0
     values[7:9, 9:12] = 4.0
-    coco = CocoFile()
+    coco = CocoFile(tmp_path / "regions.json")
     for result in (result_of(values, (10, 12)), result_of(np.zeros((4, 4)), (4, 4))):
         coco.add(result, anomalous_pixels(result))
-    coco.write(tmp_path / "regions.json", "1.0")
+    coco.write("1.0")
     content = json.loads((tmp_path / "regions.json").read_text())
     assert set(content) == {"info", "licenses", "images", "annotations", "categories"}
     for name, fields in (
@@ -108,6 +109,51 @@ def test_regions_are_written_as_coco_has_them(tmp_path):
     assert (second["bbox"], second["area"], second["score"]) == ([9, 7, 3, 2], 6, 4.0)
     for entry, expected in ((first, values == 2), (second, values == 4)):
         assert np.array_equal(decoded(entry["segmentation"]), expected)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_regions_can_be_gone_on_with(tmp_path, ended):
+    """With those of a run that ended, or of one that was killed while it wrote a line."""
+    values = np.zeros((10, 12), dtype=np.float32)
+    values[1:4, 2:6] = 2.0
+    results = [
+        replace(result_of(values * factor, (10, 12)), name=name, category=category)
+        for name, category, factor in (("a", "tile", 1), ("b", "cloth", 0), ("c", "cloth", 2))
+    ]
+    whole, parts = CocoFile(tmp_path / "whole.json"), CocoFile(tmp_path / "parts.json")
+    for result in results:
+        whole.add(result, anomalous_pixels(result))
+    for result in results[:2]:
+        parts.add(result, anomalous_pixels(result))
+    if ended:
+        parts.write("1.0")
+    else:
+        parts.close()
+        with (tmp_path / ".parts.json.rows").open("ab") as file:
+            file.write(b'{"file_name": "c", "wid')
+    with pytest.raises(
+        ValueError, match="lacks the regions of 1 image of the earlier run, such as c"
+    ):
+        CocoFile(tmp_path / "parts.json", {"a", "c"})
+    parts = CocoFile(tmp_path / "parts.json", {"a", "b"})
+    parts.add(results[2], anomalous_pixels(results[2]))
+    for coco in (whole, parts):
+        coco.write("1.0")
+    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    content = json.loads((tmp_path / "parts.json").read_text())
+    assert [image["category"] for image in content["images"]] == ["tile", "cloth", "cloth"]
+    assert [one["category_id"] for one in content["annotations"]] == [2, 1]
+    assert [(one["id"], one["name"]) for one in content["categories"]] == [
+        (1, "cloth"),
+        (2, "tile"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "whole.json"]
+
+
+def test_another_file_is_not_gone_on_with(tmp_path):
+    (tmp_path / "mine.json").write_text('{"images": 3}')
+    with pytest.raises(ValueError, match=r"mine.json is no COCO file of this program"):
+        CocoFile(tmp_path / "mine.json", {"a"})
 
 
 def test_run_lengths_begin_with_what_is_normal():
