@@ -24,14 +24,17 @@ help:  ## this list
 demo: $(VENV)/installed  ## train and score on a built-in sample
 	$(BIN)/patchsvdd demo
 
+# A process of tests for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/installed-dev  ## the whole test suite
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/installed-dev  ## the whole test suite and its long runs
-	$(BIN)/pytest --slow
+	$(PYTEST) --slow
 
 coverage: $(VENV)/installed-dev  ## the whole test suite; writes the Python lines it ran to build/coverage
-	$(BIN)/pytest --cov --cov-report=term --cov-report=html:build/coverage
+	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
 browser:  ## install Chromium for tests of HTML reports (Debian, as root); skipped without it
 	apt-get update -qq

@@ -24,11 +24,12 @@ LEFT_OUT = {"...\n": r"(?:.*?\n)??", "...": ".*?", "^C": ""}
 MARKS = re.compile(r"(^\.{3}\n|\.{3}|\^C)", re.MULTILINE)
 
 # What differs from machine to machine and from run to run.
+THREADS = r"(?<=on )\d+ threads?(?=,)"
 TOLD = r"[^\n]*(?:\n {17}[^\n]*)*"  # what a row of `patchsvdd info` says, over several lines
 NUMBER = r"(?<![\da-wyz_])-?\d+(?:(?:[.,:]|e[+-]?)\d+)*(?:\+(?:cpu|cu\d+))?"  # not that of lite0
 FILL = "(?: +|[─━]+)"  # of the columns of a table
 MACHINE = rf"(?P<row>^ (?:system|CPU search|CUDA kernels|GPU) ){TOLD}"
-VARIES = re.compile(f"{MACHINE}|(?P<number>{NUMBER})|{FILL}", re.MULTILINE)
+VARIES = re.compile(f"{MACHINE}|(?P<threads>{THREADS})|(?P<number>{NUMBER})|{FILL}", re.MULTILINE)
 
 
 def looks_like(shown, printed, any_numbers=False):
@@ -64,6 +65,8 @@ def _with_any_numbers(text):
         pattern += re.escape(text[end : found.start()])
         if found["row"]:
             pattern += found["row"] + TOLD
+        elif found["threads"]:
+            pattern += r"\d+ threads?"
         else:
             pattern += NUMBER if found["number"] else FILL
         end = found.end()

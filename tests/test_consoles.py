@@ -20,6 +20,7 @@ def test_wildcards():
         ("500 training steps, 61.2 s", "2 training steps, 1,204 s"),
         ("score (1.21e-08), 3.5%", "score (0.5), 100.00%"),
         ("at -3,104 of a.png", "at 4,5 of a.png"),
+        ("on 2 threads, a", "on 1 thread, a"),
         ("14:02:59 done", "9:03:00 done"),
         ("-12.5", "1e+20"),
         ("K32 is 23x21, 001.png", "K64 is 9x100, 1204.png"),

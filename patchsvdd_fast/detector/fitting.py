@@ -223,7 +223,7 @@ def in_category(category: str) -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         if not category:
             raise
-        kinds = (TypeError, OSError, ValueError)
+        kinds = (TypeError, FileNotFoundError, OSError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{category}: {error}") from error
 
