@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from .. import __version__
@@ -36,7 +37,7 @@ def write_start_page(
         folder,
         f"{data}: {counted(len(results), 'category', 'categories')}",
         "AUROC and AUPRO in percent; missed and false alarms at each model's threshold.",
-        headings,
+        headings[1:],
         [_row(name, result, has_validation) for name, result in results.items()],
         [*failed.items()],
     )
@@ -54,12 +55,12 @@ def write_scores_page(
     failed: images that could not be read, and why. facts: what to say of them all, values by name.
     """
     rows = [
-        _linked_row(name, name, (f"{images:,}", f"{anomalous:,}"))
+        _Row(name, name, [f"{images:,}", f"{anomalous:,}"])
         for name, (images, anomalous) in sorted(counts.items())
     ]
     told = "".join(f" {name.capitalize()}: {value}." for name, value in facts.items())
     note = f"Each image was compared with the normal images of its category.{told}"
-    headings = ("category", "images", "anomalous")
+    headings = ("images", "anomalous")
     return _write_page(folder, "Anomaly scores", note, headings, rows, failed)
 
 
@@ -71,16 +72,37 @@ def linked_folders(page: Path) -> set[Path]:
     return {page.parent / unquote(link) for link in links} - {page.parent / "..", page.parent}
 
 
+class _Row(NamedTuple):
+    """A category's row of the table."""
+
+    folder: str
+    """With its report."""
+    name: str
+    cells: Sequence[str]
+    """Of text, one for each heading."""
+
+    def html(self, headings: Sequence[str]) -> str:
+        """The row; on a narrow screen each cell shows its heading itself."""
+        link = _LINK.format(quote(os.fsencode(self.folder)))
+        cells = "".join(
+            f'<td data-heading="{html_text(heading)}">{html_text(cell)}</td>'
+            for heading, cell in zip(headings, self.cells, strict=True)
+        )
+        return f"<tr>{link}{html_text(self.name)}</a></th>{cells}</tr>"
+
+
 def _write_page(
     folder: Path,
     title: str,
     note: str,
     headings: Sequence[str],
-    rows: Sequence[str],
+    rows: Sequence[_Row],
     failed: Sequence[tuple[str, str]],
 ) -> Path:
-    """rows: HTML. All else is text."""
-    heads = "".join(f'<th scope="col">{html_text(heading)}</th>' for heading in headings)
+    """headings: of the rows' cells."""
+    names = ("category", *headings)
+    heads = "".join(f'<th scope="col">{html_text(name)}</th>' for name in names)
+    body = "".join(row.html(headings) for row in rows)
     head, style, policy = page_parts()
     title = html_text(title)
     path = folder / "index.html"
@@ -91,14 +113,14 @@ def _write_page(
             + f"<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
             f"<p>{html_text(note)}</p>"
             f'<div class="table start"><table><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{''.join(rows)}</tbody></table></div>\n{failures_section(list(failed))}\n"
+            f"<tbody>{body}</tbody></table></div>\n{failures_section(list(failed))}\n"
             f'<p class="soft">patchsvdd_fast {html_text(__version__)}</p>\n</body>\n</html>\n',
             encoding="utf-8",
         )
     return path
 
 
-def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
+def _row(folder: str, result: CategoryResult, has_validation: bool) -> _Row:
     """The category's figures; of several levels those of the product of their maps.
 
     has_validation: whether there is a column for false alarms on images for validation.
@@ -115,14 +137,4 @@ def _row(folder: str, result: CategoryResult, has_validation: bool) -> str:
         "-" if reached is None else f"{reached.false_alarms:,} of {reached.num_good:,}",
         *([result.validation_alarms or "-"] if has_validation else []),
     ]
-    return _linked_row(folder, result.category, cells)
-
-
-def _linked_row(folder: str, name: str, cells: Iterable[str]) -> str:
-    """A row of HTML: a link to the report in the folder, then cells of text."""
-    link = _LINK.format(quote(os.fsencode(folder)))
-    return (
-        f"<tr>{link}{html_text(name)}</a></th>"
-        + "".join(f"<td>{html_text(cell)}</td>" for cell in cells)
-        + "</tr>"
-    )
+    return _Row(folder, result.category, cells)

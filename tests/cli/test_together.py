@@ -76,7 +76,9 @@ def test_score_says_which_category_it_compared_with(model, data, tmp_path, here)
     start = (report / "index.html").read_text()
     assert f"Model: {model}. Images: {images[0]} {images[1]}." in start
     for name in ("fine", "coarse"):
-        assert f'<a href="{name}/index.html">{name}</a></th><td>6</td>' in start
+        assert (
+            f'<a href="{name}/index.html">{name}</a></th><td data-heading="images">6</td>' in start
+        )
         page = (report / name / "index.html").read_text()
         assert page.count(f"data/{name}/test") >= 6
 

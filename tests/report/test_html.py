@@ -19,6 +19,7 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast.report.html import Finding, ReportEntry, ReportWriter
+from patchsvdd_fast.report.start_page import write_scores_page
 from patchsvdd_fast.report.text import shown
 from patchsvdd_fast.score.regions import Region
 
@@ -681,6 +682,19 @@ def test_nothing_is_wider_than_the_screen(opened, tmp_path, width, scheme):
     assert name.locator(".tail").inner_text() == ("folder/" * 30 + "1.png")[-12:]
     page.locator(".card").first.click()
     assert page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
+
+
+def test_the_start_page_fits_a_phone(opened, tmp_path):
+    counts = {"magnetic_tile": (1200, 30), "b" * 30: (5, 1)}
+    page = opened(write_scores_page(tmp_path, counts, [], {}))
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert (
+        page.evaluate("(t => t.scrollWidth - t.clientWidth)(document.querySelector('.start'))") == 0
+    )
+    assert page.locator("td").all_inner_texts() == ["5", "1", "1,200", "30"]
+    assert not page.locator("thead").is_visible()
+    page.set_viewport_size({"width": 1000, "height": 800})
+    assert page.locator("thead").is_visible()
 
 
 def test_mask_and_findings_can_be_hidden(opened, tmp_path):

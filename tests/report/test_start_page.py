@@ -22,11 +22,14 @@ def test_it_links_to_the_reports(tmp_path):
     source = path.read_text(encoding="utf-8")
     assert path == tmp_path / "report" / "index.html" and is_report(path)
     assert re.findall(r'href="([^"]*)"', source) == ["a%20b%26c/index.html", "d/index.html"]
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", source)[1:]]
+    rows = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", source)[1:]
+    ]
     assert rows == [
         ["10", "20", "mult", "91.3", "-", "-", "3 of 20", "1 of 10"],
         ["10", "20", "mult", "91.3", "-", "-", "-", "-"],
     ]
+    assert re.findall(r'data-heading="([^"]*)"', source)[:3] == ["good", "anomalous", "map"]
     assert "&lt;b&gt;" in source and "<b>" not in source and "no &lt;images&gt;" in source
     assert "my/data: 2 categories" in source and "{{" not in source
 
@@ -38,7 +41,7 @@ def test_images_for_validation_have_a_column(tmp_path):
     }
     source = write_start_page(tmp_path, results, {}, "data").read_text(encoding="utf-8")
     assert '<th scope="col">in validation</th>' in source
-    assert re.findall(r"<td>([^<]*)</td></tr>", source) == ["2 of 50", "-"]
+    assert re.findall(r"<td[^>]*>([^<]*)</td></tr>", source) == ["2 of 50", "-"]
     one = write_start_page(tmp_path, {"b": _result("b")}, {"a": "no"}, "data").read_text()
     assert "data: 1 category<" in one and "in validation" not in one
 
