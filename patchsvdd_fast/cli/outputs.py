@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from .. import __version__
 from ..detector.categories import CategoryDetectors, by_category, score_stream, thresholds_of
@@ -20,15 +22,17 @@ from ..files.folders import counted
 from ..files.sources import Source
 from ..images.drift import StreamDrift
 from ..report.heat_maps import write_heat_map
+from ..report.html import ReportEntry
 from ..report.map_files import inner_path, write_map
-from ..report.masks import CocoFile, anomalous_pixels, write_mask
+from ..report.masks import CocoFile, anomalous_pixels, coco_image, write_mask
 from ..report.summary import Alarms, verdict_in_words
 from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
+from ..training.workers import Workers
 from .reports import Reports
-from .terminal import ScoringBar, console, print_error, print_warning
+from .terminal import ScoringBar, console, print_error, print_line, print_warning
 
 _TABLES = ("scores.csv", "scores.jsonl", "scores.parquet")
 _HEAT_MAPS, _MAPS, _MASKS = "heat-maps", "maps", "masks"
@@ -108,6 +112,7 @@ def score_all(
     facts: Mapping[str, str] | None = None,
     line_each: str = "",
     num_images: Callable[[set[str]], int | None] = lambda done: None,
+    workers: Workers | None = None,
 ) -> int:
     """Score all sources and write the outputs; returns how many images could not be read.
 
@@ -122,76 +127,191 @@ def score_all(
     facts: what the report says of the run, values by name.
     line_each: a line to print at the start, if there is to be a line per image.
     num_images: called with the paths that have a row; how many there are to score, None: unknown.
+    workers: processes that divide the images among them; each draws its own, the first writes all
+        else. None: this process alone.
     """
+    workers = workers or Workers()
     each = by_category(detectors)
     thresholds = thresholds_of(each, false_alarm_rate)
     outputs.require(thresholds)
-    judged = any(threshold is not None for threshold in thresholds.values())
-    started, counts = time.perf_counter(), _Counts(judged=judged)
-    drifts = {
-        name: StreamDrift(one.gallery_.statistics) for name, one in each.items() if one.gallery_
-    }
     with ExitStack() as stack:
-        stack.enter_context(run)
-        here = "\0".join([str(Path.cwd()), *([] if category is None else [category])])
-        began = run.made_from(outputs.table) or here
-        path = run.note(Path(outputs.table), began)
-        table = stack.enter_context(Table(path, thresholds, resume))
-        _require_same_run(table, began, category)
-        coco = stack.enter_context(_coco_file(outputs.coco, overwrite, table))
-        pages = stack.enter_context(Reports(detectors, report, false_alarm_rate, overwrite, facts))
-
-        # A line for each image tells enough where bars cannot move.
-        bars = (
-            stack.enter_context(display(console)) if console.is_terminal or not line_each else None
+        pages = Reports(detectors, report, false_alarm_rate, overwrite, facts)
+        collected = _Collected(outputs, run, each, thresholds, pages, line_each)
+        done, began = workers.from_first(
+            lambda: collected.begin(stack, category, resume, overwrite)
         )
-        bar = ScoringBar(bars, num_images(table.done))
-
-        def to_score() -> Iterator[Source]:
-            written = [os.path.realpath(run.folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS)]
-            for source in sources(table.done):
-                place = Path(os.path.realpath(source.path))
-                if not any(place.is_relative_to(folder) for folder in written):
-                    yield source
-
-        def note_failure(source: Source, error: Exception) -> None:
-            counts.failed += 1
-            path, message = source.path, str(error) or type(error).__name__
-            table.add({"image": str(path), "error": message})
-            pages.add_failure(str(path), message)
-            bar.advance()
-            print_error(message if str(path) in message else f"{path}: {message}")
-
+        number = num_images(done)
+        workers.require_same({"the number of images": number})
+        if workers.is_first:
+            collected.expect(stack, number)
+        else:
+            stack.enter_context(run.joined(workers.rank, began))
+        failures: list[_Outcome] = []
+        to_score = (source for source in sources(done) if not _was_written(source.path, run.folder))
         stream = stack.enter_context(
             score_stream(
                 detectors,
-                to_score(),
+                workers.own(to_score),
                 category,
                 false_alarm_rate=false_alarm_rate,
-                on_error=note_failure,
+                on_error=lambda source, error: failures.append(_failure(source, error)),
                 keep_originals=outputs.heat_maps or report is not None,
             )
         )
-        if line_each:
-            console.print(shown(line_each), soft_wrap=True, markup=False)
-        for result in stream:
-            detector = each[result.category or ""]
-            regions = detector.explain(result)
-            _write_pictures(outputs, run, result, detector, coco)
-            pages.add(result, regions)
-            table.add(row_of(result) | {"regions": [_region(one, result) for one in regions]})
-            counts.add(result)
-            if line_each:
-                console.print(shown(_line(result)), soft_wrap=True, markup=False, highlight=False)
-            drift = drifts.get(result.category or "")
-            for change in () if drift is None else drift.update(result.statistics):
-                print_warning(f"{result.category}: {change}" if result.category else change)
-            bar.advance()
-        if outputs.table_format == "parquet":
-            write_parquet(path, run.note(Path("scores.parquet"), began), table.columns)
-    counts.tell(time.perf_counter() - started, outputs.folder, with_one=not line_each)
-    pages.tell()
-    return counts.failed
+
+        def outcomes() -> Iterator[_Outcome]:
+            for result in stream:
+                yield from _taken(failures)
+                yield _outcome(result, each[result.category or ""], outputs, run, pages)
+            yield from _taken(failures)
+
+        for outcome in workers.in_order(outcomes()):
+            collected.add(outcome)
+        if workers.is_first:
+            collected.end()
+    if workers.is_first:
+        collected.tell()
+    return int(workers.agreed(collected.failed))
+
+
+def _was_written(path: Path, folder: Path) -> bool:
+    """Whether a file is one that a run into this folder writes."""
+    place = Path(os.path.realpath(path))
+    written = (os.path.realpath(folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS))
+    return any(place.is_relative_to(one) for one in written)
+
+
+def _taken(failures: list[_Outcome]) -> list[_Outcome]:
+    """What is in the list, which is empty then."""
+    taken = failures.copy()
+    failures.clear()
+    return taken
+
+
+class _Outcome(NamedTuple):
+    """What has become of an image, as the process that scored it tells the one that collects."""
+
+    row: dict[str, Any]
+    """Of the table."""
+    line: str = ""
+    """For the terminal."""
+    error: str = ""
+    """Why it could not be read; "" if it was."""
+    category: str | None = None
+    anomalous: bool | None = None
+    unusual: Sequence[str] = ()
+    statistics: Tensor | None = None
+    entry: ReportEntry | None = None
+    """Of the report; None: there is none."""
+    coco: dict[str, Any] | None = None
+    """Its regions for a COCO file; None: there is none."""
+
+
+def _failure(source: Source, error: Exception) -> _Outcome:
+    message = str(error) or type(error).__name__
+    return _Outcome({"image": str(source.path), "error": message}, error=message)
+
+
+def _outcome(
+    result: ImageResult, detector: PatchSVDD, outputs: Outputs, run: RunFolder, pages: Reports
+) -> _Outcome:
+    """Write an image's pictures, and say what else is to be written."""
+    regions = detector.explain(result)
+    return _Outcome(
+        row_of(result) | {"regions": [_region(one, result) for one in regions]},
+        _line(result),
+        "",
+        result.category,
+        result.anomalous,
+        result.unusual,
+        result.statistics,
+        pages.entry(result, regions),
+        _write_pictures(outputs, run, result, detector),
+    )
+
+
+class _Collected:
+    """What the first process writes of all outcomes: table, report, COCO file, and what it prints.
+
+    In others it stays unused.
+    """
+
+    def __init__(
+        self,
+        outputs: Outputs,
+        run: RunFolder,
+        each: Mapping[str, PatchSVDD],
+        thresholds: Mapping[str, float | None],
+        pages: Reports,
+        line_each: str,
+    ) -> None:
+        self._outputs, self._run, self._pages, self._line_each = outputs, run, pages, line_each
+        self._thresholds, self._started = thresholds, time.perf_counter()
+        self._counts = _Counts(judged=any(one is not None for one in thresholds.values()))
+        self._drifts = {
+            name: StreamDrift(one.gallery_.statistics) for name, one in each.items() if one.gallery_
+        }
+
+    def begin(
+        self, stack: ExitStack, category: str | None, resume: bool, overwrite: bool
+    ) -> tuple[set[str], int]:
+        """Claim all outputs; returns the paths that have a row, and when the run began."""
+        run = stack.enter_context(self._run)
+        here = "\0".join([str(Path.cwd()), *([] if category is None else [category])])
+        self._began = run.made_from(self._outputs.table) or here
+        path = run.note(Path(self._outputs.table), self._began)
+        self._table = stack.enter_context(Table(path, self._thresholds, resume))
+        _require_same_run(self._table, self._began, category)
+        self._coco = stack.enter_context(_coco_file(self._outputs.coco, overwrite, self._table))
+        stack.enter_context(self._pages)
+        return self._table.done, run.began
+
+    def expect(self, stack: ExitStack, num_images: int | None) -> None:
+        """Show that so many images are to come; None: nobody knows how many."""
+        # A line for each image tells enough where bars cannot move.
+        with_bars = console.is_terminal or not self._line_each
+        bars = stack.enter_context(display(console)) if with_bars else None
+        self._bar = ScoringBar(bars, num_images)
+        if self._line_each:
+            console.print(shown(self._line_each), soft_wrap=True, markup=False)
+
+    def add(self, outcome: _Outcome) -> None:
+        """Write what there is of an image, its row last."""
+        if outcome.error:
+            self._counts.failed += 1
+            path, message = outcome.row["image"], outcome.error
+            self._pages.add_failure(path, message)
+            print_error(message if path in message else f"{path}: {message}")
+        else:
+            self._pages.add(outcome.entry, outcome.category)
+            if self._coco is not None and outcome.coco is not None:
+                self._coco.add(outcome.coco)
+            self._counts.add(outcome)
+        self._table.add(outcome.row)
+        if self._line_each and outcome.line:
+            print_line(outcome.line)
+        drift = self._drifts.get(outcome.category or "")
+        if drift is not None and outcome.statistics is not None:
+            for change in drift.update(outcome.statistics):
+                print_warning(f"{outcome.category}: {change}" if outcome.category else change)
+        self._bar.advance()
+
+    def end(self) -> None:
+        """Write what is written when all images are there."""
+        if self._outputs.table_format == "parquet":
+            parquet = self._run.note(Path("scores.parquet"), self._began)
+            write_parquet(self._table.path, parquet, self._table.columns)
+
+    def tell(self) -> None:
+        """Print what was done."""
+        seconds = time.perf_counter() - self._started
+        self._counts.tell(seconds, self._outputs.folder, with_one=not self._line_each)
+        self._pages.tell()
+
+    @property
+    def failed(self) -> int:
+        """How many images could not be read."""
+        return self._counts.failed
 
 
 def _require_same_run(table: Table, began: str, category: str | None) -> None:
@@ -219,23 +339,23 @@ class _Counts:
     scored: int = 0
     failed: int = 0
     alarms: Alarms = field(default_factory=Alarms)
-    only: ImageResult | None = None
-    """The result, while there is only one."""
+    only: str = ""
+    """The line of the result, while there is only one."""
 
     judged: bool = False
     """Whether there is a threshold to judge any by."""
     by_category: Counter[str] = field(default_factory=Counter)
 
-    def add(self, result: ImageResult) -> None:
-        self.only = result if self.scored == 0 else None
+    def add(self, outcome: _Outcome) -> None:
+        self.only = outcome.line if self.scored == 0 else ""
         self.scored += 1
-        self.alarms.add(result.anomalous, result.unusual)
-        if result.category is not None:
-            self.by_category[result.category] += 1
+        self.alarms.add(outcome.anomalous, outcome.unusual)
+        if outcome.category is not None:
+            self.by_category[outcome.category] += 1
 
     def tell(self, seconds: float, folder: Path, with_one: bool) -> None:
         """Print what was done; with_one: also the result, if there is only one."""
-        lines = [] if self.only is None or not with_one else [_line(self.only)]
+        lines = [self.only] if self.only and with_one else []
         parts = [f"scored {counted(self.scored, 'image')} in {seconds:.2f} s"]
         if self.by_category:
             numbers = (f"{name} {count:,}" for name, count in sorted(self.by_category.items()))
@@ -246,16 +366,13 @@ class _Counts:
             parts.append(f"{self.failed:,} could not be read")
         lines += [", ".join(parts) + f"; see {folder}", *filter(None, [self.alarms.in_words()])]
         for line in lines:
-            console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
+            print_line(line)
 
 
 def _write_pictures(
-    outputs: Outputs,
-    run: RunFolder,
-    result: ImageResult,
-    detector: PatchSVDD,
-    coco: CocoFile | None,
-) -> None:
+    outputs: Outputs, run: RunFolder, result: ImageResult, detector: PatchSVDD
+) -> dict[str, Any] | None:
+    """Write an image's heat map, map and mask; returns its regions for a COCO file, if one is."""
     anomaly_map, name = result.anomaly_map.numpy(), result.source.inner
     image = os.path.abspath(result.source.path)  # noqa: PTH100 (follows no links)
     if outputs.heat_maps:
@@ -264,12 +381,12 @@ def _write_pictures(
     if outputs.maps is not None:
         path = run.place(_MAPS / inner_path(name, f".{outputs.maps}"), image)
         write_map(path, anomaly_map, detector.calibration_, result.map_threshold)
-    if outputs.masks or coco is not None:
-        mask = anomalous_pixels(result)
-        if outputs.masks:
-            write_mask(run.place(_MASKS / inner_path(name, ".png"), image), mask)
-        if coco is not None:
-            coco.add(result, mask)
+    if not outputs.masks and outputs.coco is None:
+        return None
+    mask = anomalous_pixels(result)
+    if outputs.masks:
+        write_mask(run.place(_MASKS / inner_path(name, ".png"), image), mask)
+    return None if outputs.coco is None else coco_image(result, mask)
 
 
 def _region(region: Region, result: ImageResult) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..detector.categories import CategoryDetectors, by_category
 from ..detector.patch_svdd import PatchSVDD
 from ..files.claims import claimed_file, require_new
 from ..report.entries import open_report, report_entry
-from ..report.html import ReportWriter, is_report
+from ..report.html import ReportEntry, ReportWriter, is_report
 from ..report.start_page import linked_folders, write_scores_page
 from ..report.text import shown
 from ..score.image_result import ImageResult
@@ -100,15 +100,20 @@ class Reports:
             write_scores_page(self._folder, self._counts, self._failures, self._facts or {})
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, result: ImageResult, regions: Sequence[Region]) -> None:
-        """Show a scored image; regions: those of `explain`."""
+    def entry(self, result: ImageResult, regions: Sequence[Region]) -> ReportEntry | None:
+        """What to show of a scored image; regions: those of `explain`. None without a report."""
         if self._folder is None:
+            return None
+        return report_entry(self._detectors[result.category or ""], result, regions)
+
+    def add(self, entry: ReportEntry | None, category: str | None) -> None:
+        """Show a scored image, in the page of its category."""
+        if entry is None:
             return
-        page = self._page(result.category)
-        page.add(report_entry(self._detectors[result.category or ""], result, regions))
-        if result.category is not None:
-            images, anomalous = self._counts.get(result.category, (0, 0))
-            self._counts[result.category] = images + 1, anomalous + bool(result.anomalous)
+        self._page(category).add(entry)
+        if category is not None:
+            images, anomalous = self._counts.get(category, (0, 0))
+            self._counts[category] = images + 1, anomalous + bool(entry.anomalous)
 
     def add_failure(self, name: str, reason: str) -> None:
         """Show an image that could not be read."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..files.sources import Source
+    from ..training.workers import Workers
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder for the table, heat maps and maps.")
@@ -112,19 +114,24 @@ def score(
     with loading():
         from ..detector.categories import open_detectors, require_category
         from ..files.sources import image_sources, num_images, require_given
+        from ..ops.backends import resolve_device
+        from ..training.workers import local_device
         from .outputs import Outputs, score_all
         from .reports import require_report
+        from .terminal import joined
 
     require_given(images)
     outputs = Outputs(output, table_format, heat_maps, maps, masks, coco)
-    run = outputs.claim(resume, overwrite)
-    if report is not None:
-        require_report(report, overwrite)
-    detectors = open_detectors(model, device)
-    require_category(detectors, category)
-    if report is not None:
-        require_report(report, overwrite, detectors)
-    with _ended_by_sigterm():
+    target = local_device(resolve_device(device))
+    with joined(target) as workers, _ended_by_sigterm():
+        _require_alike(workers, model, images)
+        run = workers.from_first(lambda: outputs.claim(resume, overwrite))
+        if report is not None:
+            workers.from_first(lambda: require_report(report, overwrite))
+        detectors = open_detectors(model, str(target))
+        require_category(detectors, category)
+        if report is not None:
+            workers.from_first(lambda: require_report(report, overwrite, detectors))
         failed = score_all(
             detectors,
             lambda done: (
@@ -139,9 +146,25 @@ def score(
             overwrite=overwrite,
             num_images=lambda done: num_images(images, pages, done, every),
             facts={"model": str(model), "images": " ".join(map(str, images))},
+            workers=workers,
         )
     if failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _require_alike(workers: Workers, model: Path, images: Sequence[str]) -> None:
+    """Raise ValueError unless all processes can divide these images, and have the same model."""
+    from .. import __version__
+    from ..files.store import fingerprint
+
+    if workers.count == 1:
+        return
+    if "-" in images:
+        raise ValueError(
+            f"the images that standard input lists cannot be divided over {workers.count} processes"
+        )
+    facts = {"the version": __version__, f"the file {model}": fingerprint(model)}
+    workers.require_same(facts)
 
 
 def watch(
@@ -168,6 +191,8 @@ def watch(
 
     Goes on where an earlier run into OUTPUT ended. A file is scored when it no longer grows.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a watch is one process: run one for each folder or camera")
     folder, is_camera = Path(source), is_stream(source)
     if is_camera:
         require_video()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +16,8 @@ from ..files.folders import counted
 from ..report.text import shown
 
 if TYPE_CHECKING:
+    import torch
+
     from ..detector.evaluation import CategoryResult
     from ..detector.patch_svdd import PatchSVDD
     from ..detector.progress_bars import Display
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from ..files.layouts import LabelledImage, LabelledSet
     from ..score.image_result import ImageResult
     from ..training.record import TrainingStep
+    from ..training.workers import Workers
 
 console = Console()
 errors = Console(stderr=True)
@@ -41,6 +47,26 @@ def print_warning(message: str) -> None:
     """As `print_error`, for what does not end the run."""
     errors.print("[bold yellow]warning:[/] ", end="")
     errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Workers]:
+    """Join the other processes of torchrun, of which the first alone prints; see `joined_workers`.
+
+    One that fails says so itself; the others then end with status 1.
+    """
+    from ..training.workers import WorkerError, joined_workers
+
+    with joined_workers(device) as workers:
+        if not workers.is_first:
+            console.quiet = True
+            warnings.simplefilter("ignore")  # the first one says the same
+        try:
+            yield workers
+        except WorkerError as error:
+            if str(error):
+                print_error(str(error))
+            raise typer.Exit(1) from error
 
 
 Fitted = TypeVar("Fitted")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +31,7 @@ from .options import (
     one_of,
     parse_resize,
 )
-from .terminal import console
+from .terminal import console, joined
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +204,7 @@ def train(
         from ..detector.patch_svdd import PatchSVDD
         from ..encoders.pretrained import PATCH_SVDD
         from ..ops.backends import resolve_device
-        from ..training.workers import joined_workers, local_device
+        from ..training.workers import local_device
         from .training_sets import Keeping, train_all, training_sets
 
     sets = training_sets(data, output, resume, overwrite, together)
@@ -282,10 +281,7 @@ def train(
             device=device,
         )
 
-    with joined_workers(target) as workers:
-        if not workers.is_first:
-            console.quiet = True
-            warnings.simplefilter("ignore")  # the first one says the same
+    with joined(target) as workers:
         keeping = Keeping(
             *(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable, pages),
             overwrite=overwrite,

@@ -22,7 +22,8 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST = ".patchsvdd-run"
-"""File in a folder of outputs that lists what was written there, see `RunFolder`."""
+"""File in a folder of outputs that lists what was written there, see `RunFolder`; if several
+processes write, each but the first has one of its own, `.patchsvdd-run.1`, ..."""
 
 _LOCK = ".patchsvdd-lock"
 
@@ -169,6 +170,28 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def began(self) -> int:
+        """When it was entered: nanoseconds, as the file system counts them."""
+        return self._began
+
+    @contextlib.contextmanager
+    def joined(self, process: int, began: int) -> Iterator[None]:
+        """Within the context, write beside the process that has entered the folder.
+
+        process: number of this one, from 1. began: of that one. Raises OSError.
+        """
+        path = self.folder / f"{MANIFEST}.{process}"
+        self._earlier, self._began = self._listed(), began
+        try:
+            with path.open("ab") as before:
+                before.truncate(self._whole_lines(path))
+            file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise OSError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        with file as self._file:
+            yield
+
     def made_from(self, inner: str) -> str | None:
         """What a file of the run that is gone on with was made from; None if it wrote no such."""
         return self._earlier.get(inner)
@@ -208,6 +231,9 @@ class RunFolder:
     def _opened(self) -> RawIOBase:
         """The manifest, to append to; without what is not to be gone on with."""
         path = self.folder / MANIFEST
+        if not self._resume:
+            for other in self.folder.glob(f"{MANIFEST}.*"):
+                other.unlink()
         with path.open("ab") as before:
             before.truncate(self._whole_lines(path) if self._resume else 0)
         file = path.open("ab", buffering=0)
@@ -222,10 +248,8 @@ class RunFolder:
     def _listed(self) -> dict[str, str]:
         """Files that earlier runs wrote, by their path in the folder: what each was made from."""
         listed = {}
-        try:
-            lines = (self.folder / MANIFEST).read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return {}
+        manifests = sorted(self.folder.glob(f"{MANIFEST}*"))
+        lines = [line for path in manifests for line in path.read_bytes().split(b"\n")[:-1]]
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)

@@ -13,6 +13,7 @@ safetensors is imported only when a file is read: the search alone does not need
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -177,6 +178,18 @@ def with_file_of(tensors: Mapping[str, Tensor], some: dict[str, Tensor]) -> dict
 def file_of(tensors: Mapping[str, Tensor]) -> MappedFile | None:
     """The file whose memory tensors lie in; None if they lie in none."""
     return tensors.file if isinstance(tensors, Tensors) else None
+
+
+def fingerprint(path: str | Path) -> str:
+    """What differs between model files of other contents: size and a hash of the header.
+
+    The header has the checksums of all tensors. Raises OSError, and ValueError for other files.
+    """
+    _check_size_of_header(Path(path))
+    with Path(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        digest = hashlib.sha256(file.read(size)).hexdigest()
+        return f"{os.fstat(file.fileno()).st_size}-{digest[:16]}"
 
 
 @contextlib.contextmanager

@@ -86,36 +86,10 @@ class CocoFile:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self._path} is no COCO file of this program") from error
 
-    def add(self, result: ImageResult, mask: Mask) -> None:
-        """Add an image and its regions; mask: of `anomalous_pixels`. Raises OSError."""
-        height, width = mask.shape
-        annotations: list[dict[str, Any]] = []
-        image = {"file_name": result.name, "width": width, "height": height}
-        if result.category is not None:
-            image["category"] = result.category
-        labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        resized = Image.fromarray(result.anomaly_map.numpy()).resize((width, height))
-        threshold = result.map_threshold or 1.0
-        for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
-            inside = labels == number
-            rows, columns = window
-            peak = float(np.asarray(resized)[inside].max())
-            annotations.append(
-                {
-                    "bbox": [
-                        columns.start,
-                        rows.start,
-                        columns.stop - columns.start,
-                        rows.stop - rows.start,
-                    ],
-                    "area": int(inside.sum()),
-                    "segmentation": {"size": [height, width], "counts": run_lengths(inside)},
-                    "iscrowd": 0,
-                    "score": round(peak / threshold, 6),
-                }
-            )
-        self._images.append(image | {"annotations": annotations})
-        self._file.write(_line(self._images[-1]))
+    def add(self, image: dict[str, Any]) -> None:
+        """Add an image and its regions, as `coco_image` makes it. Raises OSError."""
+        self._images.append(image)
+        self._file.write(_line(image))
 
     def close(self) -> None:
         """Write no more; what is there can be gone on with."""
@@ -148,6 +122,37 @@ class CocoFile:
             partial.write_text(json.dumps(content), encoding="utf-8")
         self.close()
         self._rows.unlink(missing_ok=True)
+
+
+def coco_image(result: ImageResult, mask: Mask) -> dict[str, Any]:
+    """An image and its regions for a `CocoFile`; mask: of `anomalous_pixels`."""
+    height, width = mask.shape
+    annotations: list[dict[str, Any]] = []
+    image = {"file_name": result.name, "width": width, "height": height}
+    if result.category is not None:
+        image["category"] = result.category
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    resized = Image.fromarray(result.anomaly_map.numpy()).resize((width, height))
+    threshold = result.map_threshold or 1.0
+    for number, window in enumerate(ndimage.find_objects(labels, count), start=1):
+        inside = labels == number
+        rows, columns = window
+        peak = float(np.asarray(resized)[inside].max())
+        annotations.append(
+            {
+                "bbox": [
+                    columns.start,
+                    rows.start,
+                    columns.stop - columns.start,
+                    rows.stop - rows.start,
+                ],
+                "area": int(inside.sum()),
+                "segmentation": {"size": [height, width], "counts": run_lengths(inside)},
+                "iscrowd": 0,
+                "score": round(peak / threshold, 6),
+            }
+        )
+    return image | {"annotations": annotations}
 
 
 def _images_in(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
-"""Data-parallel training: processes that share each batch and add up their gradients."""
+"""Processes that work together under torchrun: on each batch of a training, or on many images."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -15,8 +17,25 @@ from torch import Tensor, distributed
 _LONGEST_WAIT = timedelta(hours=6)
 
 
+_ROUND = 8  # results that a process hands over at once
+
+Item = TypeVar("Item")
+
+
+class WorkerError(RuntimeError):
+    """Another process has failed, and says why itself; or has ended without a word."""
+
+
+class _Round(NamedTuple):
+    """What a process hands over to the first one, some results at a time."""
+
+    results: list[Any]
+    failed: bool
+    """It has failed, and says why itself."""
+
+
 class Workers:
-    """The processes that train together, as one of them sees them; here, this process alone."""
+    """The processes that work together, as one of them sees them; here, this process alone."""
 
     rank = 0
     count = 1
@@ -49,6 +68,33 @@ class Workers:
         """The number that the first process passes, for all; integers up to 2^53 stay exact."""
         return number
 
+    def from_first(self, make: Callable[[], Item]) -> Item:
+        """What `make` returns in the first process, which alone calls it, for all.
+
+        What it raises there is a WorkerError in the others.
+        """
+        return make()
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError unless each process passes the same facts, values by name.
+
+        In the first process, and a WorkerError in the others.
+        """
+
+    def own(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items that this process handles: each `count`-th, from the one of its rank on."""
+        return islice(items, self.rank, None, self.count)
+
+    def in_order(self, results: Iterable[Item]) -> Iterator[Item]:
+        """In the first process the results of all, in the order of the items; in others nothing.
+
+        results: one for each of this process's `own` items, made as they are asked for.
+
+        What making them raises in one process, or using them in the first, ends all: it is raised
+        there, and a WorkerError in the others.
+        """
+        yield from results
+
 
 class _ManyWorkers(Workers):
     """A process of torch.distributed's default group."""
@@ -78,6 +124,74 @@ class _ManyWorkers(Workers):
         value = torch.tensor(number, dtype=torch.float64, device=self._numbers_on)
         distributed.broadcast(value, src=0)
         return float(value)
+
+    def from_first(self, make: Callable[[], Item]) -> Item:
+        told: list[Any] = [None, True]
+        try:
+            if self.is_first:
+                told = [make(), False]
+        finally:
+            with _others_there():
+                distributed.broadcast_object_list(told, src=0, device=self._numbers_on)
+        if told[1]:
+            raise WorkerError("")
+        made: Item = told[0]
+        return made
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        told: list[Any] = [None] * self.count
+        with _others_there():
+            distributed.all_gather_object(told, facts)
+        for rank, theirs in enumerate(told):
+            differing = [name for name in facts if theirs.get(name) != told[0][name]]
+            if differing and not self.is_first:
+                raise WorkerError("")
+            if differing:
+                raise ValueError(
+                    f"process {rank} differs from process 0 in {', '.join(differing)}: "
+                    + "; ".join(f"{theirs.get(name)}, not {told[0][name]}" for name in differing)
+                )
+
+    def in_order(self, results: Iterable[Item]) -> Iterator[Item]:
+        left, more = iter(results), True
+        while more:
+            given, failure = _Round([], False), None
+            try:
+                given = _Round(list(islice(left, _ROUND)), False)
+            except BaseException as error:  # Ctrl-C, too: the others are waiting
+                given, failure = _Round([], True), error
+            rounds = self._gathered(given)
+            # Unless the first process says otherwise at the end, it has failed.
+            told: list[Any] = [True, False]  # whether one has failed, whether there is more
+            try:
+                if self.is_first and not any(one.failed for one in rounds):
+                    for of_each in zip_longest(*(one.results for one in rounds)):
+                        yield from (one for one in of_each if one is not None)
+                    told = [False, len(rounds[0].results) == _ROUND]
+            finally:
+                with _others_there():
+                    distributed.broadcast_object_list(told, src=0, device=self._numbers_on)
+            if failure is not None:
+                raise failure
+            if told[0]:
+                raise WorkerError("")
+            more = told[1]
+
+    def _gathered(self, given: _Round) -> list[_Round]:
+        """What all processes hand over, in the first process; [] in others."""
+        rounds: list[Any] = [None] * self.count if self.is_first else []
+        with _others_there():
+            distributed.gather_object(given, rounds if self.is_first else None, dst=0)
+        return rounds
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    """Within the context, raise WorkerError if another process has ended meanwhile."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch.distributed: a connection was closed
+        raise WorkerError("another process has ended, so this one does") from error
 
 
 def under_torchrun() -> bool:

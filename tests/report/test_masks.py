@@ -8,7 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsvdd_fast.report.masks import CocoFile, anomalous_pixels, run_lengths, write_mask
+from patchsvdd_fast.report.masks import (
+    CocoFile,
+    anomalous_pixels,
+    coco_image,
+    run_lengths,
+    write_mask,
+)
 from patchsvdd_fast.score.image_result import ImageResult
 from patchsvdd_fast.score.maps import ScoreResult
 
@@ -89,7 +95,7 @@ def test_regions_are_written_as_coco_has_them(tmp_path):
     values[7:9, 9:12] = 4.0
     coco = CocoFile(tmp_path / "regions.json")
     for result in (result_of(values, (10, 12)), result_of(np.zeros((4, 4)), (4, 4))):
-        coco.add(result, anomalous_pixels(result))
+        coco.add(coco_image(result, anomalous_pixels(result)))
     coco.write("1.0")
     content = json.loads((tmp_path / "regions.json").read_text())
     assert set(content) == {"info", "licenses", "images", "annotations", "categories"}
@@ -122,9 +128,9 @@ def test_regions_can_be_gone_on_with(tmp_path, ended):
     ]
     whole, parts = CocoFile(tmp_path / "whole.json"), CocoFile(tmp_path / "parts.json")
     for result in results:
-        whole.add(result, anomalous_pixels(result))
+        whole.add(coco_image(result, anomalous_pixels(result)))
     for result in results[:2]:
-        parts.add(result, anomalous_pixels(result))
+        parts.add(coco_image(result, anomalous_pixels(result)))
     if ended:
         parts.write("1.0")
     else:
@@ -136,7 +142,7 @@ def test_regions_can_be_gone_on_with(tmp_path, ended):
     ):
         CocoFile(tmp_path / "parts.json", {"a", "c"})
     parts = CocoFile(tmp_path / "parts.json", {"a", "b"})
-    parts.add(results[2], anomalous_pixels(results[2]))
+    parts.add(coco_image(results[2], anomalous_pixels(results[2])))
     for coco in (whole, parts):
         coco.write("1.0")
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
