@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..files.claims import claimed_file
-from ..report.text import shown
 from .options import (
     BitDepthOption,
     DeviceOption,
@@ -23,7 +24,7 @@ from .options import (
     parse_resize,
     require_writable,
 )
-from .terminal import console, evaluate_with_progress, print_error, results_table
+from .terminal import console, print_error, print_line, results_table
 
 if TYPE_CHECKING:
     from ..detector.categories import CategoryDetectors
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from ..detector.patch_svdd import PatchSVDD
     from ..detector.progress_bars import Display
     from ..files.categories import Category
-    from ..files.layouts import LabelledImage, LabelledSet
+    from ..files.layouts import LabelledImage
     from ..score.image_result import ImageResult
+    from ..training.workers import Workers
+    from .reports import Evaluation
 
 
 def evaluate(
@@ -132,80 +135,160 @@ def evaluate(
     with loading():
         from .. import __version__
         from ..detector.evaluation import write_json
-        from ..detector.patch_svdd import PatchSVDD
-        from ..detector.progress_bars import FitDisplay, display
         from ..files.categories import find_categories
-        from .reports import require_report
+        from ..ops.backends import resolve_device
+        from ..training.workers import local_device
+        from .reports import require_report, write_evaluation_page
+        from .terminal import joined
 
-    categories = [_own(own)] if data is None else find_categories(data)
-    one_file = _opened(model, device, len(categories), one_of_model)
-
-    def folder_of(category: Category) -> Path | None:
-        # Its own name, not that of what it links to: two may link to the same.
-        return report / category.root.name if report and len(categories) > 1 else report
-
-    for folder in filter(None, {report, *map(folder_of, categories)}):
-        require_report(folder, overwrite)
-
-    def detector_for(category: Category, bars: Display) -> PatchSVDD:
-        if model is not None:
-            if one_file is None:
-                return PatchSVDD.load(_file_for(model, category), device=device)
-            return _detector_for(one_file, one_of_model, category)
-        detector = PatchSVDD(
-            image_size=parse_resize(resize or "256"),
-            bit_depth=bit_depth,
-            value_range=value_range,
-            mode=mode or "faithful",
-            seed=seed or 0,
-            device=device,
-        )
-        if untrained:
-            detector.set_params(encoder=detector.untrained_encoder())
-        else:
-            detector.set_params(**_encoder_for(str(encoder), category))
-        images = category.root if train is None else category.train_paths()
-        on_progress = FitDisplay(bars).on_progress
-        return detector.fit(images, skip_unreadable=skip_unreadable, on_progress=on_progress)
-
-    results: dict[str, CategoryResult] = {}  # by the category's folder
-    failed: dict[str, str] = {}
-    for category in categories:
-        with display(console) as bars:
-            try:
-                pages = Pages(folder_of(category), overwrite, _made_from(model, encoder, category))
-                results[category.root.name] = _evaluate(
-                    detector_for(category, bars), category, pages, skip_unreadable, bars
-                )
-            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-                if len(categories) == 1:
-                    raise
-                print_error(f"{category.name}: {error}")
-                failed[category.name] = str(error)
-    _show(list(results.values()))
-    if report is not None and len(categories) > 1:
-        _write_start_page(report, overwrite, results, failed, str(data))
-    if json_path is not None:
-        with claimed_file(json_path, overwrite):
-            write_json([*results.values()], json_path, version=__version__, failed=failed)
-        console.print(f"wrote {json_path}", soft_wrap=True)
+    judges = _Judges(model, one_of_model, encoder, skip_unreadable, train is not None, device)
+    judges.parameters = {
+        "image_size": parse_resize(resize or "256"),
+        "bit_depth": bit_depth,
+        "value_range": value_range,
+        "mode": mode or "faithful",
+        "seed": seed or 0,
+        "device": device,
+    }
+    with joined(local_device(resolve_device(device))) as workers:
+        with workers.together():
+            categories = [_own(own)] if data is None else find_categories(data)
+            judges.open(len(categories))
+            # A category's own name, not that of what it links to: two may link to the same.
+            reports = {
+                one.root.name: report / one.root.name if report and len(categories) > 1 else report
+                for one in categories
+            }
+            for folder in filter(None, {report, *reports.values()}):
+                require_report(folder, overwrite)
+        workers.require_same(_facts_of(model, categories))
+        results, failed = _evaluate_all(categories, judges, reports, overwrite, workers)
+        if not workers.is_first:
+            raise typer.Exit(1 if failed else 0)
+        _show(list(results.values()))
+        if report is not None and len(categories) > 1:
+            write_evaluation_page(report, overwrite, results, failed, str(data))
+        if json_path is not None:
+            with claimed_file(json_path, overwrite):
+                write_json([*results.values()], json_path, version=__version__, failed=failed)
+            console.print(f"wrote {json_path}", soft_wrap=True)
     if failed:
         print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
         raise typer.Exit(1)
 
 
-_VALIDATION = "false alarms in validation"  # a figure of a report
+def _evaluate_all(
+    categories: Sequence[Category],
+    judges: _Judges,
+    reports: Mapping[str, Path | None],
+    overwrite: bool,
+    workers: Workers,
+) -> tuple[dict[str, CategoryResult], dict[str, str]]:
+    """Results by the category's folder, in the first process; and why others failed, by category.
+
+    reports: folders for them, by the category's folder.
+    """
+    from ..detector.progress_bars import display
+    from ..training.workers import WorkerError
+    from .reports import Evaluation, claimed_report
+
+    results: dict[str, CategoryResult] = {}
+    failed: dict[str, str] = {}
+    for category in categories:
+        report = reports[category.root.name]
+        with display(console) as bars, ExitStack() as stack:
+            try:
+                with workers.together():
+                    detector = judges.detector(category, bars)
+                    if report is not None and workers.is_first:
+                        stack.enter_context(claimed_report(report, overwrite))
+                    how = detector, category, category.test_set(), judges.skip_unreadable
+                evaluation = Evaluation(*how, report, judges.facts(category), workers)
+                found = _evaluate(evaluation, bars)
+            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+                if len(categories) == 1:
+                    raise
+                if not isinstance(error, WorkerError):
+                    print_error(f"{category.name}: {error}")
+                failed[category.name] = str(error) or "failed in another process"
+            else:
+                results |= {} if found is None else {category.root.name: found}
+    return results, failed
 
 
-class Pages(NamedTuple):
-    """A report to be written."""
+@dataclass
+class _Judges:
+    """What judges the images of categories: a model's detectors, or new ones with an encoder."""
 
-    folder: Path | None
-    """None: no report."""
-    overwrite: bool
-    """Whether the folder may hold one."""
-    facts: dict[str, str]
-    """What it says of the run, values by name."""
+    model: Path | None
+    chosen: str | None
+    """Of a model of several categories, the one that judges; None: that of the folder's name."""
+    encoder: str | None
+    """As of --encoder; with neither, an untrained one."""
+    skip_unreadable: bool
+    has_own_training: bool
+    """Whether the training images have a folder of their own, as of --train."""
+    device: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of new detectors."""
+    one_file: PatchSVDD | CategoryDetectors | None = None
+    """The model, if it is one file."""
+
+    def open(self, num_categories: int) -> None:
+        """Open the model. Raises ValueError if it cannot judge so many categories."""
+        from ..detector.categories import open_detectors, require_category
+        from ..detector.patch_svdd import PatchSVDD
+
+        model = self.model
+        no_file = model is None or model.is_dir()
+        if self.chosen is not None and (no_file or num_categories > 1):
+            raise ValueError("--category is for one --model file and the images of one category")
+        if model is None or no_file:
+            return
+        opened = open_detectors(model, self.device)
+        require_category(opened, self.chosen)
+        if isinstance(opened, PatchSVDD) and num_categories > 1:
+            raise ValueError(
+                f"{model} is one model, but there are {num_categories} categories: give a folder "
+                "of models, <category>.safetensors, or a model of several (train --together)"
+            )
+        self.one_file = opened
+
+    def detector(self, category: Category, bars: Display) -> PatchSVDD:
+        """The detector that judges a category."""
+        from ..detector.patch_svdd import PatchSVDD
+        from ..detector.progress_bars import FitDisplay
+
+        if self.model is not None:
+            if self.one_file is None:
+                return PatchSVDD.load(_file_for(self.model, category), device=self.device)
+            return _detector_for(self.one_file, self.chosen, category)
+        detector = PatchSVDD(**self.parameters)
+        if self.encoder is None:
+            detector.set_params(encoder=detector.untrained_encoder())
+        else:
+            detector.set_params(**_encoder_for(self.encoder, category))
+        images = category.train_paths() if self.has_own_training else category.root
+        on_progress = FitDisplay(bars).on_progress
+        return detector.fit(images, skip_unreadable=self.skip_unreadable, on_progress=on_progress)
+
+    def facts(self, category: Category) -> dict[str, str]:
+        """What a report says that a category is judged by."""
+        if self.model is not None:
+            return {"model": str(_file_for(self.model, category))}
+        return {"encoder from": self.encoder or "untrained"}
+
+
+def _facts_of(model: Path | None, categories: Sequence[Category]) -> dict[str, Any]:
+    """What must be the same in all processes that evaluate."""
+    from .. import __version__
+    from ..files.store import fingerprint
+
+    facts: dict[str, Any] = {"the version": __version__}
+    facts["the categories"] = [category.name for category in categories]
+    if model is not None and model.is_file():
+        facts[f"the file {model}"] = fingerprint(model)
+    return facts
 
 
 def _require_heard(options: dict[str, object], has_model: bool, untrained: bool) -> None:
@@ -215,37 +298,6 @@ def _require_heard(options: dict[str, object], has_model: bool, untrained: bool)
         raise typer.BadParameter(f"{', '.join(given)}: a model has its own from training")
     if not untrained and "--seed" in given:
         raise typer.BadParameter("--seed is for --untrained")
-
-
-def _made_from(model: Path | None, encoder: str | None, category: Category) -> dict[str, str]:
-    """What a report says that a category is judged by."""
-    made = _file_for(model, category) if model else encoder or "untrained"
-    return {"model" if model else "encoder from": str(made)}
-
-
-def _opened(
-    model: Path | None, device: str, num_categories: int, chosen: str | None
-) -> PatchSVDD | CategoryDetectors | None:
-    """The model, if it is one file. Raises ValueError if it cannot judge so many categories.
-
-    chosen: the category in it that judges, if not that of the folder's name.
-    """
-    from ..detector.categories import open_detectors, require_category
-    from ..detector.patch_svdd import PatchSVDD
-
-    no_file = model is None or model.is_dir()
-    if chosen is not None and (no_file or num_categories > 1):
-        raise ValueError("--category is for one --model file and the images of one category")
-    if model is None or no_file:
-        return None
-    opened = open_detectors(model, device)
-    require_category(opened, chosen)
-    if isinstance(opened, PatchSVDD) and num_categories > 1:
-        raise ValueError(
-            f"{model} is one model, but there are {num_categories} categories: give a folder "
-            "of models, <category>.safetensors, or a model of several (train --together)"
-        )
-    return opened
 
 
 def _detector_for(
@@ -292,86 +344,32 @@ def _show(results: Sequence[CategoryResult]) -> None:
         if result.no_segmentation is not None:
             lines.append(f"no segmentation: {result.no_segmentation}")
         for line in lines:
-            text = shown(f"{result.category}: {line}")
-            console.print(text, soft_wrap=True, markup=False, highlight=False)
+            print_line(f"{result.category}: {line}")
 
 
-def _write_start_page(folder: Path, overwrite: bool, *of_page: Any) -> None:
-    """of_page: what `write_start_page` takes besides the folder."""
-    from ..report.start_page import write_start_page
-    from .reports import claimed_report
-
-    with claimed_report(folder, overwrite):
-        page = write_start_page(folder, *of_page)
-    console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)
-
-
-def _evaluate(
-    detector: PatchSVDD, category: Category, pages: Pages, skip_unreadable: bool, bars: Display
-) -> CategoryResult:
+def _evaluate(evaluation: Evaluation, bars: Display) -> CategoryResult | None:
+    """None in all but the first of several processes."""
     from ..files.categories import in_words
     from ..report.summary import Alarms, broken_promise
-    from .reports import claimed_report
 
-    tests = category.test_set()
-    console.print(in_words(category, tests), soft_wrap=True, markup=False, highlight=False)
+    category = evaluation.category
+    print_line(in_words(category, evaluation.tests))
+    if not evaluation.workers.is_first:
+        evaluation.share()
+        return None
     alarms = Alarms()
 
     def count(image: LabelledImage, result: ImageResult) -> None:
         alarms.add(result.anomalous, result.unusual)
 
-    if pages.folder is None:
-        evaluated = evaluate_with_progress(bars, detector, category, count, tests, skip_unreadable)
-    else:
-        with claimed_report(pages.folder, pages.overwrite):
-            evaluated = _evaluate_with_report(
-                detector, category, pages, tests, skip_unreadable, count, bars
-            )
+    evaluated = evaluation.run(bars, count)
     reached = evaluated.at_threshold
     lines = [alarms.in_words()]
     if reached is not None:
         rate = reached.false_alarm_rate
         lines.append(broken_promise(reached.false_alarms, reached.num_good, rate))
     for line in filter(None, lines):
-        text = shown(f"{category.name}: {line}")
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-    return evaluated
-
-
-def _evaluate_with_report(
-    detector: PatchSVDD,
-    category: Category,
-    pages: Pages,
-    tests: LabelledSet,
-    skip_unreadable: bool,
-    on_result: Callable[[LabelledImage, ImageResult], None],
-    bars: Display,
-) -> CategoryResult:
-    from ..detector.evaluation import mask_of
-    from ..report.entries import open_report, report_entry
-
-    folder = pages.folder
-    assert folder is not None
-    threshold = detector.threshold_or_none()
-    facts = pages.facts | {"data": str(category.root)}
-    with open_report(folder, detector, threshold, title=category.name, facts=facts) as page:
-
-        def add(image: LabelledImage, result: ImageResult) -> None:
-            on_result(image, result)
-            width, height = result.original_picture.size
-            try:
-                mask = mask_of(image, (height, width))
-            except (ValueError, OSError):  # said at the end, with the category's figures
-                mask = None
-            regions = detector.explain(result)
-            page.add(report_entry(detector, result, regions, image.defect, mask))
-
-        evaluated = evaluate_with_progress(
-            bars, detector, category, add, tests, skip_unreadable, keep_originals=True
-        )
-        alarms = evaluated.validation_alarms
-        page.close(evaluated.percent, {_VALIDATION: alarms} if alarms else None)
-    console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+        print_line(f"{category.name}: {line}")
     return evaluated
 
 

@@ -30,7 +30,7 @@ from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
-from ..training.workers import Workers
+from ..training.workers import Workers, taken
 from .reports import Reports
 from .terminal import ScoringBar, console, print_error, print_line, print_warning
 
@@ -161,9 +161,9 @@ def score_all(
 
         def outcomes() -> Iterator[_Outcome]:
             for result in stream:
-                yield from _taken(failures)
+                yield from taken(failures)
                 yield _outcome(result, each[result.category or ""], outputs, run, pages)
-            yield from _taken(failures)
+            yield from taken(failures)
 
         for outcome in workers.in_order(outcomes()):
             collected.add(outcome)
@@ -179,13 +179,6 @@ def _was_written(path: Path, folder: Path) -> bool:
     place = Path(os.path.realpath(path))
     written = (os.path.realpath(folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS))
     return any(place.is_relative_to(one) for one in written)
-
-
-def _taken(failures: list[_Outcome]) -> list[_Outcome]:
-    """What is in the list, which is empty then."""
-    taken = failures.copy()
-    failures.clear()
-    return taken
 
 
 class _Outcome(NamedTuple):

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..detector.categories import CategoryDetectors, by_category
+from ..detector.evaluation import CategoryResult, mask_of, share_evaluation
 from ..detector.patch_svdd import PatchSVDD
 from ..files.claims import claimed_file, require_new
 from ..report.entries import open_report, report_entry
 from ..report.html import ReportEntry, ReportWriter, is_report
-from ..report.start_page import linked_folders, write_scores_page
+from ..report.start_page import linked_folders, write_scores_page, write_start_page
 from ..report.text import shown
 from ..score.image_result import ImageResult
 from ..score.regions import Region
-from .terminal import console
+from ..training.workers import Workers
+from .terminal import console, evaluate_with_progress
+
+if TYPE_CHECKING:
+    from ..detector.progress_bars import Display
+    from ..files.categories import Category
+    from ..files.layouts import LabelledImage, LabelledSet
 
 
 @contextmanager
@@ -142,3 +150,70 @@ class Reports:
             page = open_report(folder, detector, threshold, title, self._rate, self._facts)
             self._pages[category] = self._stack.enter_context(page)
         return self._pages[category]
+
+
+_VALIDATION = "false alarms in validation"  # a figure of a report
+
+
+class Evaluation(NamedTuple):
+    """How a category is evaluated."""
+
+    detector: PatchSVDD
+    category: Category
+    tests: LabelledSet
+    skip_unreadable: bool
+    report: Path | None
+    """Folder for its report; None: there is none."""
+    facts: dict[str, str]
+    """What the report says of the run, values by name."""
+    workers: Workers
+    """Among which the images are divided."""
+
+    def run(
+        self, bars: Display, on_result: Callable[[LabelledImage, ImageResult], None]
+    ) -> CategoryResult:
+        """Evaluate, and write the report; on_result: called with each test image and its result."""
+        how = self.tests, self.skip_unreadable
+        if self.report is None:
+            return evaluate_with_progress(
+                bars, self.detector, self.category, on_result, *how, workers=self.workers
+            )
+        threshold = self.detector.threshold_or_none()
+        facts = self.facts | {"data": str(self.category.root)}
+        page = open_report(self.report, self.detector, threshold, self.category.name, facts=facts)
+
+        def add(image: LabelledImage, result: ImageResult) -> None:
+            on_result(image, result)
+            page.add(self._entry(image, result))
+
+        with page:
+            evaluated = evaluate_with_progress(
+                *(bars, self.detector, self.category, add, *how),
+                keep_originals=True,
+                workers=self.workers,
+            )
+            alarms = evaluated.validation_alarms
+            page.close(evaluated.percent, {_VALIDATION: alarms} if alarms else None)
+        console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+        return evaluated
+
+    def share(self) -> None:
+        """Take part in what the first process runs."""
+        how = self.tests, self.skip_unreadable, self.report is not None
+        share_evaluation(self.detector, self.category, self.workers, *how)
+
+    def _entry(self, image: LabelledImage, result: ImageResult) -> ReportEntry:
+        width, height = result.original_picture.size
+        try:
+            mask = mask_of(image, (height, width))
+        except (ValueError, OSError):  # said at the end, with the category's figures
+            mask = None
+        regions = self.detector.explain(result)
+        return report_entry(self.detector, result, regions, image.defect, mask)
+
+
+def write_evaluation_page(folder: Path, overwrite: bool, *of_page: Any) -> None:
+    """Write the page of several categories; of_page: what `write_start_page` takes besides."""
+    with claimed_report(folder, overwrite):
+        page = write_start_page(folder, *of_page)
+    console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)

@@ -124,7 +124,7 @@ def score(
     outputs = Outputs(output, table_format, heat_maps, maps, masks, coco)
     target = local_device(resolve_device(device))
     with joined(target) as workers, _ended_by_sigterm():
-        _require_alike(workers, model, images)
+        require_alike(workers, model, images)
         run = workers.from_first(lambda: outputs.claim(resume, overwrite))
         if report is not None:
             workers.from_first(lambda: require_report(report, overwrite))
@@ -152,7 +152,7 @@ def score(
         raise typer.Exit(SOME_FAILED)
 
 
-def _require_alike(workers: Workers, model: Path, images: Sequence[str]) -> None:
+def require_alike(workers: Workers, model: Path, images: Sequence[str]) -> None:
     """Raise ValueError unless all processes can divide these images, and have the same model."""
     from .. import __version__
     from ..files.store import fingerprint

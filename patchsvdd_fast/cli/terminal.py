@@ -139,6 +139,7 @@ def evaluate_with_progress(
     tests: LabelledSet | None = None,
     skip_unreadable: bool = False,
     keep_originals: bool = False,
+    workers: Workers | None = None,
 ) -> CategoryResult:
     """As `evaluate_category`, with a bar for scoring the test images and one for the metrics."""
     from ..detector.evaluation import evaluate_category
@@ -153,7 +154,9 @@ def evaluate_with_progress(
         if scoring.is_full:
             bars.phase("measuring", None, None)
 
-    result = evaluate_category(detector, category, count, tests, skip_unreadable, keep_originals)
+    result = evaluate_category(
+        detector, category, count, tests, skip_unreadable, keep_originals, workers
+    )
     bars.phase("measuring", 1.0, None)
     return result
 

@@ -23,6 +23,7 @@ from ..score import metrics
 from ..score.image_result import ImageResult
 from ..score.maps import combinations_of, combine, scores_of
 from ..score.metrics import METRICS
+from ..training.workers import Workers, taken
 from .patch_svdd import PatchSVDD
 
 
@@ -112,6 +113,7 @@ def evaluate_category(
     test_set: LabelledSet | None = None,
     skip_unreadable: bool = False,
     keep_originals: bool = False,
+    workers: Workers | None = None,
 ) -> CategoryResult:
     """Score every test image of the category and compare with its labels and masks.
 
@@ -122,12 +124,15 @@ def evaluate_category(
     test_set: what `category.test_set()` gave; None: it is called.
     skip_unreadable: leave out images that cannot be read, with a warning that lists them.
     keep_originals: as for `PatchSVDD.score_stream`, for what `on_result` draws.
+    workers: processes among which the images are divided; this is the first, and the others call
+        `share_evaluation` meanwhile. None: this process alone.
 
     Masks that cannot be used end nothing: segmentation is left out, with the reason. Warns of masks
     that match no image, and of masks that mark nothing. Raises ValueError unless there are both
     good and anomalous test images, if their maps differ in size, and at the end for all images that
     cannot be read.
     """
+    workers = workers or Workers()
     test_set = category.test_set() if test_set is None else test_set
     for remark in test_set.remarks:
         warnings.warn(f"{category.name}: {remark}", stacklevel=2)
@@ -139,7 +144,7 @@ def evaluate_category(
     verdicts: list[tuple[float, bool | None]] = []
     left = iter(tests)
     paths = [image.path for image in tests]
-    for result in _results(detector, paths, skip_unreadable, keep_originals):
+    for result in _results(detector, paths, skip_unreadable, workers, keep_originals):
         image = next(one for one in left if one.path == result.source)
         readable.append(image)
         verdicts.append((result.score, result.anomalous))
@@ -149,6 +154,8 @@ def evaluate_category(
             weights.append(result.scores.weights)
         if on_result is not None:
             on_result(image, result)
+    good_paths = category.validation_paths()
+    alarms = [one.anomalous for one in _results(detector, good_paths, skip_unreadable, workers)]
     tests, labels = readable, _labels(category, readable)
     shapes = {tuple(level_map.shape[1:]) for level_map in next(iter(parts.values()))}
     if len(shapes) > 1:
@@ -171,10 +178,6 @@ def evaluate_category(
         }
     good, anomalous = int((~labels).sum()), int(labels.sum())
     reached = _at_threshold(detector, verdicts, labels)
-    alarms = [
-        result.anomalous
-        for result in _results(detector, category.validation_paths(), skip_unreadable)
-    ]
     return CategoryResult(
         category.name,
         good,
@@ -185,6 +188,23 @@ def evaluate_category(
         num_validation=len(alarms),
         num_false_alarms=_sum(alarms),
     )
+
+
+def share_evaluation(
+    detector: PatchSVDD,
+    category: Category,
+    workers: Workers,
+    test_set: LabelledSet | None = None,
+    skip_unreadable: bool = False,
+    keep_originals: bool = False,
+) -> None:
+    """Score this process's share of the images of `evaluate_category`, which the first one runs."""
+    test_set = category.test_set() if test_set is None else test_set
+    paths = [image.path for image in test_set.images]
+    for _ in _results(detector, paths, skip_unreadable, workers, keep_originals):
+        pass
+    for _ in _results(detector, category.validation_paths(), skip_unreadable, workers):
+        pass
 
 
 def _at_threshold(
@@ -214,19 +234,34 @@ def _results(
     detector: PatchSVDD,
     paths: Sequence[Path],
     skip_unreadable: bool,
+    workers: Workers,
     keep_originals: bool = False,
 ) -> Iterator[ImageResult]:
-    """Score files in their order; those that cannot be read are reported at the end."""
-    unreadable: list[Exception] = []
+    """Score files, in their order; those that cannot be read are reported at the end.
+
+    Of several processes each scores its share, and the first has the results of all.
+    """
+    failed: list[Exception] = []
 
     def note(_: Path, error: Exception) -> None:
         if not isinstance(error, OSError | UnreadableError):
             raise error
-        unreadable.append(error)
+        failed.append(error)
 
-    stream = detector.score_stream(paths, on_error=note, keep_originals=keep_originals)
-    with stream:
-        yield from stream
+    def own_results() -> Iterator[ImageResult | Exception]:
+        own = workers.own(paths)
+        with detector.score_stream(own, on_error=note, keep_originals=keep_originals) as stream:
+            for result in stream:
+                yield from taken(failed)
+                yield result
+        yield from taken(failed)
+
+    unreadable: list[Exception] = []
+    for result in workers.in_order(own_results()):
+        if isinstance(result, Exception):
+            unreadable.append(result)
+        else:
+            yield result
     report_unreadable(unreadable, len(paths), skip_unreadable)
 
 

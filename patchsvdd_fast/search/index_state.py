@@ -105,9 +105,12 @@ def _clusters(state: Mapping[str, Tensor]) -> tuple[ClusterArrays | None, float]
     """The clusters in a state, and the stretch of their projection."""
     if "ids" not in state:
         return None, 1.0
-    empty = {name: state["data"].new_empty(0, dtype=torch.float32) for name in _DERIVED}
+    own = {name: state["data"].new_empty(0, dtype=torch.float32) for name in _DERIVED}
+    # Where rows begin is kept in memory of its own: a mapped file that somebody writes into during
+    # a search must not make it read elsewhere.
+    own |= {name: state[name].clone() for name in ("starts", "blocks")}
     arrays = ClusterArrays(
-        **{name: empty[name] if name in empty else state[name] for name in ClusterArrays._fields}
+        **{name: own[name] if name in own else state[name] for name in ClusterArrays._fields}
     )
     arrays.check()
     if state["stretch"].shape != (1,) or not 1 <= float(state["stretch"]) < 2:

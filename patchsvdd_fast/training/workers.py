@@ -81,6 +81,15 @@ class Workers:
         In the first process, and a WorkerError in the others.
         """
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context, which all enter, what fails in one process fails in all.
+
+        An error is raised where it occurred, and is a WorkerError in the others; the same error of
+        all in the first alone.
+        """
+        yield
+
     def own(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items that this process handles: each `count`-th, from the one of its rank on."""
         return islice(items, self.rank, None, self.count)
@@ -152,6 +161,22 @@ class _ManyWorkers(Workers):
                     + "; ".join(f"{theirs.get(name)}, not {told[0][name]}" for name in differing)
                 )
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        own = None if failure is None else str(failure)
+        told: list[Any] = [None] * self.count
+        with _others_there():
+            distributed.all_gather_object(told, own)
+        if failure is not None and (self.is_first or own != told[0]):
+            raise failure
+        if any(one is not None for one in told):
+            raise WorkerError("")
+
     def in_order(self, results: Iterable[Item]) -> Iterator[Item]:
         left, more = iter(results), True
         while more:
@@ -183,6 +208,13 @@ class _ManyWorkers(Workers):
         with _others_there():
             distributed.gather_object(given, rounds if self.is_first else None, dst=0)
         return rounds
+
+
+def taken(items: list[Item]) -> list[Item]:
+    """What is in a list, which is empty then."""
+    found = items.copy()
+    items.clear()
+    return found
 
 
 @contextlib.contextmanager

@@ -306,6 +306,18 @@ def test_a_bank_that_grew_is_clustered_anew(patches):
     assert not torch.equal(bank._index.clusters.centroids, before)
 
 
+def test_state_that_is_written_over_makes_no_search_read_elsewhere():
+    """As a file is that somebody copies another over, while it is mapped and searched."""
+    state = NormalBank(torch.randn(2000, 16), clusters=20).state_dict()
+    bank = NormalBank.from_state_dict(state)
+    queries = torch.randn(50, 16)
+    found = bank.nearest(queries)
+    for name in ("starts", "blocks"):
+        state[name].fill_(2**40)
+    again = bank.nearest(queries)
+    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+
+
 @pytest.mark.parametrize("clusters", [0, 30])
 @pytest.mark.parametrize("storage", [torch.float32, torch.float16])
 def test_state_is_opened_from_a_mapped_file(patches, queries, tmp_path, clusters, storage):
