@@ -127,6 +127,7 @@ INTERNAL = {
     "training.trainer": "what PatchSVDD.fit runs",
     "training.workers": "what PatchSVDD.fit does under torchrun",
     # --- names in modules that are public otherwise ---
+    "detector.evaluation.share_evaluation": "what other processes do while the first evaluates",
     "detector.model_file.Model": "a fitted detector as a plain value, between it and its file",
     "detector.model_file.differences": "what PatchSVDD.merge checks",
     "detector.model_file.encoder_of": "a part of load_encoder",

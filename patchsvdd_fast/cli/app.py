@@ -7,6 +7,7 @@ Neither this module nor those of the commands import PyTorch: the commands' func
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -18,6 +19,7 @@ from . import demo, evaluate, model, score, train, update
 from .options import INTERRUPTED, TERMINATED
 from .terminal import console, errors, print_error, print_warning
 
+_DIVIDED = ("train", "score", "evaluate")  # commands whose work several processes can divide
 _USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(
@@ -68,6 +70,8 @@ def limits(
     if context.invoked_subcommand is None:
         console.print(context.get_help(), markup=False, highlight=False)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in _DIVIDED:
+        raise ValueError(f"`{context.invoked_subcommand}` is one process: run it without torchrun")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # they are refused
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -191,8 +190,6 @@ def watch(
 
     Goes on where an earlier run into OUTPUT ended. A file is scored when it no longer grows.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a watch is one process: run one for each folder or camera")
     folder, is_camera = Path(source), is_stream(source)
     if is_camera:
         require_video()

@@ -158,7 +158,7 @@ def test_what_cannot_be_divided_is_refused(here, ready_model, tmp_path, monkeypa
     with pytest.raises(ValueError, match="standard input lists cannot be divided over 2 processes"):
         require_alike(workers, ready_model, ["-"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "a watch is one process" in one_line_error(here("watch", ready_model, tmp_path))
+    assert "`watch` is one process" in one_line_error(here("watch", ready_model, tmp_path))
 
 
 def test_an_evaluation_is_divided(category_folder, ready_model, tmp_path):
