@@ -231,6 +231,7 @@ def images_in_shares(repeats: int, quick: bool) -> list[dict[str, Any]]:
     return [
         {
             "encoder": ENCODER,
+            "images": tests,
             "heat_maps": pictures,
             "processes": count,
             "threads_each": 1 if count > 1 else cores,
@@ -265,7 +266,7 @@ def table(shards: list[dict[str, Any]], shares: list[dict[str, Any]]) -> str:
     ]
     lines += [
         "",
-        f"Scoring {IMAGES} images of 256x256 pixels with {ENCODER}:",
+        f"Scoring {shares[0]['images']} images of 256x256 pixels with {ENCODER}:",
         "",
         "| heat maps | processes x threads | images/s | times one process |",
         "|---|---|---|---|",

@@ -16,6 +16,7 @@ import growth
 import numpy as np
 import pipeline
 import pytest
+import scale
 import search
 import torch
 
@@ -410,6 +411,28 @@ def test_few_queries_are_measured_in_little(monkeypatch, tmp_path):
     for record in result["records"]:
         assert set(few_queries.SEARCHES[1:]) <= set(record["milliseconds"])
     assert "| 1,000 x 64 | 128 |" in (tmp_path / "few_queries.md").read_text()
+
+
+def test_processes_are_measured_in_little(monkeypatch, tmp_path):
+    monkeypatch.setattr(scale, "PROCESSES", (1, 2))
+    monkeypatch.setattr(scale, "QUERIES", 200)
+    rates = iter([10.0, 19.0, 20.0, 30.0])  # images a second, of commands that are not run
+    monkeypatch.setattr(scale, "rate", lambda command, threads: next(rates))
+    monkeypatch.setattr(scale.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(scale.PatchSVDD, "fit", lambda self, _: self)
+    monkeypatch.setattr(scale.PatchSVDD, "save", lambda *_: None)
+    monkeypatch.setattr(
+        sys, "argv", ["scale.py", "--quick", "--repeats", "1", "--output", str(tmp_path)]
+    )
+    monkeypatch.setattr(scale, "origin", dict)
+    scale.main()
+    result = json.loads((tmp_path / "scale.json").read_text())
+    one, two = result["bank_in_shards"]
+    assert one["same_bits"] and two["same_bits"]
+    assert one["bytes_a_query"] == 0 and 8 <= two["bytes_a_query"] < 9
+    assert one["times_cpu"] == 1 and two["cpu_seconds"] > 0 and two["exchange_share"] > 0
+    assert [record["times_one"] for record in result["images_in_shares"]] == [1, 1.9, 1, 1.5]
+    assert "| 2 x 1 | 19.0 | 1.90 |" in (tmp_path / "scale.md").read_text()
 
 
 def test_growth_is_measured_in_little(monkeypatch, tmp_path):
