@@ -219,9 +219,9 @@ class Index(NamedTuple):
         query_groups: Tensor | None,
         k: int | None,
         progress: Callable[[float], None] | None,
-        finished: bool = True,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`nearest_in_bank` for queries [Q, D] as `asked` gives them; groups [Q], or None."""
+        """`nearest_in_bank`, which has the options, for queries [Q, D] as `asked` gives them."""
         return nearest_in_bank(
             queries,
             self._layout,
@@ -231,7 +231,7 @@ class Index(NamedTuple):
             k=k,
             appended=self.appended,
             cosine=self.metric == "cosine",
-            finished=finished,
+            **options,
         )
 
     def within(

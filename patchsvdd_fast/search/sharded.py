@@ -103,16 +103,15 @@ class ShardedBank:
             if not isinstance(part, NormalBank):
                 error = f"parts must be NormalBanks, got {type(part).__name__}"
                 break
-            index = part._index
-            kind = part.device.type
-            own.append(_Form(part.grid, part.dim, kind, part.metric, index.data.dtype))
+            storage = part._index.data.dtype
+            own.append(_Form(part.grid, part.dim, part.device.type, part.metric, storage))
         told = bank._processes.told((error, own))
         bank._processes.raise_first([theirs for theirs, _ in told])
         forms = {form for _, theirs in told for form in theirs}
         if not forms:
             raise ValueError("no process has a bank, so there is no row to search")
         if len(forms) > 1:
-            theirs = "; ".join(map(str, sorted(forms, key=str)))
+            theirs = "; ".join(sorted(map(str, forms)))
             raise ValueError(f"parts must have one form, got {theirs}")
         (bank._form,) = forms
         bank._options = {"metric": bank._form.metric, "storage": bank._form.storage}
@@ -265,15 +264,15 @@ class ShardedBank:
         counts = seen[:, 0].clamp(min=0).tolist()
         everything = torch.cat(self._processes.gathered_rows(flat, counts))
         if len(asking) and asking[0, 1]:
-            own = everything.new_empty(0, dtype=torch.int64) if groups is None else groups
-            groups = torch.cat(self._processes.gathered_rows(own, counts))
+            given_groups = everything.new_empty(0).long() if groups is None else groups
+            groups = torch.cat(self._processes.gathered_rows(given_groups, counts))
         else:
             groups = None
         k_of_all = int(asking[0, 0]) or None if len(asking) else k
         found = self._found(everything, groups, k_of_all)
         first = sum(counts[: self._processes.rank])
-        own_found = Found(*(each[first:][: len(flat)].contiguous() for each in found))
-        distances, rows = own_found.finish(k_of_all, self.metric == "cosine")
+        own = Found(*(each[first:][: len(flat)].contiguous() for each in found))
+        distances, rows = own.finish(k_of_all, self.metric == "cosine")
         wanted = shape if k_of_all is None else (*shape, k_of_all)
         return like_input(given, distances.view(wanted), rows.view(wanted))
 
@@ -294,9 +293,12 @@ class ShardedBank:
         """The nearest of all processes to queries [Q, D], the same in all."""
         found, first = Found.nothing(queries, k), self._first_row
         for part in self._parts:
-            squared, rows = part._index.nearest(queries, groups, k, None, finished=False)
-            rows = torch.where(rows < len(part), rows + first, rows).view(len(queries), -1)
-            found = nearest_of([found, Found(squared.view(len(queries), -1), rows)])
+            # Rows of earlier parts have numbers below 0 in this one, so they win ties there, too.
+            before = found.shifted(-first) if queries.device.type == "cpu" else None
+            answer = part._index.nearest(queries, groups, k, None, finished=False, so_far=before)
+            squared, rows = (each.view(len(queries), -1) for each in answer)
+            here = Found(squared, rows).shifted(first)
+            found = nearest_of([found, here]) if before is None else here
             first += len(part)
         return self._processes.nearest_of_all(found, k, len(self))
 
@@ -382,7 +384,7 @@ class ShardedBank:
     def __getattr__(self, name: str) -> NoReturn:
         if name in _INSTEAD:
             raise NotImplementedError(f"a ShardedBank cannot do `{name}`: {_INSTEAD[name]}")
-        raise AttributeError(f"a ShardedBank has no attribute {name!r}")
+        raise AttributeError(f"a ShardedBank has no {name!r}")
 
 
 def _grid_of(embeddings: Tensor) -> tuple[int, int]:
