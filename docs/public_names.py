@@ -119,6 +119,7 @@ INTERNAL = {
     "search.gpu_clusters": "how a NormalBank is clustered on a GPU",
     "search.index": "the rows of a NormalBank and how they are searched",
     "search.index_state": "the tensors of NormalBank.state_dict, which file-format.md describes",
+    "search.processes": "what the processes of a ShardedBank tell each other",
     "training.checkpoints": "what PatchSVDD.fit does with `checkpoint` and `resume`",
     "training.defect_check": "what PatchSVDD.fit does with `check_every`",
     "training.dense_pairs": "the objective of mode dense",

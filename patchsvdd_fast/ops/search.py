@@ -43,7 +43,8 @@ from .search_kernels import (
 # Torch ops cannot take a `Groups` or an `_Options`, so they take their fields one by one.
 _OPTIONS = (
     "Tensor? query_groups=None, Tensor? bank_groups=None, int rows_per_group=1, "
-    "Tensor? appended=None, int? k=None, bool cosine=False, bool finished=True"
+    "Tensor? appended=None, int? k=None, bool cosine=False, bool finished=True, "
+    "Tensor? squared_so_far=None, Tensor? rows_so_far=None"
 )
 _FOUND = "(Tensor, Tensor)"  # distances [Q] float32 and rows [Q] int64; [Q, k] where k is given
 
@@ -68,6 +69,8 @@ class _Options(NamedTuple):
     k: int | None = None  # neighbours; None: one, without an axis for it
     cosine: bool = False  # half of the squared distances, instead of their roots
     finished: bool = True  # else a `Found`, for a search that goes on elsewhere
+    squared_so_far: Tensor | None = None  # [Q, k] float32, of a `Found` to start from, or None
+    rows_so_far: Tensor | None = None  # [Q, k] int64
 
     def checked_groups(self, queries: Tensor, bank: Tensor) -> Groups:
         """Check all arguments of a search (ValueError, TypeError); its groups, contiguous."""
@@ -97,6 +100,9 @@ def _found(
     groups = options.checked_groups(queries, bank)
     check_finite_rows("queries", queries)
     found = Found.nothing(queries, options.k)
+    if options.squared_so_far is not None and options.rows_so_far is not None:
+        found.squared.copy_(options.squared_so_far)
+        found.rows.copy_(options.rows_so_far)
     search(found, groups)
     if options.appended is not None:
         first_row = bank.shape[0]
@@ -353,6 +359,7 @@ def nearest_in_bank(
     appended: Tensor | None = None,
     cosine: bool = False,
     finished: bool = True,
+    so_far: Found | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `nearest`, in a bank [M, D], plain, with codes, or clustered on the CPU or on a GPU.
 
@@ -360,9 +367,10 @@ def nearest_in_bank(
     the CPU, an upper bound on the norm of its projection. appended: [T, D], more rows of the bank,
     whose numbers follow; also finite. cosine: queries and bank are normalised, and distances are to
     be cosine distances. finished: False: squared distances and rows as a `Found` has them.
+    so_far: of another bank, to go on from, on the CPU; its rows have numbers below 0.
     """
     op = torch.ops.patchsvdd_fast
-    options = _Options(*groups, appended, k, cosine, finished)
+    options = _Options(*groups, appended, k, cosine, finished, *(so_far or ()))
     with reporting_to(progress):
         if isinstance(bank, Tensor):
             return op.nearest(queries, bank, *options, bank_is_finite=True)

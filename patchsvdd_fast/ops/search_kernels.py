@@ -44,6 +44,10 @@ class Found(NamedTuple):
             torch.full(shape, NO_ROW, dtype=torch.int64, device=queries.device),
         )
 
+    def shifted(self, by: int) -> Found:
+        """With row numbers that are higher by so much."""
+        return self._replace(rows=self.rows.where(self.rows == NO_ROW, self.rows + by))
+
     def finish(self, k: int | None, cosine: bool = False) -> tuple[Tensor, Tensor]:
         """Distances and rows, [Q] if k is None, else [Q, k]; this must not be used afterwards.
 

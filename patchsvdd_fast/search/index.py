@@ -209,9 +209,9 @@ class Index(NamedTuple):
     def asked(
         self, queries: Any, exclude_same_group: Any
     ) -> tuple[Tensor, torch.Size, Tensor | None]:
-        """`asked` of this bank."""
+        """`as_queries` of this bank."""
         self.check_file()
-        return asked(queries, exclude_same_group, self.data.shape[1], self.metric)
+        return as_queries(queries, exclude_same_group, self.data.shape[1], self.metric)
 
     def nearest(
         self,
@@ -219,9 +219,9 @@ class Index(NamedTuple):
         query_groups: Tensor | None,
         k: int | None,
         progress: Callable[[float], None] | None,
-        finished: bool = True,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`nearest_in_bank` for queries [Q, D] as `asked` gives them; their groups [Q], or None."""
+        """`nearest_in_bank`, which has the options, for queries [Q, D] as `asked` gives them."""
         return nearest_in_bank(
             queries,
             self._layout,
@@ -231,7 +231,7 @@ class Index(NamedTuple):
             k=k,
             appended=self.appended,
             cosine=self.metric == "cosine",
-            finished=finished,
+            **options,
         )
 
     def within(
@@ -327,7 +327,7 @@ def _size_in_words(size: float) -> str:
     return f"{size:,.3g} GB"
 
 
-def asked(
+def as_queries(
     queries: Any, exclude_same_group: Any, dim: int, metric: str
 ) -> tuple[Tensor, torch.Size, Tensor | None]:
     """Queries as users give them [..., D]: [Q, D], their shape [...], and their groups [Q].

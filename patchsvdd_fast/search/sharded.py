@@ -1,45 +1,55 @@
-"""A bank whose rows lie in several processes, searched as exactly as one."""
+"""A bank whose rows lie in several parts, in one process or many, searched as exactly as one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..ops.checks import FloatArray, IntArray, as_vectors, check_finite_rows, like_input
+from ..ops.checks import (
+    FloatArray,
+    IntArray,
+    as_numbers,
+    as_vectors,
+    check_finite_rows,
+    like_input,
+)
 from ..ops.search import as_neighbours
-from ..ops.search_kernels import NO_ROW, Found
+from ..ops.search_kernels import Found
 from .bank import NormalBank
-from .index import asked
+from .index import as_queries
+from .processes import Processes, nearest_of
 
-_MOST_PACKED = 2**32 - 1  # rows, whose numbers fit into 64 bits beside a squared distance
+_NO_MORE = -1  # queries
+_INSTEAD = {  # of what a NormalBank can do, and parts cannot together
+    "coreset": "take one of each part, before `ShardedBank.of`",
+    "merge": "make another of all parts, with `ShardedBank.of`",
+    "remove": "remove from each part, then make another with `ShardedBank.of`",
+    "to": "move each part, then make another with `ShardedBank.of`",
+    "within": "ask each part",
+}
 
 
-class _Part(NamedTuple):
-    """What one process holds, as it tells the others."""
+class _Form(NamedTuple):
+    """What must be the same in all parts of a bank."""
 
-    error: str = ""
-    shape: tuple[int, ...] = ()
-    """Of its embeddings."""
-    device: str = ""
-    has_groups: bool = False
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What must be the same in all processes."""
-        return self.shape[1:], self.device, self.has_groups
+    grid: tuple[int, int]
+    dim: int
+    device: str  # its kind
+    metric: str
+    storage: torch.dtype
 
 
 class ShardedBank:
-    """The rows of all processes of a group, each of which holds a part and searches it.
+    """The rows of all processes of a group, each of which holds parts and searches them.
 
-    Made, and searched, by all processes at once. Rows are numbered process by process, and within
-    each in the order given: answers have the bits of one `NormalBank` of all rows. For each query
-    the processes exchange eight bytes (16 with 2^32 rows or more, 12 k with `k`), however long
-    embeddings are.
+    Made, searched and changed by all processes at once; or by one, without torch.distributed. Rows
+    are numbered process by process, and within each in the order given: answers have the bits of
+    one `NormalBank` of all rows. For each query the processes exchange eight bytes (16 with 2^32
+    rows or more, 12 k with `k`), however long embeddings are.
 
     embeddings: those of this process, as of `NormalBank`; or none, with a first axis of 0. Grid, D
         and kind of device are the same in all processes.
@@ -49,7 +59,7 @@ class ShardedBank:
     options: as of `NormalBank`, the same in all processes; each clusters its own rows.
 
     Raises ValueError, in all processes, if one part is no bank, if parts do not fit together or all
-    are empty; RuntimeError without processes of torch.distributed.
+    are empty; RuntimeError if torchrun has started processes that are not a group yet.
     """
 
     def __init__(
@@ -60,55 +70,126 @@ class ShardedBank:
         process_group: ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise RuntimeError(
-                "a ShardedBank needs processes of torch.distributed, such as torchrun starts"
-            )
-        self._process_group = process_group
-        parts = self._told(_part_of(embeddings, groups is not None))
-        _check_parts(parts)
-        self._counts = [part.shape[0] for part in parts]  # of images, by process
-        first = sum(self._counts[: distributed.get_rank(process_group)])
-        own = as_vectors("embeddings", embeddings, halves=True)
-        self._dim, grid = own.shape[-1], own.shape[1:-1]
-        self._grid: tuple[int, int] = (grid[0], grid[1]) if grid else (1, 1)
-        self._first_row = first * self._grid[0] * self._grid[1]
-        self._device = own.device
-        self._bank: NormalBank | None = None
-        error = ""
+        self._processes = Processes(process_group)
+        self._options = options
+        own, error = torch.empty(0), ""
         try:
-            if len(own):
-                numbered = torch.arange(first, first + len(own), device=own.device)
-                given = numbered if groups is None else groups
-                self._bank = NormalBank(own, groups=given, **options)
+            own = _as_embeddings(embeddings)
         except (ValueError, TypeError) as failed:
             error = str(failed)
-        _raise_first([part.error for part in self._told(_Part(error))])
-        self._metric = options.get("metric", "euclidean")
+        self._check_shapes(error, own, groups is not None)
+        metric = options.get("metric", "euclidean")
+        storage = options.get("storage", torch.float32)
+        self._form = _Form(_grid_of(own), own.shape[-1], own.device.type, metric, storage)
+        self._device = own.device
+        self._parts: list[NormalBank] = []
+        self._take_over(*self._with(own, groups, 0))
 
-    def _told(self, part: _Part) -> list[_Part]:
-        """What every process tells, by rank."""
-        told: list[Any] = [None] * distributed.get_world_size(self._process_group)
-        distributed.all_gather_object(told, part, group=self._process_group)
-        return told
+    @classmethod
+    def of(
+        cls, parts: Sequence[NormalBank], *, process_group: ProcessGroup | None = None
+    ) -> ShardedBank:
+        """The rows of banks, which each process may hold several of, or none.
+
+        parts: of this process, such as shards that it has opened; in the order of their numbers.
+            Groups are those of the banks, so one number is one group wherever it occurs.
+
+        Raises ValueError, in all processes, if parts do not fit together or there are none.
+        """
+        bank = cls.__new__(cls)
+        bank._processes = Processes(process_group)
+        own, error = [], ""
+        for part in parts:
+            if not isinstance(part, NormalBank):
+                error = f"parts must be NormalBanks, got {type(part).__name__}"
+                break
+            storage = part._index.data.dtype
+            own.append(_Form(part.grid, part.dim, part.device.type, part.metric, storage))
+        told = bank._processes.told((error, own))
+        bank._processes.raise_first([theirs for theirs, _ in told])
+        forms = {form for _, theirs in told for form in theirs}
+        if not forms:
+            raise ValueError("no process has a bank, so there is no row to search")
+        if len(forms) > 1:
+            theirs = "; ".join(sorted(map(str, forms)))
+            raise ValueError(f"parts must have one form, got {theirs}")
+        (bank._form,) = forms
+        bank._options = {"metric": bank._form.metric, "storage": bank._form.storage}
+        bank._device = parts[0].device if parts else torch.device(bank._form.device)
+        bank._take_over(list(parts), "")
+        return bank
+
+    def _check_shapes(self, error: str, own: Tensor, has_groups: bool) -> None:
+        """Raise ValueError unless the embeddings of all processes are parts of one bank."""
+        told = self._processes.told((error, tuple(own.shape), own.device.type, has_groups))
+        self._processes.raise_first([theirs[0] for theirs in told])
+        if len({(shape[1:], device, groups) for _, shape, device, groups in told}) > 1:
+            theirs = "; ".join(
+                f"process {rank} has {list(shape)} on {device}{' with groups' if groups else ''}"
+                for rank, (_, shape, device, groups) in enumerate(told)
+            )
+            raise ValueError(
+                "embeddings must have one shape, but for the first axis, on one kind of device, "
+                f"and groups be given by all processes or by none: {theirs}"
+            )
+        if not any(shape[0] for _, shape, _, _ in told):
+            raise ValueError("all processes have empty embeddings, so there is no row to search")
+
+    def _with(self, own: Tensor, groups: Any, first_group: int) -> tuple[list[NormalBank], str]:
+        """The parts with the embeddings of this process behind; else the error.
+
+        first_group: of all processes' new images, where no groups are given.
+        """
+        counts = self._processes.told(len(own))
+        if not len(own):
+            return self._parts, ""
+        first = first_group + sum(counts[: self._processes.rank])
+        numbered = torch.arange(first, first + len(own), device=own.device)
+        given = numbered if groups is None else groups
+        try:
+            if not self._parts:
+                return [NormalBank(own, groups=given, **self._options)], ""
+            last = NormalBank._over(self._parts[-1]._index)
+            last.add(own, given)
+        except (ValueError, TypeError) as failed:
+            return self._parts, str(failed)
+        return [*self._parts[:-1], last], ""
+
+    def _take_over(self, parts: list[NormalBank], error: str) -> None:
+        """Hold these parts from now on, unless any process has an error: then ValueError in all."""
+        groups = [part.groups.cpu() for part in parts]
+        own = torch.cat(groups) if groups else torch.empty(0, dtype=torch.int64)
+        told = self._processes.told((error, sum(map(len, parts)), own))
+        self._processes.raise_first([theirs[0] for theirs in told])
+        rank = self._processes.rank
+        self._parts = parts
+        self._rows = [theirs[1] for theirs in told]  # by process
+        self._first_row = sum(self._rows[:rank])
+        self._first_image = sum(len(theirs[2]) for theirs in told[:rank])
+        self._groups = torch.cat([theirs[2] for theirs in told]).to(self._device)
 
     def __len__(self) -> int:
-        return sum(self._counts) * self._grid[0] * self._grid[1]
+        return sum(self._rows)
 
     def __repr__(self) -> str:
-        own = "no rows" if self._bank is None else repr(self._bank)
-        shape = f"{len(self):,} x {self._dim}"
-        return f"ShardedBank({shape}, in {len(self._counts)} processes, here {own})"
+        own = ", ".join(map(repr, self._parts)) or "no rows"
+        shape = f"{len(self):,} x {self.dim}"
+        return f"ShardedBank({shape}, in {self._processes.count} processes, here {own})"
 
     @property
     def dim(self) -> int:
         """D, the length of an embedding."""
-        return self._dim
+        return self._form.dim
+
+    @property
+    def metric(self) -> str:
+        """Of its distances: "euclidean" or "cosine"."""
+        return self._form.metric
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows I and columns J of patches per image; (1, 1) for embeddings [M, D]."""
-        return self._grid
+        return self._form.grid
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +197,16 @@ class ShardedBank:
         return self._device
 
     @property
-    def own(self) -> NormalBank | None:
-        """The part that this process holds; its rows are numbered from 0. None: it holds none."""
-        return self._bank
+    def groups(self) -> Tensor:
+        """As of `NormalBank`, of all processes."""
+        return self._groups
+
+    @property
+    def parts(self) -> tuple[NormalBank, ...]:
+        """What this process holds, each numbered from 0; maybe none."""
+        return tuple(self._parts)
+
+    # --- searching --------------------------------------------------------------------------------
 
     def nearest(
         self,
@@ -129,121 +217,184 @@ class ShardedBank:
     ) -> tuple[Tensor, Tensor]:
         """As `NormalBank.nearest`, over the rows of all processes.
 
-        All processes pass the same queries, and get the same answer. Raises ValueError, in all
-        processes, for queries that are not the same in all or do not fit, and what
-        `NormalBank.nearest` raises.
+        All processes pass the same queries, and get the same answer; `nearest_of_each` takes those
+        of each. Raises ValueError, in all processes, for queries that are not the same in all or do
+        not fit, and what `NormalBank.nearest` raises.
         """
         k = as_neighbours(k)
-        error, found, flat, shape = "", None, torch.empty(0), torch.Size()
-        try:
-            flat, shape, own_groups = self._asked(queries, exclude_same_group)
-            found = self._found_here(flat, own_groups, k)
-        except (ValueError, TypeError) as failed:
-            error = str(failed)
-        self._agree_on(error, flat)
-        assert found is not None
-        best = self._best_of_all(found) if k is None else self._best_k_of_all(found, k)
-        distances, rows = best.finish(k, self._metric == "cosine")
+        flat, shape, groups, error = self._asked(queries, exclude_same_group)
+        bits = int(flat.contiguous().view(torch.int32).sum(dtype=torch.int64))
+        seen = self._processes.agreed(self._device, error, len(flat), bits)
+        if (seen != seen[0]).any():
+            raise ValueError("all processes must search for the same queries, but theirs differ")
+        distances, rows = self._found(flat, groups, k).finish(k, self.metric == "cosine")
         wanted = shape if k is None else (*shape, k)
         return like_input(queries, distances.view(wanted), rows.view(wanted))
 
+    def nearest_of_each(
+        self,
+        queries: Tensor | FloatArray | None,
+        *,
+        k: int | None = None,
+        exclude_same_group: Tensor | IntArray | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `NormalBank.nearest`, over the rows of all processes, for each one's own queries.
+
+        queries: [..., D], any number of them; None from a process that has no more, which still has
+            to take part while others have some.
+        exclude_same_group: given by all that pass queries, or by none.
+
+        Returns the answers to the queries of this process, for None those to no query; and None, in
+        all processes, once all of them pass None. So a process with batches of its own does::
+
+            while (found := bank.nearest_of_each(next(batches, None))) is not None: ...
+
+        Raises ValueError, in all processes, if queries of one do not fit or k differs.
+        """
+        k = as_neighbours(k)
+        given = torch.empty(0, self.dim, device=self._device) if queries is None else queries
+        flat, shape, groups, error = self._asked(given, exclude_same_group)
+        count = _NO_MORE if queries is None else len(flat)
+        seen = self._processes.agreed(self._device, error, count, k or 0, groups is not None)
+        if (seen[:, 0] == _NO_MORE).all():
+            return None
+        asking = seen[seen[:, 0] > 0, 1:]
+        if len(asking) and (asking != asking[0]).any():
+            raise ValueError("all processes must give the same k, and groups in all or in none")
+        counts = seen[:, 0].clamp(min=0).tolist()
+        everything = torch.cat(self._processes.gathered_rows(flat, counts))
+        if len(asking) and asking[0, 1]:
+            given_groups = everything.new_empty(0).long() if groups is None else groups
+            groups = torch.cat(self._processes.gathered_rows(given_groups, counts))
+        else:
+            groups = None
+        k_of_all = int(asking[0, 0]) or None if len(asking) else k
+        found = self._found(everything, groups, k_of_all)
+        first = sum(counts[: self._processes.rank])
+        own = Found(*(each[first:][: len(flat)].contiguous() for each in found))
+        distances, rows = own.finish(k_of_all, self.metric == "cosine")
+        wanted = shape if k_of_all is None else (*shape, k_of_all)
+        return like_input(given, distances.view(wanted), rows.view(wanted))
+
     def _asked(
         self, queries: Any, exclude_same_group: Any
-    ) -> tuple[Tensor, torch.Size, Tensor | None]:
-        """As `Index.asked`, also without rows."""
-        if self._bank is not None:
-            return self._bank._index.asked(queries, exclude_same_group)
-        return asked(queries, exclude_same_group, self._dim, self._metric)
+    ) -> tuple[Tensor, torch.Size, Tensor | None, str]:
+        """As `as_queries`, with what is wrong with them, if anything is."""
+        try:
+            asked = as_queries(queries, exclude_same_group, self.dim, self.metric)
+            check_finite_rows("queries", asked[0])
+            for part in self._parts:
+                part._index.check_file()
+        except (ValueError, TypeError, OSError) as failed:
+            return torch.empty(0, self.dim), torch.Size(), None, str(failed)
+        return *asked, ""
 
-    def _found_here(self, queries: Tensor, groups: Tensor | None, k: int | None) -> Found:
-        """What this process finds for queries [Q, D], with the row numbers of all."""
-        if self._bank is None:
-            check_finite_rows("queries", queries)
-            return Found.nothing(queries, k)
-        squared, rows = self._bank._index.nearest(queries, groups, k, None, finished=False)
-        rows = torch.where(rows < len(self._bank), rows + self._first_row, rows)
-        return Found(squared.view(len(queries), -1), rows.view(len(queries), -1))
+    def _found(self, queries: Tensor, groups: Tensor | None, k: int | None) -> Found:
+        """The nearest of all processes to queries [Q, D], the same in all."""
+        found, first = Found.nothing(queries, k), self._first_row
+        for part in self._parts:
+            # Rows of earlier parts have numbers below 0 in this one, so they win ties there, too.
+            before = found.shifted(-first) if queries.device.type == "cpu" else None
+            answer = part._index.nearest(queries, groups, k, None, finished=False, so_far=before)
+            squared, rows = (each.view(len(queries), -1) for each in answer)
+            here = Found(squared, rows).shifted(first)
+            found = nearest_of([found, here]) if before is None else here
+            first += len(part)
+        return self._processes.nearest_of_all(found, k, len(self))
 
-    def _agree_on(self, error: str, queries: Tensor) -> None:
-        """Raise the error of any process in all; and one if queries [Q, D] are not the same."""
-        bits = int(queries.contiguous().view(torch.int32).sum(dtype=torch.int64))
-        own = torch.tensor([bool(error), len(queries), bits], device=self._device)
-        told = [torch.empty_like(own) for _ in self._counts]
-        distributed.all_gather(told, own, group=self._process_group)
-        seen = torch.stack(told).cpu()
-        if seen[:, 0].any():
-            _raise_first([part.error for part in self._told(_Part(error))])
-        if (seen != seen[0]).any():
-            raise ValueError("all processes must search for the same queries, but theirs differ")
+    def source(self, rows: Tensor | IntArray) -> Tensor:
+        """As `NormalBank.source`, images numbered over all; each process asks for its own rows.
 
-    def _best_of_all(self, found: Found) -> Found:
-        """The nearest of all processes: least squared distance, then lowest row."""
-        # Floats that are not negative have the order of their bits, read as an integer.
-        bits = found.squared.contiguous().view(torch.int32).long()
-        if len(self) < _MOST_PACKED:
-            packed = (bits << 32) | found.rows.clamp(max=_MOST_PACKED)
-            self._least(packed)
-            bits, low = packed >> 32, packed & _MOST_PACKED
-            rows = torch.where(low == _MOST_PACKED, torch.full_like(low, NO_ROW), low)
-        else:
-            least = bits.clone()
-            self._least(least)
-            rows = torch.where(bits == least, found.rows, torch.full_like(found.rows, NO_ROW))
-            self._least(rows)
-            bits = least
-        return Found(bits.int().view(torch.float32), rows)
+        Raises ValueError, in all processes, for a row that is not there.
+        """
 
-    def _least(self, values: Tensor) -> None:
-        """Replace values by their minimum over all processes."""
-        distributed.all_reduce(values, distributed.ReduceOp.MIN, group=self._process_group)
+        def source_of(part: NormalBank, numbers: Tensor, first_image: int) -> Tensor:
+            where = part.source(numbers)
+            where[:, 0] += first_image
+            return where
 
-    def _best_k_of_all(self, found: Found, k: int) -> Found:
-        """The k nearest of all processes, ascending by squared distance, then by row."""
-        count = len(self._counts)
-        squared = [torch.empty_like(found.squared) for _ in range(count)]
-        rows = [torch.empty_like(found.rows) for _ in range(count)]
-        distributed.all_gather(squared, found.squared.contiguous(), group=self._process_group)
-        distributed.all_gather(rows, found.rows.contiguous(), group=self._process_group)
-        all_squared, all_rows = torch.cat(squared, dim=1), torch.cat(rows, dim=1)
-        order = all_rows.argsort(dim=1)
-        by_distance = all_squared.gather(1, order).argsort(dim=1, stable=True)
-        order = order.gather(1, by_distance)[:, :k]
-        return Found(
-            all_squared.gather(1, order).contiguous(), all_rows.gather(1, order).contiguous()
-        )
+        numbers, found = self._of_rows(rows, -1, 3, torch.int64, source_of)
+        return found.where(numbers[..., None] >= 0, -1)
+
+    def embeddings_of(self, rows: Tensor | IntArray) -> Tensor:
+        """As `NormalBank.embeddings_of`, whoever holds the rows; each asks for rows of its own."""
+
+        def bits_of(part: NormalBank, numbers: Tensor, _: int) -> Tensor:
+            return part.embeddings_of(numbers).float().view(torch.int32)
+
+        _, bits = self._of_rows(rows, 0, self.dim, torch.int32, bits_of)
+        return bits.view(torch.float32).to(self._form.storage)
+
+    def _of_rows(
+        self,
+        rows: Any,
+        lowest: int,
+        width: int,
+        dtype: torch.dtype,
+        look_up: Callable[[NormalBank, Tensor, int], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Row numbers [...] and what the part that holds each has of it, [..., width] integers."""
+        numbers, error = torch.empty(0, dtype=torch.int64), ""
+        try:
+            numbers = as_numbers("rows", rows)
+            low, high = (numbers.min(), numbers.max()) if numbers.numel() else (0, 0)
+            if not lowest <= low <= high < len(self):
+                error = f"rows must be in [{lowest}, {len(self)}), got {rows}"
+        except (ValueError, TypeError) as failed:
+            error = str(failed)
+        counts = self._processes.agreed(self._device, error, numbers.numel())[:, 0].tolist()
+        asked = torch.cat(self._processes.gathered_rows(numbers.flatten().to(self._device), counts))
+        values = torch.zeros(len(asked), width, dtype=dtype, device=self._device)
+        first_row, first_image = self._first_row, self._first_image
+        for part in self._parts:
+            here = (asked >= first_row) & (asked < first_row + len(part))
+            values[here] = look_up(part, asked[here] - first_row, first_image).to(self._device)
+            first_row, first_image = first_row + len(part), first_image + len(part.groups)
+        self._processes.add_up(values)  # only one process has other than 0
+        first = sum(counts[: self._processes.rank])
+        own = values[first : first + numbers.numel()].contiguous()
+        return numbers.to(self._device), own.view(*numbers.shape, width)
+
+    # --- changing ---------------------------------------------------------------------------------
+
+    def add(self, embeddings: Tensor | FloatArray, groups: Tensor | IntArray | None = None) -> None:
+        """Append rows of this process, maybe none, to its last part; all processes call it at once.
+
+        Rows are numbered process by process, as ever: those of later processes get higher numbers.
+
+        groups: as of `NormalBank.add`, in all processes or in none; by default numbered on from the
+            largest of all, process by process.
+
+        Raises ValueError in all processes, none of which has changed, if one cannot add its rows.
+        """
+        own, error = torch.empty(0), ""
+        try:
+            own = _as_embeddings(embeddings)
+            if (own.shape[-1], _grid_of(own)) != (self.dim, self.grid):
+                error = (
+                    f"embeddings must match the bank's grid {list(self.grid)} and D = {self.dim}, "
+                    f"got {list(own.shape)}"
+                )
+        except (ValueError, TypeError) as failed:
+            error = str(failed)
+        if self._processes.agreed(self._device, error, groups is None).unique().numel() > 1:
+            raise ValueError("groups must be given by all processes or by none")
+        self._take_over(*self._with(own, groups, int(self._groups.max()) + 1))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in _INSTEAD:
+            raise NotImplementedError(f"a ShardedBank cannot do `{name}`: {_INSTEAD[name]}")
+        raise AttributeError(f"a ShardedBank has no {name!r}")
 
 
-def _part_of(embeddings: Any, has_groups: bool) -> _Part:
-    try:
-        given = as_vectors("embeddings", embeddings, halves=True)
-        if given.ndim not in (2, 4):
-            raise ValueError(
-                f"embeddings must have shape [M, D] or [N, I, J, D], got {list(given.shape)}"
-            )
-    except (ValueError, TypeError) as failed:
-        return _Part(str(failed))
-    return _Part("", tuple(given.shape), given.device.type, has_groups)
+def _grid_of(embeddings: Tensor) -> tuple[int, int]:
+    return (embeddings.shape[1], embeddings.shape[2]) if embeddings.ndim == 4 else (1, 1)
 
 
-def _check_parts(parts: Sequence[_Part]) -> None:
-    """Raise ValueError unless the parts of all processes make up one bank."""
-    _raise_first([part.error for part in parts])
-    if len({part.form for part in parts}) > 1:
-        theirs = "; ".join(
-            f"process {rank} has {list(part.shape)} on {part.device}"
-            f"{' with groups' if part.has_groups else ''}"
-            for rank, part in enumerate(parts)
-        )
+def _as_embeddings(embeddings: Any) -> Tensor:
+    own = as_vectors("embeddings", embeddings, halves=True)
+    if own.ndim not in (2, 4):
         raise ValueError(
-            "embeddings must have one shape, but for the first axis, on one kind of device, and "
-            f"groups be given by all processes or by none: {theirs}"
+            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(own.shape)}"
         )
-    if not any(part.shape[0] for part in parts):
-        raise ValueError("all processes have empty embeddings, so there is no row to search")
-
-
-def _raise_first(errors: Sequence[str]) -> None:
-    """Raise ValueError for the first error of a process, by rank, that is not empty."""
-    for rank, error in enumerate(errors):
-        if error:
-            raise ValueError(f"process {rank}: {error}")
+    return own

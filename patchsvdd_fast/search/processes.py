@@ -1,0 +1,119 @@
+"""What the processes of a torch.distributed group tell each other; also one process without any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from ..ops.search_kernels import NO_ROW, Found
+
+_MOST_PACKED = 2**32 - 1  # rows, whose numbers fit into 64 bits beside a squared distance
+
+
+class Processes:
+    """The processes of a group, all of which must call each method at once, but for `raise_first`.
+
+    group: None: the default one; or this process alone where torch.distributed has none.
+
+    Raises RuntimeError if torchrun has started several processes that are not yet a group.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.count = 0, 1
+        if distributed.is_available() and distributed.is_initialized():
+            self.rank = distributed.get_rank(group)
+            self.count = distributed.get_world_size(group)
+        elif os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise RuntimeError(
+                f"this is one of {os.environ['WORLD_SIZE']} processes: call "
+                "torch.distributed.init_process_group before a ShardedBank is made"
+            )
+
+    def told(self, value: Any) -> list[Any]:
+        """What every process tells, by rank."""
+        if self.count == 1:
+            return [value]
+        told: list[Any] = [None] * self.count
+        distributed.all_gather_object(told, value, group=self.group)
+        return told
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, by rank; all are of one shape and dtype."""
+        if self.count == 1:
+            return [tensor]
+        tensors = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(tensors, tensor.contiguous(), group=self.group)
+        return tensors
+
+    def gathered_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Every process's rows, of which it has so many, by rank; all else of the shape is one."""
+        missing = max(counts) - len(rows)
+        padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        gathered = self.gathered(padded)
+        return [theirs[:count] for theirs, count in zip(gathered, counts, strict=True)]
+
+    def least(self, values: Tensor) -> None:
+        """Replace values by their minimum over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.MIN, group=self.group)
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace values by their sum over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+
+    def raise_first(self, errors: Sequence[str]) -> None:
+        """Raise ValueError for the first error of a process, by rank, that is not empty."""
+        for rank, error in enumerate(errors):
+            if error:
+                raise ValueError(f"process {rank}: {error}")
+
+    def agreed(self, device: torch.device, error: str, *numbers: int) -> Tensor:
+        """[P, ...] what every process gives; ValueError in all if there is an error in any."""
+        seen = torch.stack(
+            self.gathered(torch.tensor([bool(error), *numbers], device=device))
+        ).cpu()
+        if seen[:, 0].any():
+            self.raise_first(self.told(error))
+        return seen[:, 1:]
+
+    def nearest_of_all(self, found: Found, k: int | None, rows: int) -> Found:
+        """The nearest of all processes to the same queries; rows: how many rows they hold."""
+        if k is None:
+            return self._least_of_all(found, rows)
+        squared, numbers = map(self.gathered, found)
+        return nearest_of([Found(*theirs) for theirs in zip(squared, numbers, strict=True)])
+
+    def _least_of_all(self, found: Found, rows_of_all: int) -> Found:
+        """The nearest of all processes: least squared distance, then lowest row."""
+        # Floats that are not negative have the order of their bits, read as an integer.
+        bits = found.squared.contiguous().view(torch.int32).long()
+        if rows_of_all < _MOST_PACKED:
+            packed = (bits << 32) | found.rows.clamp(max=_MOST_PACKED)
+            self.least(packed)
+            bits, low = packed >> 32, packed & _MOST_PACKED
+            rows = torch.where(low == _MOST_PACKED, torch.full_like(low, NO_ROW), low)
+        else:
+            least = bits.clone()
+            self.least(least)
+            rows = torch.where(bits == least, found.rows, torch.full_like(found.rows, NO_ROW))
+            self.least(rows)
+            bits = least
+        return Found(bits.int().view(torch.float32), rows)
+
+
+def nearest_of(found: Sequence[Found]) -> Found:
+    """The k nearest of several [Q, k], ascending by squared distance, then by row."""
+    neighbours = found[0].rows.shape[1]
+    squared = torch.cat([each.squared for each in found], dim=1)
+    rows = torch.cat([each.rows for each in found], dim=1)
+    order = rows.argsort(dim=1)
+    by_distance = squared.gather(1, order).argsort(dim=1, stable=True)
+    order = order.gather(1, by_distance)[:, :neighbours]
+    return Found(squared.gather(1, order).contiguous(), rows.gather(1, order).contiguous())
