@@ -31,6 +31,7 @@ class FileBytes(os.PathLike[str]):
     name: str
     """What the image is called: a path or an address, as given."""
     content: bytes = field(repr=False)
+    """All of the file."""
 
     def __fspath__(self) -> str:
         return self.name
