@@ -43,6 +43,7 @@ PUBLIC = (
     "images.prepare",
     "images.samples",
     "ops.pair_protocol",
+    "ray_data",
     "report.display",
     "report.entries",
     "report.heat_maps",

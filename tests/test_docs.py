@@ -38,6 +38,7 @@ BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.D
 SIDE = 128
 DENSE = settings._RECIPES["modes"]["dense"]  # how training is by default
 
+# Programs for Ray are run by test_ray_data.py, where there is Ray.
 # export.md is run without OpenVINO, too, by test_export.py, which compares what it computes;
 # onnx.md is run by detector/test_onnx.py, which also compares what it computes; serving.md by
 # test_serving.py, with a client.
@@ -148,6 +149,8 @@ def test_examples(page, example_folder, write_outputs, monkeypatch):
         (example_folder / "model.safetensors").unlink()  # which would not be replaced
     for kind, line, text in blocks(page):
         renewed.append(text)
+        if "\nimport ray\n" in text:  # run by test_ray_data.py
+            continue
         if "patchsvdd demo" in text:  # takes minutes
             continue
         if kind == "console":

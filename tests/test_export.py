@@ -118,15 +118,18 @@ def test_cpp(made, tmp_path):
     check_program([str(tmp_path / "score")], detector, folder, "ppm")
 
 
-def test_javascript(made, tmp_path):
+@pytest.mark.parametrize("runtime", ["onnxruntime-node", "onnxruntime-web"])
+def test_javascript(made, tmp_path, runtime):
     """Of packages that are installed beside the sources (CONTRIBUTING.md)."""
     node = shutil.which("node")
     packages = ROOT / "node_modules"
     if node is None:
         pytest.skip("needs Node.js")
-    if not all((packages / name).is_dir() for name in ("onnxruntime-node", "pngjs")):
-        pytest.skip("needs `npm install --no-save onnxruntime-node pngjs`")
+    if not all((packages / name).is_dir() for name in (runtime, "pngjs")):
+        pytest.skip(f"needs `npm install --no-save {runtime} pngjs`")
     folder, detector = made
-    (tmp_path / "score.mjs").write_text(IN_JAVASCRIPT)
+    assert IN_JAVASCRIPT.count("onnxruntime-node") == 1
+    program = IN_JAVASCRIPT.replace("onnxruntime-node", runtime)
+    (tmp_path / "score.mjs").write_text(program)
     (tmp_path / "node_modules").symlink_to(packages)
     check_program([node, str(tmp_path / "score.mjs")], detector, folder, "png")

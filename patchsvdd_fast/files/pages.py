@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,22 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpe
 
 _STREAM = re.compile(r"camera:(\d+)|(?:rtsp|rtsps|rtmp|http|https|udp)://.+", re.DOTALL)
 _NAMED_PAGE = re.compile(r"(.+)#([1-9][0-9]*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FileBytes(os.PathLike[str]):
+    """The content of an image file, read already; can be scored as its path can, to the same bits.
+
+    Its first page counts, and no file is looked for under its name.
+    """
+
+    name: str
+    """What the image is called: a path or an address, as given."""
+    content: bytes = field(repr=False)
+    """All of the file."""
+
+    def __fspath__(self) -> str:
+        return self.name
 
 
 def check_pages(pages: str) -> None:

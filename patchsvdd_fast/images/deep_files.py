@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,11 @@ _JPEG_2000_SIZES = 38  # bytes of them up to the first channel's bits,
 _JPEG_2000_HEAD = 1 << 16  # and all that within these first bytes
 
 
-def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
+def deep_samples(image: Image.Image, file: str | bytes | None) -> DeepSamples | None:
     """The samples of an image as its file has them; None if they are of 8 bits or less.
 
-    image: as opened, not decoded yet. path: of its file, if there is one; without it, of colour and
-    of gray with alpha the high 8 bits that Pillow gives are taken of 16, see `warn_of_lost_bits`.
+    image: as opened, not decoded yet. file: its path or content, if there is one; else, of colour
+    and of gray with alpha, the high 8 bits that Pillow gives are taken of 16: `warn_of_lost_bits`.
 
     Raises ValueError for integers that do not fit into 16 bits, for 16-bit colour of which Pillow
     gives wrong values (TIFF in planes, JPEG 2000), and as Pillow does.
@@ -34,12 +35,12 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
         return DeepSamples(np.asarray(image), None)
     values: npt.NDArray[Any]
     if not image.mode.startswith("I"):
-        if path is not None and (largest := _largest_of_pixmap(image)) is not None:
+        if file is not None and (largest := _largest_of_pixmap(image)) is not None:
             told = None if largest == 65535 else _bits(largest)
-            return DeepSamples(_pixmap(image, path), told)
-        whole = None if path is None else _whole_samples(image, path)
+            return DeepSamples(_pixmap(image, file), told)
+        whole = None if file is None else _whole_samples(image, file)
         if whole is None:
-            _refuse_misread(image, path)
+            _refuse_misread(image, file)
             return None
         if image.mode == "CMYK":
             return DeepSamples(_rgb_of_inks(whole), DEEPEST)
@@ -52,14 +53,19 @@ def deep_samples(image: Image.Image, path: str | None) -> DeepSamples | None:
         if scaled_to is not None:  # back to what the file has
             values = (values.astype(np.int64) * scaled_to + 32767) // 65535
             return DeepSamples(values, _bits(scaled_to))
-    return DeepSamples(values, _told_depth(image, path, int(values.max(initial=0))))
+    return DeepSamples(values, _told_depth(image, file, int(values.max(initial=0))))
+
+
+def _reading(file: str | bytes) -> BinaryIO:
+    """A file, by its path or its content, to read from."""
+    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: PTH123
 
 
 def _bits(largest: int) -> int:
     return max(DEPTHS[0], largest.bit_length())
 
 
-def _told_depth(image: Image.Image, path: str | None, largest: int) -> int | None:
+def _told_depth(image: Image.Image, file: str | bytes | None, largest: int) -> int | None:
     """The depth that a file tells of its samples, the largest of which is given."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
@@ -69,8 +75,8 @@ def _told_depth(image: Image.Image, path: str | None, largest: int) -> int | Non
         told = max(_numbers(tags.get(_TIFF_LARGEST)), default=0)
         # 65535 is what the tag says by default, hence of any file.
         return rounded_up(max(told, largest)) if 255 < told < 65535 else None
-    if image.format == "PNG" and path is not None:
-        significant = _significant_bits(path)
+    if image.format == "PNG" and file is not None:
+        significant = _significant_bits(file)
         if significant is not None:
             # By the format samples fill 16 bits all the same; many writers leave them as they were.
             return significant if largest < 2**significant else DEEPEST
@@ -82,18 +88,18 @@ def _numbers(value: Any) -> list[int]:
     return [int(one) for one in values if isinstance(one, int)]
 
 
-def _significant_bits(path: str) -> int | None:
+def _significant_bits(file: str | bytes) -> int | None:
     """What the chunk sBIT of a PNG file says, if 8 to 15; Pillow does not read it."""
-    with open(path, "rb") as file:  # noqa: PTH123 (a path may be of any kind)
-        file.seek(_PNG_HEAD)
-        while len(head := file.read(8)) == 8:
+    with _reading(file) as stream:
+        stream.seek(_PNG_HEAD)
+        while len(head := stream.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind == b"sBIT":
-                bits = max(file.read(min(length, 3)), default=DEEPEST)
+                bits = max(stream.read(min(length, 3)), default=DEEPEST)
                 return bits if DEPTHS[0] <= bits < DEEPEST else None
             if kind == b"IDAT":
                 break
-            file.seek(length + 4, os.SEEK_CUR)
+            stream.seek(length + 4, os.SEEK_CUR)
     return None
 
 
@@ -115,27 +121,27 @@ def _largest_of_pixmap(image: Image.Image) -> int | None:
     return largest if largest > 255 else None
 
 
-def _pixmap(image: Image.Image, path: str) -> npt.NDArray[np.int32]:
+def _pixmap(image: Image.Image, file: str | bytes) -> npt.NDArray[np.int32]:
     """The samples of such a file, [H, W, 3]; Pillow scales them to 8 bits."""
     tile: Any = getattr(image, "tile")[0]  # noqa: B009 (of an ImageFile)
     count = 3 * image.width * image.height
-    with open(path, "rb") as file:  # noqa: PTH123 (a path may be of any kind)
-        file.seek(tile[2])
-        content = file.read(2 * count)
+    with _reading(file) as stream:
+        stream.seek(tile[2])
+        content = stream.read(2 * count)
     if len(content) < 2 * count:
         raise ValueError("the file is truncated")
     samples = np.frombuffer(content, ">u2").astype(np.int32)
     return samples.reshape(image.height, image.width, 3)
 
 
-def _refuse_misread(image: Image.Image, path: str | None) -> None:
+def _refuse_misread(image: Image.Image, file: str | bytes | None) -> None:
     """Raise ValueError for colour of more than 8 bits that Pillow does not read rightly."""
     tags, bits = getattr(image, "tag_v2", None), 8
     if tags is not None and tags.get(_TIFF_PLANAR) == 2:
         bits = max(_numbers(tags.get(_TIFF_BITS)), default=8)
-    elif image.format == "JPEG2000" and path is not None:
-        with open(path, "rb") as file:  # noqa: PTH123 (a path may be of any kind)
-            head = file.read(_JPEG_2000_HEAD)
+    elif image.format == "JPEG2000" and file is not None:
+        with _reading(file) as stream:
+            head = stream.read(_JPEG_2000_HEAD)
         sizes = head.partition(_JPEG_2000_START)[2]
         bits = (sizes[_JPEG_2000_SIZES] & 127) + 1 if len(sizes) > _JPEG_2000_SIZES else 8
     if bits > 8:
@@ -156,7 +162,7 @@ def warn_of_lost_bits(image: Image.Image, name: str) -> None:
             return
 
 
-def _whole_samples(image: Image.Image, path: str) -> npt.NDArray[np.int32] | None:
+def _whole_samples(image: Image.Image, file: str | bytes) -> npt.NDArray[np.int32] | None:
     """Samples [H, W], [H, W, 3] or of CMYK [H, W, 4] of 16-bit colour or gray with alpha.
 
     None for others. Pillow gives the high bytes; the file is decoded once more, as if its bytes
@@ -165,7 +171,7 @@ def _whole_samples(image: Image.Image, path: str) -> npt.NDArray[np.int32] | Non
     tiles = _read_otherwise(image)
     if not tiles:
         return None
-    with Image.open(path) as other:
+    with _reading(file) as stream, Image.open(stream) as other:
         other.seek(image.tell())
         is_gray = _raw_mode(other.tile[0]) == _GRAY_WITH_ALPHA
         other.tile = _read_otherwise(other)

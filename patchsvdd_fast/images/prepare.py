@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..files.categories import training_paths
 from ..files.folders import SUFFIXES, counted, report_unreadable
 from ..files.pages import (
+    FileBytes,
     check_pages,
     file_and_page,
     is_video,
@@ -78,8 +80,9 @@ def read_image(path: str | os.PathLike[str], samples: Samples = AS_STORED) -> Im
 def _read_parts(path: str | os.PathLike[str], samples: Samples) -> Parts:
     """Read an image file, upright, as `read_image` does; keep fractions if `samples` says so."""
     name = os.fspath(path)
-    with _naming(name), _opened(name) as (image, file):
-        if file == name and (count := num_pages(image)) > 1:
+    with _naming(name), _opened(path) as (image, file):
+        is_whole = isinstance(path, FileBytes) or file == name
+        if is_whole and (count := num_pages(image)) > 1:
             warnings.warn(f"{name} has {count:,} pages or frames; the first is read", stacklevel=3)
         deep = deep_samples(image, file)
         if deep is None:
@@ -99,7 +102,7 @@ def read_deep_samples(item: Any) -> DeepSamples | None:
         if isinstance(item, Image.Image):
             return deep_samples(item, None)
         if isinstance(item, str | os.PathLike):
-            with _opened(os.fspath(item)) as (image, file):
+            with _opened(item) as (image, file):
                 return deep_samples(image, file)
     except Exception:  # decoders raise many kinds; whoever reads it next says which
         return None
@@ -107,8 +110,14 @@ def read_deep_samples(item: Any) -> DeepSamples | None:
 
 
 @contextlib.contextmanager
-def _opened(name: str) -> Iterator[tuple[Image.Image, str]]:
-    """The image at a path, which may name a page, not decoded yet; and its file."""
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Image.Image, str | bytes]]:
+    """The image at a path, which may name a page, not decoded yet; and its file or its content."""
+    if isinstance(path, FileBytes):
+        with Image.open(io.BytesIO(path.content)) as image:
+            _check_pixels(image)
+            yield image, path.content
+        return
+    name = os.fspath(path)
     file, page = file_and_page(name)
     if is_video(file):
         if page is None:

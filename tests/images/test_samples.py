@@ -6,9 +6,16 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
-from patchsvdd_fast.images.prepare import load_image_set, prepare_image, read_image
+from patchsvdd_fast.files.pages import FileBytes
+from patchsvdd_fast.images.prepare import (
+    load_image_set,
+    prepare_image,
+    read_deep_samples,
+    read_image,
+)
 from patchsvdd_fast.images.samples import (
     AS_STORED,
     DEPTHS,
@@ -342,3 +349,26 @@ def test_headers_are_read_back_and_checked():
     for bad in ({"bit_depth": 40}, {"value_range": [2, 1]}, {"value_range": [0, float("nan")]}):
         with pytest.raises(ValueError, match="must be"):
             samples_from_header({"samples": {"bit_depth": None, "value_range": None, **bad}})
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_content_of_a_file_is_read_as_the_file_is(tmp_path, order):
+    deep = ramp(16)
+    header = f"P6 {SHAPE[1]} {SHAPE[0]} 65535\n".encode()
+    files = {
+        "colour.tif": tiff_of(colour(deep), order),
+        "inks.tif": tiff_of(np.dstack([colour(deep), deep]), order),
+        "colour.png": png_of(colour(deep)),
+        "alpha.png": png_of(np.stack([deep, deep], axis=-1)),
+        "told.png": png_of(ramp(12), (b"sBIT", b"\x0c")),
+        "colour.ppm": header + colour(deep).astype(">u2").tobytes(),
+    }
+    kept = Samples(bit_depth=16, fractions=True)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        of_path = prepare_image(tmp_path / name, name, None, 1, kept)
+        of_bytes = prepare_image(FileBytes("elsewhere", content), name, None, 1, kept)
+        assert torch.equal(of_path.pixels, of_bytes.pixels), name
+        assert of_path.pixels.unique().numel() > 256 or name == "told.png"
+        depth = read_deep_samples(tmp_path / name).told
+        assert read_deep_samples(FileBytes("elsewhere", content)).told == depth, name
