@@ -263,8 +263,11 @@ def test_bad_images_are_refused_in_words():
 
 
 def test_a_category_added_while_streaming_is_named(frozen):
-    stream = frozen.score_stream(FINE[:1], category=lambda image: "late")
-    frozen["late"] = frozen["fine"]
+    def choose(_):
+        frozen["late"] = frozen["fine"]
+        return "late"
+
+    stream = frozen.score_stream(FINE[:1], category=choose)
     with stream, pytest.raises(ValueError, match="'late' was added after the stream began"):
         next(stream)
 
