@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -78,6 +77,12 @@ class Exchanges:
         return counting
 
 
+def status(field: str) -> int:
+    """A figure of this process, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def search_in_shards(folder: Path, rank: int, count: int, repeats: int) -> None:
     """What each process does: build its part, search several times, print a line of figures."""
     torch.set_num_threads(1)
@@ -86,7 +91,8 @@ def search_in_shards(folder: Path, rank: int, count: int, repeats: int) -> None:
         distributed.init_process_group(
             "gloo", f"file://{folder}/meeting-{count}", rank=rank, world_size=count
         )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far
+    before = status("VmRSS")
     began = time.process_time()
     rows = given["bank"].tensor_split(count)[rank]
     bank = NormalBank(rows) if count == 1 else ShardedBank(rows)
@@ -107,7 +113,7 @@ def search_in_shards(folder: Path, rank: int, count: int, repeats: int) -> None:
                 "bytes": exchanges.bytes,
             }
         )
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    peak = status("VmHWM") - before
     if rank == 0:
         save_file({"distances": found[0], "rows": found[1]}, folder / f"found-{count}.safetensors")
     print(json.dumps({"build_cpu_seconds": build, "peak_bytes": peak, "runs": runs[1:]}))
