@@ -49,13 +49,6 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather
 # --- a bank in shards -----------------------------------------------------------------------------
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors that one argument of a collective holds."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [v for v in value if isinstance(v, Tensor)] if isinstance(value, list | tuple) else []
-
-
 class Exchanges:
     """Counts what this process hands to others, and the seconds until it has theirs."""
 
@@ -67,8 +60,7 @@ class Exchanges:
 
     def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*given: Any, **options: Any) -> Any:
-            own = tensors_in(given[-1] if isinstance(given[-1], Tensor) else given[0])
-            self.bytes += sum(one.nbytes for one in own[:1])
+            self.bytes += sum(one.nbytes for one in given if isinstance(one, Tensor))  # its own
             began = time.perf_counter()
             done = collective(*given, **options)
             self.seconds += time.perf_counter() - began

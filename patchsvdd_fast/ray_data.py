@@ -9,7 +9,14 @@ from typing import Any, cast
 
 import torch
 
-from .detector.categories import CategoryDetectors, by_category, open_detectors, require_category
+from .detector.categories import (
+    CategoryDetectors,
+    by_category,
+    open_detectors,
+    require_category,
+    score_stream,
+    thresholds_of,
+)
 from .detector.patch_svdd import PatchSVDD
 from .files.pages import FileBytes
 from .report.table import CATEGORY, COLUMNS, arrow_table, require_parquet, row_of
@@ -60,8 +67,7 @@ class Scorer:
             torch.set_num_threads(threads)
         self._detectors = open_detectors(model_path, device)
         require_category(self._detectors, category)
-        for detector in by_category(self._detectors).values():
-            detector.threshold_or_none(false_alarm_rate)  # raises for what is no rate
+        thresholds_of(by_category(self._detectors), false_alarm_rate)  # raises for what is no rate
         self._category, self._rate, self._maps = category, false_alarm_rate, maps
         is_single = isinstance(self._detectors, PatchSVDD)
         self._columns = COLUMNS if is_single else (*COLUMNS, CATEGORY)
@@ -111,11 +117,9 @@ class Scorer:
             name = names_of[id(image)]
             return cast(CategoryDetectors, self._detectors).category_of_path(name)
 
-        options: dict[str, Any] = {"false_alarm_rate": self._rate, "on_error": on_error}
-        detectors = self._detectors
-        if isinstance(detectors, CategoryDetectors):
-            options["category"] = self._category or category_of
-        return detectors.score_stream(images, **options)
+        choice = self._category or category_of
+        options = {"false_alarm_rate": self._rate, "on_error": on_error}
+        return score_stream(self._detectors, images, choice, **options)
 
 
 def _named_images(batch: Mapping[str, Any]) -> tuple[list[str], list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,18 +139,19 @@ def evaluate(
         from ..ops.backends import resolve_device
         from ..training.workers import local_device
         from .reports import require_report, write_evaluation_page
-        from .terminal import joined
+        from .terminal import joined, require_same
 
-    judges = _Judges(model, one_of_model, encoder, skip_unreadable, train is not None, device)
-    judges.parameters = {
+    target = local_device(resolve_device(device))
+    parameters = {
         "image_size": parse_resize(resize or "256"),
         "bit_depth": bit_depth,
         "value_range": value_range,
         "mode": mode or "faithful",
         "seed": seed or 0,
-        "device": device,
+        "device": str(target),  # of this process, if there are several GPUs
     }
-    with joined(local_device(resolve_device(device))) as workers:
+    judges = _Judges(model, one_of_model, encoder, skip_unreadable, train is not None, parameters)
+    with joined(target) as workers:
         with workers.together():
             categories = [_own(own)] if data is None else find_categories(data)
             judges.open(len(categories))
@@ -161,7 +162,7 @@ def evaluate(
             }
             for folder in filter(None, {report, *reports.values()}):
                 require_report(folder, overwrite)
-        workers.require_same(_facts_of(model, categories))
+        require_same(workers, model, categories=[category.name for category in categories])
         results, failed = _evaluate_all(categories, judges, reports, overwrite, workers)
         if not workers.is_first:
             raise typer.Exit(1 if failed else 0)
@@ -228,9 +229,8 @@ class _Judges:
     skip_unreadable: bool
     has_own_training: bool
     """Whether the training images have a folder of their own, as of --train."""
-    device: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    """Of new detectors."""
+    parameters: dict[str, Any]
+    """Of new detectors; all go to its device."""
     one_file: PatchSVDD | CategoryDetectors | None = None
     """The model, if it is one file."""
 
@@ -245,7 +245,7 @@ class _Judges:
             raise ValueError("--category is for one --model file and the images of one category")
         if model is None or no_file:
             return
-        opened = open_detectors(model, self.device)
+        opened = open_detectors(model, self.parameters["device"])
         require_category(opened, self.chosen)
         if isinstance(opened, PatchSVDD) and num_categories > 1:
             raise ValueError(
@@ -261,7 +261,9 @@ class _Judges:
 
         if self.model is not None:
             if self.one_file is None:
-                return PatchSVDD.load(_file_for(self.model, category), device=self.device)
+                return PatchSVDD.load(
+                    _file_for(self.model, category), device=self.parameters["device"]
+                )
             return _detector_for(self.one_file, self.chosen, category)
         detector = PatchSVDD(**self.parameters)
         if self.encoder is None:
@@ -277,18 +279,6 @@ class _Judges:
         if self.model is not None:
             return {"model": str(_file_for(self.model, category))}
         return {"encoder from": self.encoder or "untrained"}
-
-
-def _facts_of(model: Path | None, categories: Sequence[Category]) -> dict[str, Any]:
-    """What must be the same in all processes that evaluate."""
-    from .. import __version__
-    from ..files.store import fingerprint
-
-    facts: dict[str, Any] = {"the version": __version__}
-    facts["the categories"] = [category.name for category in categories]
-    if model is not None and model.is_file():
-        facts[f"the file {model}"] = fingerprint(model)
-    return facts
 
 
 def _require_heard(options: dict[str, object], has_model: bool, untrained: bool) -> None:

@@ -30,7 +30,7 @@ from ..report.table import Table, require_parquet, row_of, write_parquet
 from ..report.text import shown
 from ..score.image_result import ImageResult, relative
 from ..score.regions import Region
-from ..training.workers import Workers, taken
+from ..training.workers import Workers, with_failures
 from .reports import Reports
 from .terminal import ScoringBar, console, print_error, print_line, print_warning
 
@@ -147,7 +147,7 @@ def score_all(
         else:
             stack.enter_context(run.joined(workers.rank, began))
         failures: list[_Outcome] = []
-        to_score = (source for source in sources(done) if not _was_written(source.path, run.folder))
+        to_score = _without_outputs(sources(done), run.folder)
         stream = stack.enter_context(
             score_stream(
                 detectors,
@@ -158,14 +158,13 @@ def score_all(
                 keep_originals=outputs.heat_maps or report is not None,
             )
         )
-
-        def outcomes() -> Iterator[_Outcome]:
-            for result in stream:
-                yield from taken(failures)
-                yield _outcome(result, each[result.category or ""], outputs, run, pages)
-            yield from taken(failures)
-
-        for outcome in workers.in_order(outcomes()):
+        outcomes = (
+            one
+            if isinstance(one, _Outcome)
+            else _outcome(one, each[one.category or ""], outputs, run, pages)
+            for one in with_failures(stream, failures)
+        )
+        for outcome in workers.in_order(outcomes):
             collected.add(outcome)
         if workers.is_first:
             collected.end()
@@ -174,11 +173,13 @@ def score_all(
     return int(workers.agreed(collected.failed))
 
 
-def _was_written(path: Path, folder: Path) -> bool:
-    """Whether a file is one that a run into this folder writes."""
-    place = Path(os.path.realpath(path))
-    written = (os.path.realpath(folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS))
-    return any(place.is_relative_to(one) for one in written)
+def _without_outputs(sources: Iterator[Source], folder: Path) -> Iterator[Source]:
+    """Sources but those that runs into this folder have written."""
+    written = [os.path.realpath(folder / name) for name in (_HEAT_MAPS, _MAPS, _MASKS)]
+    for source in sources:
+        place = Path(os.path.realpath(source.path))
+        if not any(place.is_relative_to(one) for one in written):
+            yield source
 
 
 class _Outcome(NamedTuple):

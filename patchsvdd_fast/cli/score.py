@@ -117,13 +117,14 @@ def score(
         from ..training.workers import local_device
         from .outputs import Outputs, score_all
         from .reports import require_report
-        from .terminal import joined
+        from .terminal import joined, require_same
 
     require_given(images)
     outputs = Outputs(output, table_format, heat_maps, maps, masks, coco)
     target = local_device(resolve_device(device))
     with joined(target) as workers, _ended_by_sigterm():
-        require_alike(workers, model, images)
+        require_divisible(workers, images)
+        require_same(workers, model)
         run = workers.from_first(lambda: outputs.claim(resume, overwrite))
         if report is not None:
             workers.from_first(lambda: require_report(report, overwrite))
@@ -151,19 +152,12 @@ def score(
         raise typer.Exit(SOME_FAILED)
 
 
-def require_alike(workers: Workers, model: Path, images: Sequence[str]) -> None:
-    """Raise ValueError unless all processes can divide these images, and have the same model."""
-    from .. import __version__
-    from ..files.store import fingerprint
-
-    if workers.count == 1:
-        return
-    if "-" in images:
+def require_divisible(workers: Workers, images: Sequence[str]) -> None:
+    """Raise ValueError unless processes can divide these images."""
+    if workers.count > 1 and "-" in images:
         raise ValueError(
             f"the images that standard input lists cannot be divided over {workers.count} processes"
         )
-    facts = {"the version": __version__, f"the file {model}": fingerprint(model)}
-    workers.require_same(facts)
 
 
 def watch(

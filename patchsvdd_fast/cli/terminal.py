@@ -16,6 +16,8 @@ from ..files.folders import counted
 from ..report.text import shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from ..detector.evaluation import CategoryResult
@@ -67,6 +69,19 @@ def joined(device: torch.device) -> Iterator[Workers]:
             if str(error):
                 print_error(str(error))
             raise typer.Exit(1) from error
+
+
+def require_same(workers: Workers, model: Path | None, **facts: Any) -> None:
+    """Raise ValueError unless all processes have this version, the model file and other facts."""
+    from .. import __version__
+    from ..files.store import fingerprint
+
+    if workers.count == 1:
+        return
+    if model is not None and model.is_file():
+        facts[f"file {model}"] = fingerprint(model)
+    facts["version"] = __version__
+    workers.require_same({f"the {name}": fact for name, fact in facts.items()})
 
 
 Fitted = TypeVar("Fitted")

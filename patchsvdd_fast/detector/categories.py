@@ -276,7 +276,7 @@ def thresholds_of(
 def score_stream(
     opened: PatchSVDD | CategoryDetectors,
     sources: Iterable[Any],
-    category: str | None,
+    category: str | Callable[[Any], str | None] | None,
     **options: Any,
 ) -> Stream[ImageResult]:
     """`score_stream` of either kind; category, options: see `CategoryDetectors.score_stream`."""

@@ -23,7 +23,7 @@ from ..score import metrics
 from ..score.image_result import ImageResult
 from ..score.maps import combinations_of, combine, scores_of
 from ..score.metrics import METRICS
-from ..training.workers import Workers, taken
+from ..training.workers import Workers, with_failures
 from .patch_svdd import PatchSVDD
 
 
@@ -251,10 +251,7 @@ def _results(
     def own_results() -> Iterator[ImageResult | Exception]:
         own = workers.own(paths)
         with detector.score_stream(own, on_error=note, keep_originals=keep_originals) as stream:
-            for result in stream:
-                yield from taken(failed)
-                yield result
-        yield from taken(failed)
+            yield from with_failures(stream, failed)
 
     unreadable: list[Exception] = []
     for result in workers.in_order(own_results()):

@@ -181,12 +181,9 @@ class RunFolder:
 
         process: number of this one, from 1. began: of that one. Raises OSError.
         """
-        path = self.folder / f"{MANIFEST}.{process}"
         self._earlier, self._began = self._listed(), began
         try:
-            with path.open("ab") as before:
-                before.truncate(self._whole_lines(path))
-            file = path.open("ab", buffering=0)
+            file = self._appended(self.folder / f"{MANIFEST}.{process}")
         except OSError as error:
             raise OSError(f"cannot write {self.folder}: {error.strerror or error}") from error
         with file as self._file:
@@ -232,18 +229,18 @@ class RunFolder:
         """The manifest, to append to; without what is not to be gone on with."""
         path = self.folder / MANIFEST
         if not self._resume:
-            for other in self.folder.glob(f"{MANIFEST}.*"):
-                other.unlink()
-        with path.open("ab") as before:
-            before.truncate(self._whole_lines(path) if self._resume else 0)
-        file = path.open("ab", buffering=0)
+            for manifest in self.folder.glob(f"{MANIFEST}*"):
+                manifest.unlink()
+        file = self._appended(path)
         os.utime(path)  # the time of the file system, which may not be this computer's
         return file
 
     @staticmethod
-    def _whole_lines(path: Path) -> int:
-        """Bytes up to the end of the last whole line: a killed run may have left half of one."""
-        return path.read_bytes().rfind(b"\n") + 1
+    def _appended(path: Path) -> RawIOBase:
+        """A manifest to append to; a killed run may have left half a line, which goes."""
+        with path.open("ab") as before:
+            before.truncate(path.read_bytes().rfind(b"\n") + 1)
+        return path.open("ab", buffering=0)
 
     def _listed(self) -> dict[str, str]:
         """Files that earlier runs wrote, by their path in the folder: what each was made from."""

@@ -18,7 +18,7 @@ from .html import is_report, page_parts
 from .text import failures_section, html_text
 
 _LINK = '<th scope="row"><a href="{}/index.html">'
-_HEADINGS = ("category", "good", "anomalous", "map", *METRICS.values(), "missed", "false alarms")
+_HEADINGS = ("good", "anomalous", "map", *METRICS.values(), "missed", "false alarms")
 
 
 def write_start_page(
@@ -37,7 +37,7 @@ def write_start_page(
         folder,
         f"{data}: {counted(len(results), 'category', 'categories')}",
         "AUROC and AUPRO in percent; missed and false alarms at each model's threshold.",
-        headings[1:],
+        headings,
         [_row(name, result, has_validation) for name, result in results.items()],
         [*failed.items()],
     )

@@ -140,25 +140,23 @@ class _ManyWorkers(Workers):
             if self.is_first:
                 told = [make(), False]
         finally:
-            with _others_there():
-                distributed.broadcast_object_list(told, src=0, device=self._numbers_on)
+            self._hear_first(told)
         if told[1]:
             raise WorkerError("")
         made: Item = told[0]
         return made
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        told: list[Any] = [None] * self.count
-        with _others_there():
-            distributed.all_gather_object(told, facts)
+        told = self._told(facts)
+        ours = told[0]
         for rank, theirs in enumerate(told):
-            differing = [name for name in facts if theirs.get(name) != told[0][name]]
+            differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
             if differing and not self.is_first:
                 raise WorkerError("")
             if differing:
                 raise ValueError(
                     f"process {rank} differs from process 0 in {', '.join(differing)}: "
-                    + "; ".join(f"{theirs.get(name)}, not {told[0][name]}" for name in differing)
+                    + "; ".join(f"{theirs.get(name)}, not {ours.get(name)}" for name in differing)
                 )
 
     @contextlib.contextmanager
@@ -169,9 +167,7 @@ class _ManyWorkers(Workers):
         except Exception as error:
             failure = error
         own = None if failure is None else str(failure)
-        told: list[Any] = [None] * self.count
-        with _others_there():
-            distributed.all_gather_object(told, own)
+        told = self._told(own)
         if failure is not None and (self.is_first or own != told[0]):
             raise failure
         if any(one is not None for one in told):
@@ -194,13 +190,24 @@ class _ManyWorkers(Workers):
                         yield from (one for one in of_each if one is not None)
                     told = [False, len(rounds[0].results) == _ROUND]
             finally:
-                with _others_there():
-                    distributed.broadcast_object_list(told, src=0, device=self._numbers_on)
+                self._hear_first(told)
             if failure is not None:
                 raise failure
             if told[0]:
                 raise WorkerError("")
             more = told[1]
+
+    def _told(self, value: Any) -> list[Any]:
+        """What every process tells, by rank."""
+        told: list[Any] = [None] * self.count
+        with _others_there():
+            distributed.all_gather_object(told, value)
+        return told
+
+    def _hear_first(self, values: list[Any]) -> None:
+        """Replace values by those of the first process."""
+        with _others_there():
+            distributed.broadcast_object_list(values, src=0, device=self._numbers_on)
 
     def _gathered(self, given: _Round) -> list[_Round]:
         """What all processes hand over, in the first process; [] in others."""
@@ -210,11 +217,13 @@ class _ManyWorkers(Workers):
         return rounds
 
 
-def taken(items: list[Item]) -> list[Item]:
-    """What is in a list, which is empty then."""
-    found = items.copy()
-    items.clear()
-    return found
+def with_failures(results: Iterable[Any], failures: list[Any]) -> Iterator[Any]:
+    """Results of a stream, and in their places what its `on_error` appends to a list meanwhile."""
+    for result in results:
+        yield from failures
+        failures.clear()
+        yield result
+    yield from failures
 
 
 @contextlib.contextmanager

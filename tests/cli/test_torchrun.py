@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import script_environment, texture
-from patchsvdd_fast.cli.score import require_alike
+from patchsvdd_fast.cli.score import require_divisible
 from patchsvdd_fast.training.workers import Workers
 from processes import COMMAND, one_line_error
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_divided_is_refused(here, ready_model, tmp_path, monkeypa
     workers = Workers()
     workers.count = 2
     with pytest.raises(ValueError, match="standard input lists cannot be divided over 2 processes"):
-        require_alike(workers, ready_model, ["-"])
+        require_divisible(workers, ["-"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "`watch` is one process" in one_line_error(here("watch", ready_model, tmp_path))
 
