@@ -35,8 +35,8 @@ from torch import Tensor
 
 from common import commit
 from patchsvdd_fast import HierarchicalEncoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.detector.evaluation import read_masks
-from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.encoders.levels import PatchLevel
 from patchsvdd_fast.files.categories import Category, find_categories
 from patchsvdd_fast.files.whole import written_whole

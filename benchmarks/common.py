@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel
-from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.files.folders import find_images
 from patchsvdd_fast.images.light import mean_image

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import Figure, Prepare, Search, commit, write_results
 from patchsvdd_fast import HierarchicalEncoder, NormalBank, PatchLevel, PatchSVDD
-from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.encoders.patch_svdd import SMALL_PATCH
 from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.files.folders import find_images

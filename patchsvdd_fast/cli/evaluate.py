@@ -154,6 +154,7 @@ def evaluate(
     with joined(target) as workers:
         with workers.together():
             categories = [_own(own)] if data is None else find_categories(data)
+        with workers.together():
             judges.open(len(categories))
             # A category's own name, not that of what it links to: two may link to the same.
             reports = {
@@ -190,7 +191,7 @@ def _evaluate_all(
     reports: folders for them, by the category's folder.
     """
     from ..detector.progress_bars import display
-    from ..training.workers import WorkerError
+    from ..search.processes import WorkerError
     from .reports import Evaluation, claimed_report
 
     results: dict[str, CategoryResult] = {}

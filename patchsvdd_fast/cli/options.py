@@ -218,6 +218,15 @@ def parse_resize(text: str) -> int | tuple[int, int] | None:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
+def parse_bytes(text: str) -> int:
+    """A number of bytes, such as "500MB" or "2GB". Raises typer.BadParameter."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2].strip(), units.get(text[-2:].upper())
+    if unit is None or not number.isdecimal() or not int(number):
+        raise typer.BadParameter(f'takes a size such as "500MB" or "2GB", got {text!r}')
+    return int(number) * unit
+
+
 def has_pretrained() -> bool:
     """Whether the weights of `DEFAULT_PRETRAINED` are installed."""
     from ..encoders.pretrained import DEFAULT_PRETRAINED
@@ -239,7 +248,7 @@ def encoder_parameters(encoder: str | None, file: Path | None = None) -> dict[st
     file: the encoder's file, if it is not named by the option itself. Raises ValueError for what is
     no name and no such file.
     """
-    from ..detector.model_file import load_encoder, preparation_of
+    from ..detector.encoder_file import load_encoder, preparation_of
     from ..encoders.pretrained import PATCH_SVDD, encoder_names, is_encoder_name
 
     if encoder is None:

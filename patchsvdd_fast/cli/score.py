@@ -128,7 +128,8 @@ def score(
         run = workers.from_first(lambda: outputs.claim(resume, overwrite))
         if report is not None:
             workers.from_first(lambda: require_report(report, overwrite))
-        detectors = open_detectors(model, str(target))
+        with workers.together():
+            detectors = open_detectors(model, str(target))
         require_category(detectors, category)
         if report is not None:
             workers.from_first(lambda: require_report(report, overwrite, detectors))

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ..training.record import TrainingStep
     from ..training.workers import Workers
 
+# Once a process has ended, torchrun ends the others: so one that merely noticed that another has
+# failed waits until that has said why.
+_LAST_WORDS = 1.0  # seconds
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -57,7 +61,8 @@ def joined(device: torch.device) -> Iterator[Workers]:
 
     One that fails says so itself; the others then end with status 1.
     """
-    from ..training.workers import WorkerError, joined_workers
+    from ..search.processes import ToldError, WorkerError
+    from ..training.workers import joined_workers
 
     with joined_workers(device) as workers:
         if not workers.is_first:
@@ -66,7 +71,8 @@ def joined(device: torch.device) -> Iterator[Workers]:
         try:
             yield workers
         except WorkerError as error:
-            if str(error):
+            if str(error) and not isinstance(error, ToldError):
+                time.sleep(_LAST_WORDS)
                 print_error(str(error))
             raise typer.Exit(1) from error
 
@@ -74,12 +80,13 @@ def joined(device: torch.device) -> Iterator[Workers]:
 def require_same(workers: Workers, model: Path | None, **facts: Any) -> None:
     """Raise ValueError unless all processes have this version, the model file and other facts."""
     from .. import __version__
-    from ..files.store import fingerprint
+    from ..files.shards import fingerprint
 
     if workers.count == 1:
         return
     if model is not None and model.is_file():
-        facts[f"file {model}"] = fingerprint(model)
+        with workers.together():
+            facts[f"file {model}"] = fingerprint(model)
     facts["version"] = __version__
     workers.require_same({f"the {name}": fact for name, fact in facts.items()})
 

@@ -29,6 +29,7 @@ from .options import (
     encoder_parameters,
     loading,
     one_of,
+    parse_bytes,
     parse_resize,
 )
 from .terminal import console, joined
@@ -164,6 +165,17 @@ def train(
     value_range: ValueRangeOption = None,
     skip_unreadable: SkipOption = False,
     pages: PagesOption = "first",
+    shard_bank: Annotated[
+        bool,
+        typer.Option(
+            "--shard-bank",
+            help="Keep the banks in shards, an index *.safetensors.index.json and files beside it; "
+            "under torchrun each process keeps those of its own images.",
+        ),
+    ] = False,
+    shard_size: Annotated[
+        str, typer.Option(help="With --shard-bank: embeddings in a shard, at most.")
+    ] = "1GB",
     combination: CombinationOption = "mult",
     contamination: Annotated[
         float, typer.Option(help="Share of good images that may be called anomalous.")
@@ -207,7 +219,8 @@ def train(
         from ..training.workers import local_device
         from .training_sets import Keeping, train_all, training_sets
 
-    sets = training_sets(data, output, resume, overwrite, together)
+    shard_bytes = parse_bytes(shard_size)
+    sets = training_sets(data, output, resume, overwrite, together, shard_bank)
     target = local_device(resolve_device(device))
     chosen = encoder_parameters(encoder)
     is_trained = chosen["encoder"] == PATCH_SVDD
@@ -285,6 +298,7 @@ def train(
         keeping = Keeping(
             *(checkpoint_minutes, resume, log, tensorboard, workers, skip_unreadable, pages),
             overwrite=overwrite,
+            shard_bytes=shard_bytes if shard_bank else None,
         )
         try:
             failed = train_all(sets, make_detector, keeping)

@@ -25,6 +25,8 @@ from ..files.categories import (
 )
 from ..files.claims import claimed_file, require_new
 from ..files.folders import counted
+from ..files.shards import SUFFIX, is_index
+from ..search.bank import NormalBank
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
 from .options import require_writable, threshold_in_words
@@ -73,6 +75,8 @@ class Keeping:
     """Of a file with several, as of `PatchSVDD.fit`."""
     overwrite: bool = False
     """Replace models that are there."""
+    shard_bytes: int | None = None
+    """As of `PatchSVDD.fit`."""
 
 
 def training_sets(
@@ -81,17 +85,20 @@ def training_sets(
     resume: bool = False,
     overwrite: bool = False,
     together: bool = False,
+    in_shards: bool = False,
 ) -> list[TrainingSet]:
     """The training sets in a folder: each category that lies in it, else the folder itself.
 
     output: the model file, or for several categories the folder of the models. None:
-        "model.safetensors" or "models" in the working directory.
+        "model.safetensors" or "models" in the working directory; in shards, the former's index.
 
     resume: whether models that are there are gone on with, or done; overwrite: replaced.
-    together: the categories are one set.
+    together: the categories are one set. in_shards: the bank lies in shards, of a single category.
 
     Raises ValueError if a model could not be written there.
     """
+    if in_shards and together:
+        raise ValueError("a model of several categories cannot be in shards")
     if together:
         folders = folders_of_categories(data)
         output = output or Path("model.safetensors")
@@ -101,8 +108,15 @@ def training_sets(
     if data.is_dir() and not is_category(data):
         with contextlib.suppress(ValueError):  # none: a folder of good images
             categories = [category.root for category in find_categories(data)]
+    if categories and in_shards:
+        raise ValueError(f"{data} holds several categories: train one at a time with --shard-bank")
     if not categories:
-        output = output or Path("model.safetensors")
+        output = output or Path(f"model{SUFFIX if in_shards else '.safetensors'}")
+        if in_shards != is_index(output):
+            raise ValueError(
+                f"with --shard-bank the model is called NAME{SUFFIX}, else NAME.safetensors, "
+                f"got {output}"
+            )
         require_writable(output, overwrite=resume or overwrite)
         return [TrainingSet(data, output)]
     output = output or Path("models")
@@ -237,8 +251,10 @@ def _fit_and_save(
                 resume=keeping.resume,
                 skip_unreadable=keeping.skip_unreadable,
                 pages=keeping.pages,
+                **({} if one.together else {"shard_bytes": keeping.shard_bytes}),
             )
-        if made is None or not keeping.workers.is_first:
+        in_shards = keeping.shard_bytes is not None
+        if made is None or not (keeping.workers.is_first or in_shards):
             return None
         with display(console) as shown:
             shown.phase("writing", None, None)
@@ -252,6 +268,8 @@ def _fit_and_save(
                 soft_wrap=True,
             )
         raise
+    if not keeping.workers.is_first:
+        return None
     if is_trained:
         one.checkpoint.unlink(missing_ok=True)
     return made
@@ -289,7 +307,7 @@ def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seco
         if category:
             print_line(f"{begin}{counted(one.num_images, 'image')}, {_banks_in_words(one)}")
         for level, bank in one.banks_.items():
-            if bank.is_coreset:
+            if isinstance(bank, NormalBank) and bank.is_coreset:
                 patches = len(bank.groups) * bank.grid[0] * bank.grid[1]
                 print_line(
                     f"{begin}{level}: {len(bank):,} of {patches:,} patches kept; a distance to the "
@@ -331,7 +349,7 @@ def _save_or_rescue(fitted: PatchSVDD | CategoryDetectors, one: TrainingSet) -> 
     try:
         fitted.save(one.output)
     except OSError:
-        if next(iter(by_category(fitted).values())).record_.steps:
+        if next(iter(by_category(fitted).values())).record_.steps and not is_index(one.output):
             rescued = Path(tempfile.mkdtemp(prefix="patchsvdd-")) / one.output.name
             fitted.save(rescued)
             errors.print(f"the model is kept in {rescued}", soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import fitting, normality, scoring
+from . import filling, fitting, normality, scoring
 from .explanations import ExplanationsMixin
 from .forecast import Progress, changes_shown
 from .model_file import Model
@@ -104,6 +104,6 @@ class ChangesMixin(ExplanationsMixin):
     def _take_over(self, normal: Normality, progress: Progress) -> None:
         """Calibrate these banks and score against them from now on; a failure changes nothing."""
         given, shape = self.model().parameters, self.image_shape()
-        calibration = fitting.calibrated(given, self.encoder_, normal, shape, progress)
+        calibration = filling.calibrated(given, self.encoder_, normal, shape, progress)
         banks, gallery = normal
         self.__dict__.update(banks_=dict(banks), gallery_=gallery, calibration_=calibration)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..encoders.pretrained import PATCH_SVDD
 from ..files import store
 from ..files.folders import counted
+from ..files.shards import first_file
 from ..files.store import below, naming
 from ..images.drift import STATISTICS, usual_range
 from ..images.gallery import Gallery
@@ -19,7 +20,8 @@ from ..images.light import MEANS
 from ..images.samples import samples_from_header
 from ..score.calibration import Calibration
 from ..training.record import record_of
-from .model_file import parameters_in, prefixes_in
+from .encoder_file import parameters_in
+from .model_file import prefixes_in
 
 
 def describe(path: str | Path) -> dict[str, str]:
@@ -27,9 +29,10 @@ def describe(path: str | Path) -> dict[str, str]:
 
     Raises ValueError as `files.store.load` does.
     """
-    tensors, header = store.load(path)
+    first = first_file(path)
+    tensors, header = store.load(first)
     with naming(path):
-        return _facts(tensors, header, Path(path).stat().st_size)
+        return _facts(tensors, header, first.stat().st_size)
 
 
 def _bank_in_words(bank: Mapping[str, Tensor], stride: str) -> str:
@@ -66,6 +69,9 @@ def _facts(tensors: Mapping[str, Tensor], header: Mapping[str, Any], size: int) 
         del facts["mode"], facts["steps"]  # nothing was trained
     if record.best_step is not None:
         facts["steps"] += f", weights of step {record.best_step:,} kept"
+    if "images_of_shards" in header:
+        images = header["images_of_shards"]
+        facts["banks"] = f"{counted(sum(images), 'image')} in {counted(len(images), 'shard')}"
     for category, prefix in prefixes_in(header).items():
         own = _own_facts(below(tensors, prefix), parameters)
         facts |= {f"{category}: {name}" if category else name: own[name] for name in own}

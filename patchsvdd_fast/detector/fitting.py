@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,26 +23,22 @@ from ..images.light import (
     mean_colour,
     mean_image,
     mean_of_size,
+    of_one_process,
 )
 from ..images.prepare import ImageSet, evenly_spread, survey_images
 from ..images.samples import to_8_bits
 from ..ops.backends import resolve_device
-from ..score.calibration import Calibration, calibrate
 from ..training.checkpoints import train_encoder
-from ..training.defect_check import check_of
+from ..training.defect_check import DefectCheck, check_of
 from ..training.record import TrainingRecord, TrainingStep
-from ..training.workers import local_device
+from ..training.workers import Workers, joined_workers, local_device
 from . import normality, parameters
+from .filling import filled, own_share
 from .forecast import Progress
 from .model_file import Model, differences
-from .normality import Normality
 from .parameters import Parameters
 from .progress_bars import (
-    CALIBRATING,
-    ENCODING,
-    FILLING,
     READING,
-    THRESHOLDS,
     OnProgress,
     OnStep,
     fit_shown,
@@ -53,11 +49,12 @@ _FIT_IMAGES = 64  # most images that a projection is fitted to
 
 
 class Keeping(NamedTuple):
-    """What is to be kept of a training while it goes on; see `PatchSVDD.fit`."""
+    """What is to be kept of a training while it goes on, and how banks are; see `PatchSVDD.fit`."""
 
     checkpoint: str | Path | None = None
     checkpoint_minutes: float = 5.0
     resume: bool = False
+    shard_bytes: int | None = None
 
 
 def fit_given(
@@ -99,20 +96,60 @@ def fit_models(
     on_step: called after training steps. on_progress: see `PatchSVDD.fit`.
     skip_unreadable, pages: as of `load_image_set`.
 
-    Returns None in all but the first process under torchrun. Raises as `PatchSVDD.fit`.
+    Returns None in all but the first process under torchrun, unless banks are in shards. Raises as
+    `PatchSVDD.fit`.
     """
     parameters.check_parameters(given)
-    settings = parameters.settings_of(given)
+    _check_shards(given, sources, keeping.shard_bytes)
     device = local_device(resolve_device(given["device"]))
+    with joined_workers(device) as workers:
+        how = encoder, keeping, on_step, on_progress, skip_unreadable, pages
+        return _fitted(given, sources, device, workers, *how)
+
+
+def _check_shards(given: Parameters, sources: Mapping[str, Any], shard_bytes: int | None) -> None:
+    """Raise ValueError for what cannot be in shards."""
+    if shard_bytes is None:
+        return
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
+    if given["coreset"] is not None:
+        raise ValueError("a coreset is chosen from all patches, so its bank cannot be in shards")
+    if len(sources) > 1:
+        raise ValueError("the banks of several categories in one model cannot be in shards")
+
+
+def _fitted(
+    given: Parameters,
+    sources: Mapping[str, Any],
+    device: torch.device,
+    workers: Workers,
+    encoder: PatchEncoder | None,
+    keeping: Keeping,
+    on_step: OnStep,
+    on_progress: OnProgress,
+    skip_unreadable: bool,
+    pages: str,
+) -> dict[str, Model] | None:
+    """As `fit_models`, which has checked what is given, in one of so many processes."""
+    settings = parameters.settings_of(given)
     in_training = settings.precision if encoder is None else None
     if "bfloat16" in (given["encoding_precision"], in_training):
         warn_of_slow_bfloat16(device)
     progress = Progress(on_progress)
-    loaded, sets = _load(sources, given, progress.phase(READING), skip_unreadable, pages)
-    light = mean_colour(loaded.pixels)
+    # Each process trains on all images, but without training it needs those alone that it embeds.
+    all_here = encoder is None or workers.count == 1
+    with workers.together():
+        loaded, sets = _load(
+            *(sources, given, progress.phase(READING), skip_unreadable, pages),
+            share=None if all_here else workers.share_of_images,
+        )
+    summed = of_one_process if all_here else workers.summed
+    count = int(summed(torch.tensor(len(loaded.names))))
+    light = mean_colour(loaded.pixels, summed)
     usual = parameters.usual_light(given, light)
     images = match_illumination(loaded.pixels, usual)
-    mean = _mean_of(given, encoder, images)
+    mean = _mean_of(given, encoder, images, count, summed)
     # Of one category, whose time after training is tried; all take about so many times as long.
     few = max(sets.values(), key=lambda one: len(one.names)).pixels
     forecast = partial(progress.forecast, mean=mean, light=light, images=few, of=len(images))
@@ -121,37 +158,38 @@ def fit_models(
         encoder = parameters.untrained_encoder(given).to(device)
         images = to_8_bits(images)  # that crops are cut out of; banks keep fractions
         check = check_of(settings, images, mean, given["levels"], given["combination"], usual)
-        if check is not None and on_progress is not None:
-            check.on_progress = progress.check
-        header = parameters.to_header(given)
         progress.trains = True
         forecast(given, encoder.eval())
-
-        def after_step(step: TrainingStep) -> None:
-            progress.step(step)
-            if on_step is not None:
-                on_step(step)
-
-        trained = train_encoder(
-            encoder, images, mean, settings, check, header, *keeping, after_step
+        training = partial(train_encoder, encoder, images, mean, settings, check)
+        trained = training(
+            parameters.to_header(given),
+            *(keeping.checkpoint, keeping.checkpoint_minutes, keeping.resume),
+            _telling(progress, check, on_step),
         )
-        if trained is None:
-            return None
-        record = trained
+        record = _same_weights(encoder, trained, workers)
+        sets = {name: own_share(part, workers) for name, part in sets.items()}
     encoder = encoder.to(device).eval()
     if isinstance(encoder, BackboneEncoder) and encoder.needs_fit:
-        encoder = _with_projection(encoder, mean, light, given, loaded)
+        encoder = _with_projection(encoder, mean, light, given, loaded, workers)
         given = {**given, "embedding_dim": encoder.embedding_dim}
     if record.best_step != 0:  # else these are the weights that it was tried with
         forecast(given, encoder)
     # Each of these images is part of the mean image; a new one is not.
-    num_in_mean = len(images) if given["mean"] == "pixel" else None
+    num_in_mean = count if given["mean"] == "pixel" else None
     models: dict[str, Model] = {}
     for category, part in sets.items():
         progress.begin_category(len(part.names))
-        normal, calibration = filled(
-            given, encoder, mean, light, part, num_in_mean, progress=progress, category=category
+        made = filled(
+            *(given, encoder, mean, light, part, num_in_mean),
+            progress=progress,
+            category=category,
+            workers=workers,
+            shard_bytes=keeping.shard_bytes,
         )
+        progress.end_category()
+        if made is None:
+            continue
+        normal, calibration = made
         models[category] = Model(
             dict(given),
             encoder,
@@ -163,8 +201,36 @@ def fit_models(
             record=record,
             samples=part.samples,
         )
-        progress.end_category()
-    return models
+    return models or None
+
+
+def _telling(
+    progress: Progress, check: DefectCheck | None, on_step: OnStep
+) -> Callable[[TrainingStep], None]:
+    """What is called after each step of training; checks tell how far they are, too."""
+    if check is not None and progress.on_progress is not None:
+        check.on_progress = progress.check
+
+    def after_step(step: TrainingStep) -> None:
+        progress.step(step)
+        if on_step is not None:
+            on_step(step)
+
+    return after_step
+
+
+def _same_weights(
+    encoder: PatchEncoder, trained: TrainingRecord | None, workers: Workers
+) -> TrainingRecord:
+    """Give all processes the weights of the first, and what it knows of the training."""
+
+    def of_first() -> tuple[TrainingRecord, dict[str, Tensor]]:
+        assert trained is not None, "the first process has it"
+        return trained, {name: value.cpu() for name, value in encoder.state_dict().items()}
+
+    record, weights = workers.from_first(of_first)
+    encoder.load_state_dict(weights)
+    return record
 
 
 def _load(
@@ -173,8 +239,12 @@ def _load(
     progress: Callable[[float], None] | None,
     skip_unreadable: bool,
     pages: str,
+    share: Callable[[int], slice] | None,
 ) -> tuple[ImageSet, dict[str, ImageSet]]:
-    """Load the images of all categories: together, and those of each, in the same memory."""
+    """Load the images of all categories: together, and those of each, in the same memory.
+
+    share: as of `load_image_set`, of each category.
+    """
     samples, unsurveyed = None, None
     if len(sources) > 1:
         try:
@@ -187,7 +257,7 @@ def _load(
         tell = None if progress is None else _share_of(progress, number, len(sources))
         try:
             with in_category(category):
-                sets[category] = load(source, given, tell, samples, skip_unreadable, pages)
+                sets[category] = load(source, given, tell, samples, skip_unreadable, pages, share)
         except ValueError as error:  # the others may have faults, too: all are told at once
             if len(sources) == 1:
                 raise
@@ -242,7 +312,9 @@ def refit_model(
     images = load(source, given, progress.phase(READING), before.samples, skip_unreadable)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
     progress.forecast(given, encoder, mean, light, images.pixels)
-    normal, calibration = filled(given, encoder, mean, light, images, progress=progress)
+    made = filled(given, encoder, mean, light, images, progress=progress)
+    assert made is not None, "this process is alone"
+    normal, calibration = made
     if given["mean"] == "pixel":
         normality.warn_of_repeats(normal.gallery, before.gallery)
     banks, gallery = normal
@@ -276,92 +348,47 @@ def require_alike(one: Model, other: Model) -> None:
         )
 
 
-def filled(
+def _mean_of(
     given: Parameters,
-    encoder: PatchEncoder,
-    mean: Tensor,
-    light: Tensor,
-    images: ImageSet,
-    num_in_mean: int | None = None,
-    *,
-    progress: Progress | None = None,
-    category: str = "",
-) -> tuple[Normality, Calibration | None]:
-    """New banks and a gallery of these images, and their calibration; arguments as of `encode`.
+    encoder: PatchEncoder | None,
+    images: Tensor,
+    count: int,
+    summed: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What is subtracted from images, [3, H, W] float32. Raises ValueError if nothing was left.
 
-    category: of these images, for warnings.
+    images: of this process; count: of all. summed: as of `mean_image`.
     """
-    progress = progress or Progress()
-    encoding = progress.phase(ENCODING)
-    encoded = encode(
-        encoder, mean, light, given, images.pixels, num_in_mean, encoding, images.names
-    )
-    filling = progress.phase(FILLING)
-    normal = normality.normality_of(
-        given["levels"],
-        images,
-        encoded,
-        given["keep_images"],
-        given["seed"],
-        given["coreset"],
-        filling,
-    )
-    if filling is not None:
-        filling(1.0)
-    shape = mean.shape[1], mean.shape[2]
-    return normal, calibrated(given, encoder, normal, shape, progress, encoded, category)
-
-
-def calibrated(
-    given: Parameters,
-    encoder: PatchEncoder,
-    normal: Normality,
-    image_shape: tuple[int, int],
-    progress: Progress | None = None,
-    embeddings: Sequence[Tensor] | None = None,
-    category: str = "",
-) -> Calibration | None:
-    """The calibration of banks; warns of training images that are there twice.
-
-    embeddings: of all their patches, see `calibrate`; None: the banks hold them.
-    category: of these images, for the warning.
-    """
-    progress = progress or Progress()
-    calibrating = progress.phase(CALIBRATING)
-    calibration = calibrate(
-        normal.banks,
-        image_shape,
-        given["combination"],
-        calibrating,
-        encoder.surroundings != 0,
-        embeddings,
-        given["reweight"],
-        lambda: progress.phase(THRESHOLDS),
-    )
-    normality.warn_of_twins(normal.gallery, calibration, category)
-    return calibration
-
-
-def _mean_of(given: Parameters, encoder: PatchEncoder | None, images: Tensor) -> Tensor:
-    """What is subtracted from images, [3, H, W] float32. Raises ValueError if nothing was left."""
     if encoder is not None and encoder.pixel_mean is not None:
         return constant_mean(encoder.pixel_mean, *images.shape[-2:])
-    if given["mean"] not in PER_CHANNEL and len(images) == 1:
+    if given["mean"] not in PER_CHANNEL and count == 1:
         raise ValueError(
             "one training image is its own mean image, which leaves nothing of it: give more, "
             'or mean="channel" (--mean channel)'
         )
-    return mean_image(images, given["mean"])
+    return mean_image(images, given["mean"], summed)
 
 
 def _with_projection(
-    encoder: BackboneEncoder, mean: Tensor, light: Tensor, given: Parameters, images: ImageSet
+    encoder: BackboneEncoder,
+    mean: Tensor,
+    light: Tensor,
+    given: Parameters,
+    images: ImageSet,
+    workers: Workers,
 ) -> BackboneEncoder:
-    """A copy of the encoder whose projection is fitted to training images."""
+    """A copy of the encoder whose projection is fitted to training images.
+
+    images: those of this process; some of each are taken.
+    """
     encoder = copy.deepcopy(encoder)  # the caller may fit another detector with it
-    count = len(images.names)
-    some = evenly_spread(count, min(count, _FIT_IMAGES))
+    counts = workers.processes.told(len(images.names))
+    some = evenly_spread(sum(counts), min(sum(counts), _FIT_IMAGES)) - sum(counts[: workers.rank])
+    some = some[(some >= 0) & (some < len(images.names))]
     names = [images.names[i] for i in some]
-    encoded = encode(encoder, mean, light, given, images.pixels[some], names=names)
-    encoder.fit_projection(torch.cat([values.flatten(0, 2) for values in encoded]))
+    with workers.together():
+        encoded = encode(encoder, mean, light, given, images.pixels[some], names=names)
+    rows = torch.cat([values.flatten(0, 2) for values in encoded])
+    encoder.fit_projection(workers.processes.joined(rows))
+    encoder.load_state_dict(workers.from_first(encoder.state_dict))  # to the bit
     return encoder

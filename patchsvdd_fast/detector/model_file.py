@@ -1,4 +1,4 @@
-"""Write and open model files, and describe what is in one.
+"""Write and open model files.
 
 What a file holds is a plain value, `Model`: `PatchSVDD` makes one to save, and is filled in from
 one when loaded. The format itself, with header and checksums, is that of `files.store`.
@@ -6,9 +6,7 @@ one when loaded. The format itself, with header and checksums, is that of `files
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders.backbone import BackboneEncoder
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
-from ..encoders.patch_svdd import load_official_checkpoint
-from ..encoders.pretrained import PATCH_SVDD, rebuilt_encoder
-from ..files import store
+from ..encoders.pretrained import PATCH_SVDD
+from ..files import shards, store
 from ..files.store import MappedFile, below, file_of, naming
 from ..images.gallery import Gallery
 from ..images.samples import AS_STORED, Samples, samples_from_header
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
+from ..search.processes import Processes
+from ..search.rounds import AnyBank
 from ..training.checkpoints import encoder_tensors
 from ..training.record import TrainingRecord, record_of
-from .parameters import (
-    check_parameters,
-    from_header,
-    illumination_of,
-    new_encoder,
-    parse_size,
-    resolved,
-    to_header,
-    usual_light,
-)
-
-_CALIBRATION_SCHEMA = 4  # the first with scores of each level; older files are calibrated anew
-_FOREIGN_SUFFIXES = (".pkl", ".pt", ".pth")  # of official checkpoints
+from .encoder_file import CALIBRATION_SCHEMA, encoder_of, parameters_in, refuse_bank
+from .parameters import check_parameters, parse_size, resolved, to_header, usual_light
+from .shards import banks_of_parts, is_sharded, load_main, parts_in, save_in_shards
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,7 @@ class Model:
     """[3, H, W] float32: what is subtracted from images of H x W pixels."""
     light: Tensor
     """[3] float32: the training images' mean colour."""
-    banks: dict[PatchLevel, NormalBank]
+    banks: dict[PatchLevel, AnyBank]
     calibration: Calibration | None
     """None if there is only one training image."""
     gallery: Gallery | None
@@ -100,9 +88,21 @@ def differences(one: Model, other: Model) -> list[str]:
 
 
 def save_model(model: Model, path: str | Path) -> None:
-    """Write a model to one file, atomically. Raises OSError."""
+    """Write a model to one file, atomically; one whose banks lie in shards to several.
+
+    Raises OSError; ValueError for a name that does not suit it.
+    """
     header, tensors = _shared(model)
-    store.save(path, "detector", tensors | _own(model, ""), header)
+    tensors |= _own(model, "")
+    if is_sharded(model.banks):
+        save_in_shards(path, header, tensors, model.banks)
+    elif shards.is_index(path):
+        raise ValueError(
+            f"{path} would be a model in shards, which this one is not (fit with shard_bytes, "
+            "train --shard-bank)"
+        )
+    else:
+        store.save(path, "detector", tensors, header)
 
 
 def save_models(models: Mapping[str, Model], path: str | Path) -> None:
@@ -130,7 +130,8 @@ def _own(model: Model, prefix: str) -> dict[str, Tensor]:
     """What one category's model alone has."""
     tensors: dict[str, Tensor] = {}
     for level, bank in model.banks.items():
-        tensors |= {f"bank.{level}.{name}": value for name, value in bank.state_dict().items()}
+        state = bank.state_dict() if isinstance(bank, NormalBank) else {}  # shards have their own
+        tensors |= {f"bank.{level}.{name}": value for name, value in state.items()}
     if model.calibration is not None:
         tensors |= {f"calibration.{k}": v for k, v in model.calibration.tensors().items()}
     if model.gallery is not None:
@@ -162,8 +163,12 @@ def load_models(
     Raises ValueError if the file holds no fitted detector, is damaged, or of a newer schema, and
     for a category that it does not have; ImportError if its encoder cannot be made here.
     """
+    if shards.is_index(path):
+        return {"": _load_shards(path, device, defaults, module, only)}
     tensors, header = store.load(path)
-    _refuse_bank(path, header)
+    refuse_bank(path, header)
+    if header["kind"] in ("sharded", "shard"):
+        raise ValueError(f"{path} is a part of a model: open its index, NAME{shards.SUFFIX}")
     if header["kind"] == "checkpoint":
         raise ValueError(
             f"{path} is a training {header['kind']}, not a fitted detector: finish it with "
@@ -184,10 +189,37 @@ def load_models(
             has = ", ".join(prefixes) if "" not in prefixes else "no categories"
             raise ValueError(f"{path} has {has}, not {only!r}")
         encoder = encoder_of(tensors, header, module).to(device)
+        parameters = _checked_parameters(header, encoder, defaults)
         return {
-            category: _model_of(tensors, header, prefix, encoder, device, defaults)
+            category: _model_of(
+                *(tensors, header, prefix, encoder, parameters),
+                _banks_of(tensors, prefix, parameters["levels"], device),
+            )
             for category, prefix in chosen.items()
         }
+
+
+def _load_shards(
+    path: str | Path,
+    device: torch.device,
+    defaults: Mapping[str, Any],
+    module: nn.Module | None,
+    only: str | None,
+) -> Model:
+    """As `load_models`, a model in shards, which all processes open at once."""
+    processes = Processes()
+    with processes.together():
+        if only:
+            raise ValueError(f"{path} has no categories, not {only!r}")
+        index = shards.read_index(path)
+        tensors, header = load_main(index)
+        with naming(path):
+            encoder = encoder_of(tensors, header, module).to(device)
+            parameters = _checked_parameters(header, encoder, defaults)
+        parts = parts_in(index, parameters["levels"], device, processes)
+    banks = banks_of_parts(parts)
+    with processes.together(), naming(path):
+        return _model_of(tensors, header, "", encoder, parameters, banks)
 
 
 def prefixes_in(header: Mapping[str, Any]) -> dict[str, str]:
@@ -205,15 +237,9 @@ def prefixes_in(header: Mapping[str, Any]) -> dict[str, str]:
     return {name: prefix_of(number) for number, name in enumerate(names)}
 
 
-def _model_of(
-    tensors: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    prefix: str,
-    encoder: PatchEncoder,
-    device: torch.device,
-    defaults: Mapping[str, Any],
-) -> Model:
-    """The model of one category, whose own tensors' names start with the prefix."""
+def _checked_parameters(
+    header: Mapping[str, Any], encoder: PatchEncoder, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
     parameters = parameters_in(header)
     unknown = parameters.keys() - defaults.keys()
     if unknown:
@@ -221,6 +247,31 @@ def _model_of(
     parameters = resolved({**defaults, **parameters}, encoder)
     check_parameters(parameters)
     encoder.check_levels(parameters["levels"])
+    return parameters
+
+
+def _banks_of(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    levels: Sequence[PatchLevel],
+    device: torch.device,
+) -> dict[PatchLevel, AnyBank]:
+    """The banks of one category, whose own tensors' names start with the prefix."""
+    return {
+        level: NormalBank.from_state_dict(below(tensors, f"{prefix}bank.{level}.")).to(device)
+        for level in levels
+    }
+
+
+def _model_of(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    prefix: str,
+    encoder: PatchEncoder,
+    parameters: dict[str, Any],
+    banks: dict[PatchLevel, AnyBank],
+) -> Model:
+    """The model of one category, whose own tensors' names start with the prefix."""
     mean = tensors["mean"]
     # Early files of schema 2 have no light: take the colour of the mean image.
     light = tensors.get("light", mean.mean(dim=(1, 2)))
@@ -231,16 +282,13 @@ def _model_of(
         raise ValueError(
             f"its images are of {parameters['image_size']} pixels, its mean of {width}x{height}"
         )
-    banks: dict[PatchLevel, NormalBank] = {}
-    for level in parameters["levels"]:
-        bank = NormalBank.from_state_dict(below(tensors, f"{prefix}bank.{level}."))
+    for level, bank in banks.items():
         _check_bank(bank, level, (height, width), parameters["embedding_dim"])
-        banks[level] = bank.to(device)
     counts = {len(bank.groups) for bank in banks.values()}
     if len(counts) > 1:
         raise ValueError("the banks are not of the same images")
     (count,) = counts
-    if header["schema_version"] < _CALIBRATION_SCHEMA:
+    if header["schema_version"] < CALIBRATION_SCHEMA:
         calibration = calibrate(
             banks, (height, width), parameters["combination"], reweight=parameters["reweight"]
         )
@@ -257,17 +305,9 @@ def _model_of(
     record = record_of(header["record"])
     samples = samples_from_header(header)
     return Model(
-        *(parameters, encoder, mean, light, banks, calibration, gallery, record, samples),
+        *(dict(parameters), encoder, mean, light, banks, calibration, gallery, record, samples),
         file_of(tensors),
     )
-
-
-def parameters_in(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters in a file's header, under the names and with the values they have today."""
-    parameters = from_header(header)
-    if header["schema_version"] < _CALIBRATION_SCHEMA and parameters.get("mean") != "channel":
-        parameters["mean"] = "paper"  # the only mean image that these schemas had
-    return parameters
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -279,9 +319,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _check_bank(
-    bank: NormalBank, level: PatchLevel, image_shape: tuple[int, int], dim: int
-) -> None:
+def _check_bank(bank: AnyBank, level: PatchLevel, image_shape: tuple[int, int], dim: int) -> None:
     grid = level.grid_shape(*image_shape)
     if bank.grid != grid or bank.dim != dim:
         raise ValueError(
@@ -300,89 +338,3 @@ def _check_calibration(
         raise ValueError(f"the calibration must have scores of {', '.join(sorted(levels))}")
     if calibration is not None and set(calibration.border) != (levels if has_border else set()):
         raise ValueError("the calibration's factors of the border do not suit the encoder")
-
-
-def load_encoder(path: str | Path) -> PatchEncoder:
-    """Read an encoder from a model file, a training checkpoint, or an official checkpoint (.pkl).
-
-    Raises ValueError if the file is none of these; ImportError if its encoder cannot be made here.
-    """
-    if Path(path).suffix in _FOREIGN_SUFFIXES:
-        return load_official_checkpoint(path)
-    tensors, header = store.load(path)
-    _refuse_bank(path, header)
-    with naming(path):
-        return encoder_of(tensors, header)
-
-
-def _refuse_bank(path: str | Path, header: Mapping[str, Any]) -> None:
-    if header["kind"] == "bank":
-        raise ValueError(f"{path} holds a bank alone, for `NormalBank.open`, and no encoder")
-
-
-def preparation_of(path: str | Path) -> dict[str, str]:
-    """How images were prepared for the encoder in a file: the `illumination` and `mean` to use."""
-    if Path(path).suffix in _FOREIGN_SUFFIXES:
-        return {"illumination": "as_is", "mean": "paper"}
-    _, header = store.load(path)
-    with naming(path):
-        parameters = parameters_in(header)
-        return {
-            "illumination": illumination_of(parameters),
-            "mean": parameters.get("mean", "pixel"),
-        }
-
-
-def encoder_of(
-    tensors: Mapping[str, Tensor], header: Mapping[str, Any], module: nn.Module | None = None
-) -> PatchEncoder:
-    """The encoder in a file's tensors; in a checkpoint of a training with checks, the best so far.
-
-    module: of the architecture, for an encoder that has no name; the weights are the file's.
-
-    Raises ValueError if there is none, or if it does not fit the levels in the header; ImportError
-    if it cannot be made here.
-    """
-    stored = below(tensors, "training.best.") or below(tensors, "encoder.")
-    parameters = from_header(header)
-    name = parameters.get("encoder", PATCH_SVDD)
-    if name == PATCH_SVDD:
-        return _patch_svdd_of(stored, parameters)
-    settings = header["encoder"]
-    if module is None:
-        encoder: PatchEncoder = rebuilt_encoder(name, settings, below(stored, "backbone."))
-    elif isinstance(module, PatchEncoder):
-        encoder = copy.deepcopy(module)
-        made = json.loads(json.dumps(encoder.settings()))
-        differing = [k for k in {**settings, **made} if settings.get(k) != made.get(k)]
-        if differing:
-            raise ValueError(f"the encoder given differs from the file's in {', '.join(differing)}")
-    else:
-        encoder = BackboneEncoder(copy.deepcopy(module), name=name, **settings)
-    ours = encoder.state_dict()
-    stored = {  # files hold no bool, of which a forged one may have values that are none
-        key: value.bool() if key in ours and ours[key].dtype == torch.bool else value
-        for key, value in stored.items()
-    }
-    if _shapes(stored) != _shapes(ours):
-        raise ValueError(f"its weights are not those of the encoder {name}")
-    encoder.load_state_dict(stored)
-    return encoder.eval()
-
-
-def _patch_svdd_of(stored: Mapping[str, Tensor], parameters: Mapping[str, Any]) -> PatchEncoder:
-    with torch.device("meta"):  # takes no memory, however large a header says it is
-        encoder = new_encoder(parameters)
-    sizes = {level.size for level in parameters["levels"]}
-    if _shapes(stored) != _shapes(encoder.state_dict()) or sizes - {*encoder.patch_sizes}:
-        raise ValueError(
-            f"its encoder is not one for patches of {max(sizes)} pixels and "
-            f"D = {parameters['embedding_dim']}"
-        )
-    own = {name: value.clone() for name, value in stored.items()}  # not the file's memory
-    encoder.load_state_dict(own, assign=True)
-    return encoder.eval()
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (value.shape, value.dtype) for name, value in state.items()}

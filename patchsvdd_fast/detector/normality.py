@@ -21,13 +21,14 @@ from ..images.prepare import ImageSet
 from ..score.calibration import Calibration
 from ..score.encoding import banks_of
 from ..search.bank import NormalBank
+from ..search.rounds import AnyBank
 from ..training.record import is_collapsed, warn_of_collapse
 
 
 class Normality(NamedTuple):
     """The training images as a detector keeps them."""
 
-    banks: dict[PatchLevel, NormalBank]
+    banks: dict[PatchLevel, AnyBank]
     """Per level: the embeddings of all patches of the images; each image is a group of its own."""
     gallery: Gallery | None
     """Their names, figures and pictures; None if not known, as in files of schema 2 and 3."""
@@ -40,17 +41,15 @@ class Normality(NamedTuple):
 
 def normality_of(
     levels: Sequence[PatchLevel],
-    images: ImageSet,
+    gallery: Gallery,
     encoded: Sequence[Tensor],
-    keep_pictures: bool,
     seed: int,
     coreset: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Normality:
-    """New banks and a new gallery of these images alone.
+    """New banks of the images of a gallery alone.
 
     encoded: the images' embeddings, one [N, I, J, D] float32 per level.
-    keep_pictures: whether the gallery keeps small pictures of them.
     seed: of the banks' clustering.
     coreset: share of each bank's patches to keep, see `NormalBank.coreset`; None: all.
     progress: called now and then with the share of the selection that is done.
@@ -61,7 +60,7 @@ def normality_of(
     for level, bank in banks.items():
         if is_collapsed(bank.embeddings):
             warn_of_collapse(f"at {level}")
-    return Normality(banks, Gallery.of(images, keep_pictures))
+    return Normality(dict(banks), gallery)
 
 
 def with_images(
@@ -74,7 +73,7 @@ def with_images(
     gallery = before.gallery
     if gallery is not None:
         gallery = gallery.with_others(Gallery.of(images, keep_pictures))
-    return Normality(banks, gallery)
+    return Normality(dict(banks), gallery)
 
 
 def without_images(before: Normality, images: Sequence[str | Path | int]) -> Normality:
@@ -92,20 +91,20 @@ def without_images(before: Normality, images: Sequence[str | Path | int]) -> Nor
     gallery = before.gallery
     if gallery is not None:
         gallery = gallery.only([i for i in range(len(gallery.names)) if i not in gone])
-    return Normality(banks, gallery)
+    return Normality(dict(banks), gallery)
 
 
 def merged(one: Normality, other: Normality) -> Normality:
     """The images of both, which must have been embedded in the same way (`differences`)."""
     banks = _copies(one)
     for level, bank in banks.items():
-        theirs = other.banks[level].to(bank.device)
+        theirs = whole_bank(other.banks[level]).to(bank.device)
         first = int(bank.groups.max()) + 1
         bank.merge(theirs, torch.arange(len(theirs.groups), device=bank.device) + first)
     gallery = None
     if one.gallery is not None and other.gallery is not None:
         gallery = one.gallery.with_others(other.gallery)
-    return Normality(banks, gallery)
+    return Normality(dict(banks), gallery)
 
 
 def warn_of_twins(
@@ -143,12 +142,23 @@ def _copies(before: Normality) -> dict[PatchLevel, NormalBank]:
 
     Raises ValueError for coresets, which cannot be calibrated anew after a change.
     """
-    if any(bank.is_coreset for bank in before.banks.values()):
+    banks = {level: whole_bank(bank) for level, bank in before.banks.items()}
+    if any(bank.is_coreset for bank in banks.values()):
         raise ValueError(
             "its banks are coresets, which lack patches that new thresholds would take: fit it "
             "again with all images instead"
         )
-    return {level: copy.copy(bank) for level, bank in before.banks.items()}
+    return {level: copy.copy(bank) for level, bank in banks.items()}
+
+
+def whole_bank(bank: AnyBank) -> NormalBank:
+    """The bank, if this process has all its rows. Raises ValueError if it is one in shards."""
+    if not isinstance(bank, NormalBank):
+        raise ValueError(
+            "its banks lie in shards, which can be searched, but neither changed nor exported: fit "
+            "it again instead"
+        )
+    return bank
 
 
 def _number_of(before: Normality, image: str | Path | int) -> int:

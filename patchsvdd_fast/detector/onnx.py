@@ -33,6 +33,7 @@ from ..score.encoding import encode_images
 from ..score.onnx_scoring import BankNodes, add_combination, add_distances, add_map, add_weights
 from ..search.bank import NormalBank
 from . import scoring
+from .normality import whole_bank
 from .onnx_check import check_embeddings, check_scores, outputs_of, random_images
 from .patch_svdd import PatchSVDD
 
@@ -267,7 +268,8 @@ def _scoring_graph(
 
 def _banks_in_use(detector: PatchSVDD) -> dict[PatchLevel, NormalBank]:
     """All, or that of the one level that the combination takes."""
-    banks, combination = detector.banks_, detector.parameters_["combination"]
+    combination = detector.parameters_["combination"]
+    banks = {level: whole_bank(bank) for level, bank in detector.banks_.items()}
     one = {level: bank for level, bank in banks.items() if str(level) == combination}
     return one or banks
 

@@ -175,6 +175,7 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         resume: bool = False,
         skip_unreadable: bool = False,
         pages: str = "first",
+        shard_bytes: int | None = None,
     ) -> PatchSVDD:
         """Train an encoder on good images, or take one, and fill the banks with their embeddings.
 
@@ -189,13 +190,17 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         skip_unreadable: leave out files that cannot be read, with a warning that lists them.
         pages: of a file with several, "first", or "all": each as an image (stack.tif#2).
 
-        Under torchrun each process trains its share of every batch, and the first fills the banks.
+        shard_bytes: keep the banks in parts with embeddings of at most so many bytes; under
+            torchrun each process keeps those of its own images. docs/scale.md says more.
+
+        Under torchrun all processes call this at once. Each trains its share of every batch, and
+        embeds its share of the images; without `shard_bytes` the first alone is fitted then.
 
         Raises ValueError for unusable images or parameters, listing all files that cannot be read,
         and for a checkpoint of another run; FloatingPointError if the loss does not stay finite.
         Warns (CollapseWarning) if all embeddings are (nearly) the same.
         """
-        keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume)
+        keeping = fitting.Keeping(checkpoint, checkpoint_minutes, resume, shard_bytes)
         how = encoder, keeping, on_step, on_progress, progress, skip_unreadable, pages
         models = fitting.fit_given(self.get_params(), {"": X}, *how)
         if models is not None:  # else the first process has it
@@ -286,7 +291,11 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
     # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted detector to one safetensors file, atomically. Raises OSError."""
+        """Write the fitted detector to one safetensors file, atomically. Raises OSError.
+
+        One whose banks lie in shards, to files beside an index, NAME.safetensors.index.json; all
+        processes call this at once. Raises ValueError for a name that does not suit it.
+        """
         save_model(self.model(), path)
 
     @classmethod
@@ -298,6 +307,9 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         category: str | None = None,
     ) -> PatchSVDD:
         """Open a detector written by `save`; the file is mapped, not copied.
+
+        Of a model in shards each process of torch.distributed opens a part, all at once; they then
+        score together: each its own images, with as many calls.
 
         encoder: for a detector with an encoder of your own, of which the file holds only the
             weights: a module of the same architecture.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ..score.encoding import NotFiniteError, encode_images
 from ..score.image_result import ImageResult, ScoredImages, image_results
 from ..score.maps import MapRule, ScoreResult, search_levels
 from ..score.stream import Stream
-from ..search.bank import NormalBank
+from ..search.rounds import AnyBank, Rounds, processes_of
 from .model_file import Model
 from .parameters import (
     Parameters,
@@ -80,8 +81,12 @@ def load(
     samples: Samples | None = None,
     skip_unreadable: bool = False,
     pages: str = "first",
+    share: Callable[[int], slice] | None = None,
 ) -> ImageSet:
-    """Load and resize images as resolved parameters say; samples: None: found from these images."""
+    """Load and resize images as resolved parameters say; samples: None: found from these images.
+
+    share: see `load_image_set`.
+    """
     return load_image_set(
         source,
         parse_size(given["image_size"]),
@@ -92,6 +97,7 @@ def load(
         skip_unreadable,
         pages,
         channel_order_of(given),
+        share,
     )
 
 
@@ -130,7 +136,7 @@ def score_encoded(
     model: Model,
     encoded: Sequence[Tensor],
     shape: tuple[int, int],
-    banks: Mapping[PatchLevel, NormalBank] | None = None,
+    banks: Mapping[PatchLevel, AnyBank] | None = None,
 ) -> ScoreResult:
     """Score images of (height, width) pixels by their embeddings, as `encode` gives them.
 
@@ -162,6 +168,9 @@ def score_stream(
     threshold: image score above which an image is called anomalous; None: no verdicts.
     search: makes the results of embedded images; None: `results_of` with this model.
 
+    Of a model whose banks lie in several processes all call this at once, each for its own images;
+    one that ends its stream before its images end, ends the others'.
+
     Raises TypeError for a single path or PIL image.
     """
     if isinstance(sources, str | os.PathLike | Image.Image):
@@ -188,12 +197,39 @@ def score_stream(
         embeddings = encode(model.encoder, model.mean, model.light, parameters, pixels, names=names)
         return images, embeddings
 
+    if search is None and processes_of(model.banks).count > 1:
+        rounds = Rounds(model.banks, partial(_scores_in_round, model))
+
+        def found_together(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
+            images, embeddings = embedded
+            scores = rounds.do((embeddings, _shape_of(images)))
+            return image_results(images, scores, model.calibration, threshold, model.gallery)
+
+        return Stream(sources, read, embed, found_together, on_error, rounds.close)
+
     def found(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
         if search is None:
             return results_of(model, threshold, *embedded)
         return search(*embedded)
 
     return Stream(sources, read, embed, found, on_error)
+
+
+def _scores_in_round(
+    model: Model,
+    banks: Mapping[PatchLevel, AnyBank],
+    given: tuple[list[Tensor], tuple[int, int]] | None,
+) -> ScoreResult:
+    """Score embedded images of this process, if it has any, in a round of all processes."""
+    if given is None:
+        none = [torch.empty(0, *bank.grid, bank.dim, device=bank.device) for bank in banks.values()]
+        given = none, (model.mean.shape[1], model.mean.shape[2])
+    return score_encoded(model, *given, banks)
+
+
+def _shape_of(images: Sequence[PreparedImage]) -> tuple[int, int]:
+    """(height, width) of images of one size."""
+    return images[0].pixels.shape[1], images[0].pixels.shape[2]
 
 
 def results_of(
@@ -203,6 +239,5 @@ def results_of(
     embeddings: Sequence[Tensor],
 ) -> list[ImageResult]:
     """One result per image, of images of one size; embeddings: as `encode` gives them."""
-    height, width = images[0].pixels.shape[1:]
-    scores = score_encoded(model, embeddings, (height, width))
+    scores = score_encoded(model, embeddings, _shape_of(images))
     return image_results(images, scores, model.calibration, threshold, model.gallery)

@@ -19,7 +19,7 @@ from ..files.folders import counted
 from ..files.store import MappedFile
 from ..score.calibration import Calibration
 from ..score.maps import ScoreResult
-from ..search.bank import NormalBank
+from ..search.rounds import AnyBank
 
 
 class ThresholdsMixin:
@@ -33,7 +33,7 @@ class ThresholdsMixin:
     """What good images score; None of a single training image."""
     encoder_: PatchEncoder
     """What embeds patches."""
-    banks_: dict[PatchLevel, NormalBank]
+    banks_: dict[PatchLevel, AnyBank]
     """The embeddings of the training images' patches, per level."""
     mean_: Tensor
     """[3, H, W]: what is subtracted from images."""

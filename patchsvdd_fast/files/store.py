@@ -31,7 +31,7 @@ from .whole import remove_leftovers, written_whole
 SCHEMA_VERSION = 5
 _OLDEST_SCHEMA = 2  # that is still read
 _OLDEST_WITH_CHECKSUMS = 4
-_KINDS = ("detector", "detectors", "checkpoint", "bank")
+_KINDS = ("detector", "detectors", "checkpoint", "bank", "sharded", "shard")
 _HEADER_KEY = "patchsvdd_fast"
 _CHECKSUMS_KEY = "checksums"
 _DTYPES = {  # allowed in models, with their names in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,11 @@ class Gallery:
             image_statistics(images.pixels, images.original_sizes),
             tuple(_as_jpeg(pixels) for pixels in images.pixels) if with_pictures else None,
         )
+
+    @classmethod
+    def joined(cls, galleries: Sequence[Gallery]) -> Gallery:
+        """The images of all, one gallery after another; see `with_others`."""
+        return functools.reduce(cls.with_others, galleries)
 
     def num_alike(self, others: Gallery | None = None) -> int:
         """How many images have exactly the statistics of another one here.

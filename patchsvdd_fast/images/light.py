@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,21 +30,34 @@ PER_CHANNEL = ("channel", "fixed")
 """The kinds of mean that have one value per channel, and so suit images of any size."""
 
 
-def mean_image(images: Tensor, of: str = "pixel") -> Tensor:
+_UNITS = 2**24  # of a pixel value, that sums of fractions count: integers, exact in any order
+
+
+def of_one_process(total: Tensor) -> Tensor:
+    """What images add up to, where one process has all."""
+    return total
+
+
+def mean_image(
+    images: Tensor, of: str = "pixel", summed: Callable[[Tensor], Tensor] = of_one_process
+) -> Tensor:
     """The mean of images [N, C, H, W] as [C, H, W] float32; of uint8 ones exactly rounded.
 
     of: the kind of mean, a key of `MEANS` but "fixed", which no images decide; "channel" repeats
-    one value over each channel. Raises ValueError for another kind.
+    one value over each channel. summed: adds up int64 tensors over all processes, if each has a
+    part of the images. Raises ValueError for another kind.
     """
     if of not in MEANS or of == "fixed":
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {of!r}")
     if of == "channel":
-        return mean_colour(images)[:, None, None].expand(images.shape[1:]).contiguous()
-    sums = torch.float64 if images.is_floating_point() else torch.int64
-    total = torch.zeros(images.shape[1:], dtype=sums)
+        return mean_colour(images, summed)[:, None, None].expand(images.shape[1:]).contiguous()
+    total, units = torch.zeros(images.shape[1:], dtype=torch.int64), 1
+    if images.is_floating_point():
+        units = _UNITS
     for image in images:
-        total += image
-    return (total.double() / len(images)).float()
+        total += image if units == 1 else (image.double() * units).round().long()
+    count = int(summed(torch.tensor(len(images))))
+    return (summed(total).double() / (count * units)).float()
 
 
 def constant_mean(values: Sequence[float], height: int, width: int) -> Tensor:
@@ -52,9 +65,9 @@ def constant_mean(values: Sequence[float], height: int, width: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None, None].repeat(1, height, width)
 
 
-def mean_colour(images: Tensor) -> Tensor:
-    """The mean of each channel of images [N, C, H, W], as [C] float32."""
-    return mean_image(images).double().mean(dim=(1, 2)).float()
+def mean_colour(images: Tensor, summed: Callable[[Tensor], Tensor] = of_one_process) -> Tensor:
+    """The mean of each channel of images [N, C, H, W], as [C] float32; summed: see `mean_image`."""
+    return mean_image(images, summed=summed).double().mean(dim=(1, 2)).float()
 
 
 def mean_of_size(mean: Tensor, of: str, height: int, width: int) -> Tensor:

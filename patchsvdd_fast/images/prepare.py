@@ -265,6 +265,7 @@ def load_image_set(
     skip_unreadable: bool = False,
     pages: str = "first",
     channel_order: str = "rgb",
+    share: Callable[[int], slice] | None = None,
 ) -> ImageSet:
     """Load images of one size.
 
@@ -278,12 +279,14 @@ def load_image_set(
         is found from these images. Where any has more than 8 bits, all keep their fractions.
     skip_unreadable: leave out files that cannot be read, with a warning that lists them.
     pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
+    share: of so many images, those to load; None: all. Of samples, all decide.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
     """
     items, folder = _items_of(source, pages)
     samples = _surveyed(items, given) if samples is None else samples
+    items = items[own := slice(0, None) if share is None else share(len(items))]
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[Exception] = []
@@ -291,7 +294,7 @@ def load_image_set(
     batch: Tensor | None = None
     for index, item in enumerate(items):
         try:
-            name = name_of(item, index)
+            name = name_of(item, own.start + index)
             image = prepare_image(item, name, size, smallest, samples, channel_order)
         except (OSError, UnreadableError) as error:
             if len(items) == 1:

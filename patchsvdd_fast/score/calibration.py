@@ -10,7 +10,7 @@ images in other ways than these differ from each other, such as in light.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..files.folders import counted
-from ..search.bank import NormalBank
+from ..search.rounds import AnyBank, nearest_of_others, parts_of, processes_of
 from .border import RINGS, border_factors, corrected, ring_means
 from .maps import MapRule, check_combination, combine, scores_of
 from .reweighting import check_reweight, image_weights
@@ -161,7 +161,7 @@ def pixel_step(num_images: int, image_shape: tuple[int, int]) -> int:
 
 
 def calibrate(
-    banks: Mapping[PatchLevel, NormalBank],
+    banks: Mapping[PatchLevel, AnyBank],
     image_shape: tuple[int, int],
     combination: str,
     progress: Callable[[float], None] | None = None,
@@ -182,6 +182,9 @@ def calibrate(
     reweight: as for `maps.search_levels`; an image's own rows have no part in its weight.
     begin_maps: called after the searches; what it returns is told the share of the rest done.
 
+    Of banks in several processes all call this at once, and get the same: each searches for the
+    images that it holds, which `embeddings` are then of.
+
     Returns None if there is only one image. Raises ValueError for coresets without `embeddings`,
     and as `maps.search_levels`.
     """
@@ -191,87 +194,127 @@ def calibrate(
     check_combination(combination, list(banks))
     check_reweight(reweight, list(banks))
     at_once = max(1, _PIXELS_AT_ONCE // (image_shape[0] * image_shape[1]))
-    if embeddings is None:
-        embeddings = [_all_embeddings(bank) for bank in banks.values()]
-    distances = _own_distances(banks, embeddings, at_once, progress)
+    images = {
+        level: _OwnImages(bank, None if embeddings is None else embeddings[number], at_once)
+        for number, (level, bank) in enumerate(banks.items())
+    }
+    together = processes_of(banks)
+    distances = _own_distances(images, progress)
     border = {}
     if sees_surroundings:
         for name, values in distances.items():
-            means = ring_means(values)
+            own = ring_means(values)
+            means = together.joined(own)
             border[name] = border_factors(means.mean(dim=0))
             # An image is corrected as a new one would be: by the others' distances.
-            others = (means.sum(dim=0) - means) / (num_images - 1)
+            others = (means.sum(dim=0) - own) / (num_images - 1)
             distances[name] = corrected(values, border_factors(others))  # by [N, RINGS]
     maps_made = begin_maps()
     rule = MapRule(interpolate=sees_surroundings)
     step = pixel_step(num_images, image_shape)
     scores: dict[str, list[Tensor]] = {}
-    pixels, highest = [], []
-    for some in torch.arange(num_images).split(at_once):
+    pixels, highest, done = [], [], 0
+    first = next(iter(images.values()))
+    every_weight = None if reweight is None else _own_weights(first, distances, reweight)
+    for size in first.sizes():
+        some = slice(done, done + size)
         found = {level: distances[str(level)][some] for level in banks}
         maps = {str(level): rule.map(found[level], level, image_shape).cpu() for level in banks}
-        combined, weights = combine(maps, combination), None
-        if reweight is not None:
-            ((level, bank),) = banks.items()
-            own = bank.groups[some.to(bank.device)]
-            queries = _patches_of(embeddings[0], some, bank)
-            weights = image_weights(bank, queries, found[level], reweight, own)
+        combined = combine(maps, combination)
+        weights = None if every_weight is None else every_weight[some]
         for name, level_map in maps.items():
             scores.setdefault(name, []).append(scores_of(level_map).double())
         scores.setdefault(_COMBINED, []).append(scores_of(combined, weights).double())
         pixels.append(combined[:, ::step, ::step].flatten().double())
         highest.append(combined.amax().double())
+        done += size
         if maps_made is not None:
-            maps_made(_IN_MAPS * (int(some[-1]) + 1) / num_images)
-    ordered = {name: torch.cat(parts).sort().values for name, parts in scores.items()}
+            maps_made(_IN_MAPS * done / len(first))
+    ordered = {
+        name: together.joined(torch.cat(parts)).sort().values for name, parts in scores.items()
+    }
     image_scores = ordered.pop(_COMBINED)
-    quantiles = _upper_quantiles(torch.cat(pixels), torch.stack(highest).amax(dim=0, keepdim=True))
+    quantiles = _upper_quantiles(
+        together.joined(torch.cat(pixels)),
+        together.joined(torch.stack(highest)).amax(dim=0, keepdim=True),
+    )
     if maps_made is not None:
         maps_made(1.0)
     return Calibration(image_scores, quantiles, ordered, border)
 
 
-def _all_embeddings(bank: NormalBank) -> Tensor:
-    """All embeddings of a bank's images, [N, I, J, D]. Raises ValueError if it lacks some."""
-    if bank.is_coreset:
-        raise ValueError(
-            "a coreset lacks some patches of its images, so that it cannot be calibrated without "
-            "them: fit the detector again"
-        )
-    return bank.embeddings.view(-1, *bank.grid, bank.dim)
+class _OwnImages:
+    """The images of a bank that lie in this process, some at a time.
 
+    embeddings: of their patches, [N, I, J, D]; None: the bank holds them all.
+    """
 
-def _patches_of(embeddings: Tensor, images: Tensor, bank: NormalBank) -> Tensor:
-    """The embeddings of some images [n] out of [N, I, J, D], float32 on the bank's device."""
-    return embeddings[images.to(embeddings.device)].to(bank.device).float()
+    def __init__(self, bank: AnyBank, embeddings: Tensor | None, at_once: int) -> None:
+        parts = parts_of(bank)
+        if embeddings is None and any(part.is_coreset for part in parts):
+            raise ValueError(
+                "a coreset lacks some patches of its images, so that it cannot be calibrated "
+                "without them: fit the detector again"
+            )
+        self.bank, self._at_once = bank, at_once
+        self._embeddings = embeddings
+        self._groups = [part.groups for part in parts]
+        if embeddings is not None:
+            self._groups = [torch.cat(self._groups)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups))
+
+    def sizes(self) -> Iterator[int]:
+        """How many images each batch has."""
+        for groups in self._groups:
+            yield from map(len, groups.split(self._at_once))
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embeddings [n, I, J, D] float32 on the bank's device, and groups [n], of each batch."""
+        for number, groups in enumerate(self._groups):
+            values = self._embeddings
+            if values is None:
+                bank = parts_of(self.bank)[number]
+                values = bank.embeddings.view(-1, *bank.grid, bank.dim)
+            batches = zip(values.split(self._at_once), groups.split(self._at_once), strict=True)
+            for some, own in batches:
+                yield some.to(self.bank.device).float(), own
 
 
 def _own_distances(
-    banks: Mapping[PatchLevel, NormalBank],
-    embeddings: Sequence[Tensor],
-    at_once: int,
-    progress: Callable[[float], None] | None,
+    images: Mapping[PatchLevel, _OwnImages], progress: Callable[[float], None] | None
 ) -> dict[str, Tensor]:
-    """Per level, the distances [N, I, J] of each image's patches to those of the other images.
-
-    embeddings: of the images, [N, I, J, D] per level.
-    """
-    works = [
-        float(values[..., 0].numel() * len(bank))  # all queries in all rows
-        for values, bank in zip(embeddings, banks.values(), strict=True)
-    ]
+    """Per level, the distances [N, I, J] of each image's patches to those of the other images."""
+    works = {  # all queries in all rows
+        level: float(math.prod(one.bank.grid) * len(one.bank)) for level, one in images.items()
+    }
     distances, done = {}, 0.0
-    for (level, bank), values, work in zip(banks.items(), embeddings, works, strict=True):
-        num_images = len(values)
-        found = torch.empty(values.shape[:3], device=bank.device)
-        for some in torch.arange(num_images, device=bank.device).split(at_once):
-            own = bank.groups[some]
-            found[some], _ = bank.nearest(_patches_of(values, some, bank), exclude_same_group=own)
-            done += len(some) / num_images * work / sum(works)
+    for level, one in images.items():
+        found = torch.empty(len(one), *one.bank.grid, device=one.bank.device)
+        first = 0
+        for answer, _ in nearest_of_others(one.bank, one.batches()):
+            found[first : first + len(answer)] = answer
+            first += len(answer)
+            done += len(answer) / len(one) * works[level] / sum(works.values())
             if progress is not None:
                 progress(min(1.0, done))
         distances[str(level)] = found
     return distances
+
+
+def _own_weights(images: _OwnImages, distances: Mapping[str, Tensor], reweight: int) -> Tensor:
+    """The weights of this process's images, [N] float64; see `image_weights`."""
+    bank, (values,) = images.bank, distances.values()
+    most = max(processes_of({"": bank}).told(len(list(images.sizes()))))
+    weights, done = [], 0
+    for queries, own in images.batches():
+        found = values[done : done + len(own)]
+        weights.append(image_weights(bank, queries, found, reweight, own))
+        done += len(own)
+    for _ in range(most - len(weights)):  # others have more
+        image_weights(bank, queries[:0], values[:0], reweight, own[:0])
+    return torch.cat(weights)
 
 
 def _upper_quantiles(values: Tensor, largest: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..files.folders import counted
 from ..ops import score_map
-from ..search.bank import NormalBank
+from ..search.rounds import AnyBank, nearest
 from .border import corrected
 from .reweighting import check_reweight, image_weights
 
@@ -161,7 +161,7 @@ DEFAULT_RULE = MapRule()
 
 
 def search_levels(
-    banks: Mapping[PatchLevel, NormalBank],
+    banks: Mapping[PatchLevel, AnyBank],
     encoded: Sequence[Tensor],
     image_shape: tuple[int, int],
     combination: str = "mult",
@@ -174,8 +174,9 @@ def search_levels(
     image_shape: (height, width) in pixels. groups: [N] int64, one per image, whose patches match
     no bank rows of that group. rule: how maps are made; it changes no distance. reweight: multiply
     image scores as PatchCore does, by this many neighbours, 2 to 32, see `score.reweighting`; None:
-    they are the maxima of the maps. Results lie on the CPU. Raises ValueError for another
-    combination than `combine` takes, and for `reweight` with several levels.
+    they are the maxima of the maps. Of banks in several processes all call this at once, each with
+    its own images, maybe none. Results lie on the CPU. Raises ValueError for another combination
+    than `combine` takes, and for `reweight` with several levels.
     """
     check_combination(combination, list(banks))
     check_reweight(reweight, list(banks))
@@ -183,7 +184,7 @@ def search_levels(
     weights = None
     for (level, bank), embeddings in zip(banks.items(), encoded, strict=True):
         own = None if groups is None else groups.to(bank.device)
-        found, row = bank.nearest(embeddings, exclude_same_group=own)  # [N, I, J]
+        found, row = nearest(bank, embeddings, exclude_same_group=own)  # [N, I, J]
         name = str(level)
         maps[name] = rule.map(found, level, image_shape).cpu()
         distances[name], rows[name] = found.cpu(), row.cpu()

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..ops.checks import check_int
 from ..ops.search_kernels import MOST_NEIGHBOURS
-from ..search.bank import NormalBank
+from ..search.rounds import AnyBank, nearest
 
 
 def check_reweight(reweight: Any, levels: Sequence[PatchLevel]) -> None:
@@ -42,7 +42,7 @@ def check_reweight(reweight: Any, levels: Sequence[PatchLevel]) -> None:
 
 
 def image_weights(
-    bank: NormalBank,
+    bank: AnyBank,
     embeddings: Tensor,
     values: Tensor,
     reweight: int,
@@ -61,10 +61,10 @@ def image_weights(
     highest = values.flatten(1).argmax(dim=1).to(embeddings.device)
     images = torch.arange(len(embeddings), device=embeddings.device)
     queries = embeddings.flatten(1, 2)[images, highest]  # [N, D]
-    _, nearest = bank.nearest(queries, exclude_same_group=groups)
-    matched = bank.embeddings_of(nearest.clamp(min=0)).float()
+    _, own_rows = nearest(bank, queries, exclude_same_group=groups)
+    matched = bank.embeddings_of(own_rows.clamp(min=0)).float()
     # Of rows equal to m others may be found instead of it, at the same distance.
-    _, rows = bank.nearest(matched, k=reweight, exclude_same_group=groups)  # [N, reweight]
+    _, rows = nearest(bank, matched, k=reweight, exclude_same_group=groups)  # [N, reweight]
     around = bank.embeddings_of(rows.clamp(min=0)).double()
     distances = (queries.double()[:, None] - around).norm(dim=-1)
     distances = torch.where(rows >= 0, distances, -torch.inf)  # adds nothing to the sum

@@ -41,6 +41,7 @@ class Stream(Generic[Result]):
     on_error: called in the caller's thread, in the items' order, with an item that could not be
         read (ValueError, TypeError, OSError); it is then skipped. None: the error is raised, and
         ends the stream.
+    on_end: called once, when nothing is searched any more, with whether all items were.
 
     Use it as a context manager, or `close` it, to end its threads before its items end; they end
     with the iterator, too. It belongs to the process that made it: it cannot be pickled, and in a
@@ -54,8 +55,9 @@ class Stream(Generic[Result]):
         encode: Callable[[list[PreparedImage]], Encoded],
         search: Callable[[Encoded], list[Result]],
         on_error: Callable[[Any, Exception], None] | None = None,
+        on_end: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        self._stages = _Stages(items, read, encode, search)
+        self._stages = _Stages(items, read, encode, search, on_end)
         self._on_error = on_error
         self._ready: Iterator[Any] = iter(())
 
@@ -133,8 +135,10 @@ class _Stages:
         read: Callable[[Any, int], PreparedImage],
         encode: Callable[[list[PreparedImage]], Encoded],
         search: Callable[[Encoded], list[Any]],
+        on_end: Callable[[bool], None],
     ) -> None:
         self._items, self._read, self._encode, self._search = items, read, encode, search
+        self._on_end = on_end
         self.closed = threading.Event()
         self._process = os.getpid()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="patchsvdd-read")
@@ -256,10 +260,17 @@ class _Stages:
             return bool(waiting) and isinstance(waiting[0], tuple) and waiting[0][1].done()
 
     def _search_batches(self) -> None:
-        while True:
-            given = self._get(self._encoded)
-            found = [given] if isinstance(given, _Unreadable) else self._search(given)
-            self._put(self._found, found)
+        finished = False
+        try:
+            while True:
+                given = self._get(self._encoded)
+                found = [given] if isinstance(given, _Unreadable) else self._search(given)
+                self._put(self._found, found)
+        except _StreamEnd:
+            finished = not self.closed.is_set()
+            raise
+        finally:
+            self._on_end(finished)
 
     # The three waits: each raises _StreamEnd once the stream is closed.
 

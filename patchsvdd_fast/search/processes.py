@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,13 +16,34 @@ from ..ops.search_kernels import NO_ROW, Found
 
 _MOST_PACKED = 2**32 - 1  # rows, whose numbers fit into 64 bits beside a squared distance
 
+# While one process does what cannot be divided, the others wait for what all do next.
+LONGEST_WAIT = timedelta(hours=6)
+
+
+class WorkerError(RuntimeError):
+    """Another process has failed, and says why itself; or has ended without a word."""
+
+
+class ToldError(WorkerError):
+    """Another process has failed, says why itself, and has told this one."""
+
+
+@contextlib.contextmanager
+def others_there() -> Iterator[None]:
+    """Within the context, raise WorkerError if another process has ended meanwhile."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch.distributed: a connection was closed
+        raise WorkerError("another process has ended, so this one does") from error
+
 
 class Processes:
     """The processes of a group, all of which must call each method at once, but for `raise_first`.
 
     group: None: the default one; or this process alone where torch.distributed has none.
 
-    Raises RuntimeError if torchrun has started several processes that are not yet a group.
+    Raises RuntimeError if torchrun has started several processes that are not yet a group. Methods
+    raise WorkerError if another process has ended.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -35,21 +58,75 @@ class Processes:
                 "torch.distributed.init_process_group before a ShardedBank is made"
             )
 
+    @classmethod
+    def alone(cls) -> Processes:
+        """This process alone, whatever groups it belongs to."""
+        one = cls.__new__(cls)
+        one.group, one.rank, one.count = None, 0, 1
+        return one
+
+    def apart(self) -> Processes:
+        """The same processes in a group of its own, for a thread of its own; `end` ends it."""
+        if self.count == 1:
+            return self
+        with others_there():
+            ranks = list(range(self.count))
+            if self.group is not None:
+                ranks = distributed.get_process_group_ranks(self.group)
+            return Processes(
+                distributed.new_group(
+                    ranks, LONGEST_WAIT, use_local_synchronization=self.group is not None
+                )
+            )
+
+    def end(self) -> None:
+        """End the group that `apart` made: others that still wait for this process hear of it."""
+        group, self.group = self.group, None
+        if group is not None:
+            distributed.destroy_process_group(group)
+
     def told(self, value: Any) -> list[Any]:
         """What every process tells, by rank."""
         if self.count == 1:
             return [value]
         told: list[Any] = [None] * self.count
-        distributed.all_gather_object(told, value, group=self.group)
+        with others_there():
+            distributed.all_gather_object(told, value, group=self.group)
         return told
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context, which all enter, what fails in one process fails in all.
+
+        An error is raised where it occurred, and is a ToldError in the others; the same error of
+        all in the first alone.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        own = None if failure is None else str(failure) or type(failure).__name__
+        told = self.told(own)
+        if failure is not None and (self.rank == 0 or own != told[0]):
+            raise failure
+        for rank, theirs in enumerate(told):
+            if theirs is not None:
+                raise ToldError(f"process {rank}: {theirs}")
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, by rank; all are of one shape and dtype."""
         if self.count == 1:
             return [tensor]
         tensors = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(tensors, tensor.contiguous(), group=self.group)
+        with others_there():
+            distributed.all_gather(tensors, tensor.contiguous(), group=self.group)
         return tensors
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The rows of every process, one after another; each may have another number of them."""
+        counts = self.gathered(torch.tensor([len(rows)], device=rows.device))
+        return torch.cat(self.gathered_rows(rows, [int(count) for count in counts]))
 
     def gathered_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Every process's rows, of which it has so many, by rank; all else of the shape is one."""
@@ -61,12 +138,14 @@ class Processes:
     def least(self, values: Tensor) -> None:
         """Replace values by their minimum over all processes."""
         if self.count > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.MIN, group=self.group)
+            with others_there():
+                distributed.all_reduce(values, distributed.ReduceOp.MIN, group=self.group)
 
     def add_up(self, values: Tensor) -> None:
         """Replace values by their sum over all processes."""
         if self.count > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+            with others_there():
+                distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
 
     def raise_first(self, errors: Sequence[str]) -> None:
         """Raise ValueError for the first error of a process, by rank, that is not empty."""

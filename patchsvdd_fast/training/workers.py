@@ -6,24 +6,18 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-# While the first process fills banks and evaluates, the others wait for the next run of training.
-_LONGEST_WAIT = timedelta(hours=6)
-
+from ..search.processes import LONGEST_WAIT, Processes, WorkerError, others_there
+from ..search.rounds import end_all_rounds
 
 _ROUND = 8  # results that a process hands over at once
 
 Item = TypeVar("Item")
-
-
-class WorkerError(RuntimeError):
-    """Another process has failed, and says why itself; or has ended without a word."""
 
 
 class _Round(NamedTuple):
@@ -39,6 +33,8 @@ class Workers:
 
     rank = 0
     count = 1
+    processes = Processes.alone()
+    """As a bank in several processes knows them."""
 
     @property
     def is_first(self) -> bool:
@@ -55,7 +51,31 @@ class Workers:
                 f"a batch of {batch} cannot be divided over {self.count} processes: "
                 "use a larger batch_size"
             )
-        return slice(batch * self.rank // self.count, batch * (self.rank + 1) // self.count)
+        return self._part(batch)
+
+    def share_of_images(self, count: int) -> slice:
+        """Those of so many training images that this process embeds, one after another.
+
+        Raises ValueError if there are more processes than images.
+        """
+        if count < self.count:
+            raise ValueError(f"{count} images cannot be divided over {self.count} processes")
+        return self._part(count)
+
+    def _part(self, count: int) -> slice:
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def summed(self, total: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, int64 of one shape on the CPU."""
+        return total
+
+    def rows_in_first(self, rows: Tensor) -> Tensor:
+        """In the first process the rows of all, by rank; in others nothing of use."""
+        return rows
+
+    def in_first(self, value: Item) -> list[Item]:
+        """In the first process what all tell, by rank; in others nothing of use."""
+        return [value]
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace the gradient of each parameter by its sum over the processes."""
@@ -81,14 +101,9 @@ class Workers:
         In the first process, and a WorkerError in the others.
         """
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Within the context, which all enter, what fails in one process fails in all.
-
-        An error is raised where it occurred, and is a WorkerError in the others; the same error of
-        all in the first alone.
-        """
-        yield
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """See `Processes.together`."""
+        return self.processes.together()
 
     def own(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items that this process handles: each `count`-th, from the one of its rank on."""
@@ -113,8 +128,8 @@ class _ManyWorkers(Workers):
         # GPU would wait for all work queued there.
         config = distributed.get_backend_config()
         self._numbers_on = torch.device("cpu") if "cpu:" in config else device
-        self.rank = distributed.get_rank()
-        self.count = distributed.get_world_size()
+        self.processes = Processes()
+        self.rank, self.count = self.processes.rank, self.processes.count
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -123,6 +138,31 @@ class _ManyWorkers(Workers):
         parts = together.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def summed(self, total: Tensor) -> Tensor:
+        added = total.to(self._numbers_on)
+        self.processes.add_up(added)
+        return added.to(total.device)
+
+    def rows_in_first(self, rows: Tensor) -> Tensor:
+        # One after another, into their places: the first process needs no memory beside the whole.
+        counts = self.processes.told(len(rows))
+        with others_there():
+            if not self.is_first:
+                distributed.send(rows.contiguous(), dst=0)
+                return rows
+            whole = rows.new_empty(sum(counts), *rows.shape[1:])
+            parts = whole.split(counts)
+            parts[0].copy_(rows)
+            for rank in range(1, self.count):
+                distributed.recv(parts[rank], src=rank)
+            return whole
+
+    def in_first(self, value: Item) -> list[Item]:
+        told: list[Any] = [None] * self.count if self.is_first else []
+        with others_there():
+            distributed.gather_object(value, told if self.is_first else None, dst=0)
+        return told or [value]
 
     def largest(self, number: int) -> int:
         found = torch.tensor(number, device=self._numbers_on)
@@ -147,7 +187,7 @@ class _ManyWorkers(Workers):
         return made
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        told = self._told(facts)
+        told = self.processes.told(facts)
         ours = told[0]
         for rank, theirs in enumerate(told):
             differing = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
@@ -159,20 +199,6 @@ class _ManyWorkers(Workers):
                     + "; ".join(f"{theirs.get(name)}, not {ours.get(name)}" for name in differing)
                 )
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        own = None if failure is None else str(failure)
-        told = self._told(own)
-        if failure is not None and (self.is_first or own != told[0]):
-            raise failure
-        if any(one is not None for one in told):
-            raise WorkerError("")
-
     def in_order(self, results: Iterable[Item]) -> Iterator[Item]:
         left, more = iter(results), True
         while more:
@@ -181,7 +207,7 @@ class _ManyWorkers(Workers):
                 given = _Round(list(islice(left, _ROUND)), False)
             except BaseException as error:  # Ctrl-C, too: the others are waiting
                 given, failure = _Round([], True), error
-            rounds = self._gathered(given)
+            rounds = self.in_first(given)
             # Unless the first process says otherwise at the end, it has failed.
             told: list[Any] = [True, False]  # whether one has failed, whether there is more
             try:
@@ -197,24 +223,10 @@ class _ManyWorkers(Workers):
                 raise WorkerError("")
             more = told[1]
 
-    def _told(self, value: Any) -> list[Any]:
-        """What every process tells, by rank."""
-        told: list[Any] = [None] * self.count
-        with _others_there():
-            distributed.all_gather_object(told, value)
-        return told
-
     def _hear_first(self, values: list[Any]) -> None:
         """Replace values by those of the first process."""
-        with _others_there():
+        with others_there():
             distributed.broadcast_object_list(values, src=0, device=self._numbers_on)
-
-    def _gathered(self, given: _Round) -> list[_Round]:
-        """What all processes hand over, in the first process; [] in others."""
-        rounds: list[Any] = [None] * self.count if self.is_first else []
-        with _others_there():
-            distributed.gather_object(given, rounds if self.is_first else None, dst=0)
-        return rounds
 
 
 def with_failures(results: Iterable[Any], failures: list[Any]) -> Iterator[Any]:
@@ -224,15 +236,6 @@ def with_failures(results: Iterable[Any], failures: list[Any]) -> Iterator[Any]:
         failures.clear()
         yield result
     yield from failures
-
-
-@contextlib.contextmanager
-def _others_there() -> Iterator[None]:
-    """Within the context, raise WorkerError if another process has ended meanwhile."""
-    try:
-        yield
-    except RuntimeError as error:  # of torch.distributed: a connection was closed
-        raise WorkerError("another process has ended, so this one does") from error
 
 
 def under_torchrun() -> bool:
@@ -267,9 +270,10 @@ def joined_workers(device: torch.device) -> Iterator[Workers]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT
     )
     try:
         yield _ManyWorkers(device)
     finally:
+        end_all_rounds()
         distributed.destroy_process_group()

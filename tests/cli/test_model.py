@@ -16,9 +16,9 @@ from conftest import texture
 from patchsvdd_fast import PatchLevel, PatchSVDD
 from patchsvdd_fast.cli import model as model_commands
 from patchsvdd_fast.cli.app import app
-from patchsvdd_fast.detector import fitting
+from patchsvdd_fast.detector import filling
+from patchsvdd_fast.detector.encoder_file import preparation_of
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.detector.model_file import preparation_of
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.categories import Category
 from patchsvdd_fast.files.folders import counted
@@ -247,7 +247,7 @@ def test_an_update_that_fails_leaves_the_file(model, category_folder, more, tmp_
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "calibrate", interrupt)
+    monkeypatch.setattr(filling, "calibrate", interrupt)
     assert run("update", model, "--add", more, expected=None).exit_code == 130
     assert model.read_bytes() == before
     (tmp_path / "different").unlink()

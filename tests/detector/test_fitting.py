@@ -14,8 +14,8 @@ from conftest import texture
 from forging import packed
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
 from patchsvdd_fast.detector.description import describe
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.detector.onnx import export_detector
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
 from patchsvdd_fast.encoders.patch_encoder import PatchEncoder

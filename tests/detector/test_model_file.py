@@ -23,7 +23,7 @@ import torch
 from conftest import script_environment, texture
 from forging import HEADER, HUGE, packed
 from patchsvdd_fast import NormalBank, PatchSVDD
-from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.search.identified import IdentifiedBank
 from processes import run_script, status
 

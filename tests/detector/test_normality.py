@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import texture
 from patchsvdd_fast import NormalBank, PatchLevel, PatchSVDD
-from patchsvdd_fast.detector import fitting, scoring
+from patchsvdd_fast.detector import filling, scoring
 from patchsvdd_fast.files import store
 from patchsvdd_fast.search.index import Index
 
@@ -291,7 +291,7 @@ def test_an_interruption_changes_nothing(
             change = interrupting_the_second(getattr(Index, name))
             monkeypatch.setattr(Index, name, change)
     else:
-        monkeypatch.setattr(fitting, "calibrate", interrupt)
+        monkeypatch.setattr(filling, "calibrate", interrupt)
     attempts = [lambda: fitted.add(paths[4:])]
     if moment != "encode":
         attempts += [lambda: fitted.remove([1]), lambda: fitted.merge(other)]

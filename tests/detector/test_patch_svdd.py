@@ -13,8 +13,8 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from patchsvdd_fast import HierarchicalEncoder, PatchLevel, PatchSVDD
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.detector.evaluation import evaluate_category
-from patchsvdd_fast.detector.model_file import load_encoder
 from patchsvdd_fast.detector.parameters import illumination_of
 from patchsvdd_fast.files import store
 from patchsvdd_fast.files.categories import Category

@@ -7,7 +7,7 @@ import torch
 
 from patchsvdd_fast import NormalBank, PatchSVDD, nearest
 from patchsvdd_fast.detector.description import describe
-from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.files import store
 from patchsvdd_fast.search import index as index_module
 from patchsvdd_fast.search.coreset import select_coreset

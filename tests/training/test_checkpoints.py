@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from patchsvdd_fast import PatchSVDD
-from patchsvdd_fast.detector.model_file import load_encoder
+from patchsvdd_fast.detector.encoder_file import load_encoder
 from patchsvdd_fast.files import store
 from patchsvdd_fast.training.defect_check import DefectCheck
 from patchsvdd_fast.training.interrupts import Terminated
