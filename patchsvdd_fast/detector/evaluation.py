@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..files.categories import Category
-from ..files.folders import counted, report_unreadable
+from ..files.folders import counted, report_unreadable, some_of
 from ..files.layouts import LabelledImage, LabelledSet
-from ..files.masks import read_mask
+from ..files.masks import has_proportions_of, read_mask
 from ..files.whole import written_whole
 from ..images.prepare import UnreadableError
 from ..score import metrics
@@ -141,12 +141,14 @@ def evaluate_category(
     readable: list[LabelledImage] = []
     parts: dict[str, list[Tensor]] = {}
     weights: list[Tensor] = []  # of re-weighted scores
+    originals: list[tuple[int, int]] = []
     verdicts: list[tuple[float, bool | None]] = []
     left = iter(tests)
     paths = [image.path for image in tests]
     for result in _results(detector, paths, skip_unreadable, workers, keep_originals):
         image = next(one for one in left if one.path == result.source)
         readable.append(image)
+        originals.append(result.original_size)
         verdicts.append((result.score, result.anomalous))
         for name, level_map in result.scores.level_maps.items():
             parts.setdefault(name, []).append(level_map)
@@ -163,7 +165,7 @@ def evaluate_category(
         raise ValueError(f"test images must have one size to be evaluated, got {sizes}")
     ((height, width),) = shapes
     level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
-    masks, missing = masks_or_reason(tests, (height, width))
+    masks, missing = masks_or_reason(tests, (height, width), originals)
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels_):
         combined = combine(level_maps, combination)
@@ -269,11 +271,15 @@ def _sum(counts: Sequence[int | None]) -> int | None:
 
 
 def masks_or_reason(
-    tests: Sequence[LabelledImage], size: tuple[int, int]
+    tests: Sequence[LabelledImage],
+    size: tuple[int, int],
+    originals: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[npt.NDArray[np.bool_] | None, str | None]:
     """The masks of all test images, bool [N, height, width]; or None, and why in words.
 
-    Warns of masks that mark nothing.
+    originals: (height, width) of each image's file, in pixels; None: not known.
+
+    Warns of masks that mark nothing, and of those with other proportions than their image.
     """
     anomalous = [image for image in tests if image.is_anomalous]
     without = [image for image in anomalous if not image.masks]
@@ -284,6 +290,19 @@ def masks_or_reason(
         masks = [mask_of(image, size) for image in tests]
     except (ValueError, OSError) as error:
         return None, str(error)
+    odd = [
+        path
+        for image, original in zip(tests, originals or (), strict=originals is not None)
+        if image.is_anomalous
+        for path in image.masks
+        if not has_proportions_of(path, original)
+    ]
+    if odd:
+        warnings.warn(
+            "masks with other proportions than their images, which are stretched to them (turned, "
+            f"or cut?): {some_of(odd)}",
+            stacklevel=3,
+        )
     known = [mask for mask in masks if mask is not None]
     empty = [
         image.masks[0]

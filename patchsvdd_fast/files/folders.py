@@ -132,6 +132,13 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def some_of(paths: Sequence[Path], of: int | None = None) -> str:
+    """How many files there are, of how many, and which: the first three."""
+    first = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:3])
+    among = "" if of is None else f" of {of:,}"
+    return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
+
+
 def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
     """Say which of some images could not be read, all at once: by a warning if they are skipped.
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .folders import walk_images
+
 MASK_THRESHOLD = 128
 """Of a mask from 0 to 255: pixels above this are anomalous."""
 
 _Gray = npt.NDArray[np.uint8]
 
+_FOLDERS = ("ground_truth", "masks")  # in any case: what is inside are masks
 _ENDING = re.compile(r"_(mask|gt|label)$", re.IGNORECASE)  # of a mask's name
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 _NOISE = 31  # what compression may leave where a lossy mask was 0
+_ORIENTATION = 0x0112  # of EXIF,
+_TURNED = 5  # whose values from this on exchange width and height
 _FLAT = 32  # colours at the most of a mask without soft edges
 
 
@@ -35,6 +41,59 @@ def masks_beside(paths: Iterable[Path]) -> dict[Path, Path]:
         if plain != path.with_suffix("") and plain in images:
             found[path] = images[Path(plain)]
     return found
+
+
+def masks_alone(paths: Iterable[Path], beside: Mapping[Path, Path]) -> set[Path]:
+    """Those of the files that are named as masks beside the others are, but whose image is missing.
+
+    beside: what `masks_beside` found of the same files.
+    """
+    endings = {_ending(mask) for mask in beside}
+    return {path for path in paths if path not in beside and _ending(path) in endings - {""}}
+
+
+def _ending(path: Path) -> str:
+    found = _ENDING.search(path.stem)
+    return found[0].lower() if found else ""
+
+
+def images_and_masks(
+    folder: Path, on_skipped: Callable[[Path, str], None]
+) -> tuple[dict[PurePath, Path], dict[PurePath, Path]]:
+    """The images below a folder, and what lies there in folders of masks, by their paths within.
+
+    The path of a mask is without the name of its folder of masks, so that it is that of its image.
+    on_skipped: as of `walk_images`.
+    """
+    images: dict[PurePath, Path] = {}
+    masks: dict[PurePath, Path] = {}
+    for path in walk_images(folder, on_skipped):
+        *folders, name = path.relative_to(folder).parts or (folder.name,)  # if not to open
+        kept = [part for part in folders if part.lower() not in _FOLDERS]
+        found = images if kept == folders else masks
+        found[PurePath(*kept, name)] = path
+    return images, masks
+
+
+def without_masks(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Of files below a folder, those that are no masks by their names or their folders'.
+
+    Warns of those that are.
+    """
+    beside = masks_beside(paths)
+    masks = {*beside} | masks_alone(paths, beside)
+    for path in paths:
+        inside = path.relative_to(folder).parts[:-1]
+        if any(part.lower() in _FOLDERS for part in inside):
+            masks.add(path)
+    if masks:
+        first = min(masks).relative_to(folder)
+        warnings.warn(
+            "left out, as they are masks by their names or those of their folders: "
+            f"{len(masks):,} in {folder}, such as {first}",
+            stacklevel=3,
+        )
+    return [path for path in paths if path not in masks]
 
 
 def matched_masks(
@@ -81,6 +140,19 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> npt.NDArra
     """
     gray = Image.fromarray(_read(path)).resize((size[1], size[0]))
     return np.asarray(gray) > MASK_THRESHOLD
+
+
+def has_proportions_of(path: str | os.PathLike[str], size: tuple[int, int]) -> bool:
+    """Whether a mask is as wide for its height as an image of (height, width), to 2 % or a pixel.
+
+    Raises OSError if it is no image.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= _TURNED:
+            width, height = height, width
+    difference = abs(width * size[0] - height * size[1])
+    return difference <= max(0.02 * width * size[0], *size)
 
 
 def marks_anything(paths: Sequence[Path]) -> bool:
