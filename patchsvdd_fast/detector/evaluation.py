@@ -26,6 +26,8 @@ from ..score.metrics import METRICS
 from ..training.workers import Workers, with_failures
 from .patch_svdd import PatchSVDD
 
+_MOST = 0.5  # of the pixels of anomalous images: defects are seldom so large, backgrounds are
+
 
 @dataclass(frozen=True)
 class AtThreshold:
@@ -279,7 +281,8 @@ def masks_or_reason(
 
     originals: (height, width) of each image's file, in pixels; None: not known.
 
-    Warns of masks that mark nothing, and of those with other proportions than their image.
+    Warns of masks that mark nothing, of those with other proportions than their image, and if all
+    together mark most of their images.
     """
     anomalous = [image for image in tests if image.is_anomalous]
     without = [image for image in anomalous if not image.masks]
@@ -320,6 +323,13 @@ def masks_or_reason(
         return None, f"no mask marks anything {at}" if empty else "no image is anomalous"
     if all(mask.all() for mask in known):
         return None, "the masks mark every pixel"
+    share = float(np.mean([mask for mask in known if mask.any()]))
+    if share > _MOST:
+        warnings.warn(
+            f"the masks mark {share:.0%} of the pixels of anomalous images: are black and white "
+            "exchanged? What is anomalous should not be black",
+            stacklevel=3,
+        )
     return np.stack(known), None
 
 

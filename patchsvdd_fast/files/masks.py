@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .folders import walk_images
+from .pages import num_pages
 
 MASK_THRESHOLD = 128
 """Of a mask from 0 to 255: pixels above this are anomalous."""
@@ -134,7 +135,8 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> npt.NDArra
     Gray masks from 0 to 255 (16 bits: to 65535) are cut at 128; those that never exceed it hold
     class numbers, and are anomalous wherever they are not 0. In colour, also of a palette, all that
     differs from the background is anomalous: black, or the colour of most pixels if none is black.
-    Where only the transparency differs, what is not transparent is anomalous.
+    Where only the transparency differs, what is not transparent is anomalous. Of several pages or
+    frames the first is read, with a warning.
 
     Raises ValueError naming the file if it cannot be read, or can be understood in two ways.
     """
@@ -168,6 +170,9 @@ def _read(path: str | os.PathLike[str]) -> _Gray:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"its pixels are more than the limit of {limit:,}")
+            if (count := num_pages(image)) > 1:
+                pages = f"{count:,} pages or frames; the first is read"
+                warnings.warn(f"mask {name} has {pages}", stacklevel=4)
             image.load()
             return _anomalous(ImageOps.exif_transpose(image), image.format in _LOSSY)
     except UnidentifiedImageError as error:

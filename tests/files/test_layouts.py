@@ -243,6 +243,12 @@ def test_masks_of_other_proportions_than_their_images_are_named(images, tmp_path
     assert reason is None
 
 
+def test_masks_with_black_and_white_exchanged_are_noticed(images, tmp_path):
+    mvtec_ad(tmp_path, images | {"masks": [255 - mask for mask in images["masks"]]})
+    with pytest.warns(UserWarning, match="mark 93% of the pixels of anomalous images: are black"):
+        masks_or_reason(Category(tmp_path).test_images(), SIZE)
+
+
 def test_visa_from_within(images, expected, tmp_path, monkeypatch):
     visa(tmp_path / "noise", images)
     monkeypatch.chdir(tmp_path / "noise")

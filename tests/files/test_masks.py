@@ -91,6 +91,12 @@ def test_other_errors_name_the_file(tmp_path, monkeypatch):
         read_mask(tmp_path / "faint.jpg", SIZE)
 
 
+def test_of_several_pages_the_first_marks(tmp_path):
+    gray(255)(SQUARE).save(tmp_path / "mask.tif", save_all=True, append_images=[gray(255)(~SQUARE)])
+    with pytest.warns(UserWarning, match=r"mask .*mask\.tif has 2 pages or frames; the first"):
+        assert np.array_equal(read_mask(tmp_path / "mask.tif", SIZE), expected(tmp_path))
+
+
 def matched(images, masks, tmp_path):
     found, unmatched = matched_masks(
         {PurePath(name): tmp_path / "test" / name for name in images},

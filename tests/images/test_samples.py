@@ -261,6 +261,22 @@ def test_images_of_more_bits_than_allowed_are_refused(tmp_path):
     )
 
 
+def test_kinds_of_tiff_that_are_not_read_are_named(tmp_path):
+    """Pillow writes neither; both differ in few bytes from what it writes."""
+    Image.fromarray(ramp(16).astype(np.float32)).save(tmp_path / "float.tif")
+    content = (tmp_path / "float.tif").read_bytes()
+    bits = struct.pack("<HHII", 258, 3, 1, 32)
+    assert content.count(bits) == 1
+    (tmp_path / "double.tif").write_bytes(
+        content.replace(bits, struct.pack("<HHII", 258, 3, 1, 64))
+    )
+    with pytest.raises(ValueError, match=r"double\.tif is a TIFF that .* such as 64-bit"):
+        read_image(tmp_path / "double.tif")
+    Image.fromarray(ramp(8).astype(np.int32) - 5).save(tmp_path / "signed.tif")
+    with pytest.raises(ValueError, match=r"signed\.tif: integer .* 0 and 65535, got -5 to "):
+        read_image(tmp_path / "signed.tif")
+
+
 def test_16_bits_that_no_training_image_had_are_warned_of(tmp_path):
     Image.fromarray(ramp(16)).save(tmp_path / "deep.png")
     with pytest.warns(UserWarning, match=r"deep\.png has 16-bit samples, which no training image"):
