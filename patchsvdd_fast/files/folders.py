@@ -124,6 +124,8 @@ def _why(entry: os.DirEntry[str]) -> str:
     if entry.is_symlink() and not Path(entry.path).exists():
         return "links that lead nowhere"
     suffix = PurePath(entry.name).suffix.lower()
+    if suffix in SUFFIXES:
+        return "what is neither a file nor a folder"
     return f"files {suffix or 'without a suffix'}, which are not read"
 
 

@@ -200,6 +200,10 @@ def test_what_is_skipped_is_said(images, tmp_path):
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
     (tmp_path / "test/good/c.heic").touch()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "test/good/pipe.png")
+        said = Category(tmp_path).test_set().remarks[0]
+        assert "what is neither a file nor a folder: 1 (pipe.png)" in said
     (tmp_path / "ground_truth/spot/d.heic").touch()
     remark, of_masks = Category(tmp_path).test_set().remarks
     assert "files .heic, which are not read: 3" in remark
