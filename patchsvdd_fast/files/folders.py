@@ -21,7 +21,10 @@ SUFFIXES = {
 }
 """Of the files that count as images, in any case, each with the name of its format."""
 
-_LEFT_BY_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")  # beside names that begin with a dot
+_LEFT_BY_SYSTEMS = (  # beside names that begin with a dot
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("$recycle.bin", "system volume information", "@eadir", "#recycle"),  # @eadir: thumbnails
+)
 
 
 class Skipped:
@@ -67,10 +70,10 @@ def walk_images(
 ) -> Iterator[Path]:
     """The images below a folder in the order of their paths, one folder in memory at a time.
 
-    Links to folders are not followed, and names that begin with a dot, Thumbs.db and __MACOSX are
-    passed over. A folder that may not be opened, or a link that leads nowhere, is yielded as if it
-    were an image, so that reading it reports the error. Raises ValueError if `folder` is not a
-    folder.
+    Links to folders are not followed, and names that begin with a dot, and others that systems
+    leave behind (Thumbs.db, __MACOSX, @eaDir), are passed over. A folder that may not be opened, or
+    a link that leads nowhere, is yielded as if it were an image, so that reading it reports the
+    error. Raises ValueError if `folder` is not a folder.
 
     on_skipped: called with links to folders and files of other kinds, and why they are skipped.
     """

@@ -14,7 +14,7 @@ from typing import BinaryIO, TextIO
 
 from PIL import Image
 
-from .folders import SUFFIXES, Skipped, walk_images
+from .folders import SUFFIXES, Skipped, is_hidden, walk_images
 from .pages import (
     check_pages,
     file_and_page,
@@ -138,8 +138,7 @@ def _sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
                 ),
             )
         elif _is_glob(argument):
-            found = (Path(name) for name in sorted(glob.iglob(argument, recursive=True)))  # noqa: PTH207
-            images = (p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+            images = (image for image in sorted(_globbed(argument), key=str) if image.is_file())
             yield from _some(argument, (Source(image, image) for image in images))
         else:
             yield Source(path, PurePath(path.name) if alone else path)
@@ -173,13 +172,21 @@ def _first_of(argument: str) -> Iterator[bool]:
     if os.path.isdir(argument):  # noqa: PTH112
         yield from (True for _ in walk_images(Path(argument)))
     elif _is_glob(argument):
-        yield from (
-            True
-            for name in glob.iglob(argument, recursive=True)  # noqa: PTH207
-            if Path(name).suffix.lower() in SUFFIXES
-        )
+        yield from (True for _ in _globbed(argument))
     else:
         yield os.path.exists(file_and_page(argument)[0])  # noqa: PTH110
+
+
+def _globbed(pattern: str) -> Iterator[Path]:
+    """What a glob finds that is named like an image, but for what systems leave behind.
+
+    That it finds only if it names it.
+    """
+    said = {*Path(pattern).parts}
+    for name in glob.iglob(pattern, recursive=True):  # noqa: PTH207
+        path = Path(name)
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, {*path.parts} - said)):
+            yield path
 
 
 def _is_glob(argument: str) -> bool:

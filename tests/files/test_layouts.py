@@ -177,7 +177,13 @@ def test_what_systems_leave_behind_is_passed_over(images, expected, recwarn, tmp
     root = tmp_path / "noise"
     mvtec_ad(root, images)
     for part in ("train/good", "test", "test/good", "test/spot", "ground_truth/spot"):
-        for name in (".ipynb_checkpoints/000.png", "._001.png", "__MACOSX/x.png", ".hidden/y.png"):
+        for name in (
+            ".ipynb_checkpoints/000.png",
+            "._001.png",
+            "__MACOSX/x.png",
+            ".hidden/y.png",
+            "@eaDir/z.jpg",
+        ):
             write(root / part / name, images["good"][0])
         (root / part / "Thumbs.db").touch()
         (root / part / ".DS_Store").touch()

@@ -73,6 +73,10 @@ def test_globs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert inner("*") == ["a.png", "b.bmp", "e.jpeg", "z.tif"]
     assert inner("**/*") == sorted(NAMES, key=str)
+    (folder / "b/__MACOSX").mkdir()
+    (folder / "b/__MACOSX/x.png").touch()
+    assert inner("**/*") == sorted(NAMES, key=str)
+    assert inner("b/__MACOSX/*") == ["b/__MACOSX/x.png"]
     assert inner("b/**/*.tif*") == ["b/deep/d.tiff"]
     assert inner("[ae].*") == ["a.png", "e.jpeg"]
     (folder / "[ae].png").touch()  # what exists is no pattern
