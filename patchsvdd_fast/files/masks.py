@@ -173,8 +173,15 @@ def _read(path: str | os.PathLike[str]) -> _Gray:
             if (count := num_pages(image)) > 1:
                 pages = f"{count:,} pages or frames; the first is read"
                 warnings.warn(f"mask {name} has {pages}", stacklevel=4)
+            is_colour = not image.mode.startswith("I")
+            is_cut = is_colour and ";16" in str(getattr(image, "tile", ""))
             image.load()
-            return _anomalous(ImageOps.exif_transpose(image), image.format in _LOSSY)
+            found = _anomalous(ImageOps.exif_transpose(image), image.format in _LOSSY)
+            if is_cut and not found.any():
+                raise ValueError(
+                    "ambiguous: of 16-bit colour only the high 8 bits are read, which mark nothing"
+                )
+            return found
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that can be read") from error
     except (FileNotFoundError, PermissionError, IsADirectoryError):

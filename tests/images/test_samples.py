@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from data_sets import png_of
 from patchsvdd_fast.files.pages import FileBytes
 from patchsvdd_fast.images.prepare import (
     load_image_set,
@@ -42,25 +43,6 @@ def eight_bits(samples, depth):
 
 def colour(samples):
     return np.stack([samples, samples[::-1], samples[:, ::-1]], axis=-1)
-
-
-def chunk(kind, content):
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
-def png_of(samples, *chunks):
-    """A PNG file of 16-bit gray or colour, which Pillow does not write."""
-    kinds = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
-    kind = kinds[1 if samples.ndim == 2 else samples.shape[2]]
-    head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, kind, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def tiff_of(samples, order="<"):
