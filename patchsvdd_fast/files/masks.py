@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -194,6 +195,8 @@ def _anomalous(image: Image.Image, lossy: bool) -> _Gray:
     if image.mode.startswith(("I", "F")):
         return _of_gray(np.asarray(image), lossy)
     if not image.has_transparency_data:
+        if image.mode in ("L", "1"):
+            return _of_gray(np.asarray(image.convert("L")), lossy)
         return _of_colours(np.asarray(image.convert("RGB")), lossy)
     pixels = np.asarray(image.convert("RGBA"))
     colours, alpha = pixels[..., :3], pixels[..., 3]
@@ -209,14 +212,17 @@ def _anomalous(image: Image.Image, lossy: bool) -> _Gray:
     return by_alpha
 
 
-def _of_gray(samples: npt.NDArray[np.generic], lossy: bool) -> _Gray:
-    values = samples.astype(np.float64)
-    highest = values.max()
-    if not np.isfinite(values).all() or values.min() < 0 or highest > 65535:
-        raise ValueError("samples must lie between 0 and 65535")
-    is_share = samples.dtype.kind == "f" and highest <= 1
-    full = 1 if is_share else 255 if highest <= 255 else 65535
-    scaled = np.rint(values / full * 255).astype(np.uint8)
+def _of_gray(samples: npt.NDArray[Any], lossy: bool) -> _Gray:
+    values, highest = samples, float(samples.max())
+    if samples.dtype == np.uint8:
+        scaled = samples.astype(np.uint8, copy=False)
+    else:
+        values = samples.astype(np.float64)
+        if not np.isfinite(values).all() or values.min() < 0 or highest > 65535:
+            raise ValueError("samples must lie between 0 and 65535")
+        is_share = samples.dtype.kind == "f" and highest <= 1
+        full = 1 if is_share else 255 if highest <= 255 else 65535
+        scaled = np.rint(values / full * 255).astype(np.uint8)
     above = np.count_nonzero(scaled > MASK_THRESHOLD)
     if above:
         low = values[(values > 0) & (values <= _NOISE)]
