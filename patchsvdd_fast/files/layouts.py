@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from .folders import SUFFIXES, Skipped, counted, find_images, some_of, walk_images
+from .folders import SUFFIXES, Skipped, counted, find_images, is_hidden, some_of, walk_images
 from .masks import (
     images_and_masks,
     marks_anything,
@@ -280,7 +280,9 @@ def _is_kolektor(root: Path) -> bool:
 
 
 def _has_masks_beside(folder: Path, ending: str) -> bool:
-    return folder.is_dir() and any(p.stem.endswith(ending) for p in masks_beside(folder.iterdir()))
+    there = [p for p in folder.iterdir() if not is_hidden(p.name)] if folder.is_dir() else []
+    beside = masks_beside(path for path in there if path.suffix.lower() in SUFFIXES)
+    return any(mask.stem.endswith(ending) for mask in beside)
 
 
 def _parts_of_kolektor(root: Path) -> list[Path]:

@@ -284,6 +284,14 @@ def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
         training_paths(tmp_path / "noise")
 
 
+def test_what_only_looks_like_kolektor_is_no_layout(images, tmp_path):
+    for part in ("train", "test"):
+        for name in ("._0.png", "._0_GT.png", "list.txt", "list_GT.txt"):
+            write(tmp_path / part / "0.png", images["good"][0])
+            (tmp_path / part / name).touch()
+    assert matching_layouts(tmp_path) == []
+
+
 def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
     kolektor_sdd2(tmp_path, images)
     (tmp_path / "test/20000_GT.png").unlink()
