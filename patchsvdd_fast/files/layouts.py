@@ -229,14 +229,17 @@ def _visa_rows(root: Path, split: str) -> list[dict[str, str]]:
     path = root.parent / _VISA_SPLIT
     if not path.is_file():
         raise ValueError(f"{path} is missing: it says which images of VisA to train and test on")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not set(_VISA_COLUMNS) <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} must have the columns {','.join(_VISA_COLUMNS)}, "
-                f"got {','.join(reader.fieldnames or ())}"
-            )
-        rows = [row for row in reader if row["object"] == root.name and row["split"] == split]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        reader = csv.DictReader(lines, strict=True)
+        columns, rows = reader.fieldnames or (), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table in UTF-8: {error}") from error
+    if not set(_VISA_COLUMNS) <= set(columns):
+        raise ValueError(
+            f"{path} must have the columns {','.join(_VISA_COLUMNS)}, got {','.join(columns)}"
+        )
+    rows = [row for row in rows if row["object"] == root.name and row["split"] == split]
     if not rows:
         raise ValueError(f"{path} has no images of {root.name} for split {split}")
     return rows

@@ -275,8 +275,10 @@ def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
         (text.replace("label", "kind"), "must have the columns object,split,label,image,mask, got"),
         (text.replace("noise/Data", "../Data"), "which is not in"),
         (text.replace("noise,", "other,"), "no images of noise"),
+        (text.replace("another", "anöther"), r"1cls\.csv is not a table in UTF-8"),
+        (text + '"', r"1cls\.csv is not a table in UTF-8"),
     ):
-        table.write_text(bad)
+        table.write_text(bad, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             Category(tmp_path / "noise").test_images()
     table.unlink()
