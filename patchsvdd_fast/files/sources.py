@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import os
 import time
 import warnings
@@ -15,6 +16,7 @@ from typing import BinaryIO, TextIO
 from PIL import Image
 
 from .folders import SUFFIXES, Skipped, is_hidden, walk_images
+from .masks import masks_beside
 from .pages import (
     check_pages,
     file_and_page,
@@ -236,9 +238,21 @@ def _files(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
 
 
 def _walked(folder: Path) -> Iterator[Path]:
-    skipped = Skipped()
-    yield from walk_images(folder, skipped)
+    skipped, count, first = Skipped(), 0, ""
+    for _, paths in itertools.groupby(walk_images(folder, skipped), lambda path: path.parent):
+        of_folder: list[Path] = []
+        for path in paths:
+            of_folder.append(path)
+            yield path
+        if masks := masks_beside(of_folder):
+            count, first = count + len(masks), first or str(min(masks).relative_to(folder))
     skipped.warn(folder)
+    if count:
+        warnings.warn(
+            "scored like the others, though they are named as masks of the images beside them: "
+            f"{count:,} in {folder}, such as {first}",
+            stacklevel=2,
+        )
 
 
 def _some(argument: str, sources: Iterable[Source]) -> Iterator[Source]:
