@@ -68,7 +68,7 @@ def limits(
 ) -> None:
     """Patch SVDD anomaly detection with exact nearest-neighbour search."""
     if context.invoked_subcommand is None:
-        console.print(context.get_help(), markup=False, highlight=False)
+        console.print(context.get_help(), highlight=False)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in _DIVIDED:
         raise ValueError(f"`{context.invoked_subcommand}` is one process: run it without torchrun")
@@ -94,9 +94,9 @@ def main() -> None:
             raise
         _fail(error.format_message(), status=2)
     if status == INTERRUPTED:
-        errors.print("[bold red]interrupted[/]")
+        errors.print("[bold red]interrupted[/]", markup=True)
     if status == TERMINATED:
-        errors.print("[bold red]terminated[/]")
+        errors.print("[bold red]terminated[/]", markup=True)
     sys.exit(status or 0)
 
 

@@ -80,13 +80,13 @@ def demo(
     reached = results[1].at_threshold
     if reached is not None:
         told = f"{trained}: {reached.in_words()[0]}"
-        console.print(told, soft_wrap=True, markup=False, highlight=False)
+        console.print(told, soft_wrap=True, highlight=False)
     _show_pretrained(category, seed, device)
     heat_maps = counted(len(category.test_images()), "heat map")
     console.print(f"wrote {model} and {heat_maps}", soft_wrap=True)
-    console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+    console.print(f"report: {page.path}", soft_wrap=True)
     images = output / "sample" / category.name / "test"
-    console.print(f"next: patchsvdd score {model} {images}", soft_wrap=True, markup=False)
+    console.print(f"next: patchsvdd score {model} {images}", soft_wrap=True)
 
 
 def _show_pretrained(category: Category, seed: int, device: str) -> None:
@@ -95,7 +95,7 @@ def _show_pretrained(category: Category, seed: int, device: str) -> None:
     from ..encoders.pretrained import DEFAULT_PRETRAINED
 
     if not has_pretrained():
-        console.print(encoder_hint(), soft_wrap=True, markup=False)
+        console.print(encoder_hint(), soft_wrap=True)
         return
     detector = PatchSVDD(encoder=DEFAULT_PRETRAINED, seed=seed, device=device)
     fit_with_progress(detector.fit, category.root)

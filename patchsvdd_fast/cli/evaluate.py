@@ -173,7 +173,7 @@ def evaluate(
         if json_path is not None:
             with claimed_file(json_path, overwrite):
                 write_json([*results.values()], json_path, version=__version__, failed=failed)
-            console.print(f"wrote {json_path}", soft_wrap=True)
+            print_line(f"wrote {json_path}")
     if failed:
         print_error(f"{len(failed)} of {len(categories)} failed: {', '.join(failed)}")
         raise typer.Exit(1)

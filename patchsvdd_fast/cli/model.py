@@ -57,7 +57,7 @@ def info(
 
     table = Table(show_header=False, box=None)
     for name, value in (describe() if model is None else describe_model(model)).items():
-        table.add_row(f"[bold]{name}[/]", Text(value))
+        table.add_row(Text(name, style="bold"), Text(value))
     console.print(table)
 
 

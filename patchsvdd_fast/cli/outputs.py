@@ -95,7 +95,7 @@ def _coco_file(path: Path | None, overwrite: bool, table: Table) -> Iterator[Coc
             coco.close()
             raise
         coco.write(__version__)
-    console.print(shown(f"regions: {path}"), soft_wrap=True, markup=False)
+    console.print(shown(f"regions: {path}"), soft_wrap=True)
 
 
 def score_all(
@@ -267,7 +267,7 @@ class _Collected:
         bars = stack.enter_context(display(console)) if with_bars else None
         self._bar = ScoringBar(bars, num_images)
         if self._line_each:
-            console.print(shown(self._line_each), soft_wrap=True, markup=False)
+            console.print(shown(self._line_each), soft_wrap=True)
 
     def add(self, outcome: _Outcome) -> None:
         """Write what there is of an image, its row last."""

@@ -136,7 +136,7 @@ class Reports:
         """Say where the page, or that which leads to the others, is."""
         if self._folder is not None:
             path = self._folder / "index.html"
-            console.print(shown(f"report: {path}"), soft_wrap=True, markup=False)
+            console.print(shown(f"report: {path}"), soft_wrap=True)
 
     def _page(self, category: str | None) -> ReportWriter:
         if category not in self._pages:
@@ -194,7 +194,7 @@ class Evaluation(NamedTuple):
             )
             alarms = evaluated.validation_alarms
             page.close(evaluated.percent, {_VALIDATION: alarms} if alarms else None)
-        console.print(f"report: {page.path}", soft_wrap=True, markup=False)
+        console.print(f"report: {page.path}", soft_wrap=True)
         return evaluated
 
     def share(self) -> None:
@@ -216,4 +216,4 @@ def write_evaluation_page(folder: Path, overwrite: bool, *of_page: Any) -> None:
     """Write the page of several categories; of_page: what `write_start_page` takes besides."""
     with claimed_report(folder, overwrite):
         page = write_start_page(folder, *of_page)
-    console.print(shown(f"all reports: {page}"), soft_wrap=True, markup=False)
+    console.print(shown(f"all reports: {page}"), soft_wrap=True)

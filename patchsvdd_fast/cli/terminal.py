@@ -33,26 +33,27 @@ if TYPE_CHECKING:
 # failed waits until that has said why.
 _LAST_WORDS = 1.0  # seconds
 
-console = Console()
-errors = Console(stderr=True)
+# Names of files are no markup: what is to be in bold says markup=True.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 
 def print_error(message: str) -> None:
     """One line on standard error, whatever the message holds."""
-    errors.print("[bold red]error:[/] ", end="")
+    errors.print("[bold red]error:[/] ", end="", markup=True)
     line = shown(" ".join(message.split()))
-    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+    errors.print(line, highlight=False, soft_wrap=True)
 
 
 def print_line(message: str) -> None:
     """Print one line, whatever names in it hold."""
-    console.print(shown(message), soft_wrap=True, markup=False, highlight=False)
+    console.print(shown(message), soft_wrap=True, highlight=False)
 
 
 def print_warning(message: str) -> None:
     """As `print_error`, for what does not end the run."""
-    errors.print("[bold yellow]warning:[/] ", end="")
-    errors.print(shown(message), markup=False, highlight=False, soft_wrap=True)
+    errors.print("[bold yellow]warning:[/] ", end="", markup=True)
+    errors.print(shown(message), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -215,5 +216,7 @@ def results_table(results: Sequence[CategoryResult], with_mean: bool = True) -> 
             cells.append("\n".join("-" if value is None else f"{value:.1f}" for value in values))
         if has_validation:
             cells.append(result.validation_alarms or "-")
-        table.add_row(result.category, f"{result.num_good}+{result.num_anomalous}", labels, *cells)
+        table.add_row(
+            shown(result.category), f"{result.num_good}+{result.num_anomalous}", labels, *cells
+        )
     return table

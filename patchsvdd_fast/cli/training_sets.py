@@ -26,6 +26,7 @@ from ..files.categories import (
 from ..files.claims import claimed_file, require_new
 from ..files.folders import counted
 from ..files.shards import SUFFIX, is_index
+from ..report.text import shown
 from ..search.bank import NormalBank
 from ..training.log import FileLog, Log, LogOrWarning, TensorBoardLog
 from ..training.workers import Workers
@@ -35,6 +36,7 @@ from .terminal import (
     errors,
     evaluate_with_progress,
     fit_with_progress,
+    print_error,
     print_line,
     results_table,
 )
@@ -150,12 +152,12 @@ def train_all(
     failed, several = 0, len(sets) > 1
     for one in sets:
         if several:
-            console.print(f"[bold]{one.data.name}[/]")
+            console.print(shown(one.data.name), style="bold", soft_wrap=True, highlight=False)
         made: PatchSVDD | CategoryDetectors | None = None
         try:
             detector = make_detector()
             if keeping.resume and not keeping.overwrite and one.is_done():
-                console.print(f"{one.output} is done already", soft_wrap=True)
+                print_line(f"{one.output} is done already")
                 made = open_detectors(one.output, detector.device)
                 _require_same(one, made)
             else:
@@ -163,8 +165,7 @@ def train_all(
         except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if not several or keeping.workers.count > 1:  # or other processes go on alone
                 raise
-            errors.print(f"[bold red]error:[/] {one.data.name}: ", end="")
-            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            print_error(f"{one.data.name}: {error}")
             failed += 1
         if isinstance(made, CategoryDetectors):
             for name, detector in made.items():
@@ -197,7 +198,7 @@ def _evaluated(detector: PatchSVDD, data: Path, keeping: Keeping) -> list[Catego
                 shown, detector, Category(data), skip_unreadable=keeping.skip_unreadable
             )
     except (ValueError, OSError) as error:  # such as no anomalous image
-        console.print(f"not evaluated: {error}", markup=False, soft_wrap=True)
+        print_line(f"not evaluated: {error}")
         return []
     return [result]
 
@@ -212,7 +213,7 @@ def _train_one(
     started = time.perf_counter()
     for folder in one.together.values() or [one.data]:
         if is_category(folder):
-            console.print(in_words(Category(folder)), soft_wrap=True, markup=False, highlight=False)
+            print_line(in_words(Category(folder)))
     is_trained = detector.encoder == PATCH_SVDD
     leftover = keeping.workers.is_first and one.checkpoint.exists()
     if leftover and not keeping.resume and is_trained:
@@ -222,7 +223,7 @@ def _train_one(
         )
     if keeping.resume and is_trained:
         found = "going on from" if one.checkpoint.exists() else "nothing to resume: there is no"
-        console.print(f"{found} {one.checkpoint}", soft_wrap=True)
+        print_line(f"{found} {one.checkpoint}")
     with ExitStack() as claims:
         if keeping.workers.is_first:
             # A model beside a checkpoint is the one that was to be replaced when training began.
@@ -300,7 +301,7 @@ def _say_what_was_made(fitted: PatchSVDD | CategoryDetectors, output: Path, seco
     if made == PATCH_SVDD:
         made = counted(detector.record_.steps, "training step")
     banks = _banks_in_words(detector) if len(categories) == 1 else f"{len(categories)} categories"
-    console.print(f"wrote {output}: {made}, {banks}, {seconds:.0f} s", soft_wrap=True)
+    print_line(f"wrote {output}: {made}, {banks}, {seconds:.0f} s")
     _say_how_it_went(detector)
     for category, one in categories.items():
         begin = f"{category}: " if category else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,6 +14,7 @@ from .options import (
     DeviceOption,
     ModelArgument,
     OverwriteOption,
+    PagesOption,
     SkipOption,
     loading,
     require_writable,
@@ -69,6 +70,7 @@ def update(
     ] = None,
     overwrite: OverwriteOption = False,
     skip_unreadable: SkipOption = False,
+    pages: PagesOption = "first",
     device: DeviceOption = "auto",
 ) -> None:
     """Change which images a model takes as normal, without training; calibrates anew.
@@ -95,7 +97,7 @@ def update(
         opened = open_detectors(model, device)
         others = {path: open_detectors(path, device) for path in merge or []}
         changes = _Changes(
-            replace, remove or [], add or [], others, merge_category, skip_unreadable
+            replace, remove or [], add or [], others, merge_category, skip_unreadable, pages
         )
         before = {name: one.num_images for name, one in by_category(opened).items()}
         for name in remove_category or []:
@@ -132,18 +134,23 @@ class _Changes(NamedTuple):
     merge: Mapping[Path, PatchSVDD | CategoryDetectors]
     merge_category: str | None
     skip_unreadable: bool
+    pages: str
 
     def made_to(self, detector: PatchSVDD, category: str | None) -> PatchSVDD:
         """The changed detector, of this category if there are several."""
-        skip = self.skip_unreadable
+        how: dict[str, Any] = {
+            "skip_unreadable": self.skip_unreadable,
+            "pages": self.pages,
+            "progress": True,
+        }
         if self.replace is not None:
-            detector = detector.refit(self.replace, skip_unreadable=skip, progress=True)
+            detector = detector.refit(self.replace, **how)
         if self.remove:
             names = [int(name) if name.isdecimal() else name for name in self.remove]
             detector.remove(names, progress=True)
         if self.add:
             images = self.add[0] if len(self.add) == 1 else _all_images(self.add)
-            detector.add(images, skip_unreadable=skip, progress=True)
+            detector.add(images, **how)
         for path, other in self.merge.items():
             theirs = _to_merge(other, self.merge_category or category, path)
             detector.merge(theirs, progress=True)

@@ -33,18 +33,19 @@ class ChangesMixin(ExplanationsMixin):
         X: Any,  # noqa: N803
         *,
         skip_unreadable: bool = False,
+        pages: str = "first",
         progress: bool = False,
     ) -> Self:
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
         X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
-        skip_unreadable, progress: as of `fit`. Raises ValueError for unusable images; nothing then
-        changes.
+        skip_unreadable, pages, progress: as of `fit`. Raises ValueError for unusable images; then
+        nothing changes.
         """
         before, model = self._normality(), self.model()
         given = model.parameters
         with changes_shown(progress) as told:
-            images = fitting.load_to_add(X, model, skip_unreadable, told.phase(READING))
+            images = fitting.load_to_add(X, model, skip_unreadable, told.phase(READING), pages)
             how = model.encoder, model.mean, model.light, given
             encoding = told.phase(ENCODING)
             encoded = scoring.encode(*how, images.pixels, None, encoding, images.names)
@@ -80,16 +81,18 @@ class ChangesMixin(ExplanationsMixin):
         X: Any,  # noqa: N803
         *,
         skip_unreadable: bool = False,
+        pages: str = "first",
         progress: bool = False,
     ) -> Self:
         """A new detector with this one's encoder, mean and light, whose banks hold other images.
 
         For the same product on another line, say; the two can be merged. X must not hold images of
-        `fit`: to leave some of those out, use `remove`. skip_unreadable, progress: as of `fit`.
-        Raises ValueError for unusable images, and for those of another size unless mean="channel".
+        `fit`: to leave some of those out, use `remove`. skip_unreadable, pages, progress: as of
+        `fit`. Raises ValueError for unusable images, and for those of another size unless
+        mean="channel".
         """
         with fit_shown(progress, None, None) as (_, on_progress):
-            model = fitting.refit_model(self.model(), X, skip_unreadable, on_progress)
+            model = fitting.refit_model(self.model(), X, skip_unreadable, on_progress, pages)
         return self._twin(model)
 
     @property

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..files.categories import Category
-from ..files.folders import counted, report_unreadable
+from ..files.folders import counted, report_unreadable, some_of
 from ..files.layouts import LabelledImage, LabelledSet
-from ..files.masks import read_mask
+from ..files.masks import has_proportions_of, read_mask
 from ..files.whole import written_whole
 from ..images.prepare import UnreadableError
 from ..score import metrics
@@ -25,6 +25,8 @@ from ..score.maps import combinations_of, combine, scores_of
 from ..score.metrics import METRICS
 from ..training.workers import Workers, with_failures
 from .patch_svdd import PatchSVDD
+
+_MOST = 0.5  # of the pixels of anomalous images: defects are seldom so large, backgrounds are
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,14 @@ def evaluate_category(
     readable: list[LabelledImage] = []
     parts: dict[str, list[Tensor]] = {}
     weights: list[Tensor] = []  # of re-weighted scores
+    originals: list[tuple[int, int]] = []
     verdicts: list[tuple[float, bool | None]] = []
     left = iter(tests)
     paths = [image.path for image in tests]
     for result in _results(detector, paths, skip_unreadable, workers, keep_originals):
         image = next(one for one in left if one.path == result.source)
         readable.append(image)
+        originals.append(result.original_size)
         verdicts.append((result.score, result.anomalous))
         for name, level_map in result.scores.level_maps.items():
             parts.setdefault(name, []).append(level_map)
@@ -163,7 +167,7 @@ def evaluate_category(
         raise ValueError(f"test images must have one size to be evaluated, got {sizes}")
     ((height, width),) = shapes
     level_maps = {name: torch.cat(maps) for name, maps in parts.items()}
-    masks, missing = masks_or_reason(tests, (height, width))
+    masks, missing = masks_or_reason(tests, (height, width), originals)
     percent: dict[str, dict[str, float | None]] = {}
     for combination in combinations_of(detector.levels_):
         combined = combine(level_maps, combination)
@@ -269,11 +273,16 @@ def _sum(counts: Sequence[int | None]) -> int | None:
 
 
 def masks_or_reason(
-    tests: Sequence[LabelledImage], size: tuple[int, int]
+    tests: Sequence[LabelledImage],
+    size: tuple[int, int],
+    originals: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[npt.NDArray[np.bool_] | None, str | None]:
     """The masks of all test images, bool [N, height, width]; or None, and why in words.
 
-    Warns of masks that mark nothing.
+    originals: (height, width) of each image's file, in pixels; None: not known.
+
+    Warns of masks that mark nothing, of those with other proportions than their image, and if all
+    together mark most of their images.
     """
     anomalous = [image for image in tests if image.is_anomalous]
     without = [image for image in anomalous if not image.masks]
@@ -284,6 +293,19 @@ def masks_or_reason(
         masks = [mask_of(image, size) for image in tests]
     except (ValueError, OSError) as error:
         return None, str(error)
+    odd = [
+        path
+        for image, original in zip(tests, originals or (), strict=originals is not None)
+        if image.is_anomalous
+        for path in image.masks
+        if not has_proportions_of(path, original)
+    ]
+    if odd:
+        warnings.warn(
+            "masks with other proportions than their images, which are stretched to them (turned, "
+            f"or cut?): {some_of(odd)}",
+            stacklevel=3,
+        )
     known = [mask for mask in masks if mask is not None]
     empty = [
         image.masks[0]
@@ -301,6 +323,13 @@ def masks_or_reason(
         return None, f"no mask marks anything {at}" if empty else "no image is anomalous"
     if all(mask.all() for mask in known):
         return None, "the masks mark every pixel"
+    share = float(np.mean([mask for mask in known if mask.any()]))
+    if share > _MOST:
+        warnings.warn(
+            f"the masks mark {share:.0%} of the pixels of anomalous images: are black and white "
+            "exchanged? What is anomalous should not be black",
+            stacklevel=3,
+        )
     return np.stack(known), None
 
 

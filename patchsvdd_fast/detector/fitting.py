@@ -304,12 +304,16 @@ def _share_of(progress: Callable[[float], None], part: int, parts: int) -> Calla
 
 
 def refit_model(
-    before: Model, source: Any, skip_unreadable: bool = False, on_progress: OnProgress = None
+    before: Model,
+    source: Any,
+    skip_unreadable: bool = False,
+    on_progress: OnProgress = None,
+    pages: str = "first",
 ) -> Model:
     """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
     given, encoder, light = before.parameters, before.encoder, before.light
     progress = Progress(on_progress)
-    images = load(source, given, progress.phase(READING), before.samples, skip_unreadable)
+    images = load(source, given, progress.phase(READING), before.samples, skip_unreadable, pages)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
     progress.forecast(given, encoder, mean, light, images.pixels)
     made = filled(given, encoder, mean, light, images, progress=progress)
@@ -326,9 +330,10 @@ def load_to_add(
     model: Model,
     skip_unreadable: bool = False,
     progress: Callable[[float], None] | None = None,
+    pages: str = "first",
 ) -> ImageSet:
     """Load images to add to a model. Raises ValueError if they are of another size than its own."""
-    images = load(source, model.parameters, progress, model.samples, skip_unreadable)
+    images = load(source, model.parameters, progress, model.samples, skip_unreadable, pages)
     (height, width), found = model.mean.shape[1:], images.pixels.shape
     if found[2:] != (height, width):
         raise ValueError(

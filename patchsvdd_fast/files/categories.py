@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from .folders import counted, find_images, is_hidden, walk_images
+from .folders import SUFFIXES, counted, find_images, is_hidden, some_of, walk_images
 from .layouts import (
+    GOOD,
     LAYOUTS,
     MVTEC_AD,
     LabelledImage,
@@ -16,9 +18,10 @@ from .layouts import (
     labelled,
     matching_layouts,
 )
-from .masks import masks_beside
+from .masks import marks_anything, masks_beside, without_masks
 
-# Names of folders, in any case, that tell of images which are not good ones to train on.
+# Names of folders, in any case: of good images, and what tells of others, not to train on.
+_OF_GOOD = (GOOD, "ok", "normal")
 _OF_DATA_SETS = ("train", "test", "test_public", "ground_truth", "masks")
 _OF_DEFECTS = (
     *("bad", "ko", "ng", "nok", "not_ok", "defect", "defects", "defective", "reject", "rejects"),
@@ -74,12 +77,14 @@ def own_category(
     """A category of folders of one's own.
 
     normal: folder of good test images.
-    anomalous: folder of anomalous ones; its sub-folders, if any, are kinds of defect.
+    anomalous: folder of anomalous ones; its sub-folders, if any, are kinds of defect, of which none
+        may be called good, ok or normal.
     masks: folder of masks by the images' paths within `anomalous`. None: beside the images, as
         x_mask.png, x_GT.png or x_label.png, or none at all.
     train: folder of good images to train on; None if a trained model is to be evaluated.
 
-    Raises ValueError if one of them is no folder, or if images lie in two of them.
+    Raises ValueError if one of them is no folder, or if images lie in two of them. Its test set
+    does if there are not both good and anomalous images.
     """
     folders = {"normal": normal, "anomalous": anomalous, "masks": masks, "train": train}
     given = {name: folder for name, folder in folders.items() if folder is not None}
@@ -104,13 +109,28 @@ def own_category(
     if masks is not None and masks.resolve().is_relative_to(anomalous.resolve()):
         inside = masks.resolve().relative_to(anomalous.resolve())
         apart = (anomalous / inside,) if inside.parts else ()  # (): they lie beside the images
+
+    def test_images(_: Path) -> LabelledSet:
+        tests = labelled(normal, anomalous, apart, normal_name="")
+        for folder, is_anomalous in ((normal, False), (anomalous, True)):
+            if not any(image.is_anomalous == is_anomalous for image in tests.images):
+                raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        for image in tests.images:
+            inside = image.path.relative_to(anomalous).parts[:-1] if image.is_anomalous else ()
+            if good := [part for part in inside if part.lower() in _OF_GOOD]:
+                raise ValueError(
+                    f"{image.path} lies in a folder {good[0]}, but was given as anomalous: name "
+                    "the folder of anomalous images alone"
+                )
+        return tests
+
     layout = Layout(
         "folders of one's own",
         {name: str(folder) for name, folder in given.items()},
         lambda _: False,
         train_images,
         lambda _: [],
-        lambda _: labelled(normal, anomalous, apart, normal_name=""),
+        test_images,
     )
     return Category(anomalous, layout)
 
@@ -169,6 +189,7 @@ def folders_of_categories(folder: Path) -> dict[str, Path]:
             f"{folder} holds a folder {telling[0]}, which would be trained on as a category of "
             "good images: name a folder that holds good images alone, or categories"
         )
+    _require_none_beside_good(folder, map(PurePath, found))
     if len(found) < 2:
         raise ValueError(
             f"{folder} must hold at least two categories, or folders of good images, to train "
@@ -180,13 +201,15 @@ def folders_of_categories(folder: Path) -> dict[str, Path]:
 def training_paths(folder: Path) -> list[Path]:
     """The good images of a category, or all images below any other folder.
 
-    Masks beside images (x_GT, x_mask or x_label, and an x) are not taken; a warning says so, and
-    names what else was skipped. Raises ValueError if there are no images, and for a folder in no
-    known layout that holds defects, too: with a folder such as train, test, ground_truth or bad.
+    Masks beside images (x_GT, x_mask or x_label, and an x) are not taken, nor images in which they
+    mark something; a warning says so, and names what else was skipped. Raises ValueError if there
+    are no images, and for a folder in no known layout that holds defects, too: with a folder such
+    as train, test, ground_truth or bad, or one called good, ok or normal beside others.
     """
     if is_category(folder):
         return Category(folder).train_paths()
     if folder.is_dir():
+        inside: set[PurePath] = set()
         for path in walk_images(folder):
             parts = path.relative_to(folder).parts[:-1]
             if telling := [part for part in parts if _tells(part)]:
@@ -195,15 +218,46 @@ def training_paths(folder: Path) -> list[Path]:
                     "no layout that is known (patchsvdd info --layouts): name its folder of good "
                     "images, or a single category"
                 )
+            inside |= {PurePath(*parts[: depth + 1]) for depth in range(len(parts))}
+        _require_none_beside_good(folder, inside)
     paths = find_images(folder)
-    beside = masks_beside(paths)
-    if beside:
+    marked = {image for mask, image in masks_beside(paths).items() if _marks(mask)}
+    images = without_masks(folder, paths)
+    if marked:
         warnings.warn(
-            "not trained on, as they are named as masks of the images beside them: "
-            f"{len(beside):,} in {folder}, such as {next(iter(beside)).name}",
+            "left out, as the masks beside them mark something: "
+            f"{some_of(sorted(marked), len(images))}",
             stacklevel=2,
         )
-    return [path for path in paths if path not in beside]
+    if len(marked) == len(images):
+        raise ValueError(f"{folder} holds no good images: the masks of all mark something")
+    return [path for path in images if path not in marked]
+
+
+def _marks(mask: Path) -> bool:
+    """Whether it is a mask that marks something; what cannot be read as one may be a picture."""
+    try:
+        return marks_anything([mask])
+    except (ValueError, OSError):
+        return False
+
+
+def _require_none_beside_good(root: Path, folders: Iterable[PurePath]) -> None:
+    """Raise ValueError if a folder of good images lies beside one of another name.
+
+    folders: those that hold images, by their paths within `root`.
+    """
+    by_parent: dict[PurePath, list[str]] = {}
+    for folder in folders:
+        by_parent.setdefault(folder.parent, []).append(folder.name)
+    for parent, names in by_parent.items():
+        good = [name for name in names if name.lower() in _OF_GOOD]
+        others = sorted({*names} - {*good})
+        if good and others:
+            raise ValueError(
+                f"{root / parent} holds a folder {others[0]} beside {good[0]}, so not all images "
+                "in it may be good: name the folder of good images"
+            )
 
 
 def _tells(name: str) -> bool:

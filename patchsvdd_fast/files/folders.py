@@ -21,7 +21,10 @@ SUFFIXES = {
 }
 """Of the files that count as images, in any case, each with the name of its format."""
 
-_LEFT_BY_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini")  # beside names that begin with a dot
+_LEFT_BY_SYSTEMS = (  # beside names that begin with a dot
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("$recycle.bin", "system volume information", "@eadir", "#recycle"),  # @eadir: thumbnails
+)
 
 
 class Skipped:
@@ -67,10 +70,10 @@ def walk_images(
 ) -> Iterator[Path]:
     """The images below a folder in the order of their paths, one folder in memory at a time.
 
-    Links to folders are not followed, and names that begin with a dot, Thumbs.db and __MACOSX are
-    passed over. A folder that may not be opened, or a link that leads nowhere, is yielded as if it
-    were an image, so that reading it reports the error. Raises ValueError if `folder` is not a
-    folder.
+    Links to folders are not followed, and names that begin with a dot, and others that systems
+    leave behind (Thumbs.db, __MACOSX, @eaDir), are passed over. A folder that may not be opened, or
+    a link that leads nowhere, is yielded as if it were an image, so that reading it reports the
+    error. Raises ValueError if `folder` is not a folder.
 
     on_skipped: called with links to folders and files of other kinds, and why they are skipped.
     """
@@ -124,12 +127,21 @@ def _why(entry: os.DirEntry[str]) -> str:
     if entry.is_symlink() and not Path(entry.path).exists():
         return "links that lead nowhere"
     suffix = PurePath(entry.name).suffix.lower()
+    if suffix in SUFFIXES:
+        return "what is neither a file nor a folder"
     return f"files {suffix or 'without a suffix'}, which are not read"
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """A number of things, such as "1 image" and "1,200 images"; plural: None: with an "s"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def some_of(paths: Sequence[Path], of: int | None = None) -> str:
+    """How many files there are, of how many, and which: the first three."""
+    first = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:3])
+    among = "" if of is None else f" of {of:,}"
+    return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
 
 
 def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:

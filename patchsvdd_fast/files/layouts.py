@@ -6,18 +6,25 @@ To add a layout, add an entry to `LAYOUTS`.
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from .folders import SUFFIXES, Skipped, counted, find_images, walk_images
-from .masks import marks_anything, masks_beside, matched_masks
+from .folders import SUFFIXES, Skipped, counted, find_images, is_hidden, some_of, walk_images
+from .masks import (
+    images_and_masks,
+    marks_anything,
+    masks_alone,
+    masks_beside,
+    matched_masks,
+    without_masks,
+)
 
 GOOD = "good"
 """`LabelledImage.defect` of a normal image, whatever its folder is called."""
 
 _MASKS = "ground_truth"
-_MASK_FOLDERS = (_MASKS, "masks")  # in any case: never a kind of defect
 
 
 @dataclass(frozen=True)
@@ -92,23 +99,33 @@ def labelled(
     Raises ValueError if there are no images at all.
     """
     remarks: list[str] = []
-    skipped = Skipped()
-    good = list(_apart(normal, skipped)[0].values()) if normal.is_dir() else []
-    images = [LabelledImage(path, GOOD) for path in _without_masks(normal, good)]
-    paths, found = _apart(anomalous, skipped)
+    skipped = {folder: Skipped() for folder in (normal, anomalous, *masks)}
+    good = list(images_and_masks(normal, skipped[normal])[0].values()) if normal.is_dir() else []
+    beside = masks_beside(good)
+    of_good = beside.keys() | masks_alone(good, beside)
+    images = [LabelledImage(path, GOOD) for path in good if path not in of_good]
+
+    def note(path: Path, reason: str) -> None:
+        if path != normal:  # if that is a link to a folder, it was followed
+            skipped[anomalous](path, reason)
+
+    paths, found = images_and_masks(anomalous, note)
     apart = {*masks, *([anomalous / normal_name] if normal_name else [])}
     paths = {inside: path for inside, path in paths.items() if apart.isdisjoint(path.parents)}
     beside = masks_beside(paths.values())
-    paths = {inside: path for inside, path in paths.items() if path not in beside}
+    alone = masks_alone(paths.values(), beside)
+    of_bad = beside.keys() | alone
+    paths = {inside: path for inside, path in paths.items() if path not in of_bad}
     loose = [name for name in paths if normal_name and len(name.parts) == 1]
     if loose:
-        unlabelled = _names([paths.pop(name) for name in loose])
+        unlabelled = some_of([paths.pop(name) for name in loose])
         remarks.append(f"images in no folder of {anomalous.name}, so without a label: {unlabelled}")
     if not paths and not images:
         raise ValueError(f"{anomalous} holds no images ({', '.join(SUFFIXES)})")
     for folder in masks:
         if folder.is_dir():
-            found |= {mask.relative_to(folder): mask for mask in walk_images(folder, skipped)}
+            walked = walk_images(folder, skipped[folder])
+            found |= {mask.relative_to(folder): mask for mask in walked}
     everything = dict(paths)
     if normal_name:  # they may have masks, too, but need none
         everything |= {PurePath(normal_name, path.relative_to(normal)): path for path in good}
@@ -119,46 +136,17 @@ def labelled(
         kind = name.parts[0] if len(name.parts) > 1 else anomalous.name
         kind = "anomalous" if kind in ("", GOOD) else kind
         images.append(LabelledImage(path, kind, matched.get(path, ())))
-    if unmatched:
-        remarks.append(f"masks that match no test image: {_names(unmatched, len(found))}")
+    if unmatched := [*unmatched, *sorted(alone)]:
+        remarks.append(
+            f"masks that match no test image: {some_of(unmatched, len(found) + len(of_bad))}"
+        )
     without = [image.path for image in images if image.is_anomalous and not image.masks]
     if without and len(without) < len(paths):
-        remarks.append(f"anomalous images without a mask: {_names(without, len(paths))}")
-    if line := skipped.in_words(anomalous):
-        remarks.append(line)
+        remarks.append(f"anomalous images without a mask: {some_of(without, len(paths))}")
+    for folder, of_folder in skipped.items():
+        if anomalous not in folder.parents and (line := of_folder.in_words(folder)):
+            remarks.append(line)
     return LabelledSet(sorted(images, key=lambda image: image.path), remarks)
-
-
-def _apart(folder: Path, skipped: Skipped) -> tuple[dict[PurePath, Path], dict[PurePath, Path]]:
-    """The images below a folder, and what lies there in folders of masks, by their paths within.
-
-    The path of a mask is without the name of its folder of masks, so that it is that of its image.
-    """
-    images: dict[PurePath, Path] = {}
-    masks: dict[PurePath, Path] = {}
-    for path in walk_images(folder, skipped):
-        *folders, name = path.relative_to(folder).parts or (folder.name,)  # if not to open
-        kept = [part for part in folders if part.lower() not in _MASK_FOLDERS]
-        found = images if kept == folders else masks
-        found[PurePath(*kept, name)] = path
-    return images, masks
-
-
-def _names(paths: list[Path], of: int | None = None) -> str:
-    """How many there are, of how many, and which: the first three."""
-    first = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:3])
-    among = "" if of is None else f" of {of:,}"
-    return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
-
-
-def _without_masks(folder: Path, paths: list[Path]) -> list[Path]:
-    """Of images below a folder, those that are no masks by their names or their folders'."""
-    masks = {*masks_beside(paths)}
-    for path in paths:
-        inside = path.relative_to(folder).parts[:-1]
-        if any(part.lower() in _MASK_FOLDERS for part in inside):
-            masks.add(path)
-    return [path for path in paths if path not in masks]
 
 
 # --- layouts of folders ---------------------------------------------------------------------------
@@ -185,11 +173,11 @@ def _of_folders(
     def validation_images(root: Path) -> list[Path]:
         folder = root / validation
         there = validation and folder.is_dir() and any(walk_images(folder))
-        return _without_masks(folder, find_images(folder)) if there else []
+        return without_masks(folder, find_images(folder)) if there else []
 
     def train_images(root: Path) -> list[Path]:
         folder = root / "train" / good
-        return _without_masks(folder, find_images(folder))
+        return without_masks(folder, find_images(folder))
 
     parts = {
         "train": f"train/{good}",
@@ -241,14 +229,17 @@ def _visa_rows(root: Path, split: str) -> list[dict[str, str]]:
     path = root.parent / _VISA_SPLIT
     if not path.is_file():
         raise ValueError(f"{path} is missing: it says which images of VisA to train and test on")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not set(_VISA_COLUMNS) <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} must have the columns {','.join(_VISA_COLUMNS)}, "
-                f"got {','.join(reader.fieldnames or ())}"
-            )
-        rows = [row for row in reader if row["object"] == root.name and row["split"] == split]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        reader = csv.DictReader(lines, strict=True)
+        columns, rows = reader.fieldnames or (), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table in UTF-8: {error}") from error
+    if not set(_VISA_COLUMNS) <= set(columns):
+        raise ValueError(
+            f"{path} must have the columns {','.join(_VISA_COLUMNS)}, got {','.join(columns)}"
+        )
+    rows = [row for row in rows if row["object"] == root.name and row["split"] == split]
     if not rows:
         raise ValueError(f"{path} has no images of {root.name} for split {split}")
     return rows
@@ -292,7 +283,9 @@ def _is_kolektor(root: Path) -> bool:
 
 
 def _has_masks_beside(folder: Path, ending: str) -> bool:
-    return folder.is_dir() and any(p.stem.endswith(ending) for p in masks_beside(folder.iterdir()))
+    there = [p for p in folder.iterdir() if not is_hidden(p.name)] if folder.is_dir() else []
+    beside = masks_beside(path for path in there if path.suffix.lower() in SUFFIXES)
+    return any(mask.stem.endswith(ending) for mask in beside)
 
 
 def _parts_of_kolektor(root: Path) -> list[Path]:
@@ -316,12 +309,15 @@ def _judged_by_masks(folders: list[Path]) -> LabelledSet:
                 images.append(LabelledImage(path, kind, (masks[path],)))
             except (KeyError, ValueError, OSError):
                 without.append(path)
-    line = f"images left out, as no mask tells whether they are good: {_names(without)}"
+    line = f"images left out, as no mask tells whether they are good: {some_of(without)}"
     return LabelledSet(images, [line] if without else [])
 
 
 def _good_of(folders: list[Path]) -> list[Path]:
-    good = [image.path for image in _judged_by_masks(folders).images if not image.is_anomalous]
+    judged = _judged_by_masks(folders)
+    for remark in judged.remarks:
+        warnings.warn(remark, stacklevel=3)
+    good = [image.path for image in judged.images if not image.is_anomalous]
     if not good:
         raise ValueError(f"{folders[0]} holds no images with a black mask, so no good ones")
     return good

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import os
 import time
 import warnings
@@ -14,7 +15,8 @@ from typing import BinaryIO, TextIO
 
 from PIL import Image
 
-from .folders import SUFFIXES, Skipped, walk_images
+from .folders import SUFFIXES, Skipped, is_hidden, walk_images
+from .masks import masks_beside
 from .pages import (
     check_pages,
     file_and_page,
@@ -138,8 +140,7 @@ def _sources(given: Sequence[str], listed: TextIO) -> Iterator[Source]:
                 ),
             )
         elif _is_glob(argument):
-            found = (Path(name) for name in sorted(glob.iglob(argument, recursive=True)))  # noqa: PTH207
-            images = (p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+            images = (image for image in sorted(_globbed(argument), key=str) if image.is_file())
             yield from _some(argument, (Source(image, image) for image in images))
         else:
             yield Source(path, PurePath(path.name) if alone else path)
@@ -173,13 +174,21 @@ def _first_of(argument: str) -> Iterator[bool]:
     if os.path.isdir(argument):  # noqa: PTH112
         yield from (True for _ in walk_images(Path(argument)))
     elif _is_glob(argument):
-        yield from (
-            True
-            for name in glob.iglob(argument, recursive=True)  # noqa: PTH207
-            if Path(name).suffix.lower() in SUFFIXES
-        )
+        yield from (True for _ in _globbed(argument))
     else:
         yield os.path.exists(file_and_page(argument)[0])  # noqa: PTH110
+
+
+def _globbed(pattern: str) -> Iterator[Path]:
+    """What a glob finds that is named like an image, but for what systems leave behind.
+
+    That it finds only if it names it.
+    """
+    said = {*Path(pattern).parts}
+    for name in glob.iglob(pattern, recursive=True):  # noqa: PTH207
+        path = Path(name)
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, {*path.parts} - said)):
+            yield path
 
 
 def _is_glob(argument: str) -> bool:
@@ -229,9 +238,21 @@ def _files(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
 
 
 def _walked(folder: Path) -> Iterator[Path]:
-    skipped = Skipped()
-    yield from walk_images(folder, skipped)
+    skipped, count, first = Skipped(), 0, ""
+    for _, paths in itertools.groupby(walk_images(folder, skipped), lambda path: path.parent):
+        of_folder: list[Path] = []
+        for path in paths:
+            of_folder.append(path)
+            yield path
+        if masks := masks_beside(of_folder):
+            count, first = count + len(masks), first or str(min(masks).relative_to(folder))
     skipped.warn(folder)
+    if count:
+        warnings.warn(
+            "scored like the others, though they are named as masks of the images beside them: "
+            f"{count:,} in {folder}, such as {first}",
+            stacklevel=2,
+        )
 
 
 def _some(argument: str, sources: Iterable[Source]) -> Iterator[Source]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from .samples import DEEPEST, DEPTHS, DeepSamples, rounded_up
 
 _TIFF_BITS, _TIFF_LARGEST = 258, 281  # tags: BitsPerSample, MaxSampleValue
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_PLANAR = 284  # tag: PlanarConfiguration
 _PNG_HEAD = 8  # bytes before the first chunk
 _JPEG_2000_START = b"\xff\x4f\xff\x51"  # of its codestream, followed by sizes,
@@ -48,12 +50,27 @@ def deep_samples(image: Image.Image, file: str | bytes | None) -> DeepSamples | 
     else:
         scaled_to = _scaled_from(image)
         values = np.asarray(image).astype(np.int32)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("32-bit integer samples are not supported, only 8 and 16 bits")
+        lowest, highest = int(values.min(initial=0)), int(values.max(initial=0))
+        if lowest < 0 or highest > 65535:
+            raise ValueError(
+                f"integer samples must lie between 0 and 65535, got {lowest} to {highest}: "
+                "floating-point samples may have any range"
+            )
         if scaled_to is not None:  # back to what the file has
             values = (values.astype(np.int64) * scaled_to + 32767) // 65535
             return DeepSamples(values, _bits(scaled_to))
     return DeepSamples(values, _told_depth(image, file, int(values.max(initial=0))))
+
+
+def why_unidentified(file: str) -> str:
+    """What may be wrong with a file that Pillow does not take for an image; of a TIFF, its kind."""
+    with contextlib.suppress(OSError), _reading(file) as stream:
+        if stream.read(4) in _TIFF_STARTS:
+            return (
+                "is a TIFF that is damaged, or of a kind that Pillow does not know, such as 64-bit "
+                "or colour in floating point (gray of float32, and 16 bits, it knows)"
+            )
+    return "is not an image that can be read"
 
 
 def _reading(file: str | bytes) -> BinaryIO:

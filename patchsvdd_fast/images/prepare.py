@@ -38,7 +38,7 @@ from .arrays import (
     parts_of,
     rgb_picture,
 )
-from .deep_files import deep_samples, warn_of_lost_bits
+from .deep_files import deep_samples, warn_of_lost_bits, why_unidentified
 from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
 ImageSize = tuple[int, int] | None
@@ -145,13 +145,14 @@ def _naming(name: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise many kinds for a damaged file
-        lacking = SUFFIXES.get(PurePath(file_and_page(name)[0]).suffix.lower(), "")
+        file = file_and_page(name)[0]
+        lacking = SUFFIXES.get(PurePath(file).suffix.lower(), "")
         if lacking in _CODECS and not _has_codec(_CODECS[lacking]):
             raise UnreadableError(
                 f"cannot read image {name}: the Pillow here was built without {lacking}"
             ) from error
         if isinstance(error, UnidentifiedImageError):
-            raise UnreadableError(f"{name} is not an image that can be read") from error
+            raise UnreadableError(f"{name} {why_unidentified(file)}") from error
         raise UnreadableError(f"cannot read image {name}: {_reason(error)}") from error
 
 

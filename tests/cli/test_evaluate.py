@@ -178,17 +178,19 @@ def test_one_category_that_fails_does_not_end_the_others(evaluated, tmp_path):
 
 
 def test_a_category_without_a_model_is_named(here, ready_model, tmp_path):
-    for name in ("a", "b"):
+    b = "b [red] :bug:"  # which means something to what prints
+    for name in ("a", b):
         mvtec_ad(tmp_path / f"all/{name}", noise_images())
     (tmp_path / "models").mkdir()
-    shutil.copy(ready_model, tmp_path / "models/b.safetensors")
+    shutil.copy(ready_model, tmp_path / f"models/{b}.safetensors")
     report = tmp_path / "report"
-    (tmp_path / "all/b/ground_truth/spot/001_mask.png").write_text("no image")
+    (tmp_path / f"all/{b}/ground_truth/spot/001_mask.png").write_text("no image")
     done = here(*("evaluate", tmp_path / "all", "--model", tmp_path / "models", "--report", report))
     assert done.returncode == 1
     assert "needs one file for a, found 0" in done.stderr
-    assert (report / "b/index.html").exists()
-    assert "b: no segmentation: " in done.stdout
+    assert (report / b / "index.html").exists()
+    assert f"{b}: no segmentation: " in done.stdout
+    assert f"│ {b} │" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -209,14 +211,17 @@ def test_training_takes_no_defects(here, tmp_path):
     root = tmp_path / "odd"
     mvtec_ad(root, noise_images())
     (root / "train/good").rename(root / "train/fine")
-    output = ("-o", tmp_path / "model.safetensors", "--resize", "96", "--steps", "1")
+    model = tmp_path / "m[/odd].safetensors"
+    model.parent.mkdir()
+    output = ("-o", model, "--resize", "96", "--steps", "1")
     refused = here("train", root, *output)
     assert "no layout that is known" in one_line_error(refused)
     for name in ("000_GT.png", "1.heic", ".hidden.png"):
         (root / "train/fine" / name).write_text("never read")
     done = here("train", root / "train/fine", *output, "--batch-size", "2")
     assert done.returncode == 0, done.stderr
-    assert "masks of the images beside them: 1 in " in done.stderr
+    assert f"wrote {model}: " in done.stdout
+    assert "masks by their names or those of their folders: 1 in " in done.stderr
     assert "files .heic, which are not read: 1 (1.heic)" in done.stderr
 
 

@@ -35,6 +35,10 @@ def test_each_page_is_trained_on(here, good_folder, tmp_path):
     assert names[4:] == ("stack.tif#1", "stack.tif#2", "stack.tif#3")
     done = here("update", model, "--remove", "stack.tif#2")
     assert "7 training images before, 6 now" in done.stdout
+    done = here("update", model, "--add", good_folder / "stack.tif", "--pages", "all")
+    assert "6 training images before, 9 now" in done.stdout
+    done = here("update", model, "--replace", good_folder, "--pages", "all")
+    assert "9 training images before, 7 now" in done.stdout
     done = here("train", good_folder, "-o", model, *FAST, "--pages", "each")
     assert done.returncode == 2
     assert "'each' is none of first, all" in done.stderr

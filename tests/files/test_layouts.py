@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data_sets import (
+    SIDE,
     WRITERS,
     btad,
     kolektor_sdd2,
@@ -23,6 +24,7 @@ from patchsvdd_fast.detector.evaluation import masks_or_reason
 from patchsvdd_fast.files.categories import (
     Category,
     find_categories,
+    folders_of_categories,
     in_words,
     is_category,
     own_category,
@@ -117,6 +119,18 @@ def test_folders_of_an_unknown_layout_are_not_trained_on(folder, images, tmp_pat
     assert len(training_paths(tmp_path / "line" / folder)) == 1
 
 
+@pytest.mark.parametrize("good", ["good", "part/OK"])
+def test_good_images_beside_others_are_not_trained_on_together(good, images, tmp_path):
+    write(tmp_path / "line" / good / "deep/0.png", images["good"][0])
+    assert len(training_paths(tmp_path / "line")) == 1
+    scratch = tmp_path / "line" / Path(good).parent / "scratch/0.png"
+    write(scratch, images["bad"][0])
+    with pytest.raises(ValueError, match=f"a folder scratch beside {Path(good).name}"):
+        training_paths(tmp_path / "line")
+    with pytest.raises(ValueError, match="a folder scratch beside"):
+        folders_of_categories((tmp_path / "line" / good).parent)
+
+
 def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
     mvtec_ad(tmp_path / "a", images)
     with pytest.raises(ValueError, match="a single category"):
@@ -131,7 +145,7 @@ def test_a_folder_of_categories_is_not_one_training_set(images, tmp_path):
 def test_masks_beside_images_are_not_trained_on(images, tmp_path):
     for name in ("0.png", "1.png", "1_GT.png", "2.png", "2_mask.bmp", "3_label.png"):
         write(tmp_path / name, images["good"][0])
-    with pytest.warns(UserWarning, match=r"not trained on.*: 2 in .* such as 1_GT\.png"):
+    with pytest.warns(UserWarning, match=r"left out.*: 2 in .* such as 1_GT\.png"):
         found = training_paths(tmp_path)
     assert [path.name for path in found] == ["0.png", "1.png", "2.png", "3_label.png"]
 
@@ -144,14 +158,32 @@ def test_masks_among_good_images_of_a_category_are_not_trained_on(images, tmp_pa
     for part in ("train", "validation"):
         for name in ("masks/000.png", "deeper/ground_truth/000.png", "000_regular_mask.png"):
             write(tmp_path / part / "good" / name, images["masks"][0])
-    assert (training_paths(tmp_path), category.validation_paths()) == before
+    with pytest.warns(UserWarning, match="masks by their names or those of their folders: 3 in "):
+        assert (training_paths(tmp_path), category.validation_paths()) == before
+
+
+def test_images_whose_masks_mark_something_are_not_trained_on(images, tmp_path):
+    kolektor_sdd2(tmp_path, images)
+    with pytest.warns(UserWarning, match=r"mark something: 1 of 4 \(train/20003\.png\)"):
+        found = training_paths(tmp_path / "train")
+    assert found == training_paths(tmp_path)
+    for number in range(3):
+        (tmp_path / f"train/{20000 + number}.png").unlink()
+    with pytest.raises(ValueError, match="holds no good images"):
+        training_paths(tmp_path / "train")
 
 
 def test_what_systems_leave_behind_is_passed_over(images, expected, recwarn, tmp_path):
     root = tmp_path / "noise"
     mvtec_ad(root, images)
     for part in ("train/good", "test", "test/good", "test/spot", "ground_truth/spot"):
-        for name in (".ipynb_checkpoints/000.png", "._001.png", "__MACOSX/x.png", ".hidden/y.png"):
+        for name in (
+            ".ipynb_checkpoints/000.png",
+            "._001.png",
+            "__MACOSX/x.png",
+            ".hidden/y.png",
+            "@eaDir/z.jpg",
+        ):
             write(root / part / name, images["good"][0])
         (root / part / "Thumbs.db").touch()
         (root / part / ".DS_Store").touch()
@@ -173,8 +205,20 @@ def test_what_is_skipped_is_said(images, tmp_path):
     said = r"files \.heic, which are not read: 2 \(.\.heic\), links .*\(unplugged\), links to.*: 1 "
     with pytest.warns(UserWarning, match=said):
         assert len(training_paths(tmp_path)) == 3
-    (remark,) = Category(tmp_path).test_set().remarks
-    assert "files .heic, which are not read: 2" in remark
+    (tmp_path / "test/good/c.heic").touch()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "test/good/pipe.png")
+        said = Category(tmp_path).test_set().remarks[0]
+        assert "what is neither a file nor a folder: 1 (pipe.png)" in said
+    (tmp_path / "ground_truth/spot/d.heic").touch()
+    remark, of_masks = Category(tmp_path).test_set().remarks
+    assert "files .heic, which are not read: 3" in remark
+    assert of_masks.endswith("ground_truth: files .heic, which are not read: 1 (d.heic)")
+    (tmp_path / "test/good").rename(tmp_path / "good")
+    (tmp_path / "test/good").symlink_to(tmp_path / "good")
+    tests = Category(tmp_path).test_set()
+    assert len(tests.images) == 6
+    assert "links to folders, which are not followed: 1 (linked)" in tests.remarks[-2]
     assert "links to folders, which are not followed: 1" in remark
 
 
@@ -193,6 +237,28 @@ def test_masks_and_images_without_each_other_are_named(images, tmp_path):
     assert "anomalous images without a mask: 1 of 3" in masks_or_reason(tests.images, SIZE)[1]
 
 
+def test_masks_of_other_proportions_than_their_images_are_named(images, tmp_path):
+    mvtec_ad(tmp_path, images)
+    half, turned, cut = sorted((tmp_path / "ground_truth/spot").iterdir())
+    Image.open(half).resize((65, 64)).save(half)
+    for path in (turned, cut):
+        Image.open(path).crop((0, 0, SIDE, 120)).save(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(turned).save(turned, exif=exif)
+    tests = Category(tmp_path).test_images()
+    sizes = [(SIDE, SIDE)] * 4 + [(128, 120), (128, 128)]
+    with pytest.warns(UserWarning, match=r"other proportions.*: 1 \(spot/002_mask\.png\)"):
+        _, reason = masks_or_reason(tests, SIZE, sizes)
+    assert reason is None
+
+
+def test_masks_with_black_and_white_exchanged_are_noticed(images, tmp_path):
+    mvtec_ad(tmp_path, images | {"masks": [255 - mask for mask in images["masks"]]})
+    with pytest.warns(UserWarning, match="mark 93% of the pixels of anomalous images: are black"):
+        masks_or_reason(Category(tmp_path).test_images(), SIZE)
+
+
 def test_visa_from_within(images, expected, tmp_path, monkeypatch):
     visa(tmp_path / "noise", images)
     monkeypatch.chdir(tmp_path / "noise")
@@ -209,13 +275,23 @@ def test_visa_says_what_is_wrong_with_its_table(images, tmp_path):
         (text.replace("label", "kind"), "must have the columns object,split,label,image,mask, got"),
         (text.replace("noise/Data", "../Data"), "which is not in"),
         (text.replace("noise,", "other,"), "no images of noise"),
+        (text.replace("another", "anöther"), r"1cls\.csv is not a table in UTF-8"),
+        (text + '"', r"1cls\.csv is not a table in UTF-8"),
     ):
-        table.write_text(bad)
+        table.write_text(bad, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             Category(tmp_path / "noise").test_images()
     table.unlink()
     with pytest.raises(ValueError, match=r"1cls\.csv is missing"):
         training_paths(tmp_path / "noise")
+
+
+def test_what_only_looks_like_kolektor_is_no_layout(images, tmp_path):
+    for part in ("train", "test"):
+        for name in ("._0.png", "._0_GT.png", "list.txt", "list_GT.txt"):
+            write(tmp_path / part / "0.png", images["good"][0])
+            (tmp_path / part / name).touch()
+    assert matching_layouts(tmp_path) == []
 
 
 def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
@@ -224,6 +300,9 @@ def test_kolektor_leaves_out_what_no_mask_tells(images, tmp_path):
     (tmp_path / "test/20001_GT.png").write_text("no image")
     tests = Category(tmp_path).test_set()
     assert len(tests.images) == 4
+    (tmp_path / "train/20000_GT.png").unlink()
+    with pytest.warns(UserWarning, match=r"are good: 1 \(train/20000\.png\)"):
+        assert len(training_paths(tmp_path)) == 2
     assert tests.remarks[0].endswith("are good: 2 (test/20000.png, test/20001.png)")
 
 
@@ -296,3 +375,18 @@ def test_folders_of_ones_own(masks, images, expected, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             own_category(**{"normal": tmp_path / "ok", "anomalous": tmp_path / "good"} | folders)
+    write(tmp_path / "good/line/Good/9.png", images["good"][0])
+    with pytest.raises(ValueError, match=r"9\.png lies in a folder Good, but was given as anomal"):
+        own_category(tmp_path / "ok", tmp_path / "good").test_set()
+    (tmp_path / "none").mkdir()
+    for folders in ((tmp_path / "none", tmp_path / "ok"), (tmp_path / "ok", tmp_path / "none")):
+        with pytest.raises(ValueError, match="none holds no images"):
+            own_category(*folders).test_set()
+
+
+def test_a_mask_whose_image_is_missing_is_no_image(images, tmp_path):
+    for name in ("ok/0.png", "bad/1.png", "bad/1_mask.png", "bad/2_mask.png", "bad/3_GT.png"):
+        write(tmp_path / name, images["masks"][0])
+    tests = own_category(tmp_path / "ok", tmp_path / "bad").test_set()
+    assert [image.path.name for image in tests.images] == ["1.png", "3_GT.png", "0.png"]
+    assert tests.remarks[0] == "masks that match no test image: 1 of 2 (bad/2_mask.png)"

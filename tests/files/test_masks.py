@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sets import MASKS, SIDE, colour, gray
+from data_sets import MASKS, SIDE, colour, gray, png_of
 from patchsvdd_fast.files.masks import marks_anything, masks_beside, matched_masks, read_mask
 
 SQUARE = np.zeros((SIDE, SIDE), bool)
@@ -89,6 +89,21 @@ def test_other_errors_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(ValueError, match="more than the limit of 10,000"):
         read_mask(tmp_path / "faint.jpg", SIZE)
+
+
+def test_low_values_of_16_bit_colour_are_an_error(tmp_path):
+    samples = np.where(SQUARE[..., None], (255, 255, 255), 0)
+    (tmp_path / "mask.png").write_bytes(png_of(257 * samples))
+    assert np.array_equal(read_mask(tmp_path / "mask.png", SIZE), expected(tmp_path))
+    (tmp_path / "mask.png").write_bytes(png_of(samples))
+    with pytest.raises(ValueError, match="16-bit colour only the high 8 bits are read"):
+        read_mask(tmp_path / "mask.png", SIZE)
+
+
+def test_of_several_pages_the_first_marks(tmp_path):
+    gray(255)(SQUARE).save(tmp_path / "mask.tif", save_all=True, append_images=[gray(255)(~SQUARE)])
+    with pytest.warns(UserWarning, match=r"mask .*mask\.tif has 2 pages or frames; the first"):
+        assert np.array_equal(read_mask(tmp_path / "mask.tif", SIZE), expected(tmp_path))
 
 
 def matched(images, masks, tmp_path):

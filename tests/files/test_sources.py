@@ -43,6 +43,13 @@ def test_a_folder_alone_is_what_outputs_are_named_within(folder):
     assert inner(f"{folder}/") == inner(folder)
 
 
+def test_masks_among_images_to_score_are_named(folder):
+    for name in ("b/c_GT.png", "e_mask.png", "other_mask.png"):
+        (folder / name).touch()
+    with pytest.warns(UserWarning, match=r"scored like .*: 2 in .*, such as b/c_GT\.png"):
+        assert len(found(folder)) == len(NAMES) + 3
+
+
 def test_each_page_is_a_source(tmp_path):
     stack(tmp_path / "a.tif", 2)
     stack(tmp_path / "b/a.gif", 3)
@@ -73,6 +80,10 @@ def test_globs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert inner("*") == ["a.png", "b.bmp", "e.jpeg", "z.tif"]
     assert inner("**/*") == sorted(NAMES, key=str)
+    (folder / "b/__MACOSX").mkdir()
+    (folder / "b/__MACOSX/x.png").touch()
+    assert inner("**/*") == sorted(NAMES, key=str)
+    assert inner("b/__MACOSX/*") == ["b/__MACOSX/x.png"]
     assert inner("b/**/*.tif*") == ["b/deep/d.tiff"]
     assert inner("[ae].*") == ["a.png", "e.jpeg"]
     (folder / "[ae].png").touch()  # what exists is no pattern

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from data_sets import png_of
 from patchsvdd_fast.files.pages import FileBytes
 from patchsvdd_fast.images.prepare import (
     load_image_set,
@@ -42,25 +43,6 @@ def eight_bits(samples, depth):
 
 def colour(samples):
     return np.stack([samples, samples[::-1], samples[:, ::-1]], axis=-1)
-
-
-def chunk(kind, content):
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
-def png_of(samples, *chunks):
-    """A PNG file of 16-bit gray or colour, which Pillow does not write."""
-    kinds = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
-    kind = kinds[1 if samples.ndim == 2 else samples.shape[2]]
-    head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, kind, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def tiff_of(samples, order="<"):
@@ -259,6 +241,22 @@ def test_images_of_more_bits_than_allowed_are_refused(tmp_path):
     assert np.array_equal(  # without a depth: as ever
         np.asarray(read_image(tmp_path / "deep.tif"))[..., 0], eight_bits(ramp(14), 16)
     )
+
+
+def test_kinds_of_tiff_that_are_not_read_are_named(tmp_path):
+    """Pillow writes neither; both differ in few bytes from what it writes."""
+    Image.fromarray(ramp(16).astype(np.float32)).save(tmp_path / "float.tif")
+    content = (tmp_path / "float.tif").read_bytes()
+    bits = struct.pack("<HHII", 258, 3, 1, 32)
+    assert content.count(bits) == 1
+    (tmp_path / "double.tif").write_bytes(
+        content.replace(bits, struct.pack("<HHII", 258, 3, 1, 64))
+    )
+    with pytest.raises(ValueError, match=r"double\.tif is a TIFF that .* such as 64-bit"):
+        read_image(tmp_path / "double.tif")
+    Image.fromarray(ramp(8).astype(np.int32) - 5).save(tmp_path / "signed.tif")
+    with pytest.raises(ValueError, match=r"signed\.tif: integer .* 0 and 65535, got -5 to "):
+        read_image(tmp_path / "signed.tif")
 
 
 def test_16_bits_that_no_training_image_had_are_warned_of(tmp_path):
