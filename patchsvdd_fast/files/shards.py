@@ -8,7 +8,6 @@ that is new with each save, and the index is replaced last: until then it names 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import re
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from . import store
 from .folders import counted
-from .whole import written_whole
+from .whole import remove_leftovers, written_whole
 
 SUFFIX = ".safetensors.index.json"
 _METADATA_KEY = "patchsvdd_fast"
@@ -153,8 +152,9 @@ def _check(path: Path, name: str, written: str) -> None:
     found = store.fingerprint(shard)
     if found == written:
         return
-    (size, header), (of_index, _) = found.split("-"), written.split("-")
-    if size != of_index:
+    size, _, header = found.partition("-")
+    of_index = str(written).partition("-")[0]
+    if size != of_index and of_index.isdecimal():
         why = f"it has {int(size):,} bytes instead of {int(of_index):,}"
     else:
         why = f"its header has the hash {header}"
@@ -182,8 +182,13 @@ def _stem(path: Path) -> str:
 
 def _remove_all_but(path: Path, names: set[str]) -> None:
     """Remove files of earlier saves under this name, and of those that were killed."""
-    ours = re.compile(re.escape(_stem(path)) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
-    for other in path.parent.glob(f"{glob.escape(_stem(path))}-*.safetensors"):
-        if ours.fullmatch(other.name) and other.name not in names:
+    ours = re.compile(
+        rf"\.?({re.escape(_stem(path))}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}\.safetensors)(.*)"
+    )
+    for other in path.parent.iterdir():
+        found = ours.fullmatch(other.name)
+        if found and found[2]:  # not whole: of a process that was killed, or still writes it
+            remove_leftovers(path.with_name(found[1]))
+        elif found and other.name not in names:
             with contextlib.suppress(OSError):
                 other.unlink()

@@ -280,19 +280,18 @@ def load_image_set(
         is found from these images. Where any has more than 8 bits, all keep their fractions.
     skip_unreadable: leave out files that cannot be read, with a warning that lists them.
     pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
-    share: of so many images, those to load; None: all. Of samples, all decide.
+    share: of so many images, those to load; None: all. All decide on `samples`.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
     """
-    items, folder = _items_of(source, pages)
-    samples = _surveyed(items, given) if samples is None else samples
-    items = items[own := slice(0, None) if share is None else share(len(items))]
+    every, folder = _items_of(source, pages)
+    samples = _surveyed(every, given) if samples is None else samples
+    items = every[own := slice(0, None) if share is None else share(len(every))]
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[Exception] = []
-    tell = progress or (lambda _: None)
-    batch: Tensor | None = None
+    tell, batch = progress or (lambda _: None), None
     for index, item in enumerate(items):
         try:
             name = name_of(item, own.start + index)

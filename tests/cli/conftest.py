@@ -47,3 +47,16 @@ def here(monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
 
     return run_here
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of twenty images, every other with a defect, one of which cannot be read."""
+    rng, folder = np.random.default_rng(2), tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        pixels = texture(rng)
+        pixels[30:60, 20:50] = pixels[30:60, 20:50] if number % 2 else (250, 20, 20)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "07.png").write_text("no image")
+    return folder

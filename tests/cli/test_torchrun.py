@@ -1,20 +1,15 @@
 """`score` and `evaluate` in several processes: one result, and what happens if one fails."""
 
-import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import script_environment, texture
 from patchsvdd_fast.cli.score import require_divisible
 from patchsvdd_fast.training.workers import Workers
 from processes import COMMAND, one_line_error
+from torchrun import ended, files_of, started, together
 
 # A process that ends in the midst of its work, in the way of its first argument.
 ENDS = """
@@ -34,60 +29,6 @@ def write(path, result):
 draw, outputs.write_heat_map = outputs.write_heat_map, write
 app.main()
 """
-
-
-def started(commands, folders=None):
-    """Processes of torchrun, one for each command; folders: that they work in."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    count = str(len(commands))
-    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": "here"}
-    group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=script_environment(**group, RANK=str(rank), LOCAL_RANK=str(rank)),
-            cwd=folders and folders[rank],
-        )
-        for rank, command in enumerate(commands)
-    ]
-
-
-def ended(processes):
-    """Each with its status, and what it has printed."""
-    outputs = [process.communicate(timeout=120) for process in processes]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
-    ]
-
-
-def together(count, *command):
-    return ended(started([[*COMMAND, *command]] * count))
-
-
-def files_of(folder):
-    return {
-        str(path.relative_to(folder)): re.sub(rb"\d\d:\d\d [A-Z]+", b"", path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".patchsvdd-run")
-    }
-
-
-@pytest.fixture
-def images(tmp_path):
-    rng, folder = np.random.default_rng(2), tmp_path / "images"
-    folder.mkdir()
-    for number in range(20):
-        pixels = texture(rng)
-        pixels[30:60, 20:50] = pixels[30:60, 20:50] if number % 2 else (250, 20, 20)
-        Image.fromarray(pixels).save(folder / f"{number:02}.png")
-    (folder / "07.png").write_text("no image")
-    return folder
 
 
 def test_images_are_divided_and_the_outputs_are_those_of_one_process(images, ready_model, tmp_path):
