@@ -43,7 +43,7 @@ PROCESSES = (1, 2, 4)
 QUERIES = 20_000
 IMAGES = 400
 ENCODER = "efficientnet_lite0"
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object")
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "isend")
 
 
 # --- a bank in shards -----------------------------------------------------------------------------
@@ -55,12 +55,13 @@ class Exchanges:
     def __init__(self) -> None:
         self.bytes = 0
         self.seconds = 0.0
-        for name in COLLECTIVES:
+        for name in (*COLLECTIVES, "recv"):
             setattr(distributed, name, self._counted(getattr(distributed, name)))
 
     def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*given: Any, **options: Any) -> Any:
-            self.bytes += sum(one.nbytes for one in given if isinstance(one, Tensor))  # its own
+            if collective.__name__ != "recv":
+                self.bytes += sum(one.nbytes for one in given if isinstance(one, Tensor))  # its own
             began = time.perf_counter()
             done = collective(*given, **options)
             self.seconds += time.perf_counter() - began

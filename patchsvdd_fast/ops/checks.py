@@ -90,6 +90,19 @@ def as_vectors(name: str, value: Any, *, halves: bool = False) -> Tensor:
     return vectors
 
 
+def as_embeddings(embeddings: Any) -> tuple[Tensor, tuple[int, int]]:
+    """Embeddings as a tensor [M, D] or [N, I, J, D], and their grid (I, J); (1, 1) for the former.
+
+    Raises what `as_vectors` does, and ValueError for another shape.
+    """
+    given = as_vectors("embeddings", embeddings, halves=True)
+    if given.ndim not in (2, 4):
+        raise ValueError(
+            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(given.shape)}"
+        )
+    return given, ((1, 1) if given.ndim == 2 else (given.shape[1], given.shape[2]))
+
+
 def as_numbers(name: str, value: Any) -> Tensor:
     """Integers, such as groups and row numbers, as an int64 tensor; arguments as `as_vectors`.
 

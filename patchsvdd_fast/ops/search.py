@@ -367,7 +367,7 @@ def nearest_in_bank(
     the CPU, an upper bound on the norm of its projection. appended: [T, D], more rows of the bank,
     whose numbers follow; also finite. cosine: queries and bank are normalised, and distances are to
     be cosine distances. finished: False: squared distances and rows as a `Found` has them.
-    so_far: of another bank, to go on from, on the CPU; its rows have numbers below 0.
+    so_far: of other banks, to go on from, on the CPU; with numbers that no row here has.
     """
     op = torch.ops.patchsvdd_fast
     options = _Options(*groups, appended, k, cosine, finished, *(so_far or ()))

@@ -14,7 +14,6 @@ from ..ops.checks import (
     FloatArray,
     IntArray,
     as_numbers,
-    as_vectors,
     check_int,
     check_same_device,
     like_input,
@@ -72,7 +71,7 @@ class NormalBank:
         if clusters is not None:
             clusters = check_int("clusters", clusters, 0, _LARGEST_INT)
         seed = check_int("seed", seed, 0, _LARGEST_INT)
-        rows, grid = as_rows(as_vectors("embeddings", embeddings, halves=True), storage, metric)
+        rows, grid = as_rows(embeddings, storage, metric)
         self._index = Index.build(
             rows,
             as_groups(groups, rows, grid),
@@ -289,8 +288,7 @@ class NormalBank:
         Raises ValueError if grid or D are not the bank's.
         """
         index = self._index
-        given = as_vectors("embeddings", embeddings, halves=True)
-        rows, grid = as_rows(given, index.data.dtype, index.metric)
+        rows, grid = as_rows(embeddings, index.data.dtype, index.metric)
         self._append(index, rows, grid, groups, None)
 
     def _append(

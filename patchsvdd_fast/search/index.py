@@ -13,6 +13,7 @@ from ..files.store import MappedFile
 from ..ops.checks import (
     NO_GROUPS,
     Groups,
+    as_embeddings,
     as_numbers,
     as_vectors,
     check_finite_rows,
@@ -362,20 +363,16 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def as_rows(
-    embeddings: Tensor, storage: torch.dtype, metric: str = "euclidean"
+    embeddings: Any, storage: torch.dtype, metric: str = "euclidean"
 ) -> tuple[Tensor, tuple[int, int]]:
     """The checked rows [M, D], contiguous and in the storage dtype, and their grid (I, J).
 
     embeddings: [M, D] or [N, I, J, D]. metric: "cosine" normalises them.
     """
-    if embeddings.ndim not in (2, 4):
-        raise ValueError(
-            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(embeddings.shape)}"
-        )
-    if embeddings.numel() == 0:
-        raise ValueError(f"a bank needs at least one embedding, got {list(embeddings.shape)}")
-    grid = (1, 1) if embeddings.ndim == 2 else (embeddings.shape[1], embeddings.shape[2])
-    rows = embeddings.detach().reshape(-1, embeddings.shape[-1])
+    given, grid = as_embeddings(embeddings)
+    if given.numel() == 0:
+        raise ValueError(f"a bank needs at least one embedding, got {list(given.shape)}")
+    rows = given.detach().reshape(-1, given.shape[-1])
     check_finite_rows("embeddings", rows)
     if metric == "cosine":
         rows = normalised("embeddings", rows.float())

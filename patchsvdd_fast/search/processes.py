@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -169,22 +169,86 @@ class Processes:
         squared, numbers = map(self.gathered, found)
         return nearest_of([Found(*theirs) for theirs in zip(squared, numbers, strict=True)])
 
+    def nearest_in_turns(
+        self, search: Callable[[slice, Found], Found], nothing: Found, rows: int
+    ) -> Found:
+        """As `nearest_of_all`, where what one process has found spares the others work.
+
+        Each begins with another part of the queries, and passes on what it has found to the next
+        one, which goes on from that, until all have searched all.
+
+        search: makes of some queries, and what was found so far, what this process's rows add.
+        nothing: for all queries. rows: how many rows all processes hold.
+        """
+        total = len(nothing.rows)
+        parts = [
+            slice(total * number // self.count, total * (number + 1) // self.count)
+            for number in range(self.count)
+        ]
+        found = Found(*(each[parts[self.rank]] for each in nothing))
+        for turn in range(self.count):
+            part = parts[(self.rank - turn) % self.count]
+            if turn:
+                found = self._passed_on(found, part.stop - part.start, rows)
+            found = search(part, found)
+        # The process of each rank has found the part of the next one.
+        last = [parts[(rank + 1) % self.count] for rank in range(self.count)]
+        counts = [part.stop - part.start for part in last]
+        gathered = self.gathered_rows(_packed(found, rows), counts)
+        return _unpacked(torch.cat([gathered[-1], *gathered[:-1]]), rows)
+
+    def _passed_on(self, found: Found, count: int, rows: int) -> Found:
+        """Gives what was found to the next process; returns what the one before gives.
+
+        count: of how many queries that is.
+        """
+        given = _packed(found, rows)
+        taken = given.new_empty(count, *given.shape[1:])
+        following, before = ((self.rank + step) % self.count for step in (1, -1))
+        if self.group is not None:
+            following = distributed.get_global_rank(self.group, following)
+            before = distributed.get_global_rank(self.group, before)
+        with others_there():
+            sending = distributed.isend(given, following, group=self.group)
+            distributed.recv(taken, before, group=self.group)
+            if sending is not None:
+                sending.wait()
+        return _unpacked(taken, rows)
+
     def _least_of_all(self, found: Found, rows_of_all: int) -> Found:
         """The nearest of all processes: least squared distance, then lowest row."""
-        # Floats that are not negative have the order of their bits, read as an integer.
-        bits = found.squared.contiguous().view(torch.int32).long()
-        if rows_of_all < _MOST_PACKED:
-            packed = (bits << 32) | found.rows.clamp(max=_MOST_PACKED)
+        packed = _packed(found, rows_of_all)
+        if packed.ndim == 2:
             self.least(packed)
-            bits, low = packed >> 32, packed & _MOST_PACKED
-            rows = torch.where(low == _MOST_PACKED, torch.full_like(low, NO_ROW), low)
-        else:
-            least = bits.clone()
-            self.least(least)
-            rows = torch.where(bits == least, found.rows, torch.full_like(found.rows, NO_ROW))
-            self.least(rows)
-            bits = least
-        return Found(bits.int().view(torch.float32), rows)
+            return _unpacked(packed, rows_of_all)
+        bits = packed[..., 0].contiguous()
+        least = bits.clone()
+        self.least(least)
+        rows = torch.where(bits == least, found.rows, torch.full_like(found.rows, NO_ROW))
+        self.least(rows)
+        return Found(least.int().view(torch.float32), rows)
+
+
+def _packed(found: Found, rows: int) -> Tensor:
+    """Integers that are ordered as what was found is, [Q, k]; with too many rows, pairs [Q, k, 2].
+
+    rows: how many there are.
+    """
+    # Floats that are not negative have the order of their bits, read as an integer.
+    bits = found.squared.contiguous().view(torch.int32).long()
+    if rows < _MOST_PACKED:
+        return (bits << 32) | found.rows.clamp(max=_MOST_PACKED)
+    return torch.stack([bits, found.rows], dim=-1)
+
+
+def _unpacked(packed: Tensor, rows: int) -> Found:
+    """What `_packed` was given."""
+    if rows < _MOST_PACKED:
+        bits, low = packed >> 32, packed & _MOST_PACKED
+        numbers = torch.where(low == _MOST_PACKED, torch.full_like(low, NO_ROW), low)
+    else:
+        bits, numbers = packed[..., 0], packed[..., 1].contiguous()
+    return Found(bits.int().view(torch.float32), numbers)
 
 
 def nearest_of(found: Sequence[Found]) -> Found:

@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 from ..ops.checks import (
     FloatArray,
     IntArray,
+    as_embeddings,
     as_numbers,
-    as_vectors,
     check_finite_rows,
     like_input,
 )
@@ -24,6 +24,7 @@ from .index import as_queries
 from .processes import Processes, nearest_of
 
 _NO_MORE = -1  # queries
+_LEAST_IN_TURNS = 64  # of each process: fewer take longer to pass on than they spare
 _INSTEAD = {  # of what a NormalBank can do, and parts cannot together
     "coreset": "take one of each part, before `ShardedBank.of`",
     "merge": "make another of all parts, with `ShardedBank.of`",
@@ -72,15 +73,15 @@ class ShardedBank:
     ) -> None:
         self._processes = Processes(process_group)
         self._options = options
-        own, error = torch.empty(0), ""
+        own, grid, error = torch.empty(0), (1, 1), ""
         try:
-            own = _as_embeddings(embeddings)
+            own, grid = as_embeddings(embeddings)
         except (ValueError, TypeError) as failed:
             error = str(failed)
         self._check_shapes(error, own, groups is not None)
         metric = options.get("metric", "euclidean")
         storage = options.get("storage", torch.float32)
-        self._form = _Form(_grid_of(own), own.shape[-1], own.device.type, metric, storage)
+        self._form = _Form(grid, own.shape[-1], own.device.type, metric, storage)
         self._device = own.device
         self._parts: list[NormalBank] = []
         self._take_over(*self._with(own, groups, 0))
@@ -173,8 +174,8 @@ class ShardedBank:
 
     def __repr__(self) -> str:
         own = ", ".join(map(repr, self._parts)) or "no rows"
-        shape = f"{len(self):,} x {self.dim}"
-        return f"ShardedBank({shape}, in {self._processes.count} processes, here {own})"
+        count = self._processes.count
+        return f"ShardedBank({len(self):,} x {self.dim}, in {count} processes, here {own})"
 
     @property
     def dim(self) -> int:
@@ -291,16 +292,27 @@ class ShardedBank:
 
     def _found(self, queries: Tensor, groups: Tensor | None, k: int | None) -> Found:
         """The nearest of all processes to queries [Q, D], the same in all."""
-        found, first = Found.nothing(queries, k), self._first_row
+
+        def search(some: slice, found: Found) -> Found:
+            own = None if groups is None else groups[some]
+            return self._found_here(queries[some], own, k, found)
+
+        nothing, group = Found.nothing(queries, k), self._processes
+        if queries.device.type == "cpu" and len(queries) >= _LEAST_IN_TURNS * group.count:
+            return group.nearest_in_turns(search, nothing, len(self))
+        return group.nearest_of_all(search(slice(None), nothing), k, len(self))
+
+    def _found_here(self, queries: Tensor, groups: Tensor | None, k: Any, found: Found) -> Found:
+        """What was found so far, and in the rows of this process; on a CPU the former bounds it."""
+        first = self._first_row
         for part in self._parts:
-            # Rows of earlier parts have numbers below 0 in this one, so they win ties there, too.
             before = found.shifted(-first) if queries.device.type == "cpu" else None
             answer = part._index.nearest(queries, groups, k, None, finished=False, so_far=before)
             squared, rows = (each.view(len(queries), -1) for each in answer)
             here = Found(squared, rows).shifted(first)
             found = nearest_of([found, here]) if before is None else here
             first += len(part)
-        return self._processes.nearest_of_all(found, k, len(self))
+        return found
 
     def source(self, rows: Tensor | IntArray) -> Tensor:
         """As `NormalBank.source`, images numbered over all; each process asks for its own rows.
@@ -369,8 +381,8 @@ class ShardedBank:
         """
         own, error = torch.empty(0), ""
         try:
-            own = _as_embeddings(embeddings)
-            if (own.shape[-1], _grid_of(own)) != (self.dim, self.grid):
+            own, grid = as_embeddings(embeddings)
+            if (own.shape[-1], grid) != (self.dim, self.grid):
                 error = (
                     f"embeddings must match the bank's grid {list(self.grid)} and D = {self.dim}, "
                     f"got {list(own.shape)}"
@@ -385,16 +397,3 @@ class ShardedBank:
         if name in _INSTEAD:
             raise NotImplementedError(f"a ShardedBank cannot do `{name}`: {_INSTEAD[name]}")
         raise AttributeError(f"a ShardedBank has no {name!r}")
-
-
-def _grid_of(embeddings: Tensor) -> tuple[int, int]:
-    return (embeddings.shape[1], embeddings.shape[2]) if embeddings.ndim == 4 else (1, 1)
-
-
-def _as_embeddings(embeddings: Any) -> Tensor:
-    own = as_vectors("embeddings", embeddings, halves=True)
-    if own.ndim not in (2, 4):
-        raise ValueError(
-            f"embeddings must have shape [M, D] or [N, I, J, D], got {list(own.shape)}"
-        )
-    return own
