@@ -246,7 +246,9 @@ def refit_model(
     if given["mean"] == "pixel":
         normality.warn_of_repeats(normal.gallery, before.gallery)
     banks, gallery = normal
-    return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
+    return replace(
+        before, mean=mean, banks=banks, gallery=gallery, calibration=calibration, file=None
+    )
 
 
 def load_to_add(

@@ -219,12 +219,14 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
         Raises ValueError for another size than in training, unless the mean is one per channel.
         """
+        self._require_fitted()
         how = self.encoder_, self.mean_, self.light_, self.parameters_
         return scoring.encode(*how, pixels, names=names)
 
     @property
     def levels_(self) -> tuple[PatchLevel, ...]:
         """The patch levels that images are scored at."""
+        self._require_fitted()
         return tuple(self.banks_)
 
     @property
@@ -244,6 +246,7 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
     def usual_light(self) -> Tensor | None:
         """The colour that images are matched to, [3] float32; None if they stay as they are."""
+        self._require_fitted()
         return parameters.usual_light(self.parameters_, self.light_)
 
     # --- scoring ----------------------------------------------------------------------------------

@@ -55,42 +55,42 @@ _THREADS = 2
 
 
 class MappedFile:
-    """An open file, to notice later that somebody has written into it.
+    """An open file, to notice later that somebody has written into it, whatever its name is then.
 
     What was replaced as `save` does it, by renaming another file, stays as it was while it is
     mapped; so does what was deleted. Pickled or copied, it becomes None: copies of tensors lie in
-    memory of their own.
+    memory of their own. It keeps a file descriptor open.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).absolute()
-        self._opened = _state_of(self._path)
+        self._descriptor = os.open(self._path, os.O_RDONLY)
+        self._opened = self._state()
 
     def check(self) -> None:
-        """Raise OSError if the file was changed in place; costs one `os.stat`."""
-        if self._opened is None or (now := _state_of(self._path)) in (None, self._opened):
-            return
-        if now[:2] == self._opened[:2]:
+        """Raise OSError if the file was changed in place; costs one `os.fstat`."""
+        if self._state() != self._opened:
             raise OSError(
                 f"{self._path} was changed in place while it was open, so answers would mix what "
                 "it held and holds: open it again, and replace files by renaming, as `save` does"
             )
 
+    def _state(self) -> tuple[int, int]:
+        """Its size, and when it was written last, in nanoseconds."""
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
     def __reduce__(self) -> tuple[Any, ...]:
+        self.check()
         return _no_file, ()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
 
 def _no_file() -> None:
     """What becomes of a pickled `MappedFile`."""
-
-
-def _state_of(path: Path) -> tuple[int, int, int, int] | None:
-    """Which file has this path (device and number), its size and time of change; None: none."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 (half the time of Path.stat)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Tensors(dict[str, Tensor]):

@@ -60,14 +60,33 @@ def test_changes_in_place_are_noticed(tmp_path):
     file = store.file_of(store.load(path)[0])
     with path.open("ab") as longer:
         longer.write(b" ")
-    with pytest.raises(OSError, match="changed in place"):
-        file.check()
-    assert copy.deepcopy(file) is None
+    for ask in (file.check, lambda: copy.deepcopy(file)):
+        with pytest.raises(OSError, match="changed in place"):
+            ask()
     file = store.file_of(store.load(other)[0])
+    assert copy.deepcopy(file) is None
     store.save(other, "bank", {"a": TENSORS["a"]}, {"parameters": {}})
     file.check()  # another file now: the one that is mapped is as it was
     other.unlink()
     file.check()
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    file = store.file_of(store.load(path)[0])
+    path.rename(tmp_path / "older")
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    file.check()
+    (tmp_path / "older").write_bytes(b"")
+    with pytest.raises(OSError, match="changed in place"):
+        file.check()  # it is still the one that is mapped
+
+
+@needs_proc
+def test_files_are_closed_with_what_lies_in_them(tmp_path):
+    store.save(tmp_path / "model", "bank", TENSORS, {"parameters": {}})
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    tensors, _ = store.load(tmp_path / "model")
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1  # noqa: PTH208
+    del tensors
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
     assert store.file_of(TENSORS) is None
 
 
