@@ -81,10 +81,10 @@ def _with_channels_last(item: Any, name: str, channel_order: str = "rgb") -> npt
     channels_at = 0 if is_tensor else -1
     if array.ndim != 2 and (array.ndim != 3 or array.shape[channels_at] not in _CHANNELS):
         wanted = "[H, W] or [3, H, W]" if is_tensor else "[H, W] or [H, W, 3]"
-        raise ValueError(
-            f"{name} must have shape {wanted}, got {list(array.shape)}"
-            f"{_likely_axes(array, is_tensor)}"
-        )
+        likely = _likely_axes(array, is_tensor)
+        if not likely and array.ndim == 4:
+            likely = ": it is a batch, give its images one by one"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(array.shape)}{likely}")
     if is_tensor and array.ndim == 3:
         array = array.transpose(1, 2, 0)
     if channel_order == "bgr":

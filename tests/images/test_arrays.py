@@ -126,7 +126,8 @@ def test_floats_may_lie_outside_by_their_rounding():
             ValueError,
             r"must have shape \[H, W\] or \[H, W, 3\], got \[80, 70, 2\]$",
         ),
-        (COLOUR[None], ValueError, r"must have shape .* got \[1, 80, 70, 3\]$"),
+        (COLOUR[None], ValueError, r"must have shape .* got \[1, 80, 70, 3\]: it is a batch"),
+        (PIXELS[None], ValueError, r"must have shape .* got \[1, 3, 80, 70\]: it is a batch"),
     ],
 )
 def test_errors_name_what_was_mixed_up(image, kind, message):
