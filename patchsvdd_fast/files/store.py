@@ -64,7 +64,7 @@ class MappedFile:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).absolute()
-        self._descriptor = os.open(self._path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._opened = self._state()
 
     def check(self) -> None:

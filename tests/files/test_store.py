@@ -79,6 +79,12 @@ def test_changes_in_place_are_noticed(tmp_path):
         file.check()  # it is still the one that is mapped
 
 
+def test_a_missing_file_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'nowhere\.model'"):
+        store.load("nowhere.model")
+
+
 @needs_proc
 def test_files_are_closed_with_what_lies_in_them(tmp_path):
     store.save(tmp_path / "model", "bank", TENSORS, {"parameters": {}})
