@@ -45,7 +45,7 @@ def is_array(item: Any) -> bool:
 def image_of_array(
     item: Any, name: str, channel_order: str = "rgb", samples: Samples = AS_STORED
 ) -> Values:
-    """An image [H, W], [H, W, 3] or [H, W, 4], gray or RGB, from an array or a tensor.
+    """An image [H, W] or [H, W, 3], gray or RGB, from an array or a tensor.
 
     Of uint8 it is uint8; of others float32 in 0 to 255, not rounded.
 
@@ -71,11 +71,11 @@ def deep_array(item: Any) -> DeepSamples | None:
         array = _with_channels_last(item, "")
     except (TypeError, ValueError):  # whoever reads it next says why
         return None
-    return DeepSamples(array[..., :3], None) if array.dtype == np.uint16 else None
+    return DeepSamples(array, None) if array.dtype == np.uint16 else None
 
 
 def _with_channels_last(item: Any, name: str, channel_order: str = "rgb") -> npt.NDArray[Any]:
-    """An array [H, W], [H, W, 3] or [H, W, 4] of any dtype, of what `image_of_array` takes."""
+    """An array [H, W] or [H, W, 3] of any dtype, of what `image_of_array` takes."""
     is_tensor = isinstance(item, Tensor)
     array = _numpy(item)
     channels_at = 0 if is_tensor else -1
@@ -91,7 +91,9 @@ def _with_channels_last(item: Any, name: str, channel_order: str = "rgb") -> npt
         if array.shape[2:] not in ((3,), (4,)):
             raise ValueError(f'{name} is gray and has no colours for channel_order="bgr"')
         array = array[..., 2::-1]
-    return array[..., 0] if array.shape[2:] == (1,) else array
+    if array.ndim == 2:
+        return array
+    return array[..., 0] if array.shape[2] == 1 else array[..., :3]
 
 
 def has_fractions(item: Any, samples: Samples = AS_STORED) -> bool:
@@ -203,12 +205,12 @@ def _of_0_to_1(array: npt.NDArray[Any], name: str) -> Values:
 
 
 def parts_of(values: npt.NDArray[Any], fractions: bool) -> Parts:
-    """An image [H, W], [H, W, 3] or [H, W, 4] of values 0 to 255, rounded unless `fractions`."""
+    """An image [H, W] or [H, W, 3] of values 0 to 255, rounded unless `fractions`."""
     if values.dtype != np.uint8 and not fractions:
         values = np.rint(values).astype(np.uint8)
     if values.dtype == np.uint8:
         return [Image.fromarray(values).convert("RGB")]
-    channels = np.atleast_3d(values)[..., :3].astype(np.float32)
+    channels = np.atleast_3d(values).astype(np.float32)
     return [
         Image.fromarray(np.ascontiguousarray(channels[..., number]))
         for number in range(channels.shape[2])

@@ -10,7 +10,7 @@ from patchsvdd_fast.images.samples import UNKNOWN, Samples
 
 COLOUR = np.random.default_rng(0).integers(256, size=(80, 70, 3), dtype=np.uint8)
 PIXELS = torch.from_numpy(COLOUR).permute(2, 0, 1)
-OTHER_GRAY = np.arange(80 * 70, dtype=np.uint16).reshape(80, 70)
+OTHER_GRAY = np.arange(80 * 70, dtype=np.uint16).reshape(70, 80).T  # brightest at the right
 
 
 class OfAnotherLibrary:
@@ -75,7 +75,9 @@ def test_deep_arrays_are_read_as_files_are(tmp_path, deep):
     path = tmp_path / ("deep.tiff" if array.dtype == np.float32 else "deep.png")
     Image.fromarray(array).save(path)
     expected = load_image_set([path], None, 64)
-    for given in ([array], [torch.from_numpy(array)], [array[..., None].repeat(3, 2)]):
+    colour = array[..., None].repeat(3, 2)
+    with_alpha = np.dstack([colour, np.full_like(array, 65535)])
+    for given in ([array], [torch.from_numpy(array)], [colour], [with_alpha]):
         found = load_image_set(given, None, 64, samples=expected.samples)
         assert torch.equal(found.pixels, expected.pixels)
         if array.dtype == np.uint16:
