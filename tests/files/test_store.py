@@ -2,10 +2,13 @@
 
 import ast
 import copy
+import errno
 import json
 import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -83,6 +86,29 @@ def test_a_missing_file_is_named_as_it_was_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'nowhere\.model'"):
         store.load("nowhere.model")
+
+
+@pytest.mark.parametrize("descriptor", ["closed", "another file's", "none left"])
+def test_changes_are_noticed_without_the_descriptor(tmp_path, monkeypatch, descriptor):
+    path = tmp_path / "model"
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    number = os.dup(0)
+    os.close(number)  # the next that is opened
+    if descriptor == "none left":
+        refuse = Mock(side_effect=OSError(errno.EMFILE, "too many open files"))
+        monkeypatch.setattr(os, "open", refuse)
+    file = store.MappedFile(path)
+    if descriptor != "none left":
+        os.close(number)  # as a daemon closes all that it inherits
+    other = (tmp_path / "other").open("w") if descriptor == "another file's" else nullcontext()
+    with other:
+        file.check()
+        path.write_bytes(b"")
+        with pytest.raises(OSError, match="changed in place"):
+            file.check()
+        path.unlink()
+        file.check()  # there is nothing left to ask
+        del file  # closes no other's descriptor
 
 
 @needs_proc
