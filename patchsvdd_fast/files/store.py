@@ -13,7 +13,6 @@ safetensors is imported only when a file is read: the search alone does not need
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -53,6 +52,7 @@ _MOST_HEADER_BYTES = 1 << 22
 _MOST_TENSORS = 1 << 13
 _PART_BYTES = 1 << 22  # bytes per checksum of a part of a tensor; belongs to the format
 _THREADS = 2
+_MOST_DESCRIPTORS = 64  # that files keep open: a process often has no more than 1,024
 
 
 class MappedFile:
@@ -63,17 +63,17 @@ class MappedFile:
     memory of their own.
 
     It asks by a file descriptor that it keeps open; by the path, as long as that is still the same
-    file, if there was none left, or somebody closed all of the process, as daemons do.
+    file, if `_MOST_DESCRIPTORS` are open, or if somebody closed all of the process, as daemons do.
     """
+
+    _num_descriptors = 0
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).absolute()
-        try:
+        self._descriptor = -1
+        if MappedFile._num_descriptors < _MOST_DESCRIPTORS:
             self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            self._descriptor = -1
+            MappedFile._num_descriptors += 1
         self._opened = os.stat(path if self._descriptor == -1 else self._descriptor)  # noqa: PTH116
 
     def check(self) -> None:
@@ -98,7 +98,10 @@ class MappedFile:
         return _no_file, ()
 
     def __del__(self) -> None:
-        if hasattr(self, "_opened") and self._status_of(self._descriptor) is not None:
+        if getattr(self, "_descriptor", -1) == -1:
+            return
+        type(self)._num_descriptors -= 1
+        if self._status_of(self._descriptor) is not None:
             os.close(self._descriptor)
 
 
