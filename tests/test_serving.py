@@ -69,8 +69,18 @@ def running(namespace):
         assert not thread.is_alive()
 
 
+class EndsEarly:
+    """A request whose client goes away while it sends."""
+
+    async def stream(self):
+        from starlette.requests import ClientDisconnect
+
+        yield b"half"
+        raise ClientDisconnect
+
+
 def test_the_server_answers(model, images, monkeypatch, caplog):
-    pytest.importorskip("fastapi", reason="needs fastapi")
+    fastapi = pytest.importorskip("fastapi", reason="needs fastapi")
     httpx = pytest.importorskip("httpx", reason="needs httpx")
     monkeypatch.setenv("MODEL", str(model))
     namespace = {}
@@ -100,6 +110,8 @@ def test_the_server_answers(model, images, monkeypatch, caplog):
         assert status(as_file(given[0][:20, :20])) == 422
         monkeypatch.setitem(namespace, "MOST_PIXELS", 99)
         assert status(as_file(given[0])) == 413
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+        assert status(as_file(given[0])) == 413
         monkeypatch.setitem(namespace, "MOST_BYTES", 99)
         assert status(iter([b"no image"] * 99)) == 413
         monkeypatch.undo()
@@ -108,6 +120,8 @@ def test_the_server_answers(model, images, monkeypatch, caplog):
         monkeypatch.setattr(inbox, "_qsize", lambda: 1)
         assert status(as_file(given[0])) == 503
         monkeypatch.undo()
+        with pytest.raises(fastapi.HTTPException, match="400: the upload ended early"):
+            asyncio.run(namespace["score"](EndsEarly()))
         assert status(as_file(given[0])) == 200
         with model.open("r+b") as file:
             file.write(bytes(1))
@@ -131,3 +145,6 @@ def test_a_video_is_scored(model, images, monkeypatch, capsys):
     video.release()
     exec(compile(CAMERA, "camera.py", "exec"), {})
     assert capsys.readouterr().out == SHOWN
+    (model.parent / "frames.avi").unlink()
+    with pytest.raises(SystemExit, match="the video cannot be opened"):
+        exec(compile(CAMERA, "camera.py", "exec"), {})

@@ -70,6 +70,8 @@ class ChangesMixin(ExplanationsMixin):
         Both must embed a patch in the same way, with one encoder, mean, light and levels: `refit`
         makes such detectors. progress: as of `fit`. Raises ValueError if they differ.
         """
+        if not isinstance(other, ChangesMixin):
+            raise TypeError(f"only a detector can be merged, got {type(other).__name__}: use add")
         fitting.require_alike(self.model(), other.model())
         more = normality.merged(self._normality(), other._normality())
         with changes_shown(progress) as told:

@@ -47,7 +47,6 @@ def filled(
     light: Tensor,
     images: ImageSet,
     num_in_mean: int | None = None,
-    *,
     progress: Progress | None = None,
     category: str = "",
     workers: Workers | None = None,

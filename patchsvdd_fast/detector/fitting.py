@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..encoders.backbone import BackboneEncoder
 from ..encoders.patch_encoder import PatchEncoder
 from ..encoders.precision import warn_of_slow_bfloat16
+from ..images.gallery import evenly_spread
 from ..images.light import (
     PER_CHANNEL,
     constant_mean,
@@ -25,7 +26,7 @@ from ..images.light import (
     mean_of_size,
     of_one_process,
 )
-from ..images.prepare import ImageSet, evenly_spread, survey_images
+from ..images.prepare import ImageSet, survey_images
 from ..images.samples import to_8_bits
 from ..ops.backends import resolve_device
 from ..training.checkpoints import train_encoder
@@ -179,13 +180,8 @@ def _fitted(
     models: dict[str, Model] = {}
     for category, part in sets.items():
         progress.begin_category(len(part.names))
-        made = filled(
-            *(given, encoder, mean, light, part, num_in_mean),
-            progress=progress,
-            category=category,
-            workers=workers,
-            shard_bytes=keeping.shard_bytes,
-        )
+        how = given, encoder, mean, light, part, num_in_mean
+        made = filled(*how, progress, category, workers, keeping.shard_bytes)
         progress.end_category()
         if made is None:
             continue
@@ -316,13 +312,15 @@ def refit_model(
     images = load(source, given, progress.phase(READING), before.samples, skip_unreadable, pages)
     mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
     progress.forecast(given, encoder, mean, light, images.pixels)
-    made = filled(given, encoder, mean, light, images, progress=progress)
+    made = filled(given, encoder, mean, light, images, None, progress)
     assert made is not None, "this process is alone"
     normal, calibration = made
     if given["mean"] == "pixel":
         normality.warn_of_repeats(normal.gallery, before.gallery)
     banks, gallery = normal
-    return replace(before, mean=mean, banks=banks, gallery=gallery, calibration=calibration)
+    return replace(
+        before, mean=mean, banks=banks, gallery=gallery, calibration=calibration, file=None
+    )
 
 
 def load_to_add(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
-from ..images.prepare import evenly_spread
+from ..images.gallery import evenly_spread
 from ..ops.backends import use_method
 from ..score.calibration import pixel_step
 from ..score.encoding import NotFiniteError, banks_of

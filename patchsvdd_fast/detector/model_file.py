@@ -175,6 +175,8 @@ def load_models(
             f"`patchsvdd train --encoder {path}`"
         )
     with naming(path):
+        for name in tensors.keys() & {"mean", "light"}:
+            tensors[name] = tensors[name].clone()  # small: not the file's memory
         prefixes = prefixes_in(header)
         if only is None:
             chosen = prefixes
@@ -293,12 +295,14 @@ def _model_of(
             banks, (height, width), parameters["combination"], reweight=parameters["reweight"]
         )
     else:
-        stored = below(tensors, f"{prefix}calibration.")
+        stored = {k: v.clone() for k, v in below(tensors, f"{prefix}calibration.").items()}
         calibration = Calibration.from_tensors(stored) if stored else None
         _check_calibration(
             calibration, {str(level) for level in banks}, count, encoder.surroundings != 0
         )
     kept = below(tensors, f"{prefix}training.")
+    if "statistics" in kept:
+        kept["statistics"] = kept["statistics"].clone()
     gallery = Gallery.from_tensors(kept) if kept else None
     if gallery is not None and len(gallery.names) != count:
         raise ValueError(f"{count} training images cannot have {len(gallery.names)} names")

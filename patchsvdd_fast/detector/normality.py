@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def without_images(before: Normality, images: Sequence[str | Path | int]) -> Nor
     Raises ValueError for an image that is not there, for a name that several images have, and if
     no image would be left.
     """
-    if isinstance(images, str | Path):
+    if isinstance(images, str | Path) or not isinstance(images, Iterable):
         raise TypeError(f"images must be a list of names and numbers, got {images!r}")
     gone = {_number_of(before, image) for image in images}
     banks = _copies(before)

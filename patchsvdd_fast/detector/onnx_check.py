@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
+from ..images.gallery import evenly_spread
 from ..images.light import match_illumination
-from ..images.prepare import evenly_spread
 from ..score.encoding import encode_images
 from ..search.bank import NormalBank
 from . import scoring

@@ -5,8 +5,8 @@ Parameters are those of `PatchSVDD` by name, as scikit-learn's `get_params` retu
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..images.arrays import CHANNEL_ORDERS
 from ..images.light import ILLUMINATIONS, MEANS
 from ..images.prepare import ImageSize
 from ..images.samples import Samples
+from ..ops.checks import check_type, is_of_type
 from ..score.maps import check_combination
 from ..score.reweighting import check_reweight
 from ..training import settings
@@ -63,9 +64,10 @@ def ready_encoder(parameters: Parameters, given: nn.Module | None = None) -> Pat
 
 
 def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dict[str, Any]:
-    """The parameters, with the encoder's own values for those that are None.
+    """The parameters, with the encoder's own values for those that are None, as plain values.
 
-    encoder: the one in use; None: Patch SVDD's, not made yet.
+    encoder: the one in use; None: Patch SVDD's, not made yet. Raises TypeError, naming it, for a
+    parameter of a wrong type; ValueError for an unknown mode, and for levels that cannot be.
     """
     fixed = encoder is not None and encoder.pixel_mean is not None
     own = {
@@ -74,7 +76,8 @@ def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dic
         "mean": "fixed" if fixed else "pixel",
         "illumination": "as_is" if fixed else settings.illumination_of(parameters["mode"]),
     }
-    values = dict(parameters)
+    values = {name: _plain(value) for name, value in parameters.items()}
+    _check_types(values)
     values |= {name: value for name, value in own.items() if values[name] is None}
     values["levels"] = as_levels(values["levels"])
     values["encoder"] = PATCH_SVDD if encoder is None else encoder.name
@@ -82,6 +85,32 @@ def resolved(parameters: Parameters, encoder: PatchEncoder | None = None) -> dic
         values["embedding_dim"] = encoder.embedding_dim
         values["projection"] = getattr(encoder, "projection", None)
     return values
+
+
+def _plain(value: Any) -> Any:
+    """A number, an array or a device as Python's own, which a file's header can hold."""
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_types(parameters: Parameters) -> None:
+    """Raise TypeError for a parameter of a type that no check of its values takes.
+
+    Those of training are checked by `TrainingSettings`.
+    """
+    for name in ("embedding_dim", "bit_depth"):
+        check_type(name, parameters[name], Integral, optional=True)
+    check_type("seed", parameters["seed"], Integral)
+    check_type("contamination", parameters["contamination"], Real)
+    check_type("coreset", parameters["coreset"], Real, optional=True)
+    check_type("keep_images", parameters["keep_images"], bool)
+    limits = parameters["value_range"]
+    is_pair = isinstance(limits, Sequence) and len(limits) == 2
+    if limits is not None and not (is_pair and all(isinstance(limit, Real) for limit in limits)):
+        raise TypeError(f"value_range must be two numbers, (lowest, highest), got {limits!r}")
 
 
 def _check_encoder(parameters: Parameters, encoder: PatchEncoder) -> None:
@@ -124,16 +153,13 @@ def check_parameters(parameters: Parameters) -> None:
         raise ValueError(
             f"illumination must be one of {ILLUMINATIONS}, got {parameters['illumination']!r}"
         )
-    if parameters["mean"] not in MEANS:
+    if parameters["mean"] not in tuple(MEANS):
         raise ValueError(f"mean must be one of {tuple(MEANS)}, got {parameters['mean']!r}")
     if parameters["encoding_precision"] not in PRECISIONS:
         raise ValueError(
             f"encoding_precision must be one of {PRECISIONS}, "
             f"got {parameters['encoding_precision']!r}"
         )
-    for name in ("coreset", "contamination"):
-        if not isinstance(parameters[name], numbers.Real | None):
-            raise TypeError(f"{name} must be a number, got {parameters[name]!r}")
     coreset = parameters["coreset"]
     if coreset is not None and not 0 < coreset <= 1:
         raise ValueError(f"coreset must be a share above 0, up to 1, or None, got {coreset}")
@@ -164,9 +190,9 @@ def parse_size(size: int | tuple[int, int] | None) -> ImageSize:
     """
     if size is None:
         return None
-    sides: Any = (size, size) if isinstance(size, numbers.Integral) else size
+    sides: Any = (size, size) if isinstance(size, Integral) else size
     is_pair = isinstance(sides, Sequence) and len(sides) == 2
-    if not is_pair or not all(isinstance(side, numbers.Integral) for side in sides):
+    if not is_pair or not all(is_of_type(side, Integral) for side in sides):
         raise TypeError(f"image_size must be pixels, (height, width) or None, got {size!r}")
     height, width = map(int, sides)
     if height < 1 or width < 1:
@@ -221,8 +247,7 @@ def to_header(parameters: Parameters) -> dict[str, Any]:
     """The part of a file's header that holds resolved parameters, as values that JSON has."""
     levels = [(level.size, level.stride) for level in parameters["levels"]]
     # All are resolved, hence written out: an encoder's or mode's own may change in later versions.
-    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
-    return {"parameters": {**plain, "levels": levels}}
+    return {"parameters": {**parameters, "levels": levels}}
 
 
 def from_header(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,10 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         reweight: multiply image scores as PatchCore does, by how alone the nearest normal patch is
             among this many, 2 to 32, see `score.reweighting`; None: do not. For a single level, as
             pretrained encoders have.
-        bit_depth: of samples in 16-bit files, 8 to 16; None: found from the training images, see
-            `images.samples.survey`.
-        value_range: (lowest, highest) of floating-point samples, made 0 and 255; None: found.
+        bit_depth: of samples in 16-bit files and uint16 arrays, 8 to 16; None: found from the
+            training images, see `images.samples.survey`.
+        value_range: (lowest, highest) of floating-point samples, made 0 and 255; None: found from
+            files; where there is one, arrays of floats have it, too, else 0 to 1.
         channel_order: of arrays and tensors, "rgb", or "bgr" as OpenCV gives them; files and PIL
             images are not affected. May be set after `load`: ``set_params(channel_order="bgr")``.
         keep_images: keep small pictures of the training images, for explanations.
@@ -82,7 +83,8 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
     Images (`X`) are a folder (a category in MVTec layout: its train/good; else every image below),
     a file, a sequence of files, PIL images, arrays [H, W, 3] or tensors [3, H, W], or a batch of
-    either; uint8, uint16, or floats in 0 to 1. If any has more than 8 bits, fractions are kept.
+    either; uint8, uint16, or floats in 0 to 1 (or `value_range`). If any has more than 8 bits,
+    fractions are kept.
 
     After `fit`: `encoder_`, `mean_` [3, H, W], `light_` [3] (the images' mean colour), `banks_` (a
     NormalBank per level), `calibration_` (None with one image), `gallery_` (their names, statistics
@@ -222,12 +224,14 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
         Raises ValueError for another size than in training, unless the mean is one per channel.
         """
+        self._require_fitted()
         how = self.encoder_, self.mean_, self.light_, self.parameters_
         return scoring.encode(*how, pixels, names=names)
 
     @property
     def levels_(self) -> tuple[PatchLevel, ...]:
         """The patch levels that images are scored at."""
+        self._require_fitted()
         return tuple(self.banks_)
 
     @property
@@ -247,6 +251,7 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
     def usual_light(self) -> Tensor | None:
         """The colour that images are matched to, [3] float32; None if they stay as they are."""
+        self._require_fitted()
         return parameters.usual_light(self.parameters_, self.light_)
 
     # --- scoring ----------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class ThresholdsMixin:
 
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of the training images as they were encoded, in pixels."""
+        self._require_fitted()
         return self.mean_.shape[1], self.mean_.shape[2]
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float32]:  # noqa: N803
@@ -107,14 +108,21 @@ class ThresholdsMixin:
     def __repr__(self) -> str:
         if not hasattr(self, "banks_"):
             return _with_a_named_encoder(self) or super().__repr__()
-        height, width = self.image_shape()
+        height, width = self.mean_.shape[1:]
         bank = next(iter(self.banks_.values()))
         parts = [f"{counted(len(bank.groups), 'image')} of {width}x{height}", self.encoder_.name]
         parts += [f"{level}: {len(bank):,} x {bank.dim}" for level, bank in self.banks_.items()]
-        if self.calibration_ is not None:
-            rate = self.false_alarm_rate_
-            parts.append(f"threshold {self.threshold_:.4g} at {rate:.2%} false alarms")
+        if self.calibration_ is not None:  # in memory, whatever became of the file
+            rate = max(self.contamination, self.calibration_.smallest_rate)
+            threshold = self.calibration_.threshold(rate)
+            parts.append(f"threshold {threshold:.4g} at {rate:.2%} false alarms")
         return f"{type(self).__name__}({', '.join([*parts, str(bank.device)])})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if hasattr(self, "banks_"):
+            self._require_fitted()  # a copy of a file that was changed could not notice it any more
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return state
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
         """For notebooks: a fitted detector is shown by its `repr`, not by its 30 parameters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ def as_levels(given: Any) -> tuple[PatchLevel, ...]:
     Raises TypeError for anything else; ValueError for sizes and strides that no level has, and for
     two levels of one size, which would have one name.
     """
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"levels must be a sequence of levels, got {given!r}")
     levels = tuple(map(_as_level, given))
     if len({level.size for level in levels}) < len(levels):

@@ -52,45 +52,66 @@ _MOST_HEADER_BYTES = 1 << 22
 _MOST_TENSORS = 1 << 13
 _PART_BYTES = 1 << 22  # bytes per checksum of a part of a tensor; belongs to the format
 _THREADS = 2
+_MOST_DESCRIPTORS = 64  # that files keep open: a process often has no more than 1,024
 
 
 class MappedFile:
-    """An open file, to notice later that somebody has written into it.
+    """An open file, to notice later that somebody has written into it, whatever its name is then.
 
     What was replaced as `save` does it, by renaming another file, stays as it was while it is
     mapped; so does what was deleted. Pickled or copied, it becomes None: copies of tensors lie in
     memory of their own.
+
+    It asks by a file descriptor that it keeps open; by the path, as long as that is still the same
+    file, if `_MOST_DESCRIPTORS` are open, or if somebody closed all of the process, as daemons do.
     """
+
+    _num_descriptors = 0
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).absolute()
-        self._opened = _state_of(self._path)
+        self._descriptor = -1
+        if MappedFile._num_descriptors < _MOST_DESCRIPTORS:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            MappedFile._num_descriptors += 1
+        self._opened = os.stat(path if self._descriptor == -1 else self._descriptor)  # noqa: PTH116
 
     def check(self) -> None:
         """Raise OSError if the file was changed in place; costs one `os.stat`."""
-        if self._opened is None or (now := _state_of(self._path)) in (None, self._opened):
-            return
-        if now[:2] == self._opened[:2]:
+        now = self._status_of(self._descriptor) or self._status_of(self._path)
+        if now is not None and _changed(now) != _changed(self._opened):
             raise OSError(
                 f"{self._path} was changed in place while it was open, so answers would mix what "
                 "it held and holds: open it again, and replace files by renaming, as `save` does"
             )
 
+    def _status_of(self, where: int | Path) -> os.stat_result | None:
+        """The status of a descriptor or path; None unless it is that of the file."""
+        try:
+            status = os.stat(where)  # noqa: PTH116 (half the time of Path.stat)
+        except (OSError, ValueError):
+            return None
+        return status if os.path.samestat(status, self._opened) else None
+
     def __reduce__(self) -> tuple[Any, ...]:
+        self.check()
         return _no_file, ()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) == -1:
+            return
+        type(self)._num_descriptors -= 1
+        if self._status_of(self._descriptor) is not None:
+            os.close(self._descriptor)
+
+
+def _changed(status: os.stat_result) -> tuple[int, int]:
+    """What writing into a file changes: its size, and when it was written, in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
 
 
 def _no_file() -> None:
     """What becomes of a pickled `MappedFile`."""
-
-
-def _state_of(path: Path) -> tuple[int, int, int, int] | None:
-    """Which file has this path (device and number), its size and time of change; None: none."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 (half the time of Path.stat)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Tensors(dict[str, Tensor]):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,11 @@ from .samples import to_8_bits
 
 _LONGEST_SIDE = 1024  # of a picture, in pixels
 _QUALITY = 90  # of JPEG
+
+
+def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
+    """`chosen` of the numbers 0 .. count - 1, such as those of images, ascending [chosen]."""
+    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class Gallery:
         """The images of both galleries, these first; without pictures unless both have them."""
         pictures = None
         if self.pictures is not None and other.pictures is not None:
-            pictures = self.pictures + other.pictures
+            # Copied: nobody here would notice that the other's file was changed.
+            pictures = self.pictures + tuple(map(bytes, other.pictures))
         return Gallery(
             self.names + other.names, torch.cat([self.statistics, other.statistics]), pictures
         )

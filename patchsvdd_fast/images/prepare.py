@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
@@ -31,6 +30,7 @@ from ..files.pages import (
 from ..files.sources import Source
 from .arrays import (
     Parts,
+    deep_array,
     has_fractions,
     image_of_array,
     images_of_batch,
@@ -43,11 +43,6 @@ from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
-
-
-def evenly_spread(count: int, chosen: int) -> npt.NDArray[np.int64]:
-    """`chosen` of the numbers 0 .. count - 1, such as those of images, ascending [chosen]."""
-    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
 
 
 class UnreadableError(ValueError):
@@ -84,21 +79,14 @@ def _read_parts(path: str | os.PathLike[str], samples: Samples) -> Parts:
         is_whole = isinstance(path, FileBytes) or file == name
         if is_whole and (count := num_pages(image)) > 1:
             warnings.warn(f"{name} has {count:,} pages or frames; the first is read", stacklevel=3)
-        deep = deep_samples(image, file)
-        if deep is None:
-            warn_of_lost_bits(image, name)
-        image.load()
-        if deep is None:
-            return [ImageOps.exif_transpose(image).convert("RGB")]
-        parts = parts_of(scaled(deep, samples, name), samples.fractions)
-        for part in parts:
-            part.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-        return [ImageOps.exif_transpose(part) for part in parts]
+        return _upright_parts(image, file, samples, name)
 
 
 def read_deep_samples(item: Any) -> DeepSamples | None:
-    """The samples of a file or PIL image; None if they are of 8 bits, or it cannot be read."""
+    """The samples of a file, PIL image or uint16 array; None of 8 bits, or if it is unreadable."""
     try:
+        if is_array(item):
+            return deep_array(item)
         if isinstance(item, Image.Image):
             return deep_samples(item, None)
         if isinstance(item, str | os.PathLike):
@@ -216,12 +204,11 @@ def prepare_image(
 ) -> PreparedImage:
     """Read one image: a path, a PIL image, an array [H, W] or [H, W, 3], or a tensor [3, H, W].
 
-    item: arrays are uint8, uint16 (scaled to 0 to 255 as those of files are) or floats in 0 to 1;
-        other floats are refused.
+    item: arrays are uint8, uint16 (of the depth that 16-bit files have) or floats: in the range
+        that files' have if `samples` has one, else in 0 to 1; others are refused.
     size: resize to it with Pillow's default filter (bicubic), or None to keep the image's own.
     smallest: least pixels on a side, before resizing.
-    samples: how files' and PIL images' samples of more than 8 bits are read, and whether they and
-        those of arrays are rounded to 8 bits.
+    samples: how samples of more than 8 bits are read, and whether they are rounded to 8 bits.
     channel_order: of arrays and tensors, "rgb" or "bgr".
     keep_original: whether `PreparedImage.original` is wanted.
 
@@ -331,8 +318,11 @@ def survey_images(
 
 def _surveyed(items: Sequence[Any], given: Samples) -> Samples:
     samples = survey(map(read_deep_samples, items), given)
-    if any(is_array(item) and has_fractions(item) for item in items):
-        samples = replace(samples, fractions=True)
+    arrays = [item for item in items if is_array(item)]
+    if arrays:  # whose 16 bits may hold only 8, multiples of 257
+        is_deep = samples.fractions and len(arrays) < len(items)
+        is_deep = is_deep or given.fractions or any(has_fractions(a, samples) for a in arrays)
+        samples = replace(samples, fractions=is_deep)
     return samples
 
 
@@ -365,11 +355,11 @@ def _as_parts(item: Any, name: str, samples: Samples, channel_order: str) -> Par
         return _read_parts(item, samples)
     if isinstance(item, Image.Image):
         try:
-            return _parts_of_opened(item, samples, name)
+            return _upright_parts(item, None, samples, name)
         except Exception as error:  # Pillow decodes an opened file only now
             raise UnreadableError(f"cannot read {name}: {_reason(error)}") from error
     if is_array(item):
-        return parts_of(image_of_array(item, name, channel_order), samples.fractions)
+        return parts_of(image_of_array(item, name, channel_order, samples), samples.fractions)
     raise TypeError(
         f"{name} must be a path, a PIL image, an array or a tensor, got {type(item).__name__}"
     )
@@ -392,9 +382,16 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _parts_of_opened(image: Image.Image, samples: Samples, name: str) -> Parts:
-    deep = deep_samples(image, None)
+def _upright_parts(
+    image: Image.Image, file: str | bytes | None, samples: Samples, name: str
+) -> Parts:
+    """An opened image, turned as its camera was; file: its path or content, if there is one."""
+    deep = deep_samples(image, file)
     if deep is None:
         warn_of_lost_bits(image, name)
-        return [image.convert("RGB")]
-    return parts_of(scaled(deep, samples, name), samples.fractions)
+        image.load()
+        return [ImageOps.exif_transpose(image).convert("RGB")]
+    parts = parts_of(scaled(deep, samples, name), samples.fractions)
+    for part in parts:
+        part.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    return [ImageOps.exif_transpose(part) for part in parts]

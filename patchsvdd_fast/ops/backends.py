@@ -65,7 +65,7 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if usable else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}'
         ) from error

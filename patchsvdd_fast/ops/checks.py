@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -125,10 +126,24 @@ def as_numbers(name: str, value: Any) -> Tensor:
     return given.long()
 
 
+def is_of_type(value: Any, kind: type) -> bool:
+    """Whether a value is an `Integral` or `Real` number, which bools are not here, or a bool."""
+    is_bool = isinstance(value, bool | np.bool_)
+    return is_bool if kind is bool else isinstance(value, kind) and not is_bool
+
+
+_KINDS: dict[type, str] = {Integral: "an integer", Real: "a number", bool: "True or False"}
+
+
+def check_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
+    """Require a value for which `is_of_type` is true; None, too, if it is optional."""
+    if not is_of_type(value, kind) and not (optional and value is None):
+        raise TypeError(f"{name} must be {_KINDS[kind]}, got {value!r}")
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     """Require an integer, no bool, of low to high."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    check_type(name, value, Integral)
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
     return int(value)

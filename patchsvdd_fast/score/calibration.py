@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..files.folders import counted
+from ..ops.checks import check_type
 from ..search.rounds import AnyBank, nearest_of_others, parts_of, processes_of
 from .border import RINGS, border_factors, corrected, ring_means
 from .maps import MapRule, check_combination, combine, scores_of
@@ -145,6 +147,7 @@ class Calibration:
         return values
 
     def _check_rate(self, rate: float) -> None:
+        check_type("a false-alarm rate", rate, Real)
         if not 0 < rate < 1:
             raise ValueError(f"a false-alarm rate must lie between 0 and 1, got {rate:g}")
         if rate < self.smallest_rate * (1 - 1e-9):

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..images.drawn_defects import DEFECTS, Strength, draw_defects
+from ..images.gallery import evenly_spread
 from ..images.light import match_illumination
-from ..images.prepare import evenly_spread
 from ..score import metrics
 from ..score.encoding import fill_banks, score_images
 from .record import Quality

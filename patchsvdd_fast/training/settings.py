@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 from dataclasses import dataclass
 from importlib import resources
+from numbers import Integral, Real
 from typing import Any
 
 from ..encoders.patch_svdd import INITIALIZATIONS
 from ..encoders.precision import PRECISIONS
+from ..ops.checks import check_int, check_type
 
 _RECIPES: dict[str, Any] = json.loads(
     resources.files(__package__).joinpath("recipes.json").read_text()
@@ -30,7 +31,13 @@ CROPS_PER_IMAGE = 100
 _FAITHFUL_ONLY = ("svdd_weight", "train_last_layer", "redraw_clipped")
 _LENGTHS = ("epochs", "steps", "minutes")
 _COUNTS = ("epochs", "steps", "batch_size", "pairs_per_crop", "check_every", "patience")
-_NUMBERS = (*_COUNTS, "minutes", "learning_rate", "svdd_weight", "warmup_steps", "seed")
+_OPTIONAL = ("epochs", "steps", "minutes", "check_every", "patience")
+_TYPES: dict[type, tuple[str, ...]] = {
+    Integral: (*_COUNTS, "warmup_steps", "crop_size", "seed"),
+    Real: ("minutes", "learning_rate", "svdd_weight"),
+    bool: ("train_last_layer", "redraw_clipped"),
+}
+_MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class TrainingSettings:
     """What determines a training run besides the images. The defaults are the paper's protocol.
 
     See `training_settings` for the values of a mode. Raises ValueError for settings that are out of
-    range or exclude each other.
+    range or exclude each other, TypeError for those of a wrong type.
     """
 
     mode: str = "faithful"
@@ -133,9 +140,13 @@ class TrainingSettings:
 
 
 def _check_numbers(settings: TrainingSettings) -> None:
-    for name in _NUMBERS:
-        if not isinstance(getattr(settings, name), numbers.Real | None):
-            raise TypeError(f"{name} must be a number, got {getattr(settings, name)!r}")
+    for kind, names in _TYPES.items():
+        for name in names:
+            check_type(name, getattr(settings, name), kind, name in _OPTIONAL)
+    check_int("seed", settings.seed, 0, _MOST_SEED)
+    for name in ("learning_rate", "svdd_weight"):
+        if math.isinf(getattr(settings, name)):
+            raise ValueError(f"{name} must be finite, got {getattr(settings, name)}")
 
 
 def illumination_of(mode: str) -> str:

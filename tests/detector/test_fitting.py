@@ -1,5 +1,6 @@
 """A detector with any encoder: pretrained by name, a backbone of one's own, the paper's."""
 
+import math
 import warnings
 
 import numpy as np
@@ -252,7 +253,21 @@ def test_an_encoder_of_ones_own(images, tmp_path):
         ({"image_size": (1, 2, 3)}, TypeError, r"image_size must be .* got \(1, 2, 3\)"),
         ({"contamination": "few"}, TypeError, "contamination must be a number, got 'few'"),
         ({"coreset": "few"}, TypeError, "coreset must be a number, got 'few'"),
-        ({"steps": "few"}, TypeError, "steps must be a number, got 'few'"),
+        ({"contamination": None}, TypeError, "contamination must be a number, got None"),
+        ({"steps": "few"}, TypeError, "steps must be an integer, got 'few'"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"seed": -1}, ValueError, r"seed must be in \[0, "),
+        ({"embedding_dim": 64.0}, TypeError, "embedding_dim must be an integer, got 64.0"),
+        ({"bit_depth": "12"}, TypeError, "bit_depth must be an integer, got '12'"),
+        ({"value_range": (1,)}, TypeError, r"value_range must be two numbers, .* got \(1,\)"),
+        ({"value_range": ("a", "b")}, TypeError, "value_range must be two numbers"),
+        ({"keep_images": "no"}, TypeError, "keep_images must be True or False, got 'no'"),
+        ({"redraw_clipped": "no"}, TypeError, "redraw_clipped must be True or False, got 'no'"),
+        ({"learning_rate": math.inf}, ValueError, "learning_rate must be finite, got inf"),
+        ({"mean": ["pixel"]}, ValueError, r"mean must be one of .* got \['pixel'\]"),
+        ({"image_size": True}, TypeError, "image_size must be pixels, .* got True"),
+        ({"device": None}, ValueError, 'device must be "auto", .* got None'),
     ],
 )
 def test_bad_parameters_are_named(arguments, error, message, images):
@@ -261,12 +276,13 @@ def test_bad_parameters_are_named(arguments, error, message, images):
 
 
 def test_a_search_over_parameters(images, tmp_path):
-    """Grids have NumPy's numbers and pairs for levels; what is scored is to be named."""
+    """Grids have NumPy's values and pairs for levels; what is scored is to be named."""
     spoiled = images.copy()
     spoiled[:, 40:60, 40:60] = (255, 0, 0)
     both, labels = np.concatenate([images, spoiled]), np.repeat([1, -1], len(images))
     grid = {"image_size": np.array([96]), "levels": [[(16, 8)]], "seed": np.arange(1)}
-    detector = PatchSVDD(encoder=Plain(), combination="K16")
+    grid |= {"value_range": [np.array([0, 9])], "keep_images": np.array([False])}
+    detector = PatchSVDD(encoder=Plain(), combination="K16", device=torch.device("cpu"))
     train = [(np.arange(3), np.arange(3, len(both)))]
     search = GridSearchCV(detector, grid, cv=train, scoring="roc_auc", error_score="raise")
     assert search.fit(both, labels).best_score_ == 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import struct
@@ -295,6 +296,8 @@ def test_a_file_written_into_while_it_is_open_is_noticed(folder, tmp_path):
     before = detector.score([new]).image_scores
     detector = PatchSVDD.load(path, "cpu")
     taken_out = copy.deepcopy(detector)
+    refitted, merged = (detector.refit([new[::-1], new[:, ::-1]]) for _ in range(2))
+    merged.merge(detector)
     stream = detector.score_stream(itertools.repeat(new))
     result = next(stream)
     other = PatchSVDD(image_size=96).fit(training[:3], encoder=detector.encoder_)
@@ -308,11 +311,19 @@ def test_a_file_written_into_while_it_is_open_is_noticed(folder, tmp_path):
         lambda: detector.explain(result),
         lambda: detector.save(tmp_path / "again"),
         lambda: detector.add([new]),
+        lambda: detector.encode(detector.load_images([new]).pixels),
+        lambda: copy.deepcopy(detector),  # which could not notice it any more
+        lambda: pickle.dumps(detector),
+        lambda: pickle.dumps(next(iter(detector.banks_.values()))),
         lambda: next(iter(detector.banks_.values())).nearest(torch.zeros(1, 64)),
         lambda: list(itertools.islice(stream, 99)),
     ):
         with pytest.raises(OSError, match="was changed in place while it was open"):
             ask()
+    assert repr(detector) == repr(taken_out)
+    refitted.merge(taken_out)
+    assert refitted.gallery_.pictures == merged.gallery_.pictures
+    assert torch.equal(refitted.score([new]).image_scores, merged.score([new]).image_scores)
     assert torch.equal(taken_out.score([new]).image_scores, before)
     with pytest.raises(ValueError, match="damaged"):  # for the old file was longer
         PatchSVDD.load(path, "cpu")

@@ -250,8 +250,13 @@ def test_a_failure_changes_nothing(fitted, paths, new_images):
         with pytest.raises(ValueError, match=message):
             attempt()
         assert vars(fitted) == before
-    with pytest.raises(TypeError, match="a list of names and numbers, got"):
-        fitted.remove("0.png")
+    for images in ("0.png", 0):
+        with pytest.raises(TypeError, match="a list of names and numbers, got"):
+            fitted.remove(images)
+    with pytest.raises(TypeError, match="only a detector can be merged, got str: use add"):
+        fitted.merge("images")
+    with pytest.raises(TypeError, match="a false-alarm rate must be a number, got '1 %'"):
+        fitted.threshold("1 %")
     with pytest.raises(TypeError, match="integer"):
         fitted.remove([0.0])
     assert vars(fitted) == before

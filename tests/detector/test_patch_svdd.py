@@ -308,6 +308,10 @@ def test_not_fitted():
         lambda d: d.save("x"),
         lambda d: d.predict("x"),
         lambda d: d.threshold_,
+        lambda d: d.encode(torch.zeros(1, 3, 256, 256, dtype=torch.uint8)),
+        lambda d: d.image_shape(),
+        lambda d: d.levels_,
+        lambda d: d.usual_light(),
     ):
         with pytest.raises(NotFittedError):
             call(PatchSVDD())

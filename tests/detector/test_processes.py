@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -25,7 +25,7 @@ from patchsvdd_fast.search.neighbors import ExactKNeighborsTransformer
 from processes import run_script
 
 MODEL, IMAGES = "model.safetensors", "images.npy"
-OTHERS = ["stream", "workers", "spawn", "forkserver"]
+OTHERS = ["threads", "stream", "workers", "spawn", "forkserver"]
 SECONDS = 120  # of a script; a child that hangs would take longer
 
 
@@ -210,6 +210,13 @@ def main(folder):
     in_a_fork(alone)  # where OpenMP's threads cannot be ended
     backends._loaded_openmp = find
     print("alone")
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(same).result()
+        going_on = pool.submit(lambda: [same() for _ in range(9)])
+        pool.submit(in_a_fork, same).result()  # of a thread, while another one searches
+        going_on.result()
+    print("threads")
 
     stream = detector.score_stream(image for image in [*images] * 3)
     next(stream)

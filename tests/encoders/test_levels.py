@@ -7,7 +7,7 @@ from patchsvdd_fast.encoders.levels import DEFAULT_LEVELS, PatchLevel, as_levels
 
 
 def test_pairs_are_levels():
-    for given in ([(64, 16), (32, 4)], ((64, 16), [32, 4]), iter(DEFAULT_LEVELS), DEFAULT_LEVELS):
+    for given in ([(64, 16), (32, 4)], ((64, 16), [32, 4]), DEFAULT_LEVELS):
         assert as_levels(given) == DEFAULT_LEVELS
     (level,) = as_levels([(np.int64(32), np.int32(4))])
     assert level == PatchLevel(32, 4)
@@ -18,6 +18,7 @@ def test_pairs_are_levels():
     ("given", "kind", "message"),
     [
         (5, TypeError, "levels must be a sequence of levels, got 5"),
+        (iter(DEFAULT_LEVELS), TypeError, "levels must be a sequence of levels, got <"),
         ("K64", TypeError, "levels must be a sequence of levels, got 'K64'"),
         ((64, 16), TypeError, r"a level must be a PatchLevel or a pair \(size, stride\), got 64"),
         ([(64,)], TypeError, r"a level must be a PatchLevel or a pair .* got \(64,\)"),

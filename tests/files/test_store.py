@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,61 @@ def test_changes_in_place_are_noticed(tmp_path):
     file = store.file_of(store.load(path)[0])
     with path.open("ab") as longer:
         longer.write(b" ")
-    with pytest.raises(OSError, match="changed in place"):
-        file.check()
-    assert copy.deepcopy(file) is None
+    for ask in (file.check, lambda: copy.deepcopy(file)):
+        with pytest.raises(OSError, match="changed in place"):
+            ask()
     file = store.file_of(store.load(other)[0])
+    assert copy.deepcopy(file) is None
     store.save(other, "bank", {"a": TENSORS["a"]}, {"parameters": {}})
     file.check()  # another file now: the one that is mapped is as it was
     other.unlink()
     file.check()
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    file = store.file_of(store.load(path)[0])
+    path.rename(tmp_path / "older")
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    file.check()
+    (tmp_path / "older").write_bytes(b"")
+    with pytest.raises(OSError, match="changed in place"):
+        file.check()  # it is still the one that is mapped
+
+
+def test_a_missing_file_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'nowhere\.model'"):
+        store.load("nowhere.model")
+
+
+@pytest.mark.parametrize("descriptor", ["closed", "another file's", "none left"])
+def test_changes_are_noticed_without_the_descriptor(tmp_path, monkeypatch, descriptor):
+    path = tmp_path / "model"
+    store.save(path, "bank", TENSORS, {"parameters": {}})
+    number = os.dup(0)
+    os.close(number)  # the next that is opened
+    if descriptor == "none left":
+        monkeypatch.setattr(store, "_MOST_DESCRIPTORS", 0)
+    file = store.MappedFile(path)
+    if descriptor != "none left":
+        os.close(number)  # as a daemon closes all that it inherits
+    other = (tmp_path / "other").open("w") if descriptor == "another file's" else nullcontext()
+    with other:
+        file.check()
+        path.write_bytes(b"")
+        with pytest.raises(OSError, match="changed in place"):
+            file.check()
+        path.unlink()
+        file.check()  # there is nothing left to ask
+        del file  # closes no other's descriptor
+
+
+@needs_proc
+def test_files_are_closed_with_what_lies_in_them(tmp_path):
+    store.save(tmp_path / "model", "bank", TENSORS, {"parameters": {}})
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    tensors, _ = store.load(tmp_path / "model")
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1  # noqa: PTH208
+    del tensors
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
     assert store.file_of(TENSORS) is None
 
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from patchsvdd_fast.images.prepare import load_image_set, load_images, prepare_image
+from patchsvdd_fast.images.samples import UNKNOWN, Samples
 
 COLOUR = np.random.default_rng(0).integers(256, size=(80, 70, 3), dtype=np.uint8)
 PIXELS = torch.from_numpy(COLOUR).permute(2, 0, 1)
-OTHER_GRAY = np.arange(80 * 70, dtype=np.uint16).reshape(80, 70)
+OTHER_GRAY = np.arange(80 * 70, dtype=np.uint16).reshape(70, 80).T  # brightest at the right
 
 
 class OfAnotherLibrary:
@@ -66,12 +68,43 @@ def test_gray_images_have_no_order_of_channels(gray):
         load_images([gray], None, 64, channel_order="bgr")
 
 
-def test_16_bits_are_scaled_as_in_files(tmp_path):
-    from PIL import Image
+@pytest.mark.parametrize("deep", [OTHER_GRAY * 11, OTHER_GRAY % 4096, OTHER_GRAY % 1000 + 0.5])
+def test_deep_arrays_are_read_as_files_are(tmp_path, deep):
+    """Of 16 and 12 bits, and floats in a range; what is found from files holds for arrays."""
+    array = deep.astype(np.float32) if deep.dtype == float else deep
+    path = tmp_path / ("deep.tiff" if array.dtype == np.float32 else "deep.png")
+    Image.fromarray(array).save(path)
+    expected = load_image_set([path], None, 64)
+    colour = array[..., None].repeat(3, 2)
+    with_alpha = np.dstack([colour, np.full_like(array, 65535)])
+    for given in ([array], [torch.from_numpy(array)], [colour], [with_alpha]):
+        found = load_image_set(given, None, 64, samples=expected.samples)
+        assert torch.equal(found.pixels, expected.pixels)
+        if array.dtype == np.uint16:
+            assert load_image_set(given, None, 64).samples == expected.samples
+    with pytest.raises(ValueError, match="image 0: it has a sample of 60000, more than the 12 "):
+        image = np.full_like(OTHER_GRAY, 60000)
+        load_image_set([image], None, 64, samples=Samples(bit_depth=12))
+    with pytest.warns(UserWarning, match="image 0 has 16-bit samples, which no training image had"):
+        load_image_set([OTHER_GRAY], None, 64, samples=UNKNOWN)
+    with pytest.raises(ValueError, match="image 0: it has samples that are NaN"):
+        load_image_set([deep * np.nan], None, 64, samples=Samples(value_range=(0, 9)))
 
-    deep = OTHER_GRAY * np.uint16(11)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert torch.equal(load_images([deep], None, 64), load_images(tmp_path, None, 64))
+
+def test_a_range_that_is_given_holds_for_arrays():
+    counts = OTHER_GRAY * np.float32(0.5)
+    found = load_image_set([counts], None, 64, given=Samples(value_range=(0, 4000)))
+    assert found.samples.fractions
+    torch.testing.assert_close(found.pixels[0, 0], torch.from_numpy(counts) * (255 / 4000))
+
+
+def test_floats_may_lie_outside_by_their_rounding():
+    floats = COLOUR / np.float32(255)
+    floats[floats == 0] = -1e-7
+    floats[floats == 1] += 1e-7
+    assert floats.max() > 1
+    for given in (floats, floats.astype(float)):
+        assert torch.equal(load_images([given], None, 64), PIXELS[None])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +112,11 @@ def test_16_bits_are_scaled_as_in_files(tmp_path):
     [
         (COLOUR * 1.0, ValueError, r"image 0 .* floats in 0 to 1, got 0 to 255: divide it by 255"),
         (COLOUR * 9.0, ValueError, r"image 0 .* got 0 to 2295: divide it by its largest possible"),
+        (
+            COLOUR / 250.0 - 0.01,
+            ValueError,
+            r"got -0\.01 to 1\.01: if .* resized, \.clip\(0, 1\)",
+        ),
         (COLOUR / 99 - 1, ValueError, r"got -1 to 1\.576: undo its normalisation, image \* std"),
         (COLOUR / np.float32(np.nan), ValueError, "image 0 holds NaN or infinity"),
         (COLOUR.astype(int), TypeError, r"image 0 .* got int64 array: convert it, with \.astype"),
@@ -90,7 +128,8 @@ def test_16_bits_are_scaled_as_in_files(tmp_path):
             ValueError,
             r"must have shape \[H, W\] or \[H, W, 3\], got \[80, 70, 2\]$",
         ),
-        (COLOUR[None], ValueError, r"must have shape .* got \[1, 80, 70, 3\]$"),
+        (COLOUR[None], ValueError, r"must have shape .* got \[1, 80, 70, 3\]: it is a batch"),
+        (PIXELS[None], ValueError, r"must have shape .* got \[1, 3, 80, 70\]: it is a batch"),
     ],
 )
 def test_errors_name_what_was_mixed_up(image, kind, message):
@@ -123,8 +162,6 @@ def test_a_colour_image_with_channels_first_may_be_three_gray_ones():
 
 
 def test_columns_of_tables_are_taken(tmp_path):
-    from PIL import Image
-
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
     for path in paths:
         Image.fromarray(COLOUR).save(path)

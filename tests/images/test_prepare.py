@@ -8,7 +8,7 @@ from pathlib import PurePath
 import numpy as np
 import pytest
 import torch
-from PIL import AvifImagePlugin, Image, WebPImagePlugin, features
+from PIL import AvifImagePlugin, Image, ImageOps, WebPImagePlugin, features
 
 from patchsvdd_fast.files.folders import SUFFIXES, find_images
 from patchsvdd_fast.files.sources import Source
@@ -184,7 +184,11 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
     image.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "turned.png")), np.rot90(COLOUR, k=-1))
+    turned = np.rot90(COLOUR, k=-1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "turned.png")), turned)
+    opened = Image.open(tmp_path / "turned.png")
+    for one in (opened, opened.convert("RGBA"), ImageOps.exif_transpose(opened)):
+        assert torch.equal(load_images([one], None, 1), load_images([turned], None, 1))
 
 
 def test_sources_of_every_kind_agree(tmp_path):

@@ -126,6 +126,15 @@ def test_a_training_image_matches_itself(fitted, training):
         assert fitted.explain(result) == []
 
 
+def test_what_is_no_result_is_named(fitted, defective):
+    scored = fitted.score(defective[:1])
+    for ask in (fitted.explain, fitted.highest_place):
+        with pytest.raises(TypeError, match=r"result must be one image's .* got ScoredImages"):
+            ask(scored)
+    with pytest.raises(TypeError, match=r"region must be a region, such as explain .* got list"):
+        fitted.match_picture(fitted.explain(scored[0]))
+
+
 # --- regions --------------------------------------------------------------------------------------
 
 
