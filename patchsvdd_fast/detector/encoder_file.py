@@ -20,7 +20,8 @@ from ..files.shards import first_file
 from ..files.store import below, naming
 from .parameters import from_header, illumination_of, new_encoder
 
-CALIBRATION_SCHEMA = 4  # the first with scores of each level; older files are calibrated anew
+CALIBRATION_SCHEMA = 4
+"""Of files, the first with scores of each level; older files are calibrated anew."""
 _FOREIGN_SUFFIXES = (".pkl", ".pt", ".pth")  # of official checkpoints
 
 
