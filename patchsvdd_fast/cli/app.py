@@ -19,7 +19,12 @@ from . import demo, evaluate, model, score, train, update
 from .options import INTERRUPTED, TERMINATED
 from .terminal import console, errors, print_error, print_warning
 
-_DIVIDED = ("train", "score", "evaluate")  # commands whose work several processes can divide
+_DIVIDED = (
+    "train",
+    "score",
+    "evaluate",
+    "update",
+)  # commands whose work several processes can divide
 _USUAL_LIMIT = f"{Image.MAX_IMAGE_PIXELS:,} pixels"  # Pillow's own, which --max-pixels changes
 
 app = typer.Typer(

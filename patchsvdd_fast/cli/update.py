@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from .terminal import print_line
 if TYPE_CHECKING:
     from ..detector.categories import CategoryDetectors
     from ..detector.patch_svdd import PatchSVDD
+    from ..training.workers import Workers
 
 
 def update(
@@ -77,6 +79,7 @@ def update(
 
     Changes are made in this order: --remove-category, --replace, --remove, --add, --merge.
     `patchsvdd info MODEL` says how many images there are. Without --output MODEL itself is changed.
+    Several processes under torchrun divide the images that are embedded.
     """
     changes_one = bool(remove or add or replace or category or merge_category)
     if not (remove or add or merge or replace or remove_category):
@@ -90,14 +93,28 @@ def update(
         from ..detector.categories import by_category, open_detectors
         from ..detector.patch_svdd import PatchSVDD
         from ..files.sources import require_there
+        from ..ops.backends import resolve_device
+        from ..training.workers import local_device
+        from .terminal import joined, require_same
     for path in (*(add or []), *(merge or []), *([] if replace is None else [replace])):
         require_there(path)
 
-    with claimed_file(output, overwrite):
-        opened = open_detectors(model, device)
-        others = {path: open_detectors(path, device) for path in merge or []}
+    target = local_device(resolve_device(device))
+    with joined(target) as workers, ExitStack() as claims:
+        if workers.is_first:
+            claims.enter_context(claimed_file(output, overwrite))
+        require_same(workers, model)
+        opened = open_detectors(model, str(target))
+        others = {path: open_detectors(path, str(target)) for path in merge or []}
         changes = _Changes(
-            replace, remove or [], add or [], others, merge_category, skip_unreadable, pages
+            replace,
+            remove or [],
+            add or [],
+            others,
+            merge_category,
+            skip_unreadable,
+            pages,
+            workers,
         )
         before = {name: one.num_images for name, one in by_category(opened).items()}
         for name in remove_category or []:
@@ -111,7 +128,9 @@ def update(
                 opened[str(category)] = detector
             changed = [category or ""]
         else:
-            changed = _merge_all(opened, others)
+            changed = _merge_all(opened, others) if workers.is_first else []
+        if not workers.is_first:
+            return
         opened.save(output)
     now = by_category(opened)
     lines = [f"without {name}" for name in remove_category or []]
@@ -135,9 +154,11 @@ class _Changes(NamedTuple):
     merge_category: str | None
     skip_unreadable: bool
     pages: str
+    workers: Workers
+    """Processes that embed images in shares; the first does the rest."""
 
     def made_to(self, detector: PatchSVDD, category: str | None) -> PatchSVDD:
-        """The changed detector, of this category if there are several."""
+        """The changed detector, of this category if there are several; in the first process."""
         how: dict[str, Any] = {
             "skip_unreadable": self.skip_unreadable,
             "pages": self.pages,
@@ -147,11 +168,13 @@ class _Changes(NamedTuple):
             detector = detector.refit(self.replace, **how)
         if self.remove:
             names = [int(name) if name.isdecimal() else name for name in self.remove]
-            detector.remove(names, progress=True)
+            with self.workers.together():
+                if self.workers.is_first:
+                    detector.remove(names, progress=True)
         if self.add:
             images = self.add[0] if len(self.add) == 1 else _all_images(self.add)
             detector.add(images, **how)
-        for path, other in self.merge.items():
+        for path, other in self.merge.items() if self.workers.is_first else ():
             theirs = _to_merge(other, self.merge_category or category, path)
             detector.merge(theirs, progress=True)
         return detector

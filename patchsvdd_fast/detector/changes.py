@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import filling, fitting, normality, scoring
+from ..encoders.patch_encoder import device_of
+from ..training.workers import joined_workers
+from . import filling, fitting, normality
 from .explanations import ExplanationsMixin
+from .filling import Embedder
 from .forecast import Progress, changes_shown
 from .model_file import Model
 from .normality import Normality
@@ -39,18 +42,21 @@ class ChangesMixin(ExplanationsMixin):
         """Add good images to the banks and calibrate anew; encoder, mean and light stay.
 
         X must not hold images of `fit`, whose mean was taken: thresholds would become too low.
-        skip_unreadable, pages, progress: as of `fit`. Raises ValueError for unusable images; then
-        nothing changes.
+        skip_unreadable, pages, progress: as of `fit`. Under torchrun all processes call this at
+        once, and the first alone is changed. Raises ValueError for unusable images; then nothing
+        changes.
         """
         before, model = self._normality(), self.model()
-        given = model.parameters
-        with changes_shown(progress) as told:
-            images = fitting.load_to_add(X, model, skip_unreadable, told.phase(READING), pages)
-            how = model.encoder, model.mean, model.light, given
-            encoding = told.phase(ENCODING)
-            encoded = scoring.encode(*how, images.pixels, None, encoding, images.names)
-            more = normality.with_images(before, images, encoded, given["keep_images"])
-            self._take_over(more, told)
+        normality.whole_banks(before)  # before it takes long
+        encoder = model.encoder
+        with changes_shown(progress) as told, joined_workers(device_of(encoder)) as workers:
+            how = skip_unreadable, told.phase(READING), pages, workers
+            images = filling.load_to_add(X, model, *how)
+            how_encoded = model.parameters, encoder, model.mean, model.light, images
+            embedder = Embedder(*how_encoded, None, told.phase(ENCODING), workers)
+            embedded = embedder.in_first()
+            if embedded is not None:
+                self._take_over(normality.with_images(before, *embedded), told)
         return self
 
     def remove(self, images: Sequence[str | Path | int], *, progress: bool = False) -> Self:
@@ -90,12 +96,13 @@ class ChangesMixin(ExplanationsMixin):
 
         For the same product on another line, say; the two can be merged. X must not hold images of
         `fit`: to leave some of those out, use `remove`. skip_unreadable, pages, progress: as of
-        `fit`. Raises ValueError for unusable images, and for those of another size unless
-        mean="channel".
+        `fit`. Under torchrun all processes call this at once, and the first alone has the new one;
+        others return this one. Raises ValueError for unusable images, and for those of another size
+        unless mean="channel".
         """
         with fit_shown(progress, None, None) as (_, on_progress):
             model = fitting.refit_model(self.model(), X, skip_unreadable, on_progress, pages)
-        return self._twin(model)
+        return self if model is None else self._twin(model)
 
     @property
     def num_images(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
 from ..images.gallery import Gallery
 from ..images.prepare import ImageSet
+from ..images.samples import Samples
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
 from ..search.rounds import AnyBank
@@ -21,10 +23,11 @@ from ..training.record import is_collapsed, warn_of_collapse
 from ..training.workers import Workers
 from . import normality
 from .forecast import Progress
+from .model_file import Model
 from .normality import Normality
 from .parameters import Parameters
 from .progress_bars import CALIBRATING, ENCODING, FILLING, THRESHOLDS
-from .scoring import encode
+from .scoring import encode, load
 
 
 def own_share(images: ImageSet, workers: Workers) -> ImageSet:
@@ -40,6 +43,100 @@ def own_share(images: ImageSet, workers: Workers) -> ImageSet:
     )
 
 
+def load_share(
+    source: Any,
+    given: Parameters,
+    progress: Callable[[float], None] | None,
+    samples: Samples | None,
+    skip_unreadable: bool,
+    pages: str,
+    workers: Workers,
+) -> ImageSet:
+    """Load the images that this process embeds; what is wrong in one process is so in all."""
+    with workers.together():
+        how = progress, samples, skip_unreadable, pages, workers.share_of_images
+        images = load(source, given, *how)
+    require_one_size(images.pixels, workers)
+    return images
+
+
+def require_one_size(pixels: Tensor, workers: Workers) -> None:
+    """Raise ValueError unless the images of all processes are of one size."""
+    sizes = workers.processes.told(f"{pixels.shape[-1]}x{pixels.shape[-2]}")
+    with workers.together():
+        if len({*sizes}) > 1:
+            raise ValueError(
+                "images must all have one size unless they are resized, got "
+                f"{' and '.join(sorted({*sizes}))} pixels"
+            )
+
+
+def load_to_add(
+    source: Any,
+    model: Model,
+    skip_unreadable: bool,
+    progress: Callable[[float], None] | None,
+    pages: str,
+    workers: Workers,
+) -> ImageSet:
+    """Load images to add to a model. Raises ValueError if they are of another size than its own."""
+    how = progress, model.samples, skip_unreadable, pages, workers
+    images = load_share(source, model.parameters, *how)
+    (height, width), found = model.mean.shape[1:], images.pixels.shape
+    if found[2:] != (height, width):
+        raise ValueError(
+            f"images to add must have {width}x{height} pixels as those in the banks, "
+            f"got {found[3]}x{found[2]}"
+        )
+    return images
+
+
+class Embedder:
+    """Embeds this process's share of images, with a detector's encoder, mean, light and parameters.
+
+    num_in_mean: see `encode`. workers: processes, of which each has some of the images, one after
+    another.
+    """
+
+    def __init__(
+        self,
+        given: Parameters,
+        encoder: PatchEncoder,
+        mean: Tensor,
+        light: Tensor,
+        images: ImageSet,
+        num_in_mean: int | None,
+        progress: Callable[[float], None] | None,
+        workers: Workers,
+    ) -> None:
+        self.given, self.images, self.workers = given, images, workers
+        self._how = encoder, mean, light, given
+        self._num_in_mean, self._progress = num_in_mean, progress
+        with workers.together():
+            self.gallery = Gallery.of(images, given["keep_images"])
+
+    def __len__(self) -> int:
+        return len(self.images.names)
+
+    def some(self, some: slice) -> list[Tensor]:
+        """The embeddings of some of this process's images, one [n, I, J, D] per level."""
+
+        def tell(share: float) -> None:
+            if self._progress is not None:
+                self._progress((some.start + share * (some.stop - some.start)) / len(self))
+
+        pixels, names = self.images.pixels[some], self.images.names[some]
+        return encode(*self._how, pixels, self._num_in_mean, tell, names)
+
+    def in_first(self) -> tuple[Gallery, list[Tensor]] | None:
+        """In the first process gallery and embeddings of all images; None in the others."""
+        with self.workers.together():
+            encoded = self.some(slice(0, len(self)))
+        encoded = [self.workers.rows_in_first(values) for values in encoded]
+        galleries = self.workers.in_first(self.gallery)
+        return (Gallery.joined(galleries), encoded) if self.workers.is_first else None
+
+
 def filled(
     given: Parameters,
     encoder: PatchEncoder,
@@ -52,43 +149,27 @@ def filled(
     workers: Workers | None = None,
     shard_bytes: int | None = None,
 ) -> tuple[Normality, Calibration | None] | None:
-    """New banks and a gallery of these images, and their calibration; arguments as of `encode`.
+    """New banks and a gallery of these images, and their calibration; arguments as of `Embedder`.
 
-    category: of these images, for warnings. workers: processes, of which each has some of the
-    images, one after another. shard_bytes: as of `PatchSVDD.fit`.
+    category: of these images, for warnings. shard_bytes: as of `PatchSVDD.fit`.
 
     Returns None in all but the first process, unless banks are in shards.
     """
     progress, workers = progress or Progress(), workers or Workers()
     shape = mean.shape[1], mean.shape[2]
-    encoding = progress.phase(ENCODING)
-    with workers.together():
-        gallery = Gallery.of(images, given["keep_images"])
-
-    def encoded_of(some: slice) -> list[Tensor]:
-        def tell(share: float) -> None:
-            if encoding is not None:
-                here = some.start + share * (some.stop - some.start)
-                encoding(here / len(images.names))
-
-        pixels, names = images.pixels[some], images.names[some]
-        return encode(encoder, mean, light, given, pixels, num_in_mean, tell, names)
-
+    how = given, encoder, mean, light, images, num_in_mean, progress.phase(ENCODING), workers
+    embedder = Embedder(*how)
     if shard_bytes is not None:
-        banks, collapsed = _sharded_banks(
-            *(given, shape, len(images.names), encoded_of, shard_bytes, workers)
-        )
+        banks, collapsed = _sharded_banks(embedder, shape, shard_bytes)
         for level in collapsed:
             warn_of_collapse(f"at {level}")
-        normal = Normality(banks, Gallery.joined(workers.processes.told(gallery)))
-        how = given, encoder, normal, shape, progress, None, category
-        return normal, calibrated(*how)
-    with workers.together():
-        encoded = encoded_of(slice(0, len(images.names)))
-    encoded = [workers.rows_in_first(values) for values in encoded]
-    gallery = Gallery.joined(workers.in_first(gallery))
-    if not workers.is_first:
+        gallery = Gallery.joined(workers.processes.told(embedder.gallery))
+        normal = Normality(banks, gallery)
+        return normal, calibrated(given, encoder, normal, shape, progress, None, category)
+    embedded = embedder.in_first()
+    if embedded is None:
         return None
+    gallery, encoded = embedded
     filling = progress.phase(FILLING)
     normal = normality.normality_of(
         given["levels"], gallery, encoded, given["seed"], given["coreset"], filling
@@ -129,19 +210,14 @@ def calibrated(
 
 
 def _sharded_banks(
-    given: Parameters,
-    shape: tuple[int, int],
-    num_images: int,
-    encode: Callable[[slice], Sequence[Tensor]],
-    shard_bytes: int,
-    workers: Workers,
+    embedder: Embedder, shape: tuple[int, int], shard_bytes: int
 ) -> tuple[dict[PatchLevel, AnyBank], list[str]]:
     """A bank per level of the images of all processes; and the levels that have collapsed.
 
-    given: resolved parameters. shape: (height, width) of images. num_images: of this process, in
-    the order of ranks. encode: gives the embeddings of some, one [n, I, J, D] float32 per level.
-    shard_bytes: of the embeddings in a part, at most, but for those of one image.
+    shape: (height, width) of images. shard_bytes: of the embeddings in a part, at most, but for
+    those of one image.
     """
+    given, workers, num_images = embedder.given, embedder.workers, len(embedder)
     levels = given["levels"]
     patches = sum(math.prod(level.grid_shape(*shape)) for level in levels)
     at_once = max(1, shard_bytes // (4 * patches * given["embedding_dim"]))
@@ -151,7 +227,7 @@ def _sharded_banks(
     with workers.together():
         for some in _slices(num_images, at_once):
             groups = torch.arange(begin + some.start, begin + some.stop)
-            for level, values in zip(levels, encode(some), strict=True):
+            for level, values in zip(levels, embedder.some(some), strict=True):
                 own = groups.to(values.device)
                 parts[level].append(NormalBank(values, groups=own, seed=given["seed"]))
         alike = [[is_collapsed(part.embeddings) for part in parts[level]] for level in levels]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.backbone import BackboneEncoder
-from ..encoders.patch_encoder import PatchEncoder
+from ..encoders.patch_encoder import PatchEncoder, device_of
 from ..encoders.precision import warn_of_slow_bfloat16
 from ..images.gallery import evenly_spread
 from ..images.light import (
@@ -34,7 +34,7 @@ from ..training.defect_check import DefectCheck, check_of
 from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import Workers, joined_workers, local_device
 from . import normality, parameters
-from .filling import filled, own_share
+from .filling import filled, load_share, own_share, require_one_size
 from .forecast import Progress
 from .model_file import Model, differences
 from .parameters import Parameters
@@ -145,6 +145,7 @@ def _fitted(
             *(sources, given, progress.phase(READING), skip_unreadable, pages),
             share=None if all_here else workers.share_of_images,
         )
+    require_one_size(loaded.pixels, workers)
     summed = of_one_process if all_here else workers.summed
     count = int(summed(torch.tensor(len(loaded.names))))
     light = mean_colour(loaded.pixels, summed)
@@ -305,15 +306,21 @@ def refit_model(
     skip_unreadable: bool = False,
     on_progress: OnProgress = None,
     pages: str = "first",
-) -> Model:
-    """A model with other training images; encoder and light stay. See `PatchSVDD.refit`."""
+) -> Model | None:
+    """A model with other training images; encoder and light stay. See `PatchSVDD.refit`.
+
+    Returns None in all but the first process under torchrun.
+    """
     given, encoder, light = before.parameters, before.encoder, before.light
     progress = Progress(on_progress)
-    images = load(source, given, progress.phase(READING), before.samples, skip_unreadable, pages)
-    mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
-    progress.forecast(given, encoder, mean, light, images.pixels)
-    made = filled(given, encoder, mean, light, images, None, progress)
-    assert made is not None, "this process is alone"
+    with joined_workers(device_of(encoder)) as workers:
+        how = progress.phase(READING), before.samples, skip_unreadable, pages
+        images = load_share(source, given, *how, workers)
+        mean = mean_of_size(before.mean, given["mean"], *images.pixels.shape[-2:])
+        progress.forecast(given, encoder, mean, light, images.pixels)
+        made = filled(given, encoder, mean, light, images, None, progress, "", workers)
+    if made is None:
+        return None
     normal, calibration = made
     if given["mean"] == "pixel":
         normality.warn_of_repeats(normal.gallery, before.gallery)
@@ -321,24 +328,6 @@ def refit_model(
     return replace(
         before, mean=mean, banks=banks, gallery=gallery, calibration=calibration, file=None
     )
-
-
-def load_to_add(
-    source: Any,
-    model: Model,
-    skip_unreadable: bool = False,
-    progress: Callable[[float], None] | None = None,
-    pages: str = "first",
-) -> ImageSet:
-    """Load images to add to a model. Raises ValueError if they are of another size than its own."""
-    images = load(source, model.parameters, progress, model.samples, skip_unreadable, pages)
-    (height, width), found = model.mean.shape[1:], images.pixels.shape
-    if found[2:] != (height, width):
-        raise ValueError(
-            f"images to add must have {width}x{height} pixels as those in the banks, "
-            f"got {found[3]}x{found[2]}"
-        )
-    return images
 
 
 def require_alike(one: Model, other: Model) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..images.gallery import Gallery
-from ..images.prepare import ImageSet
 from ..score.calibration import Calibration
 from ..score.encoding import banks_of
 from ..search.bank import NormalBank
@@ -63,16 +62,14 @@ def normality_of(
     return Normality(dict(banks), gallery)
 
 
-def with_images(
-    before: Normality, images: ImageSet, encoded: Sequence[Tensor], keep_pictures: bool
-) -> Normality:
-    """The training images and these. encoded: their embeddings, one [N, I, J, D] per level."""
-    banks = _copies(before)
+def with_images(before: Normality, added: Gallery, encoded: Sequence[Tensor]) -> Normality:
+    """The training images and those added. encoded: of these, one [N, I, J, D] per level."""
+    banks = whole_banks(before)
     for bank, embeddings in zip(banks.values(), encoded, strict=True):
         bank.add(embeddings)
     gallery = before.gallery
     if gallery is not None:
-        gallery = gallery.with_others(Gallery.of(images, keep_pictures))
+        gallery = gallery.with_others(added)
     return Normality(dict(banks), gallery)
 
 
@@ -85,7 +82,7 @@ def without_images(before: Normality, images: Sequence[str | Path | int]) -> Nor
     if isinstance(images, str | Path) or not isinstance(images, Iterable):
         raise TypeError(f"images must be a list of names and numbers, got {images!r}")
     gone = {_number_of(before, image) for image in images}
-    banks = _copies(before)
+    banks = whole_banks(before)
     for bank in banks.values():
         bank.remove(bank.groups[sorted(gone)])
     gallery = before.gallery
@@ -96,7 +93,7 @@ def without_images(before: Normality, images: Sequence[str | Path | int]) -> Nor
 
 def merged(one: Normality, other: Normality) -> Normality:
     """The images of both, which must have been embedded in the same way (`differences`)."""
-    banks = _copies(one)
+    banks = whole_banks(one)
     for level, bank in banks.items():
         theirs = whole_bank(other.banks[level]).to(bank.device)
         first = int(bank.groups.max()) + 1
@@ -137,7 +134,7 @@ def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
         )
 
 
-def _copies(before: Normality) -> dict[PatchLevel, NormalBank]:
+def whole_banks(before: Normality) -> dict[PatchLevel, NormalBank]:
     """Copies of the banks that can be changed by themselves; rows are shared until they are.
 
     Raises ValueError for coresets, which cannot be calibrated anew after a change.

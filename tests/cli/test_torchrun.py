@@ -113,3 +113,18 @@ def test_an_evaluation_is_divided(category_folder, ready_model, tmp_path):
         return (tmp_path / f"{count}.json").read_bytes(), files_of(tmp_path / f"report{count}")
 
     assert run(2) == run(1)
+
+
+def test_images_of_an_update_are_divided(category_folder, good_folder, ready_model, tmp_path):
+    changes = ("--replace", category_folder / "train/good", "--remove", "0.png")
+    changes += ("--add", good_folder)
+    for count in (1, 2):
+        output = tmp_path / f"{count}.safetensors"
+        first, *others = together(count, "update", ready_model, *changes, "-o", output)
+        assert first.returncode == 0, first.stderr
+        assert "4 training images before, 7 now" in first.stdout
+        assert all((one.returncode, one.stdout, one.stderr) == (0, "", "") for one in others)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    first, second = together(2, "update", ready_model, "--remove", "9.png", "--add", good_folder)
+    assert "no training image is named '9.png'" in one_line_error(first)
+    assert (second.returncode, second.stderr) == (1, "")
