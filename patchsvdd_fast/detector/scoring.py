@@ -205,7 +205,7 @@ def score_stream(
             scores = rounds.do((embeddings, _shape_of(images)))
             return image_results(images, scores, model.calibration, threshold, model.gallery)
 
-        return Stream(sources, read, embed, found_together, on_error, rounds.close)
+        return Stream(sources, read, embed, found_together, on_error, rounds)
 
     def found(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
         if search is None:

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NoReturn, TypeVar
 
 from ..images.prepare import PreparedImage
+from ..search.rounds import Rounds
 
 Result = TypeVar("Result")
 Encoded = tuple[list[PreparedImage], Any]
@@ -41,7 +42,7 @@ class Stream(Generic[Result]):
     on_error: called in the caller's thread, in the items' order, with an item that could not be
         read (ValueError, TypeError, OSError); it is then skipped. None: the error is raised, and
         ends the stream.
-    on_end: called once, when nothing is searched any more, with whether all items were.
+    rounds: that `search` takes part in, with other processes; the stream ends when theirs do.
 
     Use it as a context manager, or `close` it, to end its threads before its items end; they end
     with the iterator, too. It belongs to the process that made it: it cannot be pickled, and in a
@@ -55,9 +56,10 @@ class Stream(Generic[Result]):
         encode: Callable[[list[PreparedImage]], Encoded],
         search: Callable[[Encoded], list[Result]],
         on_error: Callable[[Any, Exception], None] | None = None,
-        on_end: Callable[[bool], None] = lambda _: None,
+        rounds: Rounds[Any, Any] | None = None,
     ) -> None:
-        self._stages = _Stages(items, read, encode, search, on_end)
+        self._stages = _Stages(items, read, encode, search, rounds)
+        self._rounds = rounds
         self._on_error = on_error
         self._ready: Iterator[Any] = iter(())
 
@@ -69,6 +71,8 @@ class Stream(Generic[Result]):
             while (result := self._next_ready()) is None:
                 found = self._stages.next_results()
                 if found is None:
+                    if self._rounds is not None:
+                        self._rounds.wait()
                     raise StopIteration
                 self._ready = iter(found)
         return result
@@ -81,6 +85,8 @@ class Stream(Generic[Result]):
             while (result := self._next_ready()) is None:
                 found = await self._stages.awaited_results()
                 if found is None:
+                    if self._rounds is not None:
+                        await asyncio.to_thread(self._rounds.wait)
                     raise StopAsyncIteration
                 self._ready = iter(found)
         return result
@@ -135,10 +141,10 @@ class _Stages:
         read: Callable[[Any, int], PreparedImage],
         encode: Callable[[list[PreparedImage]], Encoded],
         search: Callable[[Encoded], list[Any]],
-        on_end: Callable[[bool], None],
+        rounds: Rounds[Any, Any] | None,
     ) -> None:
         self._items, self._read, self._encode, self._search = items, read, encode, search
-        self._on_end = on_end
+        self._rounds = rounds
         self.closed = threading.Event()
         self._process = os.getpid()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="patchsvdd-read")
@@ -270,7 +276,8 @@ class _Stages:
             finished = not self.closed.is_set()
             raise
         finally:
-            self._on_end(finished)
+            if self._rounds is not None:
+                self._rounds.close(finished)
 
     # The three waits: each raises _StreamEnd once the stream is closed.
 

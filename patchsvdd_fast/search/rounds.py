@@ -13,6 +13,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +30,9 @@ AnyBank = NormalBank | ShardedBank
 Given = TypeVar("Given")
 Found = TypeVar("Found")
 Key = TypeVar("Key")
+
+awaits_others: ContextVar[bool] = ContextVar("awaits_others", default=True)
+"""Whether `Rounds.wait` does: not where the others wait for results of this process."""
 
 _IDLE = 0.005  # seconds that a process without queries lets the others wait for it
 _WORKING, _DONE, _GONE = 0, 1, 2  # whether a process may have more queries; has ended; has failed
@@ -126,8 +130,9 @@ class Rounds(Generic[Given, Found]):
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until no process has more."""
-        self._thread.join()
+        """Wait until no process has more, so that what they need of this one can go."""
+        if awaits_others.get():
+            self._thread.join()
 
     @property
     def _goes_on(self) -> bool:
@@ -176,7 +181,7 @@ def end_all_rounds() -> None:
     """Wait for the other processes in all rounds; those that are not finished fail."""
     for rounds in list(_running):
         rounds.close(finished=False)
-        rounds.wait()
+        rounds._thread.join()
 
 
 def _asked_through(bank: AnyBank, processes: Processes) -> AnyBank:

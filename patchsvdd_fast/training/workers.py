@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..search.processes import LONGEST_WAIT, Processes, WorkerError, others_there
-from ..search.rounds import end_all_rounds
+from ..search.rounds import awaits_others, end_all_rounds
 
 _ROUND = 8  # results that a process hands over at once
 
@@ -203,10 +203,13 @@ class _ManyWorkers(Workers):
         left, more = iter(results), True
         while more:
             given, failure = _Round([], False), None
+            waits = awaits_others.set(False)  # they do, for these
             try:
                 given = _Round(list(islice(left, _ROUND)), False)
             except BaseException as error:  # Ctrl-C, too: the others are waiting
                 given, failure = _Round([], True), error
+            finally:
+                awaits_others.reset(waits)
             rounds = self.in_first(given)
             # Unless the first process says otherwise at the end, it has failed.
             told: list[Any] = [True, False]  # whether one has failed, whether there is more

@@ -139,6 +139,14 @@ def together_fit_and_score(rank, processes, folder, wholes):
                 assert result.score == expected.score
 
 
+def together_a_stream_ends_when_those_of_all_have(rank, processes, folder, wholes):
+    parts = fitted(shard_bytes=SHARD_BYTES)
+    own = list(images(40 if rank == 0 else 1, 3))
+    groups = len(distributed.distributed_c10d._world.pg_map)
+    assert len(list(parts.score_stream(own))) == len(own)
+    assert len(distributed.distributed_c10d._world.pg_map) == groups  # that of the stream is gone
+
+
 def together_some_have_no_images(rank, processes, folder, wholes):
     parts = fitted(shard_bytes=SHARD_BYTES)
     own = list(images(3, 3)) if rank == processes - 1 else []
