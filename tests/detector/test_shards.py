@@ -13,7 +13,7 @@ from backbones import Plain
 from conftest import script_environment
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
-from patchsvdd_fast.files.shards import SUFFIX
+from patchsvdd_fast.files.shards import SUFFIX, NewShards
 from patchsvdd_fast.search.processes import ToldError, WorkerError
 from patchsvdd_fast.search.sharded import ShardedBank
 
@@ -72,6 +72,26 @@ def test_what_shards_cannot_do_is_said(tmp_path):
     with pytest.raises(ValueError, match="a coreset is chosen from all patches"):
         fitted(coreset=0.5, shard_bytes=SHARD_BYTES)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", ["index", "nothing"])
+def test_what_an_index_names_stays_whoever_fails_then(after, tmp_path, monkeypatch):
+    path, parts = tmp_path / f"m{SUFFIX}", fitted(shard_bytes=SHARD_BYTES)
+    parts.save(path)
+    before = sorted(tmp_path.iterdir())
+    finish = NewShards.finish
+
+    def failing(files, shards):
+        if after == "nothing":
+            raise OSError("cannot write it")
+        finish(files, shards)
+        raise WorkerError("another process has ended")  # as in the first one, asking the others
+
+    monkeypatch.setattr(NewShards, "finish", failing)
+    with pytest.raises((OSError, WorkerError)):
+        parts.save(path)
+    assert (sorted(tmp_path.iterdir()) == before) == (after == "nothing")
+    assert_same_models(PatchSVDD.load(path, encoder=encoder()), parts)
 
 
 # --- shared by all --------------------------------------------------------------------------------
