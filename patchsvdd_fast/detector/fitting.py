@@ -34,7 +34,7 @@ from ..training.defect_check import DefectCheck, check_of
 from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import Workers, joined_workers, local_device
 from . import normality, parameters
-from .filling import filled, own_share
+from .filling import check_shares, filled, own_share
 from .forecast import Progress
 from .model_file import Model, differences
 from .parameters import Parameters
@@ -145,6 +145,8 @@ def _fitted(
             *(sources, given, progress.phase(READING), skip_unreadable, pages),
             share=None if all_here else workers.share_of_images,
         )
+    if not all_here:
+        check_shares(sets, workers, skip_unreadable)
     summed = of_one_process if all_here else workers.summed
     count = int(summed(torch.tensor(len(loaded.names))))
     light = mean_colour(loaded.pixels, summed)
