@@ -83,7 +83,8 @@ class Processes:
         """End the group that `apart` made: others that still wait for this process hear of it."""
         group, self.group = self.group, None
         if group is not None:
-            distributed.destroy_process_group(group)
+            with contextlib.suppress(ValueError):  # the caller has ended all groups meanwhile
+                distributed.destroy_process_group(group)
 
     def told(self, value: Any) -> list[Any]:
         """What every process tells, by rank."""
