@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ..training.workers import Workers
     from .reports import Evaluation
 
+_SHARD_BYTES = 1 << 30
+
 
 def evaluate(
     data: Annotated[
@@ -150,8 +152,11 @@ def evaluate(
         "seed": seed or 0,
         "device": str(target),  # of this process, if there are several GPUs
     }
-    judges = _Judges(model, one_of_model, encoder, skip_unreadable, train is not None, parameters)
     with joined(target) as workers:
+        judges = _Judges(
+            *(model, one_of_model, encoder, skip_unreadable, train is not None, parameters),
+            shard_bytes=_SHARD_BYTES if workers.count > 1 else None,
+        )
         with workers.together():
             categories = [_own(own)] if data is None else find_categories(data)
         with workers.together():
@@ -232,6 +237,8 @@ class _Judges:
     """Whether the training images have a folder of their own, as of --train."""
     parameters: dict[str, Any]
     """Of new detectors; all go to its device."""
+    shard_bytes: int | None
+    """Of the banks of new detectors, which several processes fill, and search, together."""
     one_file: PatchSVDD | CategoryDetectors | None = None
     """The model, if it is one file."""
 
@@ -272,8 +279,12 @@ class _Judges:
         else:
             detector.set_params(**_encoder_for(self.encoder, category))
         images = category.train_paths() if self.has_own_training else category.root
-        on_progress = FitDisplay(bars).on_progress
-        return detector.fit(images, skip_unreadable=self.skip_unreadable, on_progress=on_progress)
+        return detector.fit(
+            images,
+            skip_unreadable=self.skip_unreadable,
+            on_progress=FitDisplay(bars).on_progress,
+            shard_bytes=self.shard_bytes,
+        )
 
     def facts(self, category: Category) -> dict[str, str]:
         """What a report says that a category is judged by."""

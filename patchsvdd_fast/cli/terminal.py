@@ -85,9 +85,9 @@ def require_same(workers: Workers, model: Path | None, **facts: Any) -> None:
 
     if workers.count == 1:
         return
-    if model is not None and model.is_file():
-        with workers.together():
-            facts[f"file {model}"] = fingerprint(model)
+    with workers.together():
+        if model is not None and not model.is_dir():
+            facts[f"file {model}"] = fingerprint(model) if model.exists() else "missing"
     facts["version"] = __version__
     workers.require_same({f"the {name}": fact for name, fact in facts.items()})
 

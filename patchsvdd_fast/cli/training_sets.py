@@ -156,7 +156,9 @@ def train_all(
         made: PatchSVDD | CategoryDetectors | None = None
         try:
             detector = make_detector()
-            if keeping.resume and not keeping.overwrite and one.is_done():
+            # Of several processes all must do the same: not each may see the first one's files.
+            is_done = keeping.workers.from_first(one.is_done)
+            if keeping.resume and not keeping.overwrite and is_done:
                 print_line(f"{one.output} is done already")
                 made = open_detectors(one.output, detector.device)
                 _require_same(one, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
+from ..files.folders import report_unreadable
 from ..images.gallery import Gallery
 from ..images.prepare import ImageSet
 from ..images.samples import Samples
@@ -28,6 +29,40 @@ from .normality import Normality
 from .parameters import Parameters
 from .progress_bars import CALIBRATING, ENCODING, FILLING, THRESHOLDS
 from .scoring import encode, load
+
+
+def check_shares(
+    sets: Mapping[str, ImageSet], workers: Workers, skip_unreadable: bool = False
+) -> None:
+    """What `load_image_set` says of all images, here of those that each process has a share of.
+
+    sets: each category's images of this process. Raises ValueError in the first process, ToldError
+    in the others, as `load_image_set`; the first one warns of what is left out.
+    """
+    own = {
+        name: (one.left_out, one.names[0], len(one.names), one.pixels.shape[2:])
+        for name, one in sets.items()
+    }
+    told = workers.processes.told(own)
+    with workers.together():
+        failed: list[str] = []
+        for category in sets:
+            left_out, names, counts, shapes = zip(*(one[category] for one in told), strict=True)
+            begin = f"{category}: " if category else ""
+            unreadable = [why for theirs in left_out for why in theirs]
+            try:
+                report_unreadable(unreadable, sum(counts) + len(unreadable), skip_unreadable)
+            except ValueError as error:
+                failed.append(f"{begin}{error}")
+            for name, (height, width) in zip(names, shapes, strict=True):
+                if (height, width) != shapes[0]:
+                    failed.append(
+                        f"{begin}images must all have one size unless they are resized: {names[0]} "
+                        f"has {shapes[0][1]}x{shapes[0][0]} pixels, {name} has {width}x{height}"
+                    )
+                    break
+        if failed:
+            raise ValueError("\n".join(failed))
 
 
 def own_share(images: ImageSet, workers: Workers) -> ImageSet:
@@ -56,19 +91,8 @@ def load_share(
     with workers.together():
         how = progress, samples, skip_unreadable, pages, workers.share_of_images
         images = load(source, given, *how)
-    require_one_size(images.pixels, workers)
+    check_shares({"": images}, workers, skip_unreadable)
     return images
-
-
-def require_one_size(pixels: Tensor, workers: Workers) -> None:
-    """Raise ValueError unless the images of all processes are of one size."""
-    sizes = workers.processes.told(f"{pixels.shape[-1]}x{pixels.shape[-2]}")
-    with workers.together():
-        if len({*sizes}) > 1:
-            raise ValueError(
-                "images must all have one size unless they are resized, got "
-                f"{' and '.join(sorted({*sizes}))} pixels"
-            )
 
 
 def load_to_add(

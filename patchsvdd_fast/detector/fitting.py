@@ -34,7 +34,7 @@ from ..training.defect_check import DefectCheck, check_of
 from ..training.record import TrainingRecord, TrainingStep
 from ..training.workers import Workers, joined_workers, local_device
 from . import normality, parameters
-from .filling import filled, load_share, own_share, require_one_size
+from .filling import check_shares, filled, load_share, own_share
 from .forecast import Progress
 from .model_file import Model, differences
 from .parameters import Parameters
@@ -145,7 +145,8 @@ def _fitted(
             *(sources, given, progress.phase(READING), skip_unreadable, pages),
             share=None if all_here else workers.share_of_images,
         )
-    require_one_size(loaded.pixels, workers)
+    if not all_here:
+        check_shares(sets, workers, skip_unreadable)
     summed = of_one_process if all_here else workers.summed
     count = int(summed(torch.tensor(len(loaded.names))))
     light = mean_colour(loaded.pixels, summed)

@@ -314,7 +314,8 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
         """Open a detector written by `save`; the file is mapped, not copied.
 
         Of a model in shards each process of torch.distributed opens a part, all at once; they then
-        score together: each its own images, with as many calls.
+        score together: each its own images, with as many calls. A stream ends when those of all
+        do.
 
         encoder: for a detector with an encoder of your own, of which the file holds only the
             weights: a module of the same architecture.

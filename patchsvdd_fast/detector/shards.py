@@ -18,7 +18,7 @@ from ..encoders.levels import PatchLevel
 from ..files.shards import Index, NewShards, Shard
 from ..files.store import below, naming
 from ..search.bank import NormalBank
-from ..search.processes import Processes
+from ..search.processes import Processes, ToldError
 from ..search.rounds import AnyBank, parts_of, processes_of
 from ..search.sharded import ShardedBank
 
@@ -62,11 +62,16 @@ def save_in_shards(
                     state = bank.state_dict()
                     part |= {f"{_prefix(number, level)}{name}": state[name] for name in state}
                 shards.append(files.write(number + 2, _PART, part, {"parameters": {}}))
-        told = processes.told(shards)
+    except BaseException:
+        files.discard()
+        raise
+    # From here on an index may name the files, so they stay unless it is known that none does.
+    told = processes.told(shards)
+    try:
         with processes.together():
             if processes.rank == 0:
                 files.finish([*chain.from_iterable(told)])
-    except BaseException:
+    except (OSError, ToldError):  # the first process could not write it; tells the others
         files.discard()
         raise
 

@@ -144,7 +144,7 @@ def some_of(paths: Sequence[Path], of: int | None = None) -> str:
     return f"{len(paths):,}{among} ({first}{', ...' if len(paths) > 3 else ''})"
 
 
-def report_unreadable(found: Sequence[Exception], of: int, skip: bool) -> None:
+def report_unreadable(found: Sequence[Exception | str], of: int, skip: bool) -> None:
     """Say which of some images could not be read, all at once: by a warning if they are skipped.
 
     found: why, each naming its file. Raises ValueError unless `skip`, and if none is left.

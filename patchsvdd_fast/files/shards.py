@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,11 @@ class NewShards:
         return Shard(name, store.fingerprint(path), list(tensors), size)
 
     def finish(self, shards: Sequence[Shard]) -> None:
-        """Write the index of all files, in their order; files that no index names are removed."""
+        """Write the index of all files, in their order; then remove those that it does not name.
+
+        Raises OSError if it cannot be written, or if another save has removed a file meanwhile:
+        then an older index is as it was.
+        """
         names = {tensor: shard.name for shard in shards for tensor in shard.tensors}
         about = {
             "format": _FORMAT,
@@ -87,7 +91,11 @@ class NewShards:
         index = {"metadata": {"total_size": size, _METADATA_KEY: about}, "weight_map": names}
         with written_whole(self.path) as partial:
             partial.write_text(json.dumps(index, indent=1) + "\n")
-        _remove_all_but(self.path, {shard.name for shard in shards})
+            for shard in shards:
+                if not self.path.with_name(shard.name).is_file():
+                    raise OSError(f"{shard.name} is gone: another save to this path has removed it")
+        with contextlib.suppress(Exception):  # the model is there, whatever else is
+            _remove_others(self.path)
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -101,6 +109,7 @@ class Index:
     """The files of a model in shards, which are all there."""
 
     path: Path
+    """Of the index; where that is a link, and the files are not beside it, of what it links to."""
     word: str
     names: tuple[str, ...]
     """Of the files: first the one without banks."""
@@ -139,8 +148,10 @@ def read_index(path: str | Path) -> Index:
         index = Index(path, str(about["model"]), tuple(files))
     if len(files) < 2:
         raise ValueError(f"{path} is damaged: it names {counted(len(files), 'file')}")
+    if path.is_symlink() and not path.with_name(index.names[0]).exists():
+        index = replace(index, path=path.resolve())
     for name, written in files.items():
-        _check(path, name, written)
+        _check(index.path, name, written)
     return index
 
 
@@ -180,15 +191,19 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(SUFFIX)
 
 
-def _remove_all_but(path: Path, names: set[str]) -> None:
+def _remove_others(path: Path) -> None:
     """Remove files of earlier saves under this name, and of those that were killed."""
     ours = re.compile(
-        rf"\.?({re.escape(_stem(path))}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}\.safetensors)(.*)"
+        rf"\.?({re.escape(_stem(path))}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}\.safetensors)(.*)"
     )
-    for other in path.parent.iterdir():
+    there = list(path.parent.iterdir())
+    # Read after that: of two saves at once the later one's index may be there already.
+    named = json.loads(path.read_text(encoding="utf-8"))["metadata"][_METADATA_KEY]["files"]
+    for other in there:
         found = ours.fullmatch(other.name)
         if found and found[2]:  # not whole: of a process that was killed, or still writes it
             remove_leftovers(path.with_name(found[1]))
-        elif found and other.name not in names:
+        elif found and other.name not in named:
             with contextlib.suppress(OSError):
                 other.unlink()
+    remove_leftovers(path)

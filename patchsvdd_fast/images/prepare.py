@@ -182,6 +182,8 @@ class ImageSet:
     """(height, width) of each before resizing."""
     samples: Samples = UNKNOWN
     """How samples of more than 8 bits were read."""
+    left_out: tuple[str, ...] = ()
+    """Why files of a share cannot be read; nobody has told that yet."""
 
     def __repr__(self) -> str:
         return f"ImageSet({counted(len(self.names), 'image')}, {_size_in_words(self.pixels)})"
@@ -267,7 +269,8 @@ def load_image_set(
         is found from these images. Where any has more than 8 bits, all keep their fractions.
     skip_unreadable: leave out files that cannot be read, with a warning that lists them.
     pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
-    share: of so many images, those to load; None: all. All decide on `samples`.
+    share: of so many images, those to load; None: all. All decide on `samples`. What cannot be
+        read is then `left_out`, whatever `skip_unreadable` is.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
@@ -277,7 +280,7 @@ def load_image_set(
     items = every[own := slice(0, None) if share is None else share(len(every))]
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
-    unreadable: list[Exception] = []
+    unreadable: list[str] = []
     tell, batch = progress or (lambda _: None), None
     for index, item in enumerate(items):
         try:
@@ -286,7 +289,7 @@ def load_image_set(
         except (OSError, UnreadableError) as error:
             if len(items) == 1:
                 raise
-            unreadable.append(error)
+            unreadable.append(str(error))
             tell((index + 1) / len(items))
             continue
         if batch is None:
@@ -301,9 +304,10 @@ def load_image_set(
         names.append(image.name if folder is None else item.relative_to(folder).as_posix())
         sizes.append(image.original_size)
         tell((index + 1) / len(items))
-    report_unreadable(unreadable, len(items), skip_unreadable)
+    if share is None or batch is None:
+        report_unreadable(unreadable, len(items), skip_unreadable)
     assert batch is not None
-    return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples)
+    return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples, tuple(unreadable))
 
 
 def survey_images(
@@ -330,8 +334,7 @@ def _items_of(source: Any, pages: str) -> tuple[Sequence[Any], Path | None]:
     """The images of a source, not read yet; and the folder they are in, if that was given."""
     folder: Path | None = None
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        folder = path if path.is_dir() else None
+        folder = path if (path := Path(source)).is_dir() else None
         source = [path] if folder is None else training_paths(folder)
     if is_array(source):
         source = images_of_batch(source)

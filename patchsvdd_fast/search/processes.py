@@ -83,7 +83,7 @@ class Processes:
         """End the group that `apart` made: others that still wait for this process hear of it."""
         group, self.group = self.group, None
         if group is not None:
-            with contextlib.suppress(ValueError):  # somebody has ended all groups
+            with contextlib.suppress(ValueError):  # the caller has ended all groups meanwhile
                 distributed.destroy_process_group(group)
 
     def told(self, value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextvars
 import copy
+import os
 import threading
 import traceback
 import weakref
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .bank import NormalBank
-from .processes import Processes, WorkerError
+from .processes import Processes, ToldError, WorkerError
 from .sharded import ShardedBank
 
 AnyBank = NormalBank | ShardedBank
@@ -148,9 +149,11 @@ class Rounds(Generic[Given, Found]):
             traceback.clear_frames(error.__traceback__)  # which hold the group
         finally:
             banks = {}  # likewise: without it, others learn that this process has ended
-            self._processes.end()
-            with self._changed:
-                self._changed.notify_all()
+            try:
+                self._processes.end()
+            finally:
+                with self._changed:
+                    self._changed.notify_all()
 
     def _round(self, banks: Mapping[Key, AnyBank], work: Callable[..., Found]) -> bool:
         """Take part in a round; returns whether there may be another."""
@@ -162,7 +165,7 @@ class Rounds(Generic[Given, Found]):
         told = torch.tensor([state, given is not None])
         states, asking = torch.stack(self._processes.gathered(told)).unbind(dim=1)
         if (states == _GONE).any():
-            raise WorkerError("")
+            raise ToldError("another process has failed, or wanted no more results")
         if not asking.any():
             return bool((states == _WORKING).any())
         found = work(banks, given)
@@ -174,6 +177,9 @@ class Rounds(Generic[Given, Found]):
 
 
 _running: weakref.WeakSet[Rounds[Any, Any]] = weakref.WeakSet()
+
+if hasattr(os, "register_at_fork"):  # a child has no threads, and locks that they may have held
+    os.register_at_fork(after_in_child=_running.clear)
 
 
 @atexit.register

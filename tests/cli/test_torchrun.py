@@ -91,6 +91,10 @@ def test_processes_that_differ_are_named(images, ready_model, tmp_path):
     assert "process 1 differs from process 0 in the file m.safetensors: " in message
     assert (second.returncode, second.stderr) == (1, "")
     assert not (folders[0] / "scores").exists()
+    (folders[1] / "m.safetensors").unlink()
+    first, second = ended(started([command] * 2, folders))
+    assert "process 0 in the file m.safetensors: missing, not " in one_line_error(first)
+    assert (second.returncode, second.stderr) == (1, "")
 
 
 def test_what_cannot_be_divided_is_refused(here, ready_model, tmp_path, monkeypatch):

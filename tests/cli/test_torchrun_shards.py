@@ -81,9 +81,13 @@ def test_each_process_writes_shards_and_opens_some(shards, images, ready_model, 
         assert scored(count, shards / f"of3{SUFFIX}") == expected
 
 
-def test_an_evaluation_is_that_of_one_process(shards, category_folder, tmp_path):
+@pytest.mark.parametrize("judge", ["--model", "--encoder"])
+def test_an_evaluation_is_that_of_one_process(
+    judge, shards, ready_model, category_folder, tmp_path
+):
+    path = shards / f"of3{SUFFIX}" if judge == "--model" else ready_model
     for count in (1, 2):
-        options = ("--model", shards / f"of3{SUFFIX}", "--json", tmp_path / f"{count}.json")
+        options = (judge, path, "--json", tmp_path / f"{count}.json")
         first, *others = together(count, "evaluate", category_folder, *options)
         assert first.returncode == 0, first.stderr
         assert all((one.returncode, one.stderr) == (0, "") for one in others)

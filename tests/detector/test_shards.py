@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import distributed
 
 from backbones import Plain
 from conftest import script_environment
 from patchsvdd_fast import PatchSVDD
 from patchsvdd_fast.encoders.backbone import BackboneEncoder
-from patchsvdd_fast.files.shards import SUFFIX
+from patchsvdd_fast.files.shards import SUFFIX, NewShards
 from patchsvdd_fast.search.processes import ToldError, WorkerError
 from patchsvdd_fast.search.sharded import ShardedBank
 
@@ -72,6 +73,26 @@ def test_what_shards_cannot_do_is_said(tmp_path):
     with pytest.raises(ValueError, match="a coreset is chosen from all patches"):
         fitted(coreset=0.5, shard_bytes=SHARD_BYTES)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", ["index", "nothing"])
+def test_what_an_index_names_stays_whoever_fails_then(after, tmp_path, monkeypatch):
+    path, parts = tmp_path / f"m{SUFFIX}", fitted(shard_bytes=SHARD_BYTES)
+    parts.save(path)
+    before = sorted(tmp_path.iterdir())
+    finish = NewShards.finish
+
+    def failing(files, shards):
+        if after == "nothing":
+            raise OSError("cannot write it")
+        finish(files, shards)
+        raise WorkerError("another process has ended")  # as in the first one, asking the others
+
+    monkeypatch.setattr(NewShards, "finish", failing)
+    with pytest.raises((OSError, WorkerError)):
+        parts.save(path)
+    assert (sorted(tmp_path.iterdir()) == before) == (after == "nothing")
+    assert_same_models(PatchSVDD.load(path, encoder=encoder()), parts)
 
 
 # --- shared by all --------------------------------------------------------------------------------
@@ -189,6 +210,36 @@ def together_a_stream_that_ends_early_ends_all(rank, processes, folder, wholes):
             for _ in stream:
                 pass
     assert len(list(parts.score_stream(images(2)))) == 2  # the next is not affected
+
+
+def together_what_cannot_be_used_is_told_of_all_images(rank, processes, folder, wholes):
+    def fit(paths, **options):
+        detector = PatchSVDD(encoder=encoder(), image_size=None, device="cpu")
+        return detector.fit(paths, shard_bytes=SHARD_BYTES, **options)
+
+    paths = [folder / f"{number}.png" for number in range(7)]
+    distributed.barrier()
+    if rank == 0:
+        for path, pixels in zip(paths, images(7), strict=True):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+        paths[5].write_text("no image")  # in the share of the last process
+    distributed.barrier()
+    kind = ToldError if rank else ValueError
+    with pytest.raises(kind, match=r"1 of 7 images cannot be read.*5\.png"):
+        fit(paths)
+    with pytest.warns(UserWarning, match=r"left out 1 of 7 images.*5\.png"):
+        parts = fit(paths, skip_unreadable=True)
+    assert parts.num_images == 6
+    distributed.barrier()
+    if rank == 0:
+        Image.new("RGB", (SIDE + 8, SIDE)).save(paths[6])
+        Image.new("RGB", (SIDE + 8, SIDE)).save(paths[5])
+        Image.new("RGB", (SIDE + 8, SIDE)).save(paths[4])
+        if processes == 2:  # each of whose shares then has images of one size
+            Image.new("RGB", (SIDE + 8, SIDE)).save(paths[3])
+    distributed.barrier()
+    with pytest.raises(kind, match=r"0\.png has 64x64 pixels, .*\.png has 72x64"):
+        fit(paths)
 
 
 def together_errors_are_those_of_all(rank, processes, folder, wholes):

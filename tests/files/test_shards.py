@@ -82,6 +82,43 @@ def test_until_the_index_is_written_the_old_model_is_there(path, tmp_path, monke
     assert names_in(tmp_path) == before
 
 
+def test_of_two_saves_at_once_one_model_stays_whole(path, tmp_path):
+    first, second = (NewShards(path, NewShards.new_word(), 2) for _ in range(2))
+    parts = {
+        files: [
+            files.write(number, kind, {f"part.{number}": torch.ones(2)}, HEADER)
+            for number, kind in enumerate(["sharded", "shard"], 1)
+        ]
+        for files in (first, second)
+    }
+    first.finish(parts[first])  # which takes the second's files for those of a killed save
+    with pytest.raises(OSError, match=r"cannot write .*is gone: another save to this path"):
+        second.finish(parts[second])
+    found = read_index(path)
+    assert found.word == first.word
+    assert names_in(tmp_path) == sorted([path.name, *found.names])
+
+
+def test_a_model_is_there_even_if_nothing_can_be_removed(path, monkeypatch):
+    def refused(_):
+        raise PermissionError
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refused)
+    files = written(path, 2.0)
+    assert read_index(path).word == files.word
+
+
+def test_an_index_may_be_a_link(path, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / f"other{SUFFIX}"
+    link.symlink_to(path)
+    assert torch.equal(read_index(link).load(2, "shard")[0]["part.3"], torch.ones(5))
+    assert first_file(link) == first_file(path)
+    for name in read_index(path).names:  # as caches of downloads have them
+        (tmp_path / "links" / name).symlink_to(tmp_path / name)
+    assert read_index(link).path == link
+
+
 def test_damage_is_named(path, tmp_path):
     _, second, third = (path.with_name(name) for name in read_index(path).names)
     content = third.read_bytes()
