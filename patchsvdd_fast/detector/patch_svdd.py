@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_svdd import HierarchicalEncoder
 from ..encoders.pretrained import PATCH_SVDD
+from ..files.categories import scored_paths
 from ..images.prepare import ImageSet
 from ..ops.backends import resolve_device
 from ..score.image_result import ImageResult, ScoredImages
@@ -215,7 +216,8 @@ class PatchSVDD(ChangesMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc
 
     def load_images(self, X: Any) -> ImageSet:  # noqa: N803
         """Load and resize images as this detector does; their light is matched by `encode`."""
-        return scoring.load(X, self.parameters_, samples=getattr(self, "samples_", None))
+        samples = getattr(self, "samples_", None)
+        return scoring.load(X, self.parameters_, samples=samples, paths_in=scored_paths)
 
     def encode(self, pixels: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
         """Match the light of images [N, 3, H, W] and embed them: one [N, I, J, D] per level.

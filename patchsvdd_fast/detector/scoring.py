@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..encoders.levels import PatchLevel
 from ..encoders.patch_encoder import PatchEncoder
+from ..files.categories import scored_paths, training_paths
 from ..images.arrays import images_of_batch, is_array
 from ..images.light import match_illumination, mean_of_size
 from ..images.prepare import (
     ImageSet,
+    PathsIn,
     PreparedImage,
     load_image_set,
     name_of,
@@ -82,10 +84,11 @@ def load(
     skip_unreadable: bool = False,
     pages: str = "first",
     share: Callable[[int], slice] | None = None,
+    paths_in: PathsIn = training_paths,
 ) -> ImageSet:
     """Load and resize images as resolved parameters say; samples: None: found from these images.
 
-    share: see `load_image_set`.
+    share, paths_in: see `load_image_set`.
     """
     return load_image_set(
         source,
@@ -98,6 +101,7 @@ def load(
         pages,
         channel_order_of(given),
         share,
+        paths_in,
     )
 
 
@@ -114,7 +118,7 @@ def score_source(
         encoded,
         found,
     ):
-        images = load(source, given, read, model.samples)
+        images = load(source, given, read, model.samples, paths_in=scored_paths)
         how = model.encoder, model.mean, model.light, given
         embeddings = encode(*how, images.pixels, progress=encoded, names=images.names)
         if found is not None:

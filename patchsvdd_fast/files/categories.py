@@ -234,6 +234,16 @@ def training_paths(folder: Path) -> list[Path]:
     return [path for path in images if path not in marked]
 
 
+def scored_paths(folder: Path) -> list[Path]:
+    """The images of a folder to score, good or not: of a category those of `training_paths`.
+
+    Masks beside images are left out. Raises ValueError if there are no images.
+    """
+    if is_category(folder):
+        return Category(folder).train_paths()
+    return without_masks(folder, find_images(folder))
+
+
 def _marks(mask: Path) -> bool:
     """Whether it is a mask that marks something; what cannot be read as one may be a picture."""
     try:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -43,6 +44,7 @@ from .samples import AS_STORED, UNKNOWN, DeepSamples, Samples, scaled, survey
 
 ImageSize = tuple[int, int] | None
 """(height, width) to resize to, in pixels, or None to keep each image's own."""
+PathsIn = Callable[[Path], Sequence[Path]]  # gives the images of a folder
 
 
 class UnreadableError(ValueError):
@@ -256,6 +258,7 @@ def load_image_set(
     pages: str = "first",
     channel_order: str = "rgb",
     share: Callable[[int], slice] | None = None,
+    paths_in: PathsIn = training_paths,
 ) -> ImageSet:
     """Load images of one size.
 
@@ -271,11 +274,12 @@ def load_image_set(
     pages: of a file with several, "first", or "all": each as an image, named such as stack.tif#2.
     share: of so many images, those to load; None: all. All decide on `samples`. What cannot be
         read is then `left_out`, whatever `skip_unreadable` is.
+    paths_in: the images of a folder, by default good ones alone.
 
     Raises as `prepare_image`; ValueError if there are no images or their sizes differ and `size` is
     None, and for files that cannot be read, all in one.
     """
-    every, folder = _items_of(source, pages)
+    every, folder = _items_of(source, pages, paths_in)
     samples = _surveyed(every, given) if samples is None else samples
     items = every[own := slice(0, None) if share is None else share(len(every))]
     names: list[str] = []
@@ -313,11 +317,9 @@ def load_image_set(
 def survey_images(
     sources: Iterable[Any], given: Samples = UNKNOWN, pages: str = "first"
 ) -> Samples:
-    """How samples of more than 8 bits are to be read so that it suits the images of all sources.
-
-    sources: each as of `load_image_set`. Fractions are kept if any image has more than 8 bits.
-    """
-    return _surveyed([item for source in sources for item in _items_of(source, pages)[0]], given)
+    """What suits the images of all sources, each as of `load_image_set`; see `survey`."""
+    items = [_items_of(source, pages, training_paths)[0] for source in sources]
+    return _surveyed([*chain.from_iterable(items)], given)
 
 
 def _surveyed(items: Sequence[Any], given: Samples) -> Samples:
@@ -330,12 +332,12 @@ def _surveyed(items: Sequence[Any], given: Samples) -> Samples:
     return samples
 
 
-def _items_of(source: Any, pages: str) -> tuple[Sequence[Any], Path | None]:
+def _items_of(source: Any, pages: str, paths_in: PathsIn) -> tuple[Sequence[Any], Path | None]:
     """The images of a source, not read yet; and the folder they are in, if that was given."""
     folder: Path | None = None
     if isinstance(source, str | os.PathLike):
         folder = path if (path := Path(source)).is_dir() else None
-        source = [path] if folder is None else training_paths(folder)
+        source = [path] if folder is None else paths_in(folder)
     if is_array(source):
         source = images_of_batch(source)
     if not isinstance(source, Sequence | np.ndarray | Tensor):
