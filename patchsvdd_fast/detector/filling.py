@@ -20,7 +20,7 @@ from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
 from ..search.rounds import AnyBank
 from ..search.sharded import ShardedBank
-from ..training.record import is_collapsed, warn_of_collapse
+from ..training.record import have_collapsed, moments, warn_of_collapse
 from ..training.workers import Workers
 from . import normality
 from .forecast import Progress
@@ -248,18 +248,17 @@ def _sharded_banks(
     counts = workers.processes.told(num_images)
     begin = sum(counts[: workers.rank])
     parts: dict[PatchLevel, list[NormalBank]] = {level: [] for level in levels}
+    spreads = torch.zeros(len(levels), 3, given["embedding_dim"], dtype=torch.float64)
     with workers.together():
         for some in _slices(num_images, at_once):
             groups = torch.arange(begin + some.start, begin + some.stop)
-            for level, values in zip(levels, embedder.some(some), strict=True):
+            for number, (level, values) in enumerate(zip(levels, embedder.some(some), strict=True)):
                 own = groups.to(values.device)
                 parts[level].append(NormalBank(values, groups=own, seed=given["seed"]))
-        alike = [[is_collapsed(part.embeddings) for part in parts[level]] for level in levels]
-    of_all = zip(*workers.processes.told(alike), strict=True)
+                spreads[number] += moments(values)
+    of_all = torch.stack(workers.processes.told(spreads)).sum(dim=0)
     collapsed = [
-        str(level)
-        for level, flags in zip(levels, of_all, strict=True)
-        if all(flag for theirs in flags for flag in theirs)
+        str(level) for level, one in zip(levels, of_all, strict=True) if have_collapsed(one)
     ]
     return {level: ShardedBank.of(parts[level]) for level in levels}, collapsed
 

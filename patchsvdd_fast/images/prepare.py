@@ -314,9 +314,7 @@ def load_image_set(
     return ImageSet(tuple(names), batch[: len(names)], tuple(sizes), samples, tuple(unreadable))
 
 
-def survey_images(
-    sources: Iterable[Any], given: Samples = UNKNOWN, pages: str = "first"
-) -> Samples:
+def survey_images(sources: Iterable[Any], given: Samples, pages: str = "first") -> Samples:
     """What suits the images of all sources, each as of `load_image_set`; see `survey`."""
     items = [_items_of(source, pages, training_paths)[0] for source in sources]
     return _surveyed([*chain.from_iterable(items)], given)

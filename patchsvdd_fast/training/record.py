@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..files.folders import counted
 
+_ROWS_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class LevelMetrics:
@@ -133,8 +135,28 @@ def is_collapsed(embeddings: Tensor) -> bool:
     A spread of 1e-6 is still useful (a published leather encoder has less). One of a few units in
     the last place is not: all patches then look alike, and AUROC stays near 0.5.
     """
-    magnitude = float(embeddings.detach().double().square().mean().sqrt())
-    return embedding_spread(embeddings) <= 4 * torch.finfo(torch.float32).eps * magnitude
+    return have_collapsed(moments(embeddings))
+
+
+def moments(embeddings: Tensor) -> Tensor:
+    """The number, sums and sums of squares of embeddings [..., D]: [3, D] float64 on the CPU.
+
+    Those of parts add up to those of the whole.
+    """
+    total = torch.zeros(3, embeddings.shape[-1], dtype=torch.float64)
+    for some in embeddings.detach().flatten(0, -2).split(_ROWS_AT_ONCE):
+        values = some.double()
+        count = torch.full_like(values[0], len(values))
+        total += torch.stack([count, values.sum(dim=0), values.square().sum(dim=0)]).cpu()
+    return total
+
+
+def have_collapsed(moments: Tensor) -> bool:
+    """As `is_collapsed`, of embeddings with these moments."""
+    count, sums, squares = moments
+    spread = (squares / count - (sums / count).square()).clamp(min=0).sqrt().mean()
+    magnitude = (squares / count).mean().sqrt()
+    return bool(spread <= 4 * torch.finfo(torch.float32).eps * magnitude)
 
 
 def warn_of_collapse(when: str) -> None:

@@ -1,5 +1,6 @@
 """Models in shards: several processes fit, score and save with the bits of one process."""
 
+import importlib
 import subprocess
 import sys
 from datetime import timedelta
@@ -266,6 +267,8 @@ if __name__ == "__main__":
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     wholes = {name: fitted(**parameters) for name, parameters in CONFIGURATIONS.items()}
+    # Adam imports this, which would then keep the group alive: see `joined_workers`.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group(
         *("gloo", f"file://{folder / 'meeting'}"),
         timeout=timedelta(seconds=120),

@@ -13,7 +13,13 @@ import torch
 from patchsvdd_fast import HierarchicalEncoder
 from patchsvdd_fast.encoders.patch_svdd import from_official_names
 from patchsvdd_fast.training.objectives import DrawnPairs, PositionClassifier, patch_losses
-from patchsvdd_fast.training.record import CollapseWarning, embedding_spread, is_collapsed
+from patchsvdd_fast.training.record import (
+    CollapseWarning,
+    embedding_spread,
+    have_collapsed,
+    is_collapsed,
+    moments,
+)
 from patchsvdd_fast.training.settings import CROPS_PER_IMAGE, TrainingSettings
 from patchsvdd_fast.training.trainer import Trainer
 
@@ -196,6 +202,9 @@ def test_small_spread_is_not_collapse():
     constant[::2] = torch.nextafter(constant[::2], torch.tensor(2.0))
     assert not is_collapsed(useful)
     assert is_collapsed(constant)
+    parts = [constant, constant + 1]  # each alike, but not both together
+    assert not have_collapsed(sum(map(moments, parts)))
+    assert have_collapsed(sum(map(moments, [constant, constant])))
     assert embedding_spread(torch.tensor([[0.0, 2.0], [2.0, 2.0]])) == 0.5
 
 
