@@ -135,6 +135,10 @@ INTERNAL = {
     "training.workers": "what PatchSVDD.fit does under torchrun",
     # --- names in modules that are public otherwise ---
     "detector.evaluation.share_evaluation": "what other processes do while the first evaluates",
+    "files.categories.scored_paths": "which images of a folder PatchSVDD.score takes",
+    "images.prepare.PathsIn": "a part of load_image_set",
+    "training.record.moments": "how PatchSVDD.fit notices a collapse of banks in shards",
+    "training.record.have_collapsed": "likewise",
     "images.light.of_one_process": "a default of mean_image",
     "detector.model_file.Model": "a fitted detector as a plain value, between it and its file",
     "detector.model_file.differences": "what PatchSVDD.merge checks",
