@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..training.workers import Workers
     from .reports import Evaluation
 
-_SHARD_BYTES = 1 << 30
+_SHARD_BYTES = 300_000_000  # as `train --shard-bank`
 
 
 def evaluate(

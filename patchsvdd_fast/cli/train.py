@@ -175,7 +175,7 @@ def train(
     ] = False,
     shard_size: Annotated[
         str, typer.Option(help="With --shard-bank: embeddings in a shard, at most.")
-    ] = "1GB",
+    ] = "300MB",
     combination: CombinationOption = "mult",
     contamination: Annotated[
         float, typer.Option(help="Share of good images that may be called anomalous.")
