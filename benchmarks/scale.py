@@ -142,7 +142,7 @@ def bank_in_shards(data: Path | None, repeats: int, quick: bool) -> list[dict[st
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         save_file({"queries": queries[chosen], "bank": bank}, folder / "given.safetensors")
-        for _ in range(1 if quick else 3):
+        for _ in range(1 if quick else 5):
             for count in PROCESSES:
                 (folder / f"meeting-{count}").unlink(missing_ok=True)
                 processes = [started(folder, rank, count, repeats) for rank in range(count)]
@@ -181,9 +181,19 @@ def bank_in_shards(data: Path | None, repeats: int, quick: bool) -> list[dict[st
                 "same_bits": same,
             }
         )
-    for record in records:
-        record["times_cpu"] = record["cpu_seconds"] / records[0]["cpu_seconds"]
+    # Against one process in the same turn: the machine's pace differs from turn to turn.
+    paces = [[cpu_seconds(turn, repeats) for turn in turns[count]] for count in PROCESSES]
+    for record, own in zip(records, paces, strict=True):
+        ratios = [mine / one for mine, one in zip(own, paces[0], strict=True)]
+        record["times_cpu"], record["all_times_cpu"] = statistics.median(ratios), ratios
     return records
+
+
+def cpu_seconds(turn: list[dict[str, Any]], repeats: int) -> float:
+    """The median over the searches of a turn, of all its processes together."""
+    return statistics.median(
+        sum(process["runs"][number]["cpu_seconds"] for process in turn) for number in range(repeats)
+    )
 
 
 # --- images in shares -----------------------------------------------------------------------------
