@@ -18,6 +18,7 @@ from ..images.prepare import ImageSet
 from ..images.samples import Samples
 from ..score.calibration import Calibration, calibrate
 from ..search.bank import NormalBank
+from ..search.processes import share_of
 from ..search.rounds import AnyBank
 from ..search.sharded import ShardedBank
 from ..training.record import have_collapsed, moments, warn_of_collapse
@@ -267,4 +268,4 @@ def _slices(count: int, at_once: int) -> Iterator[slice]:
     """Cuts so many things into as few slices of at most `at_once` as there must be, all alike."""
     pieces = -(-count // at_once)
     for number in range(pieces):
-        yield slice(count * number // pieces, count * (number + 1) // pieces)
+        yield share_of(count, number, pieces)

@@ -137,7 +137,8 @@ def warn_of_repeats(gallery: Gallery | None, earlier: Gallery | None) -> None:
 def whole_banks(before: Normality) -> dict[PatchLevel, NormalBank]:
     """Copies of the banks that can be changed by themselves; rows are shared until they are.
 
-    Raises ValueError for coresets, which cannot be calibrated anew after a change.
+    Raises ValueError for coresets, which cannot be calibrated anew after a change, and for banks in
+    shards.
     """
     banks = {level: whole_bank(bank) for level, bank in before.banks.items()}
     if any(bank.is_coreset for bank in banks.values()):

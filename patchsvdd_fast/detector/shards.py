@@ -18,7 +18,7 @@ from ..encoders.levels import PatchLevel
 from ..files.shards import Index, NewShards, Shard
 from ..files.store import below, naming
 from ..search.bank import NormalBank
-from ..search.processes import Processes, ToldError
+from ..search.processes import Processes, ToldError, share_of
 from ..search.rounds import AnyBank, parts_of, processes_of
 from ..search.sharded import ShardedBank
 
@@ -89,9 +89,9 @@ def parts_in(
     Raises ValueError or OSError naming a file that is damaged, or of another model.
     """
     count = len(index.names) - 1
-    rank, of = processes.rank, processes.count
+    own = share_of(count, processes.rank, processes.count)
     parts: dict[PatchLevel, list[NormalBank]] = {level: [] for level in levels}
-    for number in range(count * rank // of, count * (rank + 1) // of):
+    for number in range(own.start, own.stop):
         tensors, _ = index.load(number + 1, _PART)
         with naming(index.path.with_name(index.names[number + 1])):
             for level in levels:

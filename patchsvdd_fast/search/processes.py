@@ -20,6 +20,11 @@ _MOST_PACKED = 2**32 - 1  # rows, whose numbers fit into 64 bits beside a square
 LONGEST_WAIT = timedelta(hours=6)
 
 
+def share_of(total: int, number: int, count: int) -> slice:
+    """Of so many things, cut into `count` shares that differ by one at most, those of `number`."""
+    return slice(total * number // count, total * (number + 1) // count)
+
+
 class WorkerError(RuntimeError):
     """Another process has failed, and says why itself; or has ended without a word."""
 
@@ -182,10 +187,7 @@ class Processes:
         nothing: for all queries. rows: how many rows all processes hold.
         """
         total = len(nothing.rows)
-        parts = [
-            slice(total * number // self.count, total * (number + 1) // self.count)
-            for number in range(self.count)
-        ]
+        parts = [share_of(total, number, self.count) for number in range(self.count)]
         found = Found(*(each[parts[self.rank]] for each in nothing))
         for turn in range(self.count):
             part = parts[(self.rank - turn) % self.count]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ..search.processes import LONGEST_WAIT, Processes, WorkerError, others_there
+from ..search.processes import LONGEST_WAIT, Processes, WorkerError, others_there, share_of
 from ..search.rounds import awaits_others, end_all_rounds
 
 _ROUND = 8  # results that a process hands over at once
@@ -51,7 +51,7 @@ class Workers:
                 f"a batch of {batch} cannot be divided over {self.count} processes: "
                 "use a larger batch_size"
             )
-        return self._part(batch)
+        return share_of(batch, self.rank, self.count)
 
     def share_of_images(self, count: int) -> slice:
         """Those of so many training images that this process embeds, one after another.
@@ -60,10 +60,7 @@ class Workers:
         """
         if count < self.count:
             raise ValueError(f"{count} images cannot be divided over {self.count} processes")
-        return self._part(count)
-
-    def _part(self, count: int) -> slice:
-        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+        return share_of(count, self.rank, self.count)
 
     def summed(self, total: Tensor) -> Tensor:
         """The sum of the tensors of all processes, int64 of one shape on the CPU."""
