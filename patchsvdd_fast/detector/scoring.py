@@ -201,22 +201,20 @@ def score_stream(
         embeddings = encode(model.encoder, model.mean, model.light, parameters, pixels, names=names)
         return images, embeddings
 
+    rounds = None
     if search is None and processes_of(model.banks).count > 1:
         rounds = Rounds(model.banks, partial(_scores_in_round, model))
 
-        def found_together(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
-            images, embeddings = embedded
-            scores = rounds.do((embeddings, _shape_of(images)))
-            return image_results(images, scores, model.calibration, threshold, model.gallery)
-
-        return Stream(sources, read, embed, found_together, on_error, rounds)
-
     def found(embedded: tuple[list[PreparedImage], list[Tensor]]) -> list[ImageResult]:
-        if search is None:
+        if search is not None:
+            return search(*embedded)
+        if rounds is None:
             return results_of(model, threshold, *embedded)
-        return search(*embedded)
+        images, embeddings = embedded
+        scores = rounds.do((embeddings, _shape_of(images)))
+        return image_results(images, scores, model.calibration, threshold, model.gallery)
 
-    return Stream(sources, read, embed, found, on_error)
+    return Stream(sources, read, embed, found, on_error, rounds)
 
 
 def _scores_in_round(
